@@ -1,0 +1,35 @@
+# One verb per need; `just` lists them.
+venv := ".venv/bin/"
+
+default:
+    @just --list
+
+# what CI runs, from a fresh virtual environment
+ci:
+    bash .ci/run
+
+# the test suite, under ten minutes on two cores
+test *ARGS:
+    {{venv}}pytest {{ARGS}}
+
+# the tests that take minutes each (random kills, concept scores)
+slow:
+    {{venv}}pytest -m slow
+
+# lint, format and types
+lint:
+    {{venv}}ruff check --fix .
+    {{venv}}ruff format .
+    {{venv}}mypy
+
+# train the bundled base again, from nothing (about two hours on two cores)
+tiny-base:
+    {{venv}}python tools/make_tiny_base.py --out runner/bases/tiny
+
+# how well the bundled base follows captions
+check-base:
+    {{venv}}python tools/check_tiny_base.py
+
+# a step of the LoRA phase against a bare loop
+step-time:
+    {{venv}}python tools/step_time.py

@@ -1,0 +1,128 @@
+"""What can be known of a base model from its files alone: where it is, which it is, how its layers are shaped. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+PARTS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "vae")
+BUILTIN = {"builtin:tiny": Path(__file__).parent / "bases" / "tiny"}
+SAMPLE = 1 << 16
+
+# FLUX.1's published configs (black-forest-labs/FLUX.1-dev, transformer/config.json), for plans without its files.
+FLUX1: dict[str, Any] = {
+    "num_layers": 19,
+    "num_single_layers": 38,
+    "attention_head_dim": 128,
+    "num_attention_heads": 24,
+    "in_channels": 64,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 768,
+}
+KNOWN = {
+    f"black-forest-labs/FLUX.1-{kind}": {**FLUX1, "guidance_embeds": kind != "schnell"}
+    for kind in ("dev", "schnell", "Krea-dev")
+}
+
+
+def local_folder(text: str, near: Path) -> Path | None:
+    """The base's folder on this disk, or None for a hub id. `near` is the spec's folder."""
+    if text in BUILTIN:
+        return BUILTIN[text]
+    folder = near / Path(text).expanduser()
+    return folder.resolve() if folder.is_dir() else None
+
+
+def fingerprint(folder: Path) -> str:
+    """Which model a folder holds, without reading its gigabytes.
+
+    Hashes every config, and of every weight file the name, the size and three 64 KiB samples (start, middle, end):
+    another fine-tune of the same shape differs in the samples; a copy on another machine does not.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if not path.is_file() or path.suffix not in {".json", ".txt", ".safetensors", ".model"}:
+            continue
+        size = path.stat().st_size
+        digest.update(json.dumps([path.relative_to(folder).as_posix(), size]).encode())
+        with path.open("rb") as file:
+            for start in (0, size // 2, size - SAMPLE):
+                file.seek(max(0, start))
+                digest.update(file.read(SAMPLE))
+    return digest.hexdigest()
+
+
+def transformer_config(text: str, folder: Path | None) -> Mapping[str, Any] | None:
+    """The transformer's config, or None for a hub model that is not on this disk."""
+    if folder is None:
+        return KNOWN.get(text)
+    path = folder / "transformer" / "config.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def linear_layers(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """Every linear layer of a FluxTransformer2DModel: diffusers' module name -> (out, in) features."""
+    d = config["attention_head_dim"] * config["num_attention_heads"]
+    layers = {
+        "time_text_embed.timestep_embedder.linear_1": (d, 256),
+        "time_text_embed.timestep_embedder.linear_2": (d, d),
+        "time_text_embed.text_embedder.linear_1": (d, config["pooled_projection_dim"]),
+        "time_text_embed.text_embedder.linear_2": (d, d),
+        "context_embedder": (d, config["joint_attention_dim"]),
+        "x_embedder": (d, config["in_channels"]),
+        "norm_out.linear": (2 * d, d),
+        "proj_out": (config.get("out_channels") or config["in_channels"], d),
+    }
+    if config.get("guidance_embeds"):
+        layers["time_text_embed.guidance_embedder.linear_1"] = (d, 256)
+        layers["time_text_embed.guidance_embedder.linear_2"] = (d, d)
+    for index in range(config["num_layers"]):
+        layers.update((f"transformer_blocks.{index}.{name}", shape) for name, shape in _double_block(d))
+    for index in range(config["num_single_layers"]):
+        layers.update((f"single_transformer_blocks.{index}.{name}", shape) for name, shape in _single_block(d))
+    return layers
+
+
+def _double_block(d: int) -> Iterator[tuple[str, tuple[int, int]]]:
+    for name in ("norm1.linear", "norm1_context.linear"):
+        yield name, (6 * d, d)
+    for name in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"):
+        yield f"attn.{name}", (d, d)
+    for name in ("ff", "ff_context"):
+        yield f"{name}.net.0.proj", (4 * d, d)
+        yield f"{name}.net.2", (d, 4 * d)
+
+
+def _single_block(d: int) -> Iterator[tuple[str, tuple[int, int]]]:
+    yield "norm.linear", (3 * d, d)
+    yield "proj_mlp", (4 * d, d)
+    yield "proj_out", (d, 5 * d)
+    for name in ("to_q", "to_k", "to_v"):
+        yield f"attn.{name}", (d, d)
+
+
+ATTENTION = ("attn.to_k", "attn.to_q", "attn.to_v", "attn.to_out.0")
+CONTEXT = ("attn.add_k_proj", "attn.add_q_proj", "attn.add_v_proj", "attn.to_add_out")
+MLP = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
+MODULATION = ("norm1.linear", "norm1_context.linear", "norm.linear")
+PRESETS = {
+    "attention": ATTENTION,
+    "attention+mlp": ATTENTION + CONTEXT + MLP,
+    "all": ATTENTION + CONTEXT + MLP + MODULATION + ("proj_mlp", "proj_out"),
+}
+
+
+def lora_layers(layers: Mapping[str, tuple[int, int]], wanted: str | tuple[str, ...]) -> dict[str, tuple[int, int]]:
+    """The layers a preset or a list of suffixes names, in the model's order.
+
+    A suffix matches whole path components, as peft matches them; so a listed `proj_out` also names the model's last
+    layer, which the preset `all` leaves out (it is in the blocks that other trainers' "all" means).
+    """
+    suffixes = PRESETS[wanted] if isinstance(wanted, str) else wanted
+    chosen = {name: shape for name, shape in layers.items() if any(name == s or name.endswith("." + s) for s in suffixes)}
+    if isinstance(wanted, str):
+        chosen.pop("proj_out", None)
+    return chosen

@@ -1,0 +1,42 @@
+"""The content-addressed cache: latents and text embeddings, shared by all runs of a runs folder.
+
+The key is a hash of everything that goes in (pixels after the transform or the caption as the encoder reads it, the
+encoder's identity, dtype), so a changed picture or caption is a new key and nothing stale can be served.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from runner import files, tensors
+from runner.errors import BadFile
+
+
+class Cache:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def path(self, kind: str, key: str) -> Path:
+        return self.folder / kind / key[:2] / f"{key}.safetensors"
+
+    def has(self, kind: str, key: str) -> bool:
+        return self.path(kind, key).is_file()
+
+    def get(self, kind: str, key: str) -> Tensor | None:
+        """The entry, or None where there is none or it is damaged (it can be made again; the bad file goes)."""
+        path = self.path(kind, key)
+        if not path.is_file():
+            return None
+        try:
+            return tensors.load(path)[0]["value"]
+        except BadFile:
+            path.unlink(missing_ok=True)
+            return None
+
+    def put(self, kind: str, key: str, value: Tensor, about: Mapping[str, str]) -> None:
+        path = self.path(kind, key)
+        files.make_folder(path.parent)
+        tensors.save(path, {"value": value}, {"kind": kind, **about})

@@ -1,0 +1,78 @@
+"""How far training came, in one file: weights, optimizer state, and a header that says whose it is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from runner import tensors
+from runner.errors import BadFile
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What training makes. lora: by diffusers' names; rows: "clip" and "t5", [vectors, width]; all fp32."""
+
+    lora: Mapping[str, Tensor] = field(default_factory=dict)
+    rows: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """step: optimisation steps of the whole run. optimizer: per parameter "NAME/STATE". scalars: JSON numbers that
+    are no tensors (Prodigy's d, step counts, the smoothed loss). No generator state: randomness comes from (seed, step).
+    """
+
+    phase: str
+    phase_key: str
+    step: int
+    weights: Weights
+    optimizer: Mapping[str, Tensor]
+    scalars: Mapping[str, Any]
+
+
+def file_name(step: int) -> str:
+    return f"step-{step:06d}.safetensors"
+
+
+def write(path: Path, checkpoint: Checkpoint) -> None:
+    header = {
+        "format": str(FORMAT),
+        "phase": checkpoint.phase,
+        "phase_key": checkpoint.phase_key,
+        "step": str(checkpoint.step),
+        "scalars": json.dumps(checkpoint.scalars, sort_keys=True),
+    }
+    named = {
+        **{f"lora/{name}": tensor for name, tensor in checkpoint.weights.lora.items()},
+        **{f"rows/{name}": tensor for name, tensor in checkpoint.weights.rows.items()},
+        **{f"optimizer/{name}": tensor for name, tensor in checkpoint.optimizer.items()},
+    }
+    tensors.save(path, named, header)
+
+
+def read(path: Path) -> Checkpoint:
+    """Read and verify; the name must agree with the header. Raises BadFile."""
+    named, header = tensors.load(path)
+    if header.get("format") != str(FORMAT):
+        raise BadFile(f"{path}: checkpoint format {header.get('format')}, this fluxrun reads {FORMAT}")
+    try:
+        step = int(header["step"])
+        scalars = json.loads(header["scalars"])
+        phase, key = header["phase"], header["phase_key"]
+    except (KeyError, ValueError) as error:
+        raise BadFile(f"{path}: the header is incomplete ({error})") from error
+    if path.name != file_name(step):
+        raise BadFile(f"{path}: the header says step {step}")
+
+    def under(prefix: str) -> dict[str, Tensor]:
+        return {name.removeprefix(prefix): tensor for name, tensor in named.items() if name.startswith(prefix)}
+
+    return Checkpoint(phase, key, step, Weights(under("lora/"), under("rows/")), under("optimizer/"), scalars)

@@ -1,0 +1,317 @@
+"""The command line. Heavy levels are imported inside the commands that train or sample."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from runner.errors import FluxrunError, SpecError
+
+if TYPE_CHECKING:
+    from runner.prepare import Job
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class Group(click.Group):
+    """Prints every refusal in one place, with its exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except SpecError as error:
+            for fault in error.faults:
+                click.echo(fault, err=True)
+            click.echo(f"{_count(len(error.faults), 'fault')}; nothing was started", err=True)
+            ctx.exit(error.exit_code)
+        except FluxrunError as error:
+            click.echo(f"fluxrun: {error}", err=True)
+            ctx.exit(error.exit_code)
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="fluxrun")
+def main() -> None:
+    """Queue FLUX LoRA and pivotal-tuning runs, and go to bed."""
+
+
+def runs_option(command: Command) -> Command:
+    option = click.option(
+        "--runs", type=click.Path(path_type=Path, file_okay=False), default="runs", envvar="FLUXRUN_RUNS",
+        show_default=True, help="The runs folder.",
+    )  # fmt: skip
+    return option(command)
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+specs_argument = click.argument("specs", nargs=-1, required=True, type=click.Path(path_type=Path))
+
+
+@main.command()
+@specs_argument
+@runs_option
+@json_option
+@click.option("--gpus", help="GPU numbers, e.g. 0; `cpu` forces the CPU. Default: the first GPU there is.")
+@click.option("--stop-at", metavar="HH:MM", help="Save and stop at this time; the same command goes on.")
+@click.option("--fail-fast", is_flag=True, help="Stop the queue at the first run that fails.")
+@click.option("--dry-run", is_flag=True, help="The same as `fluxrun plan`.")
+@click.option("--fresh", is_flag=True, help="Move an existing run folder of another spec aside.")
+@click.pass_context
+def queue(
+    ctx: click.Context, specs: tuple[Path, ...], runs: Path, as_json: bool, gpus: str | None, stop_at: str | None,
+    fail_fast: bool, dry_run: bool, fresh: bool,
+) -> None:  # fmt: skip
+    """Run a batch: validate all, plan all, then run what is not done.
+
+    A SPEC is a file, or a folder (every *.toml in it). Typing the same command again means "go on".
+    """
+    if dry_run:
+        ctx.invoke(plan, specs=specs, runs=runs, as_json=as_json)
+        return
+    from runner.files import make_folder
+    from runner.prepare import prepare
+    from runner.say import Say
+    from runner.stop import StopRequest, next_time
+
+    try:
+        deadline = next_time(stop_at) if stop_at else None
+    except ValueError:
+        raise click.BadParameter(f"{stop_at!r} is no time of day; write HH:MM", param_hint="--stop-at") from None
+    with StopRequest(deadline) as stop:
+        jobs = prepare(list(specs), runs, fetch=True, fresh=fresh)
+        say = Say()
+        todo = _without_done(jobs, say)
+        for job in todo:
+            if job.verdict.state == "changed":
+                say.line(f"{job.plan.name}: the old run now is {job.run.put_aside()}")
+        make_folder(runs)
+        code = 0
+        if todo:
+            from runner.engine.local import run_queue
+
+            code = run_queue(todo, runs, gpus, say, stop, fail_fast=fail_fast)
+    if as_json:
+        _print_records(runs, {job.plan.name for job in jobs})
+    ctx.exit(code)
+
+
+def _without_done(jobs: list[Job], say: Any) -> list[Job]:
+    todo = []
+    for job in jobs:
+        if job.verdict.state == "done":
+            say.line(f"{job.plan.name}: skipped, done ({job.verdict.reason})")
+        else:
+            todo.append(job)
+    return todo
+
+
+@main.command()
+@specs_argument
+@runs_option
+@json_option
+@click.pass_context
+def plan(ctx: click.Context, specs: tuple[Path, ...], runs: Path, as_json: bool) -> None:
+    """Validate and print the plan; touches nothing, needs no GPU and no torch."""
+    from runner import plan as planning
+    from runner.prepare import prepare
+
+    jobs: list[Job] = []
+    errors: list[dict[str, Any]] = []
+    try:
+        jobs = prepare(list(specs), runs, fetch=False, fresh=False)
+    except SpecError as error:
+        if not as_json:
+            raise
+        errors = [{"file": str(f.file), "line": f.line, "key": f.key, "message": f.message} for f in error.faults]
+    if as_json:
+        rows = [
+            {**planning.as_json(job.plan), "spec": str(job.file), "state": job.verdict.state, "reason": job.verdict.reason}
+            for job in jobs
+        ]
+        click.echo(json.dumps({"runs": rows, "errors": errors}, indent=1))
+        ctx.exit(2 if errors else 0)
+    for job in jobs:
+        click.echo(f"{job.plan.name}  ({job.file})  {job.verdict.state}: {job.verdict.reason}")
+        for phase in job.plan.phases:
+            click.echo("  " + _phase_line(planning.describe(phase)))
+        for note in job.plan.notes:
+            click.echo(f"  note: {note}")
+    click.echo(f"{_count(len(jobs), 'run')}, {sum(job.plan.steps for job in jobs)} steps")
+
+
+def _phase_line(facts: dict[str, Any]) -> str:
+    span = f"steps {facts['start'] + 1}-{facts['stop']}" if facts["stop"] > facts["start"] else ""
+    trains = ", ".join(
+        f"{part['what']}{' in ' + '+'.join(part['encoders']) if 'encoders' in part else ''} "
+        f"({_number(part['parameters'])} parameters)"
+        for part in facts["trains"]
+    )
+    return f"{facts['name']:<15}{span:<16}{trains or 'trains nothing'}; on the device: {', '.join(facts['resident'])}"
+
+
+def _number(value: int | None) -> str:
+    return "an unknown number of" if value is None else f"{value:,}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+@main.command()
+@click.argument("names", nargs=-1, metavar="[RUN]...")
+@runs_option
+@json_option
+@click.option("--watch", is_flag=True, help="Redraw every second, until Ctrl-C.")
+def status(names: tuple[str, ...], runs: Path, as_json: bool, watch: bool) -> None:
+    """What each run is doing."""
+    from runner.rundir import find_runs
+
+    def states() -> list[dict[str, Any]]:
+        return [{**run.state(), "name": run.name} for run in find_runs(runs) if not names or run.name in names]
+
+    unknown = set(names) - {row["name"] for row in states()}
+    if unknown:
+        raise click.BadParameter(f"no such run in {runs}: {', '.join(sorted(unknown))}", param_hint="RUN")
+    if as_json:
+        click.echo(json.dumps(states(), indent=1))
+        return
+    if not watch:
+        _console().print(_table(states(), STATUS))
+        return
+    from rich.live import Live
+
+    with Live(console=_console(), refresh_per_second=1) as live:
+        while True:
+            live.update(_table(states(), STATUS))
+            time.sleep(1)
+
+
+@main.command()
+@runs_option
+@json_option
+@click.option("--sort", default="name", show_default=True, metavar="KEY", help="A column to sort by.")
+def results(runs: Path, as_json: bool, sort: str) -> None:
+    """The results index as a table."""
+    from runner.index import Record
+    from runner.index import results as read
+
+    if sort not in Record.__dataclass_fields__:
+        raise click.BadParameter(f"{sort!r}; there are {', '.join(Record.__dataclass_fields__)}", param_hint="--sort")
+    rows = [asdict(record) for record in read(runs)]
+    rows.sort(key=lambda row: (row[sort] is None, row[sort] if isinstance(row[sort], int | float) else str(row[sort])))
+    if as_json:
+        click.echo(json.dumps(rows, indent=1))
+    else:
+        _console().print(_table(rows, RESULTS))
+
+
+def _print_records(runs: Path, names: set[str]) -> None:
+    from runner.index import results as read
+
+    click.echo(json.dumps([asdict(record) for record in read(runs) if record.name in names], indent=1))
+
+
+Cell = Callable[[dict[str, Any]], str]
+
+
+def _plain(key: str, form: str = "") -> Cell:
+    return lambda row: "" if row.get(key) is None else format(row[key], form)
+
+
+def _memory(row: dict[str, Any]) -> str:
+    return f"{row['peak_memory_bytes'] / 2**30:.2f} GiB" if row.get("peak_memory_bytes") else ""
+
+
+def _wall(row: dict[str, Any]) -> str:
+    from runner.clock import clock
+
+    return clock(row["wall_s"]) if row.get("wall_s") else ""
+
+
+STATUS: dict[str, Cell] = {
+    "run": _plain("name"),
+    "state": _plain("state"),
+    "phase": _plain("phase"),
+    "step": lambda row: f"{row.get('step', 0)}/{row.get('steps', '?')}",
+    "loss": _plain("train_loss", ".4f"),
+    "s/step": _plain("s_per_step", ".3g"),
+    "wall": _wall,
+    "reason": _plain("error"),
+}
+RESULTS: dict[str, Cell] = {
+    "run": _plain("name"),
+    "state": _plain("state"),
+    "steps": _plain("steps"),
+    "train loss": _plain("train_loss", ".4f"),
+    "eval loss": _plain("eval_loss", ".4f"),
+    "s/step": _plain("s_per_step", ".3g"),
+    "wall": _wall,
+    "peak memory": _memory,
+    "exports": lambda row: str(len(row["exports"])),
+    "error": _plain("error"),
+}
+
+
+def _table(rows: list[dict[str, Any]], columns: dict[str, Cell]) -> Any:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE)
+    for title in columns:
+        table.add_column(title)
+    for row in rows:
+        table.add_row(*(Text(cell(row)) for cell in columns.values()))  # Text: a run's words are no markup
+    return table
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console(highlight=False)
+
+
+@main.command()
+@click.argument("name", metavar="RUN")
+@runs_option
+@click.option("--prompt", "prompts", multiple=True, help="With the tokens' names as in the spec. Default: the spec's.")
+@click.option("--count", default=1, show_default=True, help="Pictures per prompt.")
+@click.option("--seed", type=int, help="Of the first picture; the next ones count up. Default: the spec's.")
+@click.option("--steps", type=int, help="Sampling steps. Default: the spec's.")
+@click.option("--scale", default=1.0, show_default=True, help="Strength of the LoRA.")
+@click.option("--gpus", help="A GPU's number, or `cpu`.")
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="A folder. Default: RUN's samples/.")
+def sample(
+    name: str, runs: Path, prompts: tuple[str, ...], count: int, seed: int | None, steps: int | None, scale: float,
+    gpus: str | None, out: Path | None,
+) -> None:  # fmt: skip
+    """Pictures from a run's exports, by stock diffusers."""
+    from runner.sampling import sample_run
+
+    for path in sample_run(runs, name, prompts, count=count, seed=seed, steps=steps, scale=scale, gpus=gpus, out=out):
+        click.echo(path)
+
+
+@main.command()
+@runs_option
+@click.option("--port", default=6006, show_default=True)
+def board(runs: Path, port: int) -> None:
+    """TensorBoard on the runs folder."""
+    import subprocess
+
+    sys.exit(subprocess.call([sys.executable, "-m", "tensorboard.main", "--logdir", str(runs), "--port", str(port)]))
+
+
+@main.command()
+def schema() -> None:
+    """JSON Schema of a spec, for editors."""
+    from runner.spec import json_schema
+
+    click.echo(json.dumps(json_schema(), indent=1))

@@ -1,0 +1,227 @@
+"""FLUX.1 as diffusers stores it: its parts, its latent layout, its flow-matching objective.
+
+The only file that knows the model library. Shapes: B batch, C = 16 latent channels, h x w latent height and width
+(an eighth of the picture's), T text tokens; packed image tokens are 2 x 2 latent patches: [B, h*w/4, 4*C].
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from runner.basefiles import PARTS, local_folder
+
+Generator = torch.Generator
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model on this disk. `dtype` is the frozen parts' own; `device` is where they are loaded to."""
+
+    folder: Path
+    variant: str | None
+    device: torch.device
+    dtype: torch.dtype
+
+
+def open_base(text: str, near: Path, revision: str | None, variant: str | None, device: torch.device, dtype: torch.dtype) -> Base:
+    """Find the base on disk (`builtin:tiny`, a folder), or fetch its diffusers parts from the hub."""
+    folder = local_folder(text, near)
+    if folder is None:
+        from huggingface_hub import snapshot_download
+
+        wanted = ["model_index.json", *(f"{part}/*" for part in PARTS)]  # not the single-file copies beside them
+        folder = Path(snapshot_download(text, revision=revision, allow_patterns=wanted))
+    return Base(folder, variant, device, dtype)
+
+
+def quiet() -> None:
+    """The libraries' progress bars would tear ours."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+
+
+def load_clip(base: Base) -> nn.Module:
+    from transformers import CLIPTextModel
+
+    return _frozen(CLIPTextModel.from_pretrained(base.folder, subfolder="text_encoder", dtype=base.dtype, variant=base.variant), base)
+
+
+def load_t5(base: Base) -> nn.Module:
+    from transformers import T5EncoderModel
+
+    return _frozen(T5EncoderModel.from_pretrained(base.folder, subfolder="text_encoder_2", dtype=base.dtype, variant=base.variant), base)
+
+
+def load_vae(base: Base) -> nn.Module:
+    from diffusers import AutoencoderKL
+
+    return _frozen(AutoencoderKL.from_pretrained(base.folder, subfolder="vae", dtype=base.dtype, variant=base.variant), base)
+
+
+def load_transformer(base: Base) -> nn.Module:
+    from diffusers import FluxTransformer2DModel
+
+    loaded = FluxTransformer2DModel.from_pretrained(
+        base.folder, subfolder="transformer", dtype=base.dtype, variant=base.variant
+    )
+    return _frozen(loaded, base)
+
+
+def load_tokenizer(base: Base, encoder: str) -> Any:
+    """The tokenizer of "clip" or "t5"."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(base.folder, subfolder={"clip": "tokenizer", "t5": "tokenizer_2"}[encoder])
+
+
+def _frozen(module: Any, base: Base) -> nn.Module:
+    frozen: nn.Module = module.to(base.device).requires_grad_(False).eval()
+    return frozen
+
+
+# ---- latents -------------------------------------------------------------------------------------------------------
+
+
+def encode_image(vae: nn.Module, pixels: Tensor) -> Tensor:
+    """Moments of the latent distribution. pixels [3, H, W] uint8 -> [2*C, h, w] (mean, log-variance)."""
+    first = next(vae.parameters())
+    scaled = (pixels.to(first.device, torch.float32) / 255 - 0.5) / 0.5
+    with torch.no_grad():
+        moments: Tensor = vae.encode(scaled[None].to(first.dtype)).latent_dist.parameters  # type: ignore[operator]
+    return moments[0].cpu()
+
+
+@dataclass(frozen=True)
+class LatentScale:
+    """FLUX's affine map from the VAE's latents to what the transformer sees: (z - shift) * scaling."""
+
+    shift: float
+    scaling: float
+
+    @classmethod
+    def of(cls, base: Base) -> LatentScale:
+        config = json.loads((base.folder / "vae" / "config.json").read_text())
+        return cls(config["shift_factor"], config["scaling_factor"])
+
+
+def draw_latents(moments: Tensor, scale: LatentScale, generator: Generator) -> Tensor:
+    """Sample the VAE's posterior. moments [B, 2*C, h, w] -> latents [B, C, h, w], fp32."""
+    mean, logvar = moments.float().chunk(2, dim=1)
+    std = torch.exp(0.5 * logvar.clamp(-30.0, 20.0))
+    noise = torch.randn(mean.shape, generator=generator)
+    return (mean + std * noise - scale.shift) * scale.scaling
+
+
+def pack(latents: Tensor) -> Tensor:
+    """[B, C, h, w] -> [B, h*w/4, 4*C]: 2 x 2 patches, channel first within a patch (FluxPipeline's order)."""
+    b, c, h, w = latents.shape
+    return latents.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, 4 * c)
+
+
+def image_ids(h: int, w: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Positions of the packed tokens of an h x w latent: [h*w/4, 3] = (0, row, column)."""
+    ids = torch.zeros(h // 2, w // 2, 3)
+    ids[..., 1] += torch.arange(h // 2)[:, None]
+    ids[..., 2] += torch.arange(w // 2)[None, :]
+    return ids.reshape(-1, 3).to(device, dtype)
+
+
+# ---- flow matching -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Weighting:
+    """How timesteps are drawn and weighed. scheme: none, sigma_sqrt, logit_normal, mode, cosmap (SD3 paper, sec. 3.1)."""
+
+    scheme: str
+    mean: float = 0.0
+    std: float = 1.0
+    scale: float = 1.29
+
+
+@dataclass(frozen=True)
+class Noised:
+    """One micro-batch on its way through the transformer. sigmas [B, 1, 1] in (0, 1]; the rest packed [B, N, 4*C]."""
+
+    img: Tensor
+    target: Tensor
+    sigmas: Tensor
+    timesteps: Tensor  # [B], in 0..1 as the transformer takes them
+
+
+class Flow:
+    """Rectified flow as the reference trains it: x = (1 - sigma) z + sigma eps, target eps - z."""
+
+    def __init__(self, base: Base, weighting: Weighting) -> None:
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(base.folder, subfolder="scheduler")
+        self.timesteps: Tensor = scheduler.timesteps  # [1000], descending
+        self.sigmas: Tensor = scheduler.sigmas[: len(self.timesteps)]
+        self.weighting = weighting
+
+    def draw(self, count: int, generator: Generator) -> Tensor:
+        """Indices into the schedule, [count]."""
+        from diffusers.training_utils import compute_density_for_timestep_sampling
+
+        own = self.weighting
+        u = compute_density_for_timestep_sampling(
+            own.scheme, count, logit_mean=own.mean, logit_std=own.std, mode_scale=own.scale, generator=generator
+        )
+        return (u * len(self.timesteps)).long().clamp(max=len(self.timesteps) - 1)
+
+    def noise(self, latents: Tensor, indices: Tensor, generator: Generator) -> Noised:
+        """latents [B, C, h, w] fp32, indices [B]."""
+        eps = torch.randn(latents.shape, generator=generator)
+        sigmas = self.sigmas[indices].view(-1, 1, 1)
+        z, eps = pack(latents), pack(eps)
+        return Noised((1 - sigmas) * z + sigmas * eps, eps - z, sigmas, self.timesteps[indices] / 1000)
+
+    def loss(self, prediction: Tensor, noised: Noised) -> Tensor:
+        """Weighted squared error, a mean per picture, then over pictures; scalar fp32."""
+        from diffusers.training_utils import compute_loss_weighting_for_sd3
+
+        weights = compute_loss_weighting_for_sd3(self.weighting.scheme, noised.sigmas)
+        errors = weights.float() * (prediction.float() - noised.target.float()) ** 2
+        return errors.flatten(1).mean(1).mean()
+
+
+@dataclass(frozen=True)
+class Text:
+    """What the transformer reads. txt [B, T, t5 width], vec [B, clip width]."""
+
+    txt: Tensor
+    vec: Tensor
+
+
+def predictor(transformer: nn.Module, guidance: float, h: int, w: int, device: torch.device, dtype: torch.dtype) -> Callable[[Noised, Text], Tensor]:
+    """The transformer's velocity prediction for one picture size; ids and guidance are built here, once."""
+    img_ids = image_ids(h, w, device, dtype)
+    guided = bool(transformer.config.guidance_embeds)  # type: ignore[union-attr]
+
+    def predict(noised: Noised, text: Text) -> Tensor:
+        count, length = text.txt.shape[:2]
+        out: Tensor = transformer(
+            hidden_states=noised.img.to(dtype),
+            timestep=noised.timesteps,
+            guidance=torch.full((count,), guidance, device=device) if guided else None,
+            pooled_projections=text.vec,
+            encoder_hidden_states=text.txt,
+            txt_ids=torch.zeros(length, 3, device=device, dtype=dtype),
+            img_ids=img_ids,
+            return_dict=False,
+        )[0]
+        return out
+
+    return predict

@@ -1,0 +1,83 @@
+"""LoRA adapters on a frozen transformer, through peft; their tensors under diffusers' names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from runner.seeds import derive
+
+ADAPTER = "default"
+
+
+@dataclass(frozen=True)
+class LoraShape:
+    """layers: full module names. Effect of one layer: (alpha / rank) * B @ A, A [rank, in], B [out, rank]."""
+
+    rank: int
+    alpha: float
+    dropout: float
+    layers: tuple[str, ...]
+
+
+def attach_lora(model: Any, shape: LoraShape, seed: int) -> dict[str, nn.Parameter]:
+    """Add trainable fp32 adapters; returns them by name, e.g. "transformer_blocks.0.attn.to_q.lora_A.weight".
+
+    A is normal with standard deviation 1/rank (peft's "gaussian", the reference's choice), drawn per layer from the
+    seed and the layer's name; B is zero, so that training starts at the base.
+    """
+    from peft import LoraConfig
+
+    config = LoraConfig(
+        r=shape.rank,
+        lora_alpha=shape.alpha,  # type: ignore[arg-type]  # peft annotates int and takes any number
+        lora_dropout=shape.dropout,
+        init_lora_weights="gaussian",
+        target_modules=list(shape.layers),
+    )
+    model.add_adapter(config, adapter_name=ADAPTER)
+    parameters = adapter_parameters(model)
+    if len(parameters) != 2 * len(shape.layers):
+        raise ValueError(f"peft adapted {len(parameters) // 2} layers, planned were {len(shape.layers)}")
+    for name, parameter in parameters.items():
+        parameter.data = parameter.data.float()
+        if ".lora_A." in name:
+            generator = torch.Generator().manual_seed(derive(seed, "lora", name))
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) / shape.rank)
+    return parameters
+
+
+def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The adapter's parameters under the names that `save_lora_weights` gives them, without the component's prefix."""
+    return {
+        name.replace(f".{ADAPTER}.weight", ".weight"): parameter
+        for name, parameter in model.named_parameters()
+        if f".{ADAPTER}." in name
+    }
+
+
+def set_tensors(parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]) -> None:
+    """Copy values in; the names must be the same ones."""
+    if parameters.keys() != tensors.keys():
+        odd = sorted(parameters.keys() ^ tensors.keys())[:3]
+        raise ValueError(f"adapter and checkpoint name different layers, e.g. {', '.join(odd)}")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+
+
+def adapter_metadata(shape: LoraShape) -> dict[str, Any]:
+    """peft's own description of the adapter, which diffusers reads back (alpha and rank among it); repeatable."""
+    from peft import LoraConfig
+
+    config = LoraConfig(r=shape.rank, lora_alpha=shape.alpha, lora_dropout=shape.dropout).to_dict()  # type: ignore[arg-type]
+    config["target_modules"] = sorted(shape.layers)
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+
+
+def parameter_count(layers: Mapping[str, Sequence[int]], rank: int) -> int:
+    return sum(rank * (out + inside) for out, inside in layers.values())

@@ -1,0 +1,129 @@
+"""From spec files to planned runs: gathers the facts each spec names, and every fault of every spec, before anything starts.
+
+No torch: `fluxrun plan` is this and a printer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from runner import data
+from runner.basefiles import BUILTIN, fingerprint, local_folder, transformer_config
+from runner.data import DataError, Pictures
+from runner.digest import key_of
+from runner.errors import Fault, SpecError
+from runner.plan import Facts, Plan, PlanError, make_plan
+from runner.rundir import WAYS_OUT, Run, Verdict
+from runner.spec import Spec
+from runner.specload import Loaded, load, local_path
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run to be: its spec (paths absolute), plan and folder, and what the folder says of it."""
+
+    file: Path
+    spec: Spec
+    plan: Plan
+    pictures: Pictures | None  # None: a hub data set not fetched yet
+    run: Run
+    verdict: Verdict
+
+
+def prepare(paths: Sequence[Path], runs: Path, *, fetch: bool, fresh: bool) -> list[Job]:
+    """Raises SpecError with all faults of all specs. `fetch`: hub data sets are loaded, so that they can be checked."""
+    jobs: list[Job] = []
+    faults: list[Fault] = []
+    shared: dict[tuple[object, ...], Pictures | None | list[str]] = {}
+    try:
+        loaded_specs = load(paths)
+    except SpecError as error:
+        raise error
+    for loaded in loaded_specs:
+        found = _prepare_one(loaded, runs, fetch, fresh, shared)
+        if isinstance(found, Job):
+            jobs.append(found)
+        else:
+            faults += found
+    if faults:
+        raise SpecError(faults)
+    return jobs
+
+
+def _prepare_one(
+    loaded: Loaded, runs: Path, fetch: bool, fresh: bool, shared: dict[tuple[object, ...], Pictures | None | list[str]]
+) -> Job | list[Fault]:
+    spec, source = _absolute(loaded), loaded.source
+    faults = [source.fault(*fault) for fault in _base_faults(spec)]
+    asked = (spec.data.source, spec.data.config, spec.data.split, spec.data.image_column, spec.data.caption_column, spec.data.prompt)
+    if asked not in shared:  # a sweep reads its data once
+        shared[asked] = _pictures(spec, fetch)
+    pictures = shared[asked]
+    if isinstance(pictures, list):
+        return faults + [source.fault("data.source", message) for message in pictures]
+    if faults:
+        return faults
+    try:
+        plan = make_plan(spec, _facts(spec, pictures))
+    except PlanError as error:
+        return [source.fault(*fault) for fault in error.faults]
+    run = Run(runs, spec.name)
+    verdict = run.verdict(spec, plan)
+    if verdict.state == "changed" and not fresh:
+        return [source.fault("name", f"{run.folder} holds another run: {verdict.reason}; {WAYS_OUT}")]
+    return Job(source.file, spec, plan, pictures, run, verdict)
+
+
+def _absolute(loaded: Loaded) -> Spec:
+    """The spec with its paths resolved, so that the run's own copy of it can be read from anywhere."""
+    spec, source = loaded.spec, loaded.source
+    folder, base = local_path(spec.data.source, source), local_path(spec.model.base, source)
+    return spec.model_copy(
+        update={
+            "data": spec.data.model_copy(update={"source": str(folder)} if folder else {}),
+            "model": spec.model.model_copy(update={"base": str(base)} if base else {}),
+        }
+    )
+
+
+def _base_faults(spec: Spec) -> list[tuple[str, str]]:
+    base = spec.model.base
+    folder = local_folder(base, Path())
+    if folder is None and (base.startswith("builtin:") or not HUB_ID.fullmatch(base)):
+        return [("model.base", f"no such model (found {base!r}); allowed are a hub id (owner/name), a folder beside the spec, {', '.join(BUILTIN)}")]
+    if folder is not None and not (folder / "model_index.json").is_file():
+        return [("model.base", f"{folder} holds no model_index.json; wanted is a model in diffusers' layout (FluxPipeline)")]
+    return []
+
+
+def _pictures(spec: Spec, fetch: bool) -> Pictures | None | list[str]:
+    """The data set, None where only the hub has it, or what is wrong with it."""
+    own = spec.data
+    try:
+        if Path(own.source).is_dir():
+            return data.read_folder(Path(own.source), own.image_column, own.caption_column, own.prompt)
+        if not HUB_ID.fullmatch(own.source):
+            return [f"no such folder (found {own.source!r}); allowed are a folder (relative to the spec) or a hub data set (owner/name)"]
+        if fetch:
+            return data.read_hub(own.source, own.config, own.split, own.image_column, own.caption_column, own.prompt)
+        return None
+    except DataError as error:
+        return list(error.messages)
+    except UnicodeDecodeError as error:
+        return [f"a caption file is not UTF-8 ({error})"]
+
+
+def _facts(spec: Spec, pictures: Pictures | None) -> Facts:
+    own = spec.data
+    folder = local_folder(spec.model.base, Path())
+    base = fingerprint(folder) if folder else key_of("hub", spec.model.base, spec.model.revision, spec.model.variant)
+    config = transformer_config(spec.model.base, folder)
+    if pictures is None:
+        named = data.hub_fingerprint(own.source, own.config, own.split, own.image_column, own.caption_column, own.prompt)
+        return Facts(None, None, named, base, config)
+    return Facts(pictures.captions, len(pictures.items), pictures.fingerprint, base, config)

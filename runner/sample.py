@@ -1,0 +1,127 @@
+"""Pictures by stock diffusers, from exported files: what a user of the exports will get."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw
+from safetensors.torch import load_file
+from torch import Tensor
+
+from runner import tokens
+from runner.device import release
+from runner.flux import Base
+
+GUIDANCE = 3.5  # FluxPipeline's default; a training guidance of 1 is still sampled at this
+
+
+@dataclass(frozen=True)
+class Exported:
+    """The files of one run that a pipeline loads; None where the run has no such file."""
+
+    lora: Path | None
+    embeddings: Path | None
+    placeholders: tuple[tokens.Placeholder, ...]
+
+
+@dataclass(frozen=True)
+class Read:
+    """One prompt as the transformer takes it, on the CPU: txt [1, T, width], vec [1, width]."""
+
+    txt: Tensor
+    vec: Tensor
+
+
+def load_embeddings(pipe: Any, file: Path, placeholders: Sequence[tokens.Placeholder]) -> None:
+    """As the model card tells a user to: each encoder gets the rows that were learned for it."""
+    pieces = [piece for placeholder in placeholders for piece in placeholder.pieces]
+    rows = load_file(file)
+    pipe.load_textual_inversion(rows["clip_l"], token=pieces, text_encoder=pipe.text_encoder, tokenizer=pipe.tokenizer)
+    if "t5" in rows:
+        pipe.load_textual_inversion(rows["t5"], token=pieces, text_encoder=pipe.text_encoder_2, tokenizer=pipe.tokenizer_2)
+
+
+def text_pipeline(base: Base, exported: Exported | None) -> Any:
+    """A FluxPipeline of the two encoders alone, with the learned tokens."""
+    from diffusers import FluxPipeline
+
+    pipe = FluxPipeline.from_pretrained(
+        base.folder, transformer=None, vae=None, dtype=base.dtype, variant=base.variant
+    ).to(base.device)
+    if exported is not None and exported.embeddings is not None:
+        load_embeddings(pipe, exported.embeddings, exported.placeholders)
+    return pipe
+
+
+def read_prompts(pipe: Any, prompts: Sequence[str], length: int) -> list[Read]:
+    with torch.no_grad():
+        pairs = [pipe.encode_prompt(prompt=prompt, prompt_2=None, max_sequence_length=length)[:2] for prompt in prompts]
+    return [Read(txt.cpu(), vec.cpu()) for txt, vec in pairs]
+
+
+def image_pipeline(base: Base) -> Any:
+    """A FluxPipeline of transformer and VAE alone."""
+    from diffusers import FluxPipeline
+
+    without = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
+    pipe = FluxPipeline.from_pretrained(base.folder, **without, dtype=base.dtype, variant=base.variant)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(base.device)
+
+
+def load_lora(pipe: Any, file: Path) -> None:
+    pipe.load_lora_weights(file.parent, weight_name=file.name)
+
+
+def draw(pipe: Any, read: Read, seed: int, *, steps: int, size: int, guidance: float = GUIDANCE, scale: float = 1.0) -> Image.Image:
+    """One picture. The noise comes from a CPU generator, so that a seed means the same on every device."""
+    image: Image.Image = pipe(
+        prompt_embeds=read.txt.to(pipe.device),
+        pooled_prompt_embeds=read.vec.to(pipe.device),
+        height=size,
+        width=size,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        generator=torch.Generator().manual_seed(seed),
+        joint_attention_kwargs=None if scale == 1.0 else {"scale": scale},
+    ).images[0]
+    return image
+
+
+def sample(
+    base: Base, exported: Exported | None, prompts: Sequence[tuple[str, int]], *,
+    length: int, steps: int, size: int, guidance: float = GUIDANCE, scale: float = 1.0,
+) -> list[Image.Image]:  # fmt: skip
+    """(prompt, seed) each -> pictures. Encoders and transformer are on the device one after the other."""
+    pipe = text_pipeline(base, exported)
+    placeholders = exported.placeholders if exported else ()
+    reads = read_prompts(pipe, [tokens.expand(prompt, placeholders) for prompt, _ in prompts], length)
+    del pipe
+    release(base.device)
+    pipe = image_pipeline(base)
+    if exported is not None and exported.lora is not None:
+        load_lora(pipe, exported.lora)
+    return [
+        draw(pipe, read, seed, steps=steps, size=size, guidance=guidance, scale=scale)
+        for read, (_, seed) in zip(reads, prompts, strict=True)
+    ]
+
+
+def sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]], columns: Sequence[str], cell: int = 192) -> Image.Image:
+    """A contact sheet: a caption and a row of pictures each, under the columns' titles."""
+    bar, width = 22, len(columns) * (cell + 8) + 8
+    out = Image.new("RGB", (width, bar + len(rows) * (cell + bar + 8)), "white")
+    pen = ImageDraw.Draw(out)
+    for column, title in enumerate(columns):
+        pen.text((8 + column * (cell + 8), 5), title, fill="black", font_size=14)
+    for index, (caption, pictures) in enumerate(rows):
+        top = bar + index * (cell + bar + 8)
+        for column, picture in enumerate(pictures):
+            sharp = picture.resize((cell, cell), Image.Resampling.BICUBIC)
+            out.paste(sharp, (8 + column * (cell + 8), top))
+        pen.text((8, top + cell + 3), caption, fill="black", font_size=13)
+    return out

@@ -1,0 +1,241 @@
+"""The spec: what a user writes. Frozen, one model per TOML table; reading and checking is `runner.specload`'s."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Dtype = Literal["bf16", "fp16", "fp32"]
+Natural = Annotated[int, Field(ge=1, le=2**31)]
+Whole = Annotated[int, Field(ge=0, le=2**31)]
+Part = Annotated[float, Field(ge=0, le=1)]
+Below1 = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Side = Annotated[int, Field(ge=16, le=8192, multiple_of=16)]
+Line = Annotated[str, Field(min_length=1, max_length=4000, pattern=r"^[^\x00-\x1f]*$")]
+
+
+def key(default: Any, description: str) -> Any:
+    return Field(default=default, description=description)
+
+
+class Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Model(Table):
+    base: Line = Field(description="Hub id, folder in diffusers' layout, or builtin:tiny")
+    revision: Line | None = key(None, "Branch, tag or commit of a hub base")
+    variant: Line | None = key(None, "Weight file variant, e.g. fp16")
+    dtype: Dtype | None = key(None, "Of the frozen base; default bf16 on a GPU, fp32 on a CPU")
+    quantize: Literal["none", "int8", "fp8", "nf4"] = key("none", "Quantisation of the frozen transformer and T5")
+    gradient_checkpointing: bool = key(False, "Recompute activations in the backward pass: less memory, slower")
+    compile: bool = key(False, "torch.compile the transformer's blocks")
+    tf32: bool = key(True, "Allow TF32 matmuls on a GPU")
+    max_sequence_length: Annotated[int, Field(ge=8, le=512)] = key(512, "Tokens that T5 reads")
+
+
+class Data(Table):
+    source: Line = Field(description="Folder of images (captions in NAME.txt), imagefolder, or hub data set")
+    config: Line | None = key(None, "Configuration of a hub data set")
+    split: Line = key("train", "Split of a hub data set")
+    image_column: Line = key("image", "Column of the images")
+    caption_column: Line | None = key(None, "Column of the captions")
+    prompt: Line | None = key(None, "Caption of every image that has none of its own")
+    repeats: Natural = key(1, "Times each image is shown per epoch")
+    resolution: Side | Annotated[tuple[Side, ...], Field(min_length=1, strict=False)] = key(512, "Side of the training square in pixels")
+    buckets: bool = key(False, "Aspect-ratio buckets instead of squares")
+    center_crop: bool = key(False, "Crop the middle instead of a seeded place")
+    random_flip: bool = key(False, "Mirror a seeded half of the images")
+    interpolation: Literal["lanczos", "bicubic", "bilinear", "box", "hamming", "nearest"] = key("lanczos", "Of resizing")
+    caption_dropout: Part = key(0.0, "Share of captions replaced by the empty one")
+    holdout: Whole = key(0, "Images kept for the eval loss")
+    workers: Whole = key(0, "Threads that decode images")
+
+
+class Prior(Table):
+    images: Line = Field(description="Folder of class images; filled up by the base")
+    prompt: Line = Field(description="Class prompt")
+    count: Natural = key(100, "Class images")
+    weight: NotNegative = key(1.0, "Weight of the prior loss")
+    dtype: Dtype | None = key(None, "Of generating class images")
+    batch_size: Natural = key(4, "Of generating class images")
+
+
+class Token(Table):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=64)] = Field(
+        description="The word that stands for the concept in prompts and captions"
+    )
+    vectors: Annotated[int, Field(ge=1, le=64)] = key(2, "Embedding rows learned for it")
+    initializer: Line | None = key(None, "Phrase whose embeddings the rows start from; random when absent")
+
+
+class Inversion(Table):
+    encoders: Annotated[tuple[Literal["clip", "t5"], ...], Field(min_length=1, strict=False)] = key(
+        ("clip",), "Encoders that learn rows"
+    )
+    until: Annotated[float, Field(gt=0, le=1)] | None = key(None, "Part of the steps; 0.5, or 1.0 where lora.until = 0")
+    lr: Positive | None = key(None, "Learning rate of the rows; default train.lr")
+    weight_decay: NotNegative = key(1e-3, "Of the rows")
+    pooling: Literal["diffusers", "eos", "both"] = key("diffusers", "Where CLIP's pooled vector is read")
+
+
+class Lora(Table):
+    rank: Annotated[int, Field(ge=1, le=4096)] = key(16, "Rank of the update matrices")
+    alpha: Positive | None = key(None, "Scale of the update is alpha / rank; default rank")
+    dropout: Below1 = key(0.0, "Dropout on the adapters' input")
+    layers: (
+        Literal["attention", "attention+mlp", "all"] | Annotated[tuple[Line, ...], Field(min_length=1, strict=False)]
+    ) = key("attention", "A preset, or suffixes of module names")
+    until: Part = key(1.0, "Part of the steps; 0 is pure textual inversion")
+
+
+class TextLora(Table):
+    rank: Annotated[int, Field(ge=1, le=4096)] = key(16, "Rank of the update matrices of the CLIP encoder")
+    alpha: Positive | None = key(None, "Default rank")
+    until: Annotated[float, Field(gt=0, le=1)] = key(1.0, "Part of the steps")
+    lr: Positive | None = key(None, "Default train.lr")
+
+
+class NoWeighting(Table):
+    scheme: Literal["none"] = "none"
+
+
+class SigmaSqrt(Table):
+    scheme: Literal["sigma_sqrt"]
+
+
+class LogitNormal(Table):
+    scheme: Literal["logit_normal"]
+    mean: float = key(0.0, "Of the logit")
+    std: Positive = key(1.0, "Of the logit")
+
+
+class Mode(Table):
+    scheme: Literal["mode"]
+    scale: float = key(1.29, "Of the mode weighting")
+
+
+class Cosmap(Table):
+    scheme: Literal["cosmap"]
+
+
+class Train(Table):
+    steps: Natural | None = key(None, "Optimisation steps")
+    epochs: Natural | None = key(None, "Instead of steps")
+    batch_size: Natural = key(1, "Images per micro-batch")
+    accumulate: Natural = key(1, "Micro-batches per step")
+    lr: Positive | None = key(None, "Learning rate; 1e-4, with Prodigy 1.0")
+    scale_lr: bool = key(False, "Multiply the learning rate by images per step")
+    guidance: NotNegative = key(3.5, "Guidance that the transformer is told while training")
+    max_grad_norm: Positive = key(1.0, "Gradients are clipped to this norm")
+    weighting: Annotated[NoWeighting | SigmaSqrt | LogitNormal | Mode | Cosmap, Field(discriminator="scheme")] = key(
+        NoWeighting(), "Density and weight of the timesteps"
+    )
+
+
+class AdamW(Table):
+    name: Literal["adamw"] = "adamw"
+    beta1: Below1 = key(0.9, "Decay of the gradient's average")
+    beta2: Below1 = key(0.999, "Decay of the squared gradient's average")
+    eps: Positive = key(1e-8, "Added to the denominator")
+    weight_decay: NotNegative = key(1e-4, "Of the LoRA")
+
+
+class AdamW8bit(AdamW):
+    name: Literal["adamw8bit"]  # type: ignore[assignment]
+
+
+class Prodigy(Table):
+    name: Literal["prodigy"]
+    beta1: Below1 = key(0.9, "Decay of the gradient's average")
+    beta2: Below1 = key(0.999, "Decay of the squared gradient's average")
+    beta3: Below1 | None = key(None, "Decay of d's averages; default the square root of beta2")
+    eps: Positive = key(1e-8, "Added to the denominator")
+    weight_decay: NotNegative = key(1e-4, "Of the LoRA")
+    decouple: bool = key(True, "Weight decay as in AdamW")
+    bias_correction: bool = key(True, "Adam's bias correction")
+    safeguard_warmup: bool = key(True, "Keep d from growing during warm-up")
+    d_coef: Positive = key(1.0, "Factor of the estimate d")
+    d0: Positive = key(1e-6, "First estimate of d")
+    growth_rate: Annotated[float, Field(gt=1)] | None = key(None, "d grows at most by this per step")
+
+
+class Schedule(Table):
+    name: Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"] = key(
+        "constant", "diffusers' name"
+    )
+    warmup: Whole = key(0, "Steps")
+    cycles: Natural = key(1, "Hard restarts of cosine_with_restarts")
+    power: Positive = key(1.0, "Of polynomial")
+
+
+class Checkpoint(Table):
+    every: Natural = key(100, "Steps between checkpoints")
+    keep: Natural = key(2, "Checkpoints kept; the ends of phases are kept beside them")
+
+
+class Validate(Table):
+    prompts: Annotated[tuple[Line, ...], Field(strict=False)] = key((), "Prompts of sample pictures, tokens by name")
+    every: Natural | None = key(None, "Steps between sample pictures")
+    count: Natural = key(1, "Pictures per prompt")
+    steps: Natural = key(28, "Sampling steps")
+    size: Side | None = key(None, "Side in pixels; default the resolution")
+
+
+class Track(Table):
+    to: Annotated[tuple[Literal["tensorboard", "wandb"], ...], Field(strict=False)] = key(("tensorboard",), "Trackers")
+
+
+class Hub(Table):
+    push: bool = key(False, "Upload the export folder when done")
+    repo: Line | None = key(None, "Repository id")
+    private: bool = key(False, "Make the repository private")
+
+
+class Compute(Table):
+    gpus: Natural = key(1, "GPUs of one run")
+
+
+class Spec(Table):
+    """One run. Values that default to another key's are filled in when the file is read (`runner.specload`)."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._=,+-]*(/[A-Za-z0-9_][A-Za-z0-9._=,+-]*)?$", max_length=200)] = Field(
+        description="Name of the run's folder; default the file's stem"
+    )
+    seed: Whole = key(0, "Of everything random")
+    model: Model
+    data: Data
+    prior: Prior | None = None
+    tokens: Annotated[tuple[Token, ...], Field(strict=False)] = ()
+    inversion: Inversion = Inversion()
+    lora: Lora = Lora()
+    text_lora: TextLora | None = None
+    train: Train
+    optimizer: Annotated[AdamW | AdamW8bit | Prodigy, Field(discriminator="name")] = AdamW()
+    schedule: Schedule = Schedule()
+    checkpoint: Checkpoint = Checkpoint()
+    validation: Validate = Field(default=Validate(), alias="validate")
+    track: Track = Track()
+    hub: Hub = Hub()
+    compute: Compute = Compute()
+
+
+def dump(spec: Spec) -> dict[str, Any]:
+    """Every key, defaults included, as plain tables ready for TOML; what is not set is left out."""
+    return spec.model_dump(mode="json", by_alias=True, exclude_none=True)
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of a spec file, for editors."""
+    schema = Spec.model_json_schema(by_alias=True)
+    schema["required"] = [name for name in schema["required"] if name != "name"]
+    schema["properties"]["sweep"] = {
+        "type": "object",
+        "description": "Dotted keys with lists of values: one run for each combination",
+        "additionalProperties": {"type": "array", "minItems": 1},
+    }
+    schema["title"] = "fluxrun spec"
+    return schema

@@ -1,0 +1,236 @@
+"""Reading spec files: all faults of all files at once, each with file, line, key, what was found and what is allowed."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import re
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from runner.errors import Fault, SpecError
+from runner.spec import Spec
+from runner.specfaults import Where, explain, show
+from runner.specrules import broken_rules, fill_defaults, secrets
+from runner.tomllines import key_lines, line_of
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a spec came from, so that later checks can point at a line. `swept`: keys that [sweep] set."""
+
+    file: Path
+    lines: Mapping[Where, int]
+    swept: frozenset[str] = frozenset()
+
+    def fault(self, key: str, message: str) -> Fault:
+        if key in self.swept:
+            where: Where = ("sweep", key) if ("sweep", key) in self.lines else ("sweep", *key.split("."))
+        else:
+            where = tuple(int(part) if part.isdigit() else part for part in key.split(".") if part)
+        return Fault(self.file, line_of(self.lines, where), key, message)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    spec: Spec
+    source: Source
+
+
+def load(paths: Sequence[Path]) -> list[Loaded]:
+    """Read files and folders (every *.toml in them, by name), expand sweeps. Raises SpecError."""
+    loaded: list[Loaded] = []
+    faults: list[Fault] = []
+    for file in _files(paths, faults):
+        for tables, source in _variants(file, faults):
+            spec = _build(tables, source, faults)
+            if spec is not None:
+                loaded.append(Loaded(spec, source))
+    faults += _same_names(loaded)
+    if faults:
+        raise SpecError(list(dict.fromkeys(faults)))
+    return loaded
+
+
+def local_path(text: str, source: Source) -> Path | None:
+    """The existing file or folder that a spec's text names, relative to the spec file; None where there is none."""
+    path = (source.file.parent / Path(text).expanduser()).resolve()
+    return path if path.exists() else None
+
+
+def _files(paths: Sequence[Path], faults: list[Fault]) -> list[Path]:
+    files: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(path.glob("*.toml"))
+            if not inside:
+                faults.append(Fault(path, 1, "", "no *.toml in this folder; name a spec file, or a folder of them"))
+            files += inside
+        else:
+            files.append(path)
+    return list(dict.fromkeys(files))
+
+
+def _read(file: Path) -> tuple[dict[str, Any], str]:
+    """Raises a Fault's parts as SpecError."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise SpecError([Fault(file, 1, "", "no such file; a SPEC is a TOML file, or a folder of them")]) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError([Fault(file, 1, "", f"cannot be read ({error})")]) from error
+    try:
+        return tomllib.loads(text), text
+    except tomllib.TOMLDecodeError as error:
+        found = re.search(r"at line (\d+)", str(error))
+        line = int(found[1]) if found else text.count("\n") + 1
+        what = re.sub(r" \(at .*\)$", "", str(error))
+        raise SpecError([Fault(file, line, "", f"not TOML: {what}")]) from error
+    except RecursionError as error:
+        raise SpecError([Fault(file, 1, "", "not a spec: nested too deeply")]) from error
+
+
+def _variants(file: Path, faults: list[Fault]) -> Iterator[tuple[dict[str, Any], Source]]:
+    """The tables of each run that a file asks for: one, or the product of [sweep]'s lists."""
+    try:
+        tables, text = _read(file)
+    except SpecError as error:
+        faults += error.faults
+        return
+    source = Source(file, key_lines(text))
+    tables.setdefault("name", file.stem)
+    sweep = _flat_sweep(tables.pop("sweep", {}))
+    bad = [Fault(file, line_of(source.lines, ("sweep", key)), f"sweep.{key}", message) for key, message in _sweep_faults(sweep)]
+    if bad:
+        faults += bad
+        return
+    if not sweep:
+        yield tables, source
+        return
+    for values in itertools.product(*sweep.values()):
+        variant = copy.deepcopy(tables)
+        for key, value in zip(sweep, values, strict=True):
+            _set(variant, key, value)
+        label = ",".join(f"{key}={_safe(value)}" for key, value in zip(sweep, values, strict=True))
+        variant["name"] = f"{tables['name']}/{label}"
+        yield variant, Source(file, source.lines, frozenset(sweep))
+
+
+def _flat_sweep(sweep: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(sweep, dict):
+        return {prefix: sweep}
+    out: dict[str, Any] = {}
+    for key, value in sweep.items():
+        out |= _flat_sweep(value, f"{prefix}.{key}" if prefix else key)
+    return out
+
+
+def _sweep_faults(sweep: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for key, values in sweep.items():
+        if not isinstance(values, list) or not values:
+            yield key, f'wanted is a list of values (found {show(values)}); e.g. "lora.rank" = [4, 8, 16]'
+        elif key in ("name", ""):
+            yield key, "a sweep names its runs itself; sweep another key"
+
+
+def _set(tables: dict[str, Any], dotted: str, value: Any) -> None:
+    *folders, last = dotted.split(".")
+    for folder in folders:
+        inner = tables.setdefault(folder, {})
+        if not isinstance(inner, dict):
+            return  # the table's own fault is reported when the spec is built
+        tables = inner
+    tables[last] = value
+
+
+def _safe(value: Any) -> str:
+    return re.sub(r"[^A-Za-z0-9._+-]+", "-", str(value)).strip("-") or "-"
+
+
+def _build(tables: dict[str, Any], source: Source, faults: list[Fault]) -> Spec | None:
+    """The frozen spec, or None with every fault added: those of single keys, and of keys that do not go together."""
+    found = [source.fault(key, message) for key, message in secrets(tables)]
+    own = fill_defaults(tables)
+    try:
+        spec = Spec.model_validate(own)
+    except (ValidationError, RecursionError) as error:
+        if isinstance(error, RecursionError):
+            found.append(source.fault("", "not a spec: nested too deeply"))
+            faults += found
+            return None
+        details = error.errors(include_url=False)
+        told = _one_per_key([explain(detail, own) for detail in details], tables)
+        found += [source.fault(key, message) for key, message in told]
+        # Rules over several keys still hold for the rest: take the bad keys out and look again.
+        bad = {key for key, _ in told}
+        pruned = fill_defaults(_without(tables, bad))
+        try:
+            rest = Spec.model_validate(pruned)
+        except (ValidationError, RecursionError):
+            faults += found
+            return None
+        found += [source.fault(k, m) for k, m in broken_rules(rest, tables) if not any(_touches(k, b) for b in bad)]
+        faults += found
+        return None
+    found += [source.fault(key, message) for key, message in broken_rules(spec, tables)]
+    faults += found
+    return None if found else spec
+
+
+def _one_per_key(told: list[tuple[str, str]], written: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Of a key's several faults (one per branch of a union) the one that names choices, else the first; none for
+    values that the user did not write, but another faulty key gave."""
+    best: dict[str, str] = {}
+    for key, message in told:
+        if key in best and not message.startswith("not one of the names"):
+            continue
+        if "required key" in message or _is_written(key, written) or not key:
+            best[key] = message
+    return list(best.items())
+
+
+def _is_written(key: str, tables: Any) -> bool:
+    """Whether the key, or a value that stands in its table's place, is in the file."""
+    for part in key.split("."):
+        if isinstance(tables, list):
+            tables = tables[int(part)] if part.isdigit() and int(part) < len(tables) else None
+        elif isinstance(tables, Mapping):
+            if part not in tables:
+                return False
+            tables = tables[part]
+        else:
+            return True
+    return True
+
+
+def _touches(key: str, bad: str) -> bool:
+    return key == bad or key.startswith(f"{bad}.") or bad.startswith(f"{key}.")
+
+
+def _without(tables: dict[str, Any], bad: set[str]) -> dict[str, Any]:
+    """A copy less the named keys; entries of arrays are taken out from the back."""
+    rest = copy.deepcopy(tables)
+    for key in sorted(bad, key=lambda name: [int(p) if p.isdigit() else -1 for p in name.split(".")], reverse=True):
+        inner: Any = rest
+        *folders, last = key.split(".")
+        for folder in folders:
+            inner = inner[int(folder)] if isinstance(inner, list) and folder.isdigit() else inner.get(folder, {}) if isinstance(inner, dict) else {}
+        if isinstance(inner, dict):
+            inner.pop(last, None)
+        elif isinstance(inner, list) and last.isdigit() and int(last) < len(inner):
+            del inner[int(last)]
+    return rest
+
+
+def _same_names(loaded: Sequence[Loaded]) -> Iterator[Fault]:
+    seen: dict[str, Source] = {}
+    for one in loaded:
+        name = one.spec.name.lower()  # one folder on disks that ignore case
+        if name in seen:
+            yield one.source.fault("name", f"two runs have this name (found {show(one.spec.name)}, also in {seen[name].file}); give each its own")
+        seen.setdefault(name, one.source)

@@ -1,0 +1,106 @@
+"""Defaults that depend on other keys, and rules over several keys."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from runner.spec import Spec
+from runner.specfaults import show
+
+SECRET_KEYS = {"token", "hf_token", "hub_token", "api_key", "apikey", "password", "secret"}
+
+
+def fill_defaults(tables: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy with the values that default to another key's. Wrong types are left for the model to refuse."""
+    out = copy.deepcopy(dict(tables))
+
+    def table(name: str) -> dict[str, Any]:
+        inner = out.setdefault(name, {})
+        return inner if isinstance(inner, dict) else {}
+
+    optimizer, train, lora, data = table("optimizer"), table("train"), table("lora"), table("data")
+    optimizer.setdefault("name", "adamw")
+    if isinstance(train.get("weighting"), dict):
+        train["weighting"].setdefault("scheme", "none")
+    train.setdefault("lr", 1.0 if optimizer["name"] == "prodigy" else 1e-4)
+    lora.setdefault("alpha", _float(lora.get("rank", 16)))
+    inversion, validate = table("inversion"), table("validate")
+    inversion.setdefault("until", 1.0 if lora.get("until") == 0 else 0.5)
+    inversion.setdefault("lr", train["lr"])
+    if isinstance(out.get("text_lora"), dict):
+        text_lora = out["text_lora"]
+        text_lora.setdefault("alpha", _float(text_lora.get("rank", 16)))
+        text_lora.setdefault("lr", train["lr"])
+    if "size" not in validate:
+        resolution = data.get("resolution", 512)
+        validate["size"] = resolution[0] if isinstance(resolution, list) and resolution else resolution
+    for name in ("model", "data", "train"):
+        if not out[name] and name not in tables:
+            del out[name]  # a required table that is not there is one fault, not its keys'
+    return out
+
+
+def _float(value: Any) -> Any:
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def secrets(tables: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """Keys and values that look like a credential; the value is not shown."""
+    said = "no secret may stand in a spec (not shown); take it out, use the environment variable HF_TOKEN or `hf auth login`"
+    items = tables.items() if isinstance(tables, Mapping) else enumerate(tables) if isinstance(tables, list) else ()
+    for name, value in items:
+        key = f"{path}.{name}" if path else str(name)
+        if (str(name).lower() in SECRET_KEYS and isinstance(value, str)) or (isinstance(value, str) and value.startswith("hf_")):
+            yield key, said
+        else:
+            yield from secrets(value, key)
+
+
+def broken_rules(spec: Spec, written: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(dotted key, message) for keys that do not go together. `written`: the tables as the user wrote them."""
+    if spec.train.steps is None and spec.train.epochs is None:
+        yield "train.steps", "required key is missing; set train.steps, or train.epochs instead"
+    if spec.train.steps is not None and spec.train.epochs is not None:
+        yield "train.epochs", f"train.steps is set too (found {spec.train.epochs}); set one of them"
+    names = [token.name for token in spec.tokens]
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            yield f"tokens.{index}.name", f"another token has this name (found {show(name)}); give each its own"
+    if not spec.tokens and "inversion" in written:
+        yield "inversion", "there are no tokens to learn; add a [[tokens]] table with a name, or take [inversion] out"
+    if spec.inversion.encoders not in (("clip",), ("clip", "t5")):
+        yield "inversion.encoders", f'not a choice of encoders (found {show(list(spec.inversion.encoders))}); allowed are ["clip"] and ["clip", "t5"]'
+    if spec.lora.until == 0 and not spec.tokens and spec.text_lora is None:
+        yield "lora.until", "nothing is left to train (found 0); raise it, or add a [[tokens]] table for textual inversion"
+    if spec.text_lora is not None and spec.tokens:
+        yield "text_lora", "CLIP cannot learn a LoRA and token rows in one run; take [text_lora] or [[tokens]] out"
+    yield from _prodigy(spec)
+    yield from _schedule(spec)
+    if spec.validation.every is not None and not spec.validation.prompts:
+        yield "validate.every", f"there is nothing to draw (found {spec.validation.every}); set validate.prompts"
+
+
+def _prodigy(spec: Spec) -> Iterator[tuple[str, str]]:
+    if spec.optimizer.name != "prodigy":
+        return
+    own = {"inversion.lr": spec.inversion.lr if spec.tokens else None, "text_lora.lr": spec.text_lora.lr if spec.text_lora else None}
+    for key, lr in own.items():
+        if lr is not None and lr != spec.train.lr:
+            yield key, (
+                f"Prodigy estimates one step size for everything it trains, so all learning rates are one (found {lr:g}, "
+                f"train.lr is {spec.train.lr:g}); take this key out, or use optimizer.name = \"adamw\""
+            )
+
+
+def _schedule(spec: Spec) -> Iterator[tuple[str, str]]:
+    steps, own = spec.train.steps, spec.schedule
+    if steps is not None and own.warmup > steps:
+        yield "schedule.warmup", f"longer than the run (found {own.warmup}, train.steps is {steps}); lower it"
+    if own.warmup and own.name == "constant":
+        yield "schedule.warmup", f"the constant schedule has no warm-up (found {own.warmup}); use schedule.name = \"constant_with_warmup\""
+    if own.cycles != 1 and own.name != "cosine_with_restarts":
+        yield "schedule.cycles", f"only cosine_with_restarts has cycles (found {own.cycles}); take it out, or use that schedule"
+    if own.power != 1 and own.name != "polynomial":
+        yield "schedule.power", f"only polynomial has a power (found {own.power:g}); take it out, or use that schedule"

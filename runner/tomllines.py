@@ -1,0 +1,81 @@
+"""Where each key of a TOML text stands: tomllib tells no line numbers. Only for text that tomllib has parsed."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Mapping
+
+Path = tuple[str | int, ...]
+
+_KEY = r"""(?:[A-Za-z0-9_-]+|"(?:[^"\\\n]|\\.)*"|'[^'\n]*')"""
+_DOTTED = rf"{_KEY}(?:[ \t]*\.[ \t]*{_KEY})*"
+_TOKEN = re.compile(
+    r'''(?P<string>"""(?:\\.|[^\\])*?"{3,5}|\'\'\'.*?\'{3,5}|"(?:\\.|[^"\\\n])*"|\'[^\'\n]*\')'''
+    r"|(?P<comment>\#[^\n]*)|(?P<open>[\[{])|(?P<close>[\]}])|(?P<newline>\n)",
+    re.DOTALL,
+)
+_HEADER = re.compile(rf"[ \t]*(?P<open>\[\[?)[ \t]*(?P<key>{_DOTTED})[ \t]*\]\]?")
+_ASSIGNMENT = re.compile(rf"[ \t]*(?P<key>{_DOTTED})[ \t]*=")
+
+
+def key_lines(text: str) -> dict[Path, int]:
+    """Key path -> 1-based line, e.g. ("tokens", 0, "name") -> 12. Keys inside inline tables have their table's line."""
+    text = text.replace("\r\n", "\n")
+    lines: dict[Path, int] = {}
+    counts: dict[Path, int] = {}
+    table: Path = ()
+    for number, statement in _statements(text):
+        if header := _HEADER.match(statement):
+            table = _in_arrays(_parts(header["key"]), counts, new=header["open"] == "[[")
+            lines.setdefault(table, number)
+        elif assignment := _ASSIGNMENT.match(statement):
+            path = table + _parts(assignment["key"])
+            for length in range(len(table) + 1, len(path) + 1):
+                lines.setdefault(path[:length], number)
+    return lines
+
+
+def line_of(lines: Mapping[Path, int], path: Path) -> int:
+    """The line of a key, else of the nearest table around it, else 1."""
+    for length in range(len(path), 0, -1):
+        if path[:length] in lines:
+            return lines[path[:length]]
+    return 1
+
+
+def _statements(text: str) -> list[tuple[int, str]]:
+    """(line, text) of each statement: what stands between newlines that no string or bracket holds."""
+    found: list[tuple[int, str]] = []
+    start = depth = 0
+    for token in _TOKEN.finditer(text):
+        if token["open"]:
+            depth += 1
+        elif token["close"]:
+            depth -= 1
+        elif token["newline"] and depth == 0:
+            found.append((text.count("\n", 0, start) + 1, text[start : token.start()]))
+            start = token.end()
+    return [*found, (text.count("\n", 0, start) + 1, text[start:])]
+
+
+def _parts(dotted: str) -> Path:
+    """`a."b.c"` -> ("a", "b.c"), by tomllib itself."""
+    value = tomllib.loads(f"{dotted} = 0")
+    path: list[str | int] = []
+    while isinstance(value, dict):
+        key, value = next(iter(value.items()))
+        path.append(key)
+    return tuple(path)
+
+
+def _in_arrays(path: Path, counts: dict[Path, int], *, new: bool) -> Path:
+    """Put the current index behind each part that is an array of tables."""
+    out: Path = ()
+    for position, part in enumerate(path):
+        out += (part,)
+        if new and position == len(path) - 1:
+            counts[out] = counts.get(out, -1) + 1
+        if out in counts:
+            out += (counts[out],)
+    return out
