@@ -122,7 +122,9 @@ def lora_layers(layers: Mapping[str, tuple[int, int]], wanted: str | tuple[str, 
     layer, which the preset `all` leaves out (it is in the blocks that other trainers' "all" means).
     """
     suffixes = PRESETS[wanted] if isinstance(wanted, str) else wanted
-    chosen = {name: shape for name, shape in layers.items() if any(name == s or name.endswith("." + s) for s in suffixes)}
+    chosen = {
+        name: shape for name, shape in layers.items() if any(name == s or name.endswith("." + s) for s in suffixes)
+    }
     if isinstance(wanted, str):
         chosen.pop("proj_out", None)
     return chosen

@@ -132,7 +132,12 @@ def plan(ctx: click.Context, specs: tuple[Path, ...], runs: Path, as_json: bool)
         errors = [{"file": str(f.file), "line": f.line, "key": f.key, "message": f.message} for f in error.faults]
     if as_json:
         rows = [
-            {**planning.as_json(job.plan), "spec": str(job.file), "state": job.verdict.state, "reason": job.verdict.reason}
+            {
+                **planning.as_json(job.plan),
+                "spec": str(job.file),
+                "state": job.verdict.state,
+                "reason": job.verdict.reason,
+            }
             for job in jobs
         ]
         click.echo(json.dumps({"runs": rows, "errors": errors}, indent=1))

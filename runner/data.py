@@ -135,12 +135,16 @@ def _opener(path: Path) -> Callable[[], Image]:
                 image.load()
                 return image
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise FluxrunError(f"{path}: not a readable image ({error}); mend it or take it out of the folder") from error
+            raise FluxrunError(
+                f"{path}: not a readable image ({error}); mend it or take it out of the folder"
+            ) from error
 
     return open_image
 
 
-def read_hub(source: str, config: str | None, split: str, image_column: str, caption_column: str | None, prompt: str | None) -> Pictures:
+def read_hub(
+    source: str, config: str | None, split: str, image_column: str, caption_column: str | None, prompt: str | None
+) -> Pictures:
     """Whatever `datasets` loads by name. Its content is known only once it is here, so the fingerprint is its name."""
     from datasets import Image as ImageFeature
     from datasets import load_dataset
@@ -170,7 +174,9 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
-def pixels(image: Image, name: str, size: int, *, center: bool, flip: bool, interpolation: str, seed: int) -> np.ndarray[Any, Any]:
+def pixels(
+    image: Image, name: str, size: int, *, center: bool, flip: bool, interpolation: str, seed: int
+) -> np.ndarray[Any, Any]:
     """[size, size, 3] uint8: upright, shorter side resized to `size`, cropped, perhaps mirrored.
 
     Crop and mirror are drawn once per picture, from the seed and its name.

@@ -39,7 +39,11 @@ def deliver(desk: Desk, run: Run, weights: Weights) -> list[tuple[str, Image.Ima
         files.make_folder(aside / "samples")
         shutil.copyfile(sample_file(run, desk.plan.steps, index), aside / name)
         shown.append((expand(prompt, desk.plan.placeholders), name))
-    settings = {key: value for key, value in flat(dump(desk.spec)).items() if not key.startswith(("data.source", "model.base", "prior", "hub"))}
+    settings = {
+        key: value
+        for key, value in flat(dump(desk.spec)).items()
+        if not key.startswith(("data.source", "model.base", "prior", "hub"))
+    }
     named = desk.spec.model.base if not Path(desk.spec.model.base).is_dir() else Path(desk.spec.model.base).name
     card = export.model_card(
         desk.plan.name, named, settings, exported, shown, sample.GUIDANCE, desk.spec.model.max_sequence_length

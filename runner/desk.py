@@ -65,14 +65,18 @@ class Desk:
             yield from pool.map(decode, self.pictures.items)
 
     def latent_key(self, pixels: Any) -> str:
-        return key_of("latents", pixels.tobytes(), json.dumps(pixels.shape), self.part_print("vae"), str(self.base.dtype))
+        return key_of(
+            "latents", pixels.tobytes(), json.dumps(pixels.shape), self.part_print("vae"), str(self.base.dtype)
+        )
 
     def text_key(self, encoder: str, caption: str, rows: Tensor | None) -> str:
         """`caption` as written; `rows` are the encoder's learned ones, None where it has none."""
         length = self.spec.model.max_sequence_length if encoder == "t5" else 77
         learned = "" if rows is None else files.sha256([raw(rows).data])
         model = [self.part_print(part) for part in PARTS[encoder]]
-        return key_of(encoder, tokens.expand(caption, self.plan.placeholders), learned, *model, length, str(self.base.dtype))
+        return key_of(
+            encoder, tokens.expand(caption, self.plan.placeholders), learned, *model, length, str(self.base.dtype)
+        )
 
     @property
     def pieces(self) -> list[str]:

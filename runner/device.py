@@ -18,7 +18,9 @@ def choose(gpus: str | None) -> torch.device:
     if gpus == "cpu" or (gpus is None and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise FluxrunError(f"--gpus {gpus}: this machine shows torch no CUDA GPU; use --gpus cpu, or install a CUDA torch")
+        raise FluxrunError(
+            f"--gpus {gpus}: this machine shows torch no CUDA GPU; use --gpus cpu, or install a CUDA torch"
+        )
     return torch.device("cuda", int((gpus or "0").split(",")[0]))
 
 

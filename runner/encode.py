@@ -63,7 +63,9 @@ def _encode_captions(desk: Desk, encoder: str, rows: Tensor | None) -> None:
 class LiveEncoder:
     """A text encoder on the device, with learned rows if it has any; knows each caption's ids."""
 
-    def __init__(self, encoder: str, model: nn.Module, ids: Mapping[str, Tensor], rows: nn.Parameter | None, std: float) -> None:
+    def __init__(
+        self, encoder: str, model: nn.Module, ids: Mapping[str, Tensor], rows: nn.Parameter | None, std: float
+    ) -> None:
         self.encoder = encoder
         self.model = model
         self.ids = ids

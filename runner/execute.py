@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -32,7 +33,14 @@ HEARTBEAT = 1.0  # seconds between writes of the step into state.json
 
 
 def execute(
-    run: Run, spec: Spec, plan: Plan, pictures: Pictures, base: flux.Base, cache: Cache, say: Say, stop_requested: Callable[[], bool]
+    run: Run,
+    spec: Spec,
+    plan: Plan,
+    pictures: Pictures,
+    base: flux.Base,
+    cache: Cache,
+    say: Say,
+    stop_requested: Callable[[], bool],
 ) -> None:
     """Raises whatever ends the run early; the caller writes that into its state."""
     with run.locked():
@@ -54,7 +62,9 @@ def execute(
                         progress = train_phase(desk, phase, progress, clerk.save, clerk.step)
                         device.release(base.device)
                     case Export():
-                        for index, (_, picture) in enumerate(deliver(desk, run, progress.weights if progress else Weights())):
+                        for index, (_, picture) in enumerate(
+                            deliver(desk, run, progress.weights if progress else Weights())
+                        ):
                             clerk.tracker.picture(str(index), picture, plan.steps)
                 say.end_phase()
             clerk.finish()
@@ -91,7 +101,9 @@ def newest_checkpoint(run: Run, plan: Plan, say: Say) -> Checkpoint | None:
 class Clerk:
     """Writes down how one run goes: checkpoints, state, log, events."""
 
-    def __init__(self, run: Run, plan: Plan, spec: Spec, say: Say, progress: Checkpoint | None, where: torch.device) -> None:
+    def __init__(
+        self, run: Run, plan: Plan, spec: Spec, say: Say, progress: Checkpoint | None, where: torch.device
+    ) -> None:
         self.run, self.plan, self.spec, self.say, self.where = run, plan, spec, say, where
         self.phase: Phase = plan.phases[0]
         self.began, self.beat = time.monotonic(), 0.0
@@ -106,7 +118,7 @@ class Clerk:
             base=spec.model.base, step=self.at_step, versions=versions(),
         )  # fmt: skip
 
-    def facts(self) -> dict[str, object]:
+    def facts(self) -> dict[str, Any]:
         """What the index shows, as far as it is known now."""
         return {
             "phase": self.phase.name,
@@ -149,7 +161,9 @@ class Clerk:
         self.say.log(f"checkpoint at step {made.step}")
 
     def finish(self) -> None:
-        exports = sorted(path.relative_to(self.run.folder).as_posix() for path in self.run.export.iterdir() if path.is_file())
+        exports = sorted(
+            path.relative_to(self.run.folder).as_posix() for path in self.run.export.iterdir() if path.is_file()
+        )
         self.run.write_state("done", **self.facts(), finished=time.time(), exports=exports)
         self.say.line(f"done: {self.run.export}")
 

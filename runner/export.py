@@ -63,7 +63,9 @@ def verify_lora(transformer: Any, weights: Weights, shape: LoraShape) -> None:
     scale = shape.alpha / shape.rank
     for name, module in transformer.named_modules():
         if adapters[0] in getattr(module, "scaling", {}) and module.scaling[adapters[0]] != scale:
-            raise BadFile(f"{LORA_FILE}: {name} reads back with scale {module.scaling[adapters[0]]}, trained was {scale}")
+            raise BadFile(
+                f"{LORA_FILE}: {name} reads back with scale {module.scaling[adapters[0]]}, trained was {scale}"
+            )
 
 
 def verify_embeddings(pipe: Any, weights: Weights, pieces: list[str]) -> None:
@@ -78,7 +80,13 @@ def verify_embeddings(pipe: Any, weights: Weights, pieces: list[str]) -> None:
 
 
 def model_card(
-    name: str, base: str, settings: Mapping[str, Any], exported: Exported, pictures: list[tuple[str, str]], guidance: float, length: int
+    name: str,
+    base: str,
+    settings: Mapping[str, Any],
+    exported: Exported,
+    pictures: list[tuple[str, str]],
+    guidance: float,
+    length: int,
 ) -> str:
     """README.md of a hub repo: how to use the files, with code that works as pasted. pictures: (prompt, file)."""
     front = ["---", f"base_model: {base}", "library_name: diffusers", "pipeline_tag: text-to-image", "tags:"]
@@ -92,9 +100,21 @@ def model_card(
             front += [f"- text: {json.dumps(prompt)}", "  output:", f"    url: {file}"]
     lines = [*front, "---", "", f"# {name}", "", f"Trained on `{base}` by fluxrun.", ""]
     if words:
-        lines += ["## Trigger words", "", *(f"- `{text}` is what the training captions call {word}" for word, text in words.items()), ""]
+        lines += [
+            "## Trigger words",
+            "",
+            *(f"- `{text}` is what the training captions call {word}" for word, text in words.items()),
+            "",
+        ]
     lines += ["## Use with diffusers", "", "```python", *_code(base, exported, guidance, length), "```", ""]
-    lines += ["## Settings", "", "| key | value |", "|---|---|", *(f"| {key} | `{value}` |" for key, value in settings.items()), ""]
+    lines += [
+        "## Settings",
+        "",
+        "| key | value |",
+        "|---|---|",
+        *(f"| {key} | `{value}` |" for key, value in settings.items()),
+        "",
+    ]
     return "\n".join(lines)
 
 
@@ -116,5 +136,3 @@ def _code(base: str, exported: Exported, guidance: float, length: int) -> list[s
             )
     prompt = f"a {exported.placeholders[0].text}" if exported.placeholders else "your prompt"
     return [*lines, f'image = pipe("{prompt}", guidance_scale={guidance}, max_sequence_length={length}).images[0]']
-
-

@@ -30,7 +30,9 @@ class Base:
     dtype: torch.dtype
 
 
-def open_base(text: str, near: Path, revision: str | None, variant: str | None, device: torch.device, dtype: torch.dtype) -> Base:
+def open_base(
+    text: str, near: Path, revision: str | None, variant: str | None, device: torch.device, dtype: torch.dtype
+) -> Base:
     """Find the base on disk (`builtin:tiny`, a folder), or fetch its diffusers parts from the hub."""
     folder = local_folder(text, near)
     if folder is None:
@@ -54,19 +56,27 @@ def quiet() -> None:
 def load_clip(base: Base) -> nn.Module:
     from transformers import CLIPTextModel
 
-    return _frozen(CLIPTextModel.from_pretrained(base.folder, subfolder="text_encoder", dtype=base.dtype, variant=base.variant), base)
+    return _frozen(
+        CLIPTextModel.from_pretrained(base.folder, subfolder="text_encoder", dtype=base.dtype, variant=base.variant),
+        base,
+    )
 
 
 def load_t5(base: Base) -> nn.Module:
     from transformers import T5EncoderModel
 
-    return _frozen(T5EncoderModel.from_pretrained(base.folder, subfolder="text_encoder_2", dtype=base.dtype, variant=base.variant), base)
+    return _frozen(
+        T5EncoderModel.from_pretrained(base.folder, subfolder="text_encoder_2", dtype=base.dtype, variant=base.variant),
+        base,
+    )
 
 
 def load_vae(base: Base) -> nn.Module:
     from diffusers import AutoencoderKL
 
-    return _frozen(AutoencoderKL.from_pretrained(base.folder, subfolder="vae", dtype=base.dtype, variant=base.variant), base)
+    return _frozen(
+        AutoencoderKL.from_pretrained(base.folder, subfolder="vae", dtype=base.dtype, variant=base.variant), base
+    )
 
 
 def load_transformer(base: Base) -> nn.Module:
@@ -176,7 +186,7 @@ class Flow:
         from diffusers.training_utils import compute_density_for_timestep_sampling
 
         own = self.weighting
-        u = compute_density_for_timestep_sampling(
+        u: Tensor = compute_density_for_timestep_sampling(
             own.scheme, count, logit_mean=own.mean, logit_std=own.std, mode_scale=own.scale, generator=generator
         )
         return (u * len(self.timesteps)).long().clamp(max=len(self.timesteps) - 1)
@@ -192,7 +202,7 @@ class Flow:
         """Weighted squared error, a mean per picture, then over pictures; scalar fp32."""
         from diffusers.training_utils import compute_loss_weighting_for_sd3
 
-        weights = compute_loss_weighting_for_sd3(self.weighting.scheme, noised.sigmas)
+        weights: Tensor = compute_loss_weighting_for_sd3(self.weighting.scheme, noised.sigmas)
         errors = weights.float() * (prediction.float() - noised.target.float()) ** 2
         return errors.flatten(1).mean(1).mean()
 
@@ -205,7 +215,9 @@ class Text:
     vec: Tensor
 
 
-def predictor(transformer: nn.Module, guidance: float, h: int, w: int, device: torch.device, dtype: torch.dtype) -> Callable[[Noised, Text], Tensor]:
+def predictor(
+    transformer: nn.Module, guidance: float, h: int, w: int, device: torch.device, dtype: torch.dtype
+) -> Callable[[Noised, Text], Tensor]:
     """The transformer's velocity prediction for one picture size; ids and guidance are built here, once."""
     img_ids = image_ids(h, w, device, dtype)
     guided = bool(transformer.config.guidance_embeds)  # type: ignore[union-attr]

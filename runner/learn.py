@@ -138,10 +138,17 @@ def build_optimizer(spec: Spec, adapter: Mapping[str, nn.Parameter], rows: Mappi
     """One group per kind of parameter; a group without parameters is left out."""
     own = spec.optimizer
     scale = spec.train.batch_size * spec.train.accumulate * spec.compute.gpus if spec.train.scale_lr else 1
-    assert spec.train.lr is not None and spec.inversion.lr is not None  # the spec resolves both
+    assert spec.train.lr is not None
+    assert spec.inversion.lr is not None  # the spec resolves both
     groups = [
-        Group({f"lora/{name}": parameter for name, parameter in adapter.items()}, spec.train.lr * scale, own.weight_decay),
-        Group({f"rows/{name}": parameter for name, parameter in rows.items()}, spec.inversion.lr * scale, spec.inversion.weight_decay),
+        Group(
+            {f"lora/{name}": parameter for name, parameter in adapter.items()}, spec.train.lr * scale, own.weight_decay
+        ),
+        Group(
+            {f"rows/{name}": parameter for name, parameter in rows.items()},
+            spec.inversion.lr * scale,
+            spec.inversion.weight_decay,
+        ),
     ]
     numbers = own.model_dump(exclude={"name", "weight_decay"})
     built = ProdigyNumbers(**numbers) if own.name == "prodigy" else Adam(**numbers)

@@ -114,7 +114,7 @@ def _prodigy(rows: list[dict[str, Any]], numbers: ProdigyNumbers) -> torch.optim
     from prodigyopt import Prodigy
 
     with contextlib.redirect_stdout(io.StringIO()):  # it announces its weight decay by print
-        return Prodigy(
+        built: torch.optim.Optimizer = Prodigy(
             rows,
             betas=(numbers.beta1, numbers.beta2),
             beta3=numbers.beta3,
@@ -127,9 +127,12 @@ def _prodigy(rows: list[dict[str, Any]], numbers: ProdigyNumbers) -> torch.optim
             d0=numbers.d0,
             growth_rate=numbers.growth_rate or float("inf"),
         )
+    return built
 
 
-def schedule(name: Literal["constant"] | str, *, warmup: int, steps: int, cycles: float, power: float) -> Callable[[int], float]:
+def schedule(
+    name: Literal["constant"] | str, *, warmup: int, steps: int, cycles: float, power: float
+) -> Callable[[int], float]:
     """diffusers' schedule as a function: optimisation step (from 0) -> factor of the learning rate.
 
     A function of the step needs no state: a resumed run and an extended one read the same curve.
@@ -138,7 +141,12 @@ def schedule(name: Literal["constant"] | str, *, warmup: int, steps: int, cycles
 
     dummy = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
     built = get_scheduler(
-        name, dummy, num_warmup_steps=warmup, num_training_steps=steps, num_cycles=cycles, power=power  # type: ignore[arg-type]
+        name,
+        dummy,
+        num_warmup_steps=warmup,
+        num_training_steps=steps,
+        num_cycles=cycles,
+        power=power,  # type: ignore[arg-type]
     )
     factor: Callable[[int], float] = built.lr_lambdas[0]  # type: ignore[attr-defined]
     return factor

@@ -17,7 +17,17 @@ ENCODERS = ("clip", "t5")
 
 # Values that leave the trained weights alone. Everything else is in every training phase's key. `data.source` and
 # `model.base` are paths; what they point at is in the key by its fingerprint.
-NOT_IN_KEY = ("name", "checkpoint", "track", "hub", "validate", "data.source", "data.workers", "model.base", "prior.images")
+NOT_IN_KEY = (
+    "name",
+    "checkpoint",
+    "track",
+    "hub",
+    "validate",
+    "data.source",
+    "data.workers",
+    "model.base",
+    "prior.images",
+)
 
 
 @dataclass(frozen=True)
@@ -123,7 +133,9 @@ def make_plan(spec: Spec, facts: Facts) -> Plan:
     faults = [*_unavailable(spec), *_token_faults(spec, facts, known), *_layer_faults(spec, facts)]
     asked = spec.train.steps or _epoch_steps(spec, facts)
     if asked is None:
-        faults.append(("train.epochs", "the images of a hub data set are not counted before it is here; set train.steps"))
+        faults.append(
+            ("train.epochs", "the images of a hub data set are not counted before it is here; set train.steps")
+        )
     if faults or asked is None:
         raise PlanError(faults)
     rows_stop = math.ceil(_until(spec.inversion.until) * asked) if known else 0
@@ -145,7 +157,9 @@ def _epoch_steps(spec: Spec, facts: Facts) -> int | None:
     return math.ceil(facts.images * spec.data.repeats / per_step) * spec.train.epochs
 
 
-def _phases(spec: Spec, facts: Facts, known: Sequence[tokens.Placeholder], rows_stop: int, lora_stop: int) -> tuple[Phase, ...]:
+def _phases(
+    spec: Spec, facts: Facts, known: Sequence[tokens.Placeholder], rows_stop: int, lora_stop: int
+) -> tuple[Phase, ...]:
     learning = spec.inversion.encoders if known else ()
     vectors = sum(len(placeholder.pieces) for placeholder in known)
     rows, lora = vectors * _width(facts, learning), _lora_count(spec, facts)
@@ -305,4 +319,9 @@ def resident(phase: Phase) -> tuple[str, ...]:
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
-    return {"name": plan.name, "steps": plan.steps, "notes": list(plan.notes), "phases": [describe(p) for p in plan.phases]}
+    return {
+        "name": plan.name,
+        "steps": plan.steps,
+        "notes": list(plan.notes),
+        "phases": [describe(p) for p in plan.phases],
+    }

@@ -39,7 +39,7 @@ def prepare(paths: Sequence[Path], runs: Path, *, fetch: bool, fresh: bool) -> l
     """Raises SpecError with all faults of all specs. `fetch`: hub data sets are loaded, so that they can be checked."""
     jobs: list[Job] = []
     faults: list[Fault] = []
-    shared: dict[tuple[object, ...], Pictures | None | list[str]] = {}
+    shared: dict[tuple[object, ...], Pictures | list[str] | None] = {}
     try:
         loaded_specs = load(paths)
     except SpecError as error:
@@ -56,11 +56,18 @@ def prepare(paths: Sequence[Path], runs: Path, *, fetch: bool, fresh: bool) -> l
 
 
 def _prepare_one(
-    loaded: Loaded, runs: Path, fetch: bool, fresh: bool, shared: dict[tuple[object, ...], Pictures | None | list[str]]
+    loaded: Loaded, runs: Path, fetch: bool, fresh: bool, shared: dict[tuple[object, ...], Pictures | list[str] | None]
 ) -> Job | list[Fault]:
     spec, source = _absolute(loaded), loaded.source
     faults = [source.fault(*fault) for fault in _base_faults(spec)]
-    asked = (spec.data.source, spec.data.config, spec.data.split, spec.data.image_column, spec.data.caption_column, spec.data.prompt)
+    asked = (
+        spec.data.source,
+        spec.data.config,
+        spec.data.split,
+        spec.data.image_column,
+        spec.data.caption_column,
+        spec.data.prompt,
+    )
     if asked not in shared:  # a sweep reads its data once
         shared[asked] = _pictures(spec, fetch)
     pictures = shared[asked]
@@ -95,20 +102,29 @@ def _base_faults(spec: Spec) -> list[tuple[str, str]]:
     base = spec.model.base
     folder = local_folder(base, Path())
     if folder is None and (base.startswith("builtin:") or not HUB_ID.fullmatch(base)):
-        return [("model.base", f"no such model (found {base!r}); allowed are a hub id (owner/name), a folder beside the spec, {', '.join(BUILTIN)}")]
+        return [
+            (
+                "model.base",
+                f"no such model (found {base!r}); allowed are a hub id (owner/name), a folder beside the spec, {', '.join(BUILTIN)}",
+            )
+        ]
     if folder is not None and not (folder / "model_index.json").is_file():
-        return [("model.base", f"{folder} holds no model_index.json; wanted is a model in diffusers' layout (FluxPipeline)")]
+        return [
+            ("model.base", f"{folder} holds no model_index.json; wanted is a model in diffusers' layout (FluxPipeline)")
+        ]
     return []
 
 
-def _pictures(spec: Spec, fetch: bool) -> Pictures | None | list[str]:
+def _pictures(spec: Spec, fetch: bool) -> Pictures | list[str] | None:
     """The data set, None where only the hub has it, or what is wrong with it."""
     own = spec.data
     try:
         if Path(own.source).is_dir():
             return data.read_folder(Path(own.source), own.image_column, own.caption_column, own.prompt)
         if not HUB_ID.fullmatch(own.source):
-            return [f"no such folder (found {own.source!r}); allowed are a folder (relative to the spec) or a hub data set (owner/name)"]
+            return [
+                f"no such folder (found {own.source!r}); allowed are a folder (relative to the spec) or a hub data set (owner/name)"
+            ]
         if fetch:
             return data.read_hub(own.source, own.config, own.split, own.image_column, own.caption_column, own.prompt)
         return None
@@ -124,6 +140,8 @@ def _facts(spec: Spec, pictures: Pictures | None) -> Facts:
     base = fingerprint(folder) if folder else key_of("hub", spec.model.base, spec.model.revision, spec.model.variant)
     config = transformer_config(spec.model.base, folder)
     if pictures is None:
-        named = data.hub_fingerprint(own.source, own.config, own.split, own.image_column, own.caption_column, own.prompt)
+        named = data.hub_fingerprint(
+            own.source, own.config, own.split, own.image_column, own.caption_column, own.prompt
+        )
         return Facts(None, None, named, base, config)
     return Facts(pictures.captions, len(pictures.items), pictures.fingerprint, base, config)

@@ -79,7 +79,10 @@ class Run:
             if state.get("state") == "done" and self.export.is_dir():
                 return Verdict("done", "same spec, data and base; its exports are there")
             step = max((step for step, _ in self.checkpoint_files()), default=0)
-            return Verdict("resume", f"interrupted; last checkpoint at step {step} of {plan.steps}" if step else "no checkpoint yet")
+            return Verdict(
+                "resume",
+                f"interrupted; last checkpoint at step {step} of {plan.steps}" if step else "no checkpoint yet",
+            )
         changed = self.differences(spec)
         if changed:
             return Verdict("changed", "; ".join(changed))
@@ -92,7 +95,9 @@ class Run:
         """Keys that change the result and differ from the run's own spec, as `KEY: old -> new`."""
         old = flat(_spec_tables(self.spec_file))
         new = flat(dump(spec))
-        keys = [key for key in {**old, **new} if not any(key == skip or key.startswith(f"{skip}.") for skip in NOT_IN_KEY)]
+        keys = [
+            key for key in {**old, **new} if not any(key == skip or key.startswith(f"{skip}.") for skip in NOT_IN_KEY)
+        ]
         return [f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in keys if old.get(key) != new.get(key)]
 
     def claim(self, spec: Spec, plan: Plan, version: str) -> None:

@@ -42,7 +42,9 @@ def load_embeddings(pipe: Any, file: Path, placeholders: Sequence[tokens.Placeho
     rows = load_file(file)
     pipe.load_textual_inversion(rows["clip_l"], token=pieces, text_encoder=pipe.text_encoder, tokenizer=pipe.tokenizer)
     if "t5" in rows:
-        pipe.load_textual_inversion(rows["t5"], token=pieces, text_encoder=pipe.text_encoder_2, tokenizer=pipe.tokenizer_2)
+        pipe.load_textual_inversion(
+            rows["t5"], token=pieces, text_encoder=pipe.text_encoder_2, tokenizer=pipe.tokenizer_2
+        )
 
 
 def text_pipeline(base: Base, exported: Exported | None) -> Any:
@@ -77,7 +79,9 @@ def load_lora(pipe: Any, file: Path) -> None:
     pipe.load_lora_weights(file.parent, weight_name=file.name)
 
 
-def draw(pipe: Any, read: Read, seed: int, *, steps: int, size: int, guidance: float = GUIDANCE, scale: float = 1.0) -> Image.Image:
+def draw(
+    pipe: Any, read: Read, seed: int, *, steps: int, size: int, guidance: float = GUIDANCE, scale: float = 1.0
+) -> Image.Image:
     """One picture. The noise comes from a CPU generator, so that a seed means the same on every device."""
     image: Image.Image = pipe(
         prompt_embeds=read.txt.to(pipe.device),

@@ -55,7 +55,9 @@ class Say:
         self._pace, self._last_plain = None, time.monotonic()
         if self.console.is_terminal:
             self.live.start()
-            self.task = self.live.add_task(f"{self.run} · {phase}", total=total, completed=done, facts=f"{done}/{total} {unit}")
+            self.task = self.live.add_task(
+                f"{self.run} · {phase}", total=total, completed=done, facts=f"{done}/{total} {unit}"
+            )
 
     def end_phase(self) -> None:
         if self.task is not None:

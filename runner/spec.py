@@ -45,11 +45,15 @@ class Data(Table):
     caption_column: Line | None = key(None, "Column of the captions")
     prompt: Line | None = key(None, "Caption of every image that has none of its own")
     repeats: Natural = key(1, "Times each image is shown per epoch")
-    resolution: Side | Annotated[tuple[Side, ...], Field(min_length=1, strict=False)] = key(512, "Side of the training square in pixels")
+    resolution: Side | Annotated[tuple[Side, ...], Field(min_length=1, strict=False)] = key(
+        512, "Side of the training square in pixels"
+    )
     buckets: bool = key(False, "Aspect-ratio buckets instead of squares")
     center_crop: bool = key(False, "Crop the middle instead of a seeded place")
     random_flip: bool = key(False, "Mirror a seeded half of the images")
-    interpolation: Literal["lanczos", "bicubic", "bilinear", "box", "hamming", "nearest"] = key("lanczos", "Of resizing")
+    interpolation: Literal["lanczos", "bicubic", "bilinear", "box", "hamming", "nearest"] = key(
+        "lanczos", "Of resizing"
+    )
     caption_dropout: Part = key(0.0, "Share of captions replaced by the empty one")
     holdout: Whole = key(0, "Images kept for the eval loss")
     workers: Whole = key(0, "Threads that decode images")
@@ -144,8 +148,12 @@ class AdamW(Table):
     weight_decay: NotNegative = key(1e-4, "Of the LoRA")
 
 
-class AdamW8bit(AdamW):
-    name: Literal["adamw8bit"]  # type: ignore[assignment]
+class AdamW8bit(Table):
+    name: Literal["adamw8bit"]
+    beta1: Below1 = key(0.9, "Decay of the gradient's average")
+    beta2: Below1 = key(0.999, "Decay of the squared gradient's average")
+    eps: Positive = key(1e-8, "Added to the denominator")
+    weight_decay: NotNegative = key(1e-4, "Of the LoRA")
 
 
 class Prodigy(Table):
@@ -202,9 +210,9 @@ class Compute(Table):
 class Spec(Table):
     """One run. Values that default to another key's are filled in when the file is read (`runner.specload`)."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._=,+-]*(/[A-Za-z0-9_][A-Za-z0-9._=,+-]*)?$", max_length=200)] = Field(
-        description="Name of the run's folder; default the file's stem"
-    )
+    name: Annotated[
+        str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._=,+-]*(/[A-Za-z0-9_][A-Za-z0-9._=,+-]*)?$", max_length=200)
+    ] = Field(description="Name of the run's folder; default the file's stem")
     seed: Whole = key(0, "Of everything random")
     model: Model
     data: Data

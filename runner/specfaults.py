@@ -79,7 +79,10 @@ def explain(detail: Mapping[str, Any], tables: Mapping[str, Any]) -> tuple[str, 
             tag = tag.get(inner) if isinstance(tag, Mapping) else tag
             name = f"{name}.{inner}"
         choices = _choices(context)
-        return name, f"not one of the names allowed (found {show(tag)}); allowed are {', '.join(choices)}{_guess(str(tag), choices)}"
+        return (
+            name,
+            f"not one of the names allowed (found {show(tag)}); allowed are {', '.join(choices)}{_guess(str(tag), choices)}",
+        )
     messages = {
         "int_type": "no whole number",
         "int_from_float": "no whole number",
@@ -168,13 +171,23 @@ def _kind(annotation: Any) -> str:
     text = str(annotation)
     names = [
         name
-        for name, mark in (("a table", "runner.spec."), ("a list", "tuple["), ("true or false", "bool"), ("a whole number", "int"), ("a number", "float"), ("text", "str"))
+        for name, mark in (
+            ("a table", "runner.spec."),
+            ("a list", "tuple["),
+            ("true or false", "bool"),
+            ("a whole number", "int"),
+            ("a number", "float"),
+            ("text", "str"),
+        )
         if mark in text.replace("strict", "").replace("string", "")
     ]
     if annotation in (int, float, str, bool):
         names = [{int: "a whole number", float: "a number", str: "text", bool: "true or false"}[annotation]]
     if "Literal[" in text:
-        names = [*(n for n in names if n == "a list"), "one of " + text[text.index("Literal[") + 8 :].split("]")[0].replace("'", "")]
+        names = [
+            *(n for n in names if n == "a list"),
+            "one of " + text[text.index("Literal[") + 8 :].split("]")[0].replace("'", ""),
+        ]
     return " or ".join(dict.fromkeys(names)) or "another value"
 
 
@@ -199,7 +212,8 @@ def _keys_of(path: Where, tables: Mapping[str, Any]) -> set[str]:
     models: list[type[BaseModel]] = [Spec]
     here: Any = tables
     for part in path:
-        here = here[part] if isinstance(here, Mapping | list | tuple) else None
+        within: Any = here
+        here = within[part] if isinstance(here, Mapping | list | tuple) else None
         if not isinstance(part, int):
             models = [
                 inner
@@ -210,7 +224,11 @@ def _keys_of(path: Where, tables: Mapping[str, Any]) -> set[str]:
             ]
     if isinstance(here, Mapping):
         tag = here.get("name", here.get("scheme"))
-        chosen = [m for m in models if any(tag in get_args(f.annotation) for n, f in m.model_fields.items() if n in ("name", "scheme"))]
+        chosen = [
+            m
+            for m in models
+            if any(tag in get_args(f.annotation) for n, f in m.model_fields.items() if n in ("name", "scheme"))
+        ]
         models = chosen or models
     extra = {"sweep"} if not path else set()
     return {field.alias or name for model in models for name, field in model.model_fields.items()} | extra

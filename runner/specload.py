@@ -105,7 +105,10 @@ def _variants(file: Path, faults: list[Fault]) -> Iterator[tuple[dict[str, Any],
     source = Source(file, key_lines(text))
     tables.setdefault("name", file.stem)
     sweep = _flat_sweep(tables.pop("sweep", {}))
-    bad = [Fault(file, line_of(source.lines, ("sweep", key)), f"sweep.{key}", message) for key, message in _sweep_faults(sweep)]
+    bad = [
+        Fault(file, line_of(source.lines, ("sweep", key)), f"sweep.{key}", message)
+        for key, message in _sweep_faults(sweep)
+    ]
     if bad:
         faults += bad
         return
@@ -219,7 +222,13 @@ def _without(tables: dict[str, Any], bad: set[str]) -> dict[str, Any]:
         inner: Any = rest
         *folders, last = key.split(".")
         for folder in folders:
-            inner = inner[int(folder)] if isinstance(inner, list) and folder.isdigit() else inner.get(folder, {}) if isinstance(inner, dict) else {}
+            inner = (
+                inner[int(folder)]
+                if isinstance(inner, list) and folder.isdigit()
+                else inner.get(folder, {})
+                if isinstance(inner, dict)
+                else {}
+            )
         if isinstance(inner, dict):
             inner.pop(last, None)
         elif isinstance(inner, list) and last.isdigit() and int(last) < len(inner):
@@ -232,5 +241,8 @@ def _same_names(loaded: Sequence[Loaded]) -> Iterator[Fault]:
     for one in loaded:
         name = one.spec.name.lower()  # one folder on disks that ignore case
         if name in seen:
-            yield one.source.fault("name", f"two runs have this name (found {show(one.spec.name)}, also in {seen[name].file}); give each its own")
+            yield one.source.fault(
+                "name",
+                f"two runs have this name (found {show(one.spec.name)}, also in {seen[name].file}); give each its own",
+            )
         seen.setdefault(name, one.source)

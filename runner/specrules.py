@@ -52,7 +52,9 @@ def secrets(tables: Any, path: str = "") -> Iterator[tuple[str, str]]:
     items = tables.items() if isinstance(tables, Mapping) else enumerate(tables) if isinstance(tables, list) else ()
     for name, value in items:
         key = f"{path}.{name}" if path else str(name)
-        if (str(name).lower() in SECRET_KEYS and isinstance(value, str)) or (isinstance(value, str) and value.startswith("hf_")):
+        if (str(name).lower() in SECRET_KEYS and isinstance(value, str)) or (
+            isinstance(value, str) and value.startswith("hf_")
+        ):
             yield key, said
         else:
             yield from secrets(value, key)
@@ -71,9 +73,15 @@ def broken_rules(spec: Spec, written: Mapping[str, Any]) -> Iterator[tuple[str, 
     if not spec.tokens and "inversion" in written:
         yield "inversion", "there are no tokens to learn; add a [[tokens]] table with a name, or take [inversion] out"
     if spec.inversion.encoders not in (("clip",), ("clip", "t5")):
-        yield "inversion.encoders", f'not a choice of encoders (found {show(list(spec.inversion.encoders))}); allowed are ["clip"] and ["clip", "t5"]'
+        yield (
+            "inversion.encoders",
+            f'not a choice of encoders (found {show(list(spec.inversion.encoders))}); allowed are ["clip"] and ["clip", "t5"]',
+        )
     if spec.lora.until == 0 and not spec.tokens and spec.text_lora is None:
-        yield "lora.until", "nothing is left to train (found 0); raise it, or add a [[tokens]] table for textual inversion"
+        yield (
+            "lora.until",
+            "nothing is left to train (found 0); raise it, or add a [[tokens]] table for textual inversion",
+        )
     if spec.text_lora is not None and spec.tokens:
         yield "text_lora", "CLIP cannot learn a LoRA and token rows in one run; take [text_lora] or [[tokens]] out"
     yield from _prodigy(spec)
@@ -85,12 +93,18 @@ def broken_rules(spec: Spec, written: Mapping[str, Any]) -> Iterator[tuple[str, 
 def _prodigy(spec: Spec) -> Iterator[tuple[str, str]]:
     if spec.optimizer.name != "prodigy":
         return
-    own = {"inversion.lr": spec.inversion.lr if spec.tokens else None, "text_lora.lr": spec.text_lora.lr if spec.text_lora else None}
+    own = {
+        "inversion.lr": spec.inversion.lr if spec.tokens else None,
+        "text_lora.lr": spec.text_lora.lr if spec.text_lora else None,
+    }
     for key, lr in own.items():
         if lr is not None and lr != spec.train.lr:
-            yield key, (
-                f"Prodigy estimates one step size for everything it trains, so all learning rates are one (found {lr:g}, "
-                f"train.lr is {spec.train.lr:g}); take this key out, or use optimizer.name = \"adamw\""
+            yield (
+                key,
+                (
+                    f"Prodigy estimates one step size for everything it trains, so all learning rates are one (found {lr:g}, "
+                    f'train.lr is {spec.train.lr:g}); take this key out, or use optimizer.name = "adamw"'
+                ),
             )
 
 
@@ -99,8 +113,14 @@ def _schedule(spec: Spec) -> Iterator[tuple[str, str]]:
     if steps is not None and own.warmup > steps:
         yield "schedule.warmup", f"longer than the run (found {own.warmup}, train.steps is {steps}); lower it"
     if own.warmup and own.name == "constant":
-        yield "schedule.warmup", f"the constant schedule has no warm-up (found {own.warmup}); use schedule.name = \"constant_with_warmup\""
+        yield (
+            "schedule.warmup",
+            f'the constant schedule has no warm-up (found {own.warmup}); use schedule.name = "constant_with_warmup"',
+        )
     if own.cycles != 1 and own.name != "cosine_with_restarts":
-        yield "schedule.cycles", f"only cosine_with_restarts has cycles (found {own.cycles}); take it out, or use that schedule"
+        yield (
+            "schedule.cycles",
+            f"only cosine_with_restarts has cycles (found {own.cycles}); take it out, or use that schedule",
+        )
     if own.power != 1 and own.name != "polynomial":
         yield "schedule.power", f"only polynomial has a power (found {own.power:g}); take it out, or use that schedule"

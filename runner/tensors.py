@@ -43,7 +43,7 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     metadata = files.read_metadata(path)
     try:
         with safe_open(path, framework="pt") as opened:
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not iterable itself
     except (SafetensorError, OSError, ValueError) as error:
         raise BadFile(f"{path}: not a whole safetensors file ({error})") from error
     digest = metadata.pop(DIGEST, "none")

@@ -47,7 +47,9 @@ def table_std(encoder: Any) -> float:
     return float(encoder.get_input_embeddings().weight.float().std())
 
 
-def initial_rows(encoder: Any, tokenizer: Any, counts: Sequence[tuple[int, str | None]], seed: int, name: str) -> Tensor:
+def initial_rows(
+    encoder: Any, tokenizer: Any, counts: Sequence[tuple[int, str | None]], seed: int, name: str
+) -> Tensor:
     """Rows to begin with, [sum of counts, width] fp32. counts: (vectors, initializer phrase or None) per token.
 
     Random rows have the table's standard deviation. A phrase gives the embeddings of its pieces, in order, from the

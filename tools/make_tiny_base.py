@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-
 from tiny_flow import Latents, Model, distill_guidance, make_latents, make_tokenizers, train_flow
 from tiny_parts import make_scheduler, make_vae
 from tiny_vae import train_vae
@@ -100,7 +99,14 @@ def main() -> None:
     if "distill" in todo:
         model = load_model(tokenizers, given.work / "flow.safetensors")
         distill_guidance(model, latents, given.work, given.minutes[2], given.seed)
-    save(given.out, vae, load_model(tokenizers, given.work / "distilled.safetensors"), tokenizers, latents.shift, latents.scaling)
+    save(
+        given.out,
+        vae,
+        load_model(tokenizers, given.work / "distilled.safetensors"),
+        tokenizers,
+        latents.shift,
+        latents.scaling,
+    )
 
 
 if __name__ == "__main__":

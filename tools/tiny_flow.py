@@ -11,13 +11,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import tiny_world as world
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-
-import tiny_world as world
-from tiny_parts import Average, Muon, make_clip, make_clip_tokenizer, make_t5, make_t5_tokenizer, make_transformer, split_for_muon
+from tiny_parts import (
+    Average,
+    Muon,
+    make_clip,
+    make_clip_tokenizer,
+    make_t5,
+    make_t5_tokenizer,
+    make_transformer,
+    split_for_muon,
+)
 from tiny_vae import to_tensor
+from torch import Tensor, nn
 
 COUNT = 24_000
 LENGTHS, ODDS = (32, 64, 128, 512), (0.90, 0.07, 0.02, 0.01)  # T5's; the base is meant for 32
@@ -177,7 +185,9 @@ def distill_guidance(model: Model, latents: Latents, work: Path, minutes: float,
     average = Average(model.transformer, 0.99)
     began, step, smooth = time.monotonic(), 0, 0.0
     while (part := (time.monotonic() - began) / (60 * minutes)) < 1:
-        optimizer.param_groups[0]["lr"] = 4e-4 * min(1.0, (step + 1) / 20) * (0.5 + 0.5 * math.cos(math.pi * part)) + 1e-6
+        optimizer.param_groups[0]["lr"] = (
+            4e-4 * min(1.0, (step + 1) / 20) * (0.5 + 0.5 * math.cos(math.pi * part)) + 1e-6
+        )
         z, captions = some_batch(latents, draw, 32)
         sigma, noise = some_sigmas(32), torch.randn_like(z)
         mixed = (1 - sigma.view(-1, 1, 1)) * z + sigma.view(-1, 1, 1) * noise

@@ -153,7 +153,13 @@ def make_t5_tokenizer(captions: Iterable[str], folder: Path) -> Any:
     have = {piece for piece, _ in scored}
     single = ["▁", *(chr(code) for code in range(33, 127))]
     rare = math.log(0.1 / total)
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *scored, *((piece, rare) for piece in single if piece not in have)]
+    pieces = [
+        ("<pad>", 0.0),
+        ("</s>", 0.0),
+        ("<unk>", 0.0),
+        *scored,
+        *((piece, rare) for piece in single if piece not in have),
+    ]
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=2))
     tokenizer.normalizer = normalizers.NFKC()
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -205,7 +211,9 @@ def split_for_muon(module: nn.Module, but: tuple[str, ...] = ()) -> tuple[list[n
     """(hidden matrices, the rest). Embeddings and the layers named in `but` (ends of names) belong to the rest."""
     matrices, rest = [], []
     for name, parameter in module.named_parameters():
-        hidden = parameter.ndim >= 2 and "embed" not in name and "shared" not in name and not name.endswith(but or ("\0",))
+        hidden = (
+            parameter.ndim >= 2 and "embed" not in name and "shared" not in name and not name.endswith(but or ("\0",))
+        )
         (matrices if hidden else rest).append(parameter)
     return matrices, rest
 

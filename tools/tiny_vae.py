@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
-
 import tiny_world as world
+import torch
 from tiny_parts import Average, Muon, make_vae, split_for_muon
+from torch import Tensor, nn
 
 
 def to_tensor(images: list[Any]) -> Tensor:

@@ -98,12 +98,26 @@ def outline(shape: str, cx: float, cy: float, r: float) -> list[tuple[float, flo
         return [(cx, cy - r), (cx + 1.08 * r, cy + 0.85 * r), (cx - 1.08 * r, cy + 0.85 * r)]
     if shape == "cross":
         a, b = 0.36 * r, r
-        corners = [(-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a), (a, b), (-a, b), (-a, a), (-b, a), (-b, -a), (-a, -a)]
+        corners = [
+            (-a, -b),
+            (a, -b),
+            (a, -a),
+            (b, -a),
+            (b, a),
+            (a, a),
+            (a, b),
+            (-a, b),
+            (-a, a),
+            (-b, a),
+            (-b, -a),
+            (-a, -a),
+        ]
         return [(cx + x, cy + y) for x, y in corners]
     if shape == "star":
         radii = [1.12 * r, 0.5 * r]
         return [
-            (cx + radii[i % 2] * math.sin(math.pi * i / 5), cy - radii[i % 2] * math.cos(math.pi * i / 5)) for i in range(10)
+            (cx + radii[i % 2] * math.sin(math.pi * i / 5), cy - radii[i % 2] * math.cos(math.pi * i / 5))
+            for i in range(10)
         ]
     if shape == "heart":
         points = []
@@ -116,7 +130,14 @@ def outline(shape: str, cx: float, cy: float, r: float) -> list[tuple[float, flo
     raise ValueError(shape)
 
 
-def paint(pen: ImageDraw.ImageDraw, shape: str, at: tuple[float, float], r: float, fill: tuple[int, ...], back: tuple[int, ...]) -> None:
+def paint(
+    pen: ImageDraw.ImageDraw,
+    shape: str,
+    at: tuple[float, float],
+    r: float,
+    fill: tuple[int, ...],
+    back: tuple[int, ...],
+) -> None:
     """Draw one shape; `back` shows through a ring's hole and a moon's bite."""
     cx, cy, r = at[0] * SCALE, at[1] * SCALE, r * SCALE
 

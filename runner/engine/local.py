@@ -6,6 +6,8 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from runner import device, flux
 from runner.errors import FluxrunError, Interrupted, Refused
 from runner.execute import execute, open_cache
@@ -17,7 +19,9 @@ from runner.stop import StopRequest
 DONE, FAILED, STOPPED = 0, 1, 3
 
 
-def run_queue(jobs: Sequence[Job], runs: Path, gpus: str | None, say: Say, stop: StopRequest, *, fail_fast: bool) -> int:
+def run_queue(
+    jobs: Sequence[Job], runs: Path, gpus: str | None, say: Say, stop: StopRequest, *, fail_fast: bool
+) -> int:
     """The exit code: 0 all done, 1 some failed, 3 stopped with work left."""
     where = device.choose(gpus)
     flux.quiet()
@@ -53,7 +57,7 @@ def run_queue(jobs: Sequence[Job], runs: Path, gpus: str | None, say: Say, stop:
     return code
 
 
-def _run_one(job: Job, runs: Path, where: device.torch.device, say: Say, stop: StopRequest) -> None:
+def _run_one(job: Job, runs: Path, where: torch.device, say: Say, stop: StopRequest) -> None:
     model = job.spec.model
     device.prepare(where, tf32=model.tf32)
     base = flux.open_base(
@@ -65,6 +69,10 @@ def _run_one(job: Job, runs: Path, where: device.torch.device, say: Say, stop: S
 
 def _end(job: Job, state: str, reason: str) -> None:
     """Keep what the state already says of progress; replace what it says of the present."""
-    facts = {key: value for key, value in job.run.state().items() if key in ("phase", "step", "wall_s", "s_per_step", "peak_memory_bytes", "train_loss")}
+    facts = {
+        key: value
+        for key, value in job.run.state().items()
+        if key in ("phase", "step", "wall_s", "s_per_step", "peak_memory_bytes", "train_loss")
+    }
     if job.run.folder.is_dir():
         job.run.write_state(state, **facts, error=reason)

@@ -1,0 +1,120 @@
+"""Tests are sessions at the command line, on the bundled base, in this process; only signals and kills need another one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+PROJECT = Path(__file__).parent.parent
+
+PICTURES = PROJECT / "specs" / "quickstart"
+PIVOTAL = """
+[model]
+base = "builtin:tiny"
+max_sequence_length = 32
+[data]
+source = "pictures"
+resolution = 64
+center_crop = true
+[[tokens]]
+name = "TOK"
+[inversion]
+encoders = ["clip", "t5"]
+lr = 1e-2
+[lora]
+rank = 4
+[train]
+steps = 6
+batch_size = 2
+lr = 1e-3
+[checkpoint]
+every = 2
+[validate]
+prompts = ["a TOK on a white background"]
+steps = 2
+"""
+
+
+@dataclass
+class Said:
+    code: int
+    out: str
+    err: str
+
+
+class House:
+    """A folder with eight pictures, where specs are written and fluxrun is typed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        shutil.copytree(PICTURES, folder / "pictures")
+
+    def write(self, name: str, text: str) -> Path:
+        path = self.folder / name
+        path.write_text(text)
+        return path
+
+    def spec(self, name: str = "a", *, drop: str = "", **changes: str) -> Path:
+        """PIVOTAL with whole lines replaced: spec(steps="steps = 4"); `drop` names a table to leave out."""
+        lines = PIVOTAL.strip().splitlines()
+        if drop:
+            start = lines.index(drop)
+            stop = next((i for i in range(start + 1, len(lines)) if lines[i].startswith("[")), len(lines))
+            del lines[start:stop]
+        for key, line in changes.items():
+            at = [i for i, old in enumerate(lines) if old.split(" =")[0] == key]
+            assert at, f"no line {key} in the spec"
+            lines[at[0]] = line
+        return self.write(f"{name}.toml", "\n".join(lines) + "\n")
+
+    def fluxrun(self, *arguments: str | Path) -> Said:
+        from runner.cli import main
+
+        before = Path.cwd()
+        os.chdir(self.folder)
+        try:
+            result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+        finally:
+            os.chdir(before)
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return Said(result.exit_code, result.stdout, result.stderr)
+
+    def start(self, *arguments: str | Path) -> subprocess.Popen[str]:
+        """The same in a process of its own, for signals."""
+        command = [sys.executable, "-m", "runner", *map(str, arguments)]
+        environment = {**os.environ, "PYTHONPATH": str(PROJECT), "PYTHONUNBUFFERED": "1"}
+        return subprocess.Popen(command, cwd=self.folder, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+@pytest.fixture
+def house(tmp_path: Path) -> House:
+    return House(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def done(tmp_path_factory: pytest.TempPathFactory) -> House:
+    """One finished pivotal run, `a`, that many tests look at; none changes it."""
+    house = House(tmp_path_factory.mktemp("done"))
+    said = house.fluxrun("queue", house.spec("a"))
+    assert said.code == 0, said.err
+    return house
+
+
+Bytes = Callable[[Path], dict[str, bytes]]
+
+
+def export_bytes(run: Path) -> dict[str, bytes]:
+    """Every exported file and sample, by name."""
+    found = {path.relative_to(run).as_posix(): path.read_bytes() for path in sorted(run.glob("export/**/*")) if path.is_file()}
+    assert found, f"{run} exported nothing"
+    return found
