@@ -31,7 +31,8 @@ class Fault:
 
     def __str__(self) -> str:
         key = f"{self.key}: " if self.key else ""
-        return f"{self.file}:{self.line}: {key}{self.message}"
+        text = f"{self.file}:{self.line}: {key}{self.message}"
+        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)  # keys are the user's
 
 
 class SpecError(FluxrunError):

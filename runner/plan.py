@@ -132,7 +132,7 @@ def make_plan(spec: Spec, facts: Facts) -> Plan:
     known = tokens.placeholders([(token.name, token.vectors, token.initializer) for token in spec.tokens])
     faults = [*_unavailable(spec), *_token_faults(spec, facts, known), *_layer_faults(spec, facts)]
     asked = spec.train.steps or _epoch_steps(spec, facts)
-    if asked is None:
+    if asked is None and spec.train.epochs is not None:
         faults.append(
             ("train.epochs", "the images of a hub data set are not counted before it is here; set train.steps")
         )

@@ -18,7 +18,7 @@ from runner.errors import Fault, SpecError
 from runner.plan import Facts, Plan, PlanError, make_plan
 from runner.rundir import WAYS_OUT, Run, Verdict
 from runner.spec import Spec
-from runner.specload import Loaded, load, local_path
+from runner.specload import Loaded, load_all, local_path, touches
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -37,15 +37,11 @@ class Job:
 
 def prepare(paths: Sequence[Path], runs: Path, *, fetch: bool, fresh: bool) -> list[Job]:
     """Raises SpecError with all faults of all specs. `fetch`: hub data sets are loaded, so that they can be checked."""
+    loaded, faults = load_all(paths)
     jobs: list[Job] = []
-    faults: list[Fault] = []
     shared: dict[tuple[object, ...], Pictures | list[str] | None] = {}
-    try:
-        loaded_specs = load(paths)
-    except SpecError as error:
-        raise error
-    for loaded in loaded_specs:
-        found = _prepare_one(loaded, runs, fetch, fresh, shared)
+    for one in loaded:
+        found = _prepare_one(one, runs, fetch, fresh, shared)
         if isinstance(found, Job):
             jobs.append(found)
         else:
@@ -59,26 +55,21 @@ def _prepare_one(
     loaded: Loaded, runs: Path, fetch: bool, fresh: bool, shared: dict[tuple[object, ...], Pictures | list[str] | None]
 ) -> Job | list[Fault]:
     spec, source = _absolute(loaded), loaded.source
-    faults = [source.fault(*fault) for fault in _base_faults(spec)]
-    asked = (
-        spec.data.source,
-        spec.data.config,
-        spec.data.split,
-        spec.data.image_column,
-        spec.data.caption_column,
-        spec.data.prompt,
-    )
+    told = _base_faults(spec)
+    own = spec.data
+    asked = (own.source, own.config, own.split, own.image_column, own.caption_column, own.prompt)
     if asked not in shared:  # a sweep reads its data once
         shared[asked] = _pictures(spec, fetch)
     pictures = shared[asked]
     if isinstance(pictures, list):
-        return faults + [source.fault("data.source", message) for message in pictures]
-    if faults:
-        return faults
+        told += [("data.source", message) for message in pictures]
+        pictures = None
     try:
         plan = make_plan(spec, _facts(spec, pictures))
     except PlanError as error:
-        return [source.fault(*fault) for fault in error.faults]
+        told += error.faults
+    if told or loaded.bad:
+        return [source.fault(*fault) for fault in told if not any(touches(fault[0], bad) for bad in loaded.bad)]
     run = Run(runs, spec.name)
     verdict = run.verdict(spec, plan)
     if verdict.state == "changed" and not fresh:

@@ -19,6 +19,14 @@ from runner.specfaults import Where, explain, show
 from runner.specrules import broken_rules, fill_defaults, secrets
 from runner.tomllines import key_lines, line_of
 
+# For required keys that are missing or wrong, so that the rest of the spec can still be looked at.
+STAND_INS: dict[str, Any] = {
+    "model": {"base": "builtin:tiny"},
+    "model.base": "builtin:tiny",
+    "data": {"source": "."},
+    "data.source": ".",
+}
+
 
 @dataclass(frozen=True)
 class Source:
@@ -38,23 +46,32 @@ class Source:
 
 @dataclass(frozen=True)
 class Loaded:
+    """One run asked for. `bad`: its faulty keys; where there are any, `spec` is what is left without them, so that
+    whatever else is wrong can be told in the same go."""
+
     spec: Spec
     source: Source
+    bad: frozenset[str] = frozenset()
 
 
 def load(paths: Sequence[Path]) -> list[Loaded]:
-    """Read files and folders (every *.toml in them, by name), expand sweeps. Raises SpecError."""
+    """Read files and folders (every *.toml in them, by name), expand sweeps. Raises SpecError with every fault."""
+    loaded, faults = load_all(paths)
+    if faults:
+        raise SpecError(faults)
+    return loaded
+
+
+def load_all(paths: Sequence[Path]) -> tuple[list[Loaded], list[Fault]]:
+    """The same, with the faults beside what could be read."""
     loaded: list[Loaded] = []
     faults: list[Fault] = []
     for file in _files(paths, faults):
         for tables, source in _variants(file, faults):
-            spec = _build(tables, source, faults)
-            if spec is not None:
-                loaded.append(Loaded(spec, source))
+            if (one := _build(tables, source, faults)) is not None:
+                loaded.append(one)
     faults += _same_names(loaded)
-    if faults:
-        raise SpecError(list(dict.fromkeys(faults)))
-    return loaded
+    return loaded, list(dict.fromkeys(faults))
 
 
 def local_path(text: str, source: Source) -> Path | None:
@@ -86,7 +103,7 @@ def _read(file: Path) -> tuple[dict[str, Any], str]:
         raise SpecError([Fault(file, 1, "", f"cannot be read ({error})")]) from error
     try:
         return tomllib.loads(text), text
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # TOMLDecodeError, and int() itself for thousands of digits
         found = re.search(r"at line (\d+)", str(error))
         line = int(found[1]) if found else text.count("\n") + 1
         what = re.sub(r" \(at .*\)$", "", str(error))
@@ -155,34 +172,33 @@ def _safe(value: Any) -> str:
     return re.sub(r"[^A-Za-z0-9._+-]+", "-", str(value)).strip("-") or "-"
 
 
-def _build(tables: dict[str, Any], source: Source, faults: list[Fault]) -> Spec | None:
-    """The frozen spec, or None with every fault added: those of single keys, and of keys that do not go together."""
-    found = [source.fault(key, message) for key, message in secrets(tables)]
+def _build(tables: dict[str, Any], source: Source, faults: list[Fault]) -> Loaded | None:
+    """Adds every fault: of single keys, and of keys that do not go together. None where nothing can be made of it."""
+    told = list(secrets(tables))
+    spec, wrong = _validated(tables)
+    hidden = {key for key, _ in told}
+    told += [(key, message) for key, message in wrong if key not in hidden]  # a secret's own fault would show it
+    bad = frozenset(key for key, _ in wrong)
+    if spec is None and bad:
+        rest = _without(tables, bad)
+        for key in bad & STAND_INS.keys():
+            _set(rest, key, STAND_INS[key])
+        spec, _ = _validated(rest)  # rules over several keys still hold for the rest
+    if spec is not None:
+        told += [(key, message) for key, message in broken_rules(spec, tables) if not any(touches(key, b) for b in bad)]
+    faults += [source.fault(key, message) for key, message in told]
+    return None if spec is None else Loaded(spec, source, frozenset(key for key, _ in told))
+
+
+def _validated(tables: dict[str, Any]) -> tuple[Spec | None, list[tuple[str, str]]]:
     own = fill_defaults(tables)
     try:
-        spec = Spec.model_validate(own)
-    except (ValidationError, RecursionError) as error:
-        if isinstance(error, RecursionError):
-            found.append(source.fault("", "not a spec: nested too deeply"))
-            faults += found
-            return None
+        return Spec.model_validate(own), []
+    except ValidationError as error:
         details = error.errors(include_url=False)
-        told = _one_per_key([explain(detail, own) for detail in details], tables)
-        found += [source.fault(key, message) for key, message in told]
-        # Rules over several keys still hold for the rest: take the bad keys out and look again.
-        bad = {key for key, _ in told}
-        pruned = fill_defaults(_without(tables, bad))
-        try:
-            rest = Spec.model_validate(pruned)
-        except (ValidationError, RecursionError):
-            faults += found
-            return None
-        found += [source.fault(k, m) for k, m in broken_rules(rest, tables) if not any(_touches(k, b) for b in bad)]
-        faults += found
-        return None
-    found += [source.fault(key, message) for key, message in broken_rules(spec, tables)]
-    faults += found
-    return None if found else spec
+        return None, _one_per_key([explain(detail, own) for detail in details], tables)
+    except RecursionError:
+        return None, [("", "not a spec: nested too deeply")]
 
 
 def _one_per_key(told: list[tuple[str, str]], written: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -211,11 +227,11 @@ def _is_written(key: str, tables: Any) -> bool:
     return True
 
 
-def _touches(key: str, bad: str) -> bool:
+def touches(key: str, bad: str) -> bool:
     return key == bad or key.startswith(f"{bad}.") or bad.startswith(f"{key}.")
 
 
-def _without(tables: dict[str, Any], bad: set[str]) -> dict[str, Any]:
+def _without(tables: dict[str, Any], bad: frozenset[str]) -> dict[str, Any]:
     """A copy less the named keys; entries of arrays are taken out from the back."""
     rest = copy.deepcopy(tables)
     for key in sorted(bad, key=lambda name: [int(p) if p.isdigit() else -1 for p in name.split(".")], reverse=True):

@@ -37,8 +37,8 @@ def fill_defaults(tables: Mapping[str, Any]) -> dict[str, Any]:
         resolution = data.get("resolution", 512)
         validate["size"] = resolution[0] if isinstance(resolution, list) and resolution else resolution
     for name in ("model", "data", "train"):
-        if not out[name] and name not in tables:
-            del out[name]  # a required table that is not there is one fault, not its keys'
+        if not out.get(name) and name not in tables:
+            out.pop(name, None)  # a required table that is not there is one fault, not its keys'
     return out
 
 

@@ -93,7 +93,9 @@ class House:
         """The same in a process of its own, for signals."""
         command = [sys.executable, "-m", "runner", *map(str, arguments)]
         environment = {**os.environ, "PYTHONPATH": str(PROJECT), "PYTHONUNBUFFERED": "1"}
-        return subprocess.Popen(command, cwd=self.folder, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        return subprocess.Popen(
+            command, cwd=self.folder, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
 
 
 @pytest.fixture
@@ -115,6 +117,10 @@ Bytes = Callable[[Path], dict[str, bytes]]
 
 def export_bytes(run: Path) -> dict[str, bytes]:
     """Every exported file and sample, by name."""
-    found = {path.relative_to(run).as_posix(): path.read_bytes() for path in sorted(run.glob("export/**/*")) if path.is_file()}
+    found = {
+        path.relative_to(run).as_posix(): path.read_bytes()
+        for path in sorted(run.glob("export/**/*"))
+        if path.is_file()
+    }
     assert found, f"{run} exported nothing"
     return found

@@ -30,7 +30,11 @@ def test_a_pivotal_run_leaves_what_the_contract_names(done: House) -> None:
         "step-000004.safetensors",
         "step-000006.safetensors",
     ]
-    assert sorted(path.name for path in run.glob("samples/*")) == ["before-after.png", "step-000000-0.png", "step-000006-0.png"]
+    assert sorted(path.name for path in run.glob("samples/*")) == [
+        "before-after.png",
+        "step-000000-0.png",
+        "step-000006-0.png",
+    ]
     assert sorted(path.name for path in run.glob("export/*")) == [
         "README.md",
         "a_emb.safetensors",
@@ -141,18 +145,24 @@ def test_changed_pictures_are_refused_too(house: House) -> None:
 
 
 def test_a_second_spec_on_the_same_data_hits_the_cache(done: House, tmp_path: Path) -> None:
-    cached = {path: path.stat().st_mtime_ns for path in (done.folder / "runs" / "cache").glob("latents/**/*.safetensors")}
+    cached = {
+        path: path.stat().st_mtime_ns for path in (done.folder / "runs" / "cache").glob("latents/**/*.safetensors")
+    }
     assert len(cached) == 8
     said = done.fluxrun("queue", done.spec("c", steps="steps = 2", prompts="prompts = []"))
     assert said.code == 0, said.err
     assert "latents of 8 images, 0 to make" in said.err
-    after = {path: path.stat().st_mtime_ns for path in (done.folder / "runs" / "cache").glob("latents/**/*.safetensors")}
+    after = {
+        path: path.stat().st_mtime_ns for path in (done.folder / "runs" / "cache").glob("latents/**/*.safetensors")
+    }
     assert after == cached
 
 
 def test_prompts_may_change_without_training_again(house: House) -> None:
     assert house.fluxrun("queue", house.spec(steps="steps = 2")).code == 0
-    said = house.fluxrun("queue", house.spec(steps="steps = 2", prompts='prompts = ["a large TOK", "a TOK on the left"]'))
+    said = house.fluxrun(
+        "queue", house.spec(steps="steps = 2", prompts='prompts = ["a large TOK", "a TOK on the left"]')
+    )
     assert said.code == 0, said.err
     assert "joint: skipped, trained to step 2" in said.err
     assert (house.folder / "runs" / "a" / "samples" / "step-000002-1.png").is_file()
@@ -181,7 +191,9 @@ def test_stopped_by_a_signal_and_resumed_gives_the_same_bytes(house: House, opti
     if optimizer == "prodigy":
         changes["lr"] = "until = 0.5"
     spec = house.spec("a", **changes)
-    text = spec.read_text().replace("lr = 1e-3", f'lr = {1.0 if optimizer == "prodigy" else 1e-3}\n[optimizer]\nname = "{optimizer}"')
+    text = spec.read_text().replace(
+        "lr = 1e-3", f'lr = {1.0 if optimizer == "prodigy" else 1e-3}\n[optimizer]\nname = "{optimizer}"'
+    )
     spec.write_text(text)
     assert house.fluxrun("queue", spec, "--runs", "unbroken").code == 0
     for _ in range(9):

@@ -1,0 +1,443 @@
+"""The mechanisms under a run, each against an independent statement of what it must do."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import PICTURES, PROJECT
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
+
+from runner import checkpoint, data, files, flux, lora, optim, tensors, text, tokens
+from runner.basefiles import BUILTIN, FLUX1, fingerprint, linear_layers, lora_layers
+from runner.checkpoint import Checkpoint, Weights
+from runner.errors import BadFile, FluxrunError, Refused
+from runner.seeds import derive
+
+BASE = flux.Base(BUILTIN["builtin:tiny"], None, torch.device("cpu"), torch.float32)
+
+
+# ---- files ---------------------------------------------------------------------------------------------------------
+
+
+def some_tensors() -> dict[str, torch.Tensor]:
+    return {
+        "odd": torch.arange(3, dtype=torch.uint8),
+        "half": torch.randn(3, 5).bfloat16(),
+        "full": torch.randn(2, 3, 4),
+        "scalar": torch.tensor(2.5),
+        "empty": torch.zeros(0, 4),
+    }
+
+
+def test_our_safetensors_are_everyones_and_repeatable(tmp_path: Path) -> None:
+    made = some_tensors()
+    for name in ("a", "b"):
+        tensors.save(tmp_path / name, made, {"z": "1", "a": "2", "m": "3"})
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    stock = load_file(tmp_path / "a")
+    assert stock.keys() == made.keys()
+    assert all(torch.equal(stock[name], made[name]) and stock[name].dtype == made[name].dtype for name in made)
+    with safe_open(tmp_path / "a", framework="pt") as opened:
+        assert {"z": "1", "a": "2", "m": "3"}.items() <= opened.metadata().items()
+
+
+def test_every_flipped_bit_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / checkpoint.file_name(7)
+    checkpoint.write(path, Checkpoint("joint", "key", 7, Weights({"a": torch.randn(8, 8)}), {"a/exp_avg": torch.randn(8)}, {"n": 1}))
+    whole = path.read_bytes()
+    assert checkpoint.read(path).step == 7
+    draw = random.Random(0)
+    for _ in range(300):
+        damaged = bytearray(whole)
+        damaged[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
+        path.write_bytes(damaged)
+        with pytest.raises(BadFile):
+            checkpoint.read(path)
+    for cut in (0, 1, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(BadFile):
+            checkpoint.read(path)
+
+
+def test_a_checkpoint_under_another_name_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / checkpoint.file_name(7)
+    checkpoint.write(path, Checkpoint("lora", "key", 7, Weights(), {}, {}))
+    path.rename(tmp_path / checkpoint.file_name(8))
+    with pytest.raises(BadFile, match="the header says step 7"):
+        checkpoint.read(tmp_path / checkpoint.file_name(8))
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "state.json"
+    files.write_text(path, "old")
+
+    def broken() -> list[bytes]:
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        files.write_bytes(path, (broken() for _ in range(1)))  # type: ignore[misc]
+    assert path.read_text() == "old"
+    files.sweep_aside(tmp_path)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["state.json"]
+
+
+def test_a_lock_has_one_holder_and_dies_with_it(tmp_path: Path) -> None:
+    lock = tmp_path / ".lock"
+    code = f"import time\nfrom pathlib import Path\nfrom runner import files\nwith files.locked(Path({str(lock)!r})):\n    print(1, flush=True)\n    time.sleep(60)"
+    holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(PROJECT)})
+    assert holder.stdout is not None
+    holder.stdout.readline()
+    assert files.is_locked(lock)
+    with pytest.raises(Refused, match=f"process {holder.pid} is working on this run"), files.locked(lock, patience=0):
+        pass
+    holder.kill()
+    holder.wait()
+    assert not files.is_locked(lock)
+    with files.locked(lock, patience=0):
+        pass
+
+
+# ---- tokens and text -----------------------------------------------------------------------------------------------
+
+
+def test_tokens_are_replaced_as_whole_words_longest_first() -> None:
+    known = tokens.placeholders([("TOK", 2, None), ("TOK2", 1, None)])
+    assert tokens.expand("a TOK, TOK2's TOKYO and (TOK)", known) == "a <s0><s1>, <s2>'s TOKYO and (<s0><s1>)"
+    assert tokens.named("TOKYO and TOK2", known) == {"TOK2"}
+    assert tokens.expand("a TOK", ()) == "a TOK"
+
+
+def encoders() -> list[tuple[str, nn.Module, object]]:
+    return [
+        ("clip", flux.load_clip(BASE), flux.load_tokenizer(BASE, "clip")),
+        ("t5", flux.load_t5(BASE), flux.load_tokenizer(BASE, "t5")),
+    ]
+
+
+@pytest.mark.parametrize("learned", [(), ("clip",), ("clip", "t5")], ids=["frozen", "clip", "clip+t5"])
+@pytest.mark.parametrize("prompt", ["a red heart", "a <s0><s1> icon, on a <s0><s1>!", "a b c " * 60], ids=["plain", "tokens", "long"])
+def test_our_embeddings_are_the_pipelines_to_the_bit(learned: tuple[str, ...], prompt: str) -> None:
+    from diffusers import FluxPipeline
+
+    pipe = FluxPipeline.from_pretrained(BASE.folder, transformer=None, vae=None, dtype=torch.float32)
+    ours = {}
+    for name, model, tokenizer in encoders():
+        generator = torch.Generator().manual_seed(1)
+        if name in learned:
+            width = model.get_input_embeddings().weight.shape[1]
+            rows = torch.randn(2, width, generator=generator)
+            text.attach_rows(model, tokenizer, ["<s0>", "<s1>"], nn.Parameter(rows))
+            parts = (pipe.text_encoder, pipe.tokenizer) if name == "clip" else (pipe.text_encoder_2, pipe.tokenizer_2)
+            pipe.load_textual_inversion(rows, token=["<s0>", "<s1>"], text_encoder=parts[0], tokenizer=parts[1])
+        with torch.no_grad():
+            if name == "clip":
+                ours[name] = text.clip_pooled(model, text.clip_ids(tokenizer, prompt)[None])
+            else:
+                ours[name] = text.t5_states(model, text.t5_ids(tokenizer, prompt, 32)[None])
+    with torch.no_grad():
+        txt, vec, _ = pipe.encode_prompt(prompt, None, max_sequence_length=32)
+    assert torch.equal(ours["clip"], vec)
+    assert torch.equal(ours["t5"], txt)
+
+
+def test_only_the_rows_get_a_gradient() -> None:
+    for _, model, tokenizer in encoders():
+        model.requires_grad_(False)
+        rows = nn.Parameter(torch.randn(2, model.get_input_embeddings().weight.shape[1]))
+        text.attach_rows(model, tokenizer, ["<s0>", "<s1>"], rows)
+        ids = text.t5_ids(tokenizer, "a <s0>", 16)
+        model(ids[None])[0].square().sum().backward()
+        assert [name for name, parameter in model.named_parameters() if parameter.grad is not None] == [
+            name for name, parameter in model.named_parameters() if parameter is rows
+        ]
+        assert rows.grad is not None
+        assert rows.grad[0].abs().sum() > 0  # <s0> was read
+        assert rows.grad[1].abs().sum() == 0  # <s1> was not
+
+
+def test_rows_start_at_the_tables_scale_or_at_a_phrase() -> None:
+    for name, model, tokenizer in encoders():
+        random_rows = text.initial_rows(model, tokenizer, [(64, None)], 0, name)
+        assert math.isclose(float(random_rows.std()), text.table_std(model), rel_tol=0.1)
+        assert torch.equal(random_rows, text.initial_rows(model, tokenizer, [(64, None)], 0, name))
+        assert not torch.equal(random_rows, text.initial_rows(model, tokenizer, [(64, None)], 1, name))
+        from_phrase = text.initial_rows(model, tokenizer, [(3, "red heart")], 0, name)
+        ids = tokenizer("red heart", add_special_tokens=False).input_ids
+        assert torch.equal(from_phrase, model.get_input_embeddings().weight[[ids[0], ids[1], ids[0]]].detach())
+
+
+def test_the_rescale_is_the_references() -> None:
+    rows = torch.randn(4, 8) * 3
+    wanted = rows * (0.5 / rows.std()) ** 0.1
+    text.keep_std(rows, 0.5)
+    assert torch.allclose(rows, wanted)
+
+
+# ---- the objective -------------------------------------------------------------------------------------------------
+
+
+def test_packing_is_the_pipelines() -> None:
+    from diffusers import FluxPipeline
+
+    latents = torch.randn(2, 16, 6, 8)
+    assert torch.equal(flux.pack(latents), FluxPipeline._pack_latents(latents, 2, 16, 6, 8))
+    ids = flux.image_ids(6, 8, torch.device("cpu"), torch.float32)
+    assert torch.equal(ids, FluxPipeline._prepare_latent_image_ids(2, 3, 4, "cpu", torch.float32))
+
+
+@pytest.mark.parametrize("scheme", ["none", "sigma_sqrt", "logit_normal", "mode", "cosmap"])
+def test_the_loss_is_the_references_formula(scheme: str) -> None:
+    """Written here from the definition: x = (1 - s) z + s e, target e - z, weighted mean square."""
+    flow = flux.Flow(BASE, flux.Weighting(scheme))
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(3, 16, 8, 8, generator=generator)
+    indices = flow.draw(3, generator)
+    noised = flow.noise(latents, indices, torch.Generator().manual_seed(5))
+    eps = torch.randn(latents.shape, generator=torch.Generator().manual_seed(5))
+    transformer = flux.load_transformer(BASE)
+    read = flux.Text(torch.randn(3, 16, 96), torch.randn(3, 64))
+    with torch.no_grad():
+        predicted = flux.predictor(transformer, 3.5, 8, 8, BASE.device, BASE.dtype)(noised, read)
+        loss = flow.loss(predicted, noised)
+
+    t = 1000 - indices  # the schedule is 1000, 999, .. 1, unshifted since FLUX shifts by resolution at inference only
+    sigma = (t / 1000).view(-1, 1, 1, 1)
+    mixed = (1 - sigma) * latents + sigma * eps
+    assert torch.allclose(flux.pack(mixed), noised.img, atol=1e-6)
+    packed = transformer(
+        hidden_states=flux.pack(mixed), timestep=t / 1000, guidance=torch.full((3,), 3.5), pooled_projections=read.vec,
+        encoder_hidden_states=read.txt, txt_ids=torch.zeros(16, 3), img_ids=flux.image_ids(8, 8, BASE.device, torch.float32),
+    ).sample  # fmt: skip
+    unpacked = packed.view(3, 4, 4, 16, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(3, 16, 8, 8)
+    weight = {"sigma_sqrt": sigma**-2, "cosmap": 2 / (math.pi * (1 - 2 * sigma + 2 * sigma**2))}.get(scheme, torch.ones_like(sigma))
+    wanted = (weight * (unpacked - (eps - latents)) ** 2).reshape(3, -1).mean(1).mean()
+    assert abs(float(wanted.detach()) - float(loss)) <= 1e-6 * max(1.0, float(loss))
+
+
+def test_latents_are_drawn_from_the_vaes_posterior() -> None:
+    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
+    moments = torch.randn(2, 32, 4, 4)
+    scale = flux.LatentScale(0.1, 0.3)
+    drawn = flux.draw_latents(moments, scale, torch.Generator().manual_seed(3))
+    wanted = DiagonalGaussianDistribution(moments).sample(torch.Generator().manual_seed(3))
+    assert torch.allclose(drawn, (wanted - 0.1) * 0.3, atol=1e-6)
+
+
+# ---- adapters ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("which", ["tiny", "FLUX.1-dev"])
+def test_layer_shapes_are_the_models(which: str) -> None:
+    from diffusers import FluxTransformer2DModel
+
+    config = {**FLUX1, "guidance_embeds": True} if which != "tiny" else json.loads((BASE.folder / "transformer/config.json").read_text())
+    with torch.device("meta"):
+        model = FluxTransformer2DModel.from_config(config)
+    real = {name: (m.out_features, m.in_features) for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    assert linear_layers(config) == real
+
+
+def test_presets_and_suffixes_choose_the_named_layers() -> None:
+    layers = linear_layers({**FLUX1, "guidance_embeds": True})
+    count = {name: len(lora_layers(layers, name)) for name in ("attention", "attention+mlp", "all")}
+    assert count == {"attention": 19 * 4 + 38 * 3, "attention+mlp": 19 * 12 + 38 * 3, "all": 19 * 14 + 38 * 6}
+    assert "proj_out" not in lora_layers(layers, "all")
+    assert list(lora_layers(layers, ("single_transformer_blocks.3.attn.to_q",))) == ["single_transformer_blocks.3.attn.to_q"]
+    assert not lora_layers(layers, ("to_qq",))
+
+
+def test_adapters_start_at_the_base_and_from_the_seed() -> None:
+    shape = lora.LoraShape(4, 8.0, 0.0, ("transformer_blocks.0.attn.to_q", "single_transformer_blocks.1.proj_mlp"))
+    first = lora.attach_lora(flux.load_transformer(BASE), shape, 0)
+    again = lora.attach_lora(flux.load_transformer(BASE), shape, 0)
+    other = lora.attach_lora(flux.load_transformer(BASE), shape, 1)
+    assert list(first) == [f"{layer}.lora_{part}.weight" for layer in shape.layers for part in "AB"]
+    for name, parameter in first.items():
+        assert parameter.dtype == torch.float32
+        assert torch.equal(parameter, again[name])
+        if ".lora_A." in name:
+            assert math.isclose(float(parameter.std()), 1 / 4, rel_tol=0.15)
+            assert not torch.equal(parameter, other[name])
+        else:
+            assert not parameter.any()
+
+
+# ---- optimizers and schedules --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [optim.Adam(0.9, 0.99, 1e-8), optim.ProdigyNumbers(0.9, 0.99, None, 1e-8, True, True, True, 1.0, 1e-6, None)],
+    ids=["adamw", "prodigy"],
+)
+def test_an_optimizer_goes_on_as_if_never_stopped(numbers: optim.Adam | optim.ProdigyNumbers, tmp_path: Path) -> None:
+    def build() -> tuple[dict[str, nn.Parameter], optim.Optimizer]:
+        torch.manual_seed(0)
+        # a zero parameter, as LoRA's B: Prodigy keeps a 0-dim state for it
+        named = {"lora/a": nn.Parameter(torch.randn(3, 2)), "lora/b": nn.Parameter(torch.zeros(2, 3)), "rows/t5": nn.Parameter(torch.randn(4))}
+        groups = [
+            optim.Group({name: named[name] for name in ("lora/a", "lora/b")}, 1e-2, 0.01),
+            optim.Group({"rows/t5": named["rows/t5"]}, 1e-2, 0.1),
+        ]
+        return named, optim.Optimizer(groups, numbers)
+
+    def advance(named: dict[str, nn.Parameter], optimizer: optim.Optimizer, steps: range) -> None:
+        for step in steps:
+            generator = torch.Generator().manual_seed(step)
+            for parameter in named.values():
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+            optimizer.step(1.0 - step / 100)
+
+    unbroken, optimizer = build()
+    advance(unbroken, optimizer, range(12))
+    named, optimizer = build()
+    advance(named, optimizer, range(5))
+    kept, scalars = optimizer.state()
+    tensors.save(tmp_path / "state", kept, {"scalars": json.dumps(scalars)})
+    loaded, header = tensors.load(tmp_path / "state")
+    resumed, again = build()
+    for name, parameter in resumed.items():
+        parameter.data.copy_(named[name].data)
+    again.restore(loaded, json.loads(header["scalars"]))
+    advance(resumed, again, range(5, 12))
+    assert all(torch.equal(resumed[name], unbroken[name]) for name in unbroken)
+
+
+@pytest.mark.parametrize("name", ["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"])
+def test_a_schedule_is_diffusers_as_a_function_of_the_step(name: str) -> None:
+    from diffusers.optimization import get_scheduler
+
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    numbers = {"num_warmup_steps": 3, "num_training_steps": 20, "num_cycles": 2, "power": 2.0}
+    stepped = get_scheduler(name, optimizer, **numbers)
+    factor = optim.schedule(name, warmup=3, steps=20, cycles=2, power=2.0)
+    for step in range(20):
+        assert factor(step) == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-12)
+        optimizer.step()
+        stepped.step()
+
+
+# ---- data ----------------------------------------------------------------------------------------------------------
+
+
+def folder(tmp_path: Path) -> Path:
+    for index, size in enumerate([(80, 64), (64, 100), (64, 64)]):
+        Image.fromarray(np.random.default_rng(index).integers(0, 255, (*size, 3), np.uint8)).save(tmp_path / f"{index}.png")
+    return tmp_path
+
+
+def test_captions_beside_images_and_the_prompt_for_the_rest(tmp_path: Path) -> None:
+    folder(tmp_path)
+    (tmp_path / "0.txt").write_text("  a TOK\n on a hill ")
+    (tmp_path / "notes.md").write_text("not an image")
+    found = data.read_folder(tmp_path, "image", None, "a TOK")
+    assert [(picture.name, picture.caption) for picture in found.items] == [
+        ("0.png", "a TOK on a hill"),
+        ("1.png", "a TOK"),
+        ("2.png", "a TOK"),
+    ]
+    with pytest.raises(data.DataError, match=r"2 of 3 images have no caption \(1.png, 2.png\); set data.prompt"):
+        data.read_folder(tmp_path, "image", None, None)
+
+
+def test_an_imagefolders_metadata(tmp_path: Path) -> None:
+    folder(tmp_path)
+    lines = [{"file_name": "1.png", "text": "one"}, {"file_name": "0.png", "text": ""}, {"file_name": "2.png", "text": None}]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    found = data.read_folder(tmp_path, "image", "text", "a TOK")
+    assert [(picture.name, picture.caption) for picture in found.items] == [("1.png", "one"), ("0.png", "a TOK"), ("2.png", "a TOK")]
+    with pytest.raises(data.DataError, match="data.caption_column to one of metadata.jsonl's: text"):
+        data.read_folder(tmp_path, "image", None, None)
+    with pytest.raises(data.DataError, match=r"metadata.jsonl:1: no column 'txt'; there are file_name, text"):
+        data.read_folder(tmp_path, "image", "txt", "a TOK")
+
+
+@pytest.mark.parametrize("escape", ["../x.png", "/etc/hostname", "none.png"])
+def test_metadata_cannot_name_files_outside(tmp_path: Path, escape: str) -> None:
+    (tmp_path / "in").mkdir()
+    Image.new("RGB", (64, 64)).save(tmp_path / "x.png")
+    (tmp_path / "in" / "metadata.jsonl").write_text(json.dumps({"file_name": escape}))
+    with pytest.raises(data.DataError, match="no such file in the folder"):
+        data.read_folder(tmp_path / "in", "image", None, "a")
+
+
+def test_the_fingerprint_follows_content_not_place(tmp_path: Path) -> None:
+    import shutil
+
+    for name in ("a", "b"):
+        shutil.copytree(PICTURES, tmp_path / name)
+    prints = [data.read_folder(tmp_path / name, "image", None, None).fingerprint for name in ("a", "b")]
+    assert prints[0] == prints[1]
+    (tmp_path / "b" / "1.txt").write_text("another caption")
+    assert data.read_folder(tmp_path / "b", "image", None, None).fingerprint != prints[0]
+
+
+def test_crops_are_square_seeded_and_upright(tmp_path: Path) -> None:
+    wide = Image.fromarray(np.tile(np.arange(200, dtype=np.uint8)[None, :, None], (100, 1, 3)))
+
+    def crop(seed: int, center: bool = False, flip: bool = False) -> np.ndarray:
+        return data.pixels(wide, "x", 64, center=center, flip=flip, interpolation="lanczos", seed=seed)
+
+    assert crop(0).shape == (64, 64, 3)
+    assert np.array_equal(crop(0), crop(0))
+    assert any(not np.array_equal(crop(0), crop(seed)) for seed in range(1, 5))
+    middle = crop(0, center=True)
+    assert abs(float(middle.mean()) - 99.5) < 1
+    mirrored = [crop(seed, center=True, flip=True) for seed in range(20)]
+    assert {np.array_equal(one, middle) for one in mirrored} == {True, False}
+    assert all(np.array_equal(one, middle) or np.array_equal(one, middle[:, ::-1]) for one in mirrored)
+    turned = tmp_path / "turned.jpg"
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held on its side
+    Image.new("RGB", (64, 128), "white").save(turned, exif=exif)
+    with Image.open(turned) as image:
+        assert data.pixels(image, "x", 64, center=True, flip=False, interpolation="box", seed=0).shape == (64, 64, 3)
+    clear = Image.new("RGBA", (64, 64), (255, 0, 0, 0))
+    assert data.pixels(clear, "x", 64, center=True, flip=False, interpolation="box", seed=0).min() == 255
+
+
+def test_a_truncated_image_is_named(tmp_path: Path) -> None:
+    whole = (PICTURES / "1.png").read_bytes()
+    (tmp_path / "1.png").write_bytes(whole[: len(whole) // 2])
+    [picture] = data.read_folder(tmp_path, "image", None, "a").items
+    with pytest.raises(FluxrunError, match=r"1.png: not a readable image \(.*\); mend it or take it out"):
+        picture.open()
+
+
+def test_each_epoch_shows_each_picture_once() -> None:
+    shown = [index for step in range(21) for micro in range(2) for index in data.batch_indices(0, step, micro, 3, 2, 9)]
+    epochs = [shown[start : start + 9] for start in range(0, 126, 9)]
+    assert all(sorted(epoch) == list(range(9)) for epoch in epochs)
+    assert epochs[0] != epochs[1]
+    assert data.batch_indices(1, 0, 0, 9, 1, 9) != epochs[0]
+
+
+def test_seeds_are_distinct_and_stable() -> None:
+    assert derive(0, "noise", 1, 2) == derive(0, "noise", 1, 2)
+    assert len({derive(seed, what, a, b) for seed in (0, 1) for what in ("noise", "dropout") for a in range(5) for b in range(5)}) == 100
+    assert derive(0, "a", 11) != derive(0, "a1", 1)
+
+
+def test_a_fine_tune_of_the_base_has_another_fingerprint(tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(BASE.folder, tmp_path / "copy")
+    assert fingerprint(tmp_path / "copy") == fingerprint(BASE.folder)
+    weights = tmp_path / "copy" / "transformer" / "diffusion_pytorch_model.safetensors"
+    changed = bytearray(weights.read_bytes())
+    changed[-1] ^= 1
+    weights.write_bytes(changed)
+    assert fingerprint(tmp_path / "copy") != fingerprint(BASE.folder)
