@@ -32,7 +32,9 @@ class Fault:
     def __str__(self) -> str:
         key = f"{self.key}: " if self.key else ""
         text = f"{self.file}:{self.line}: {key}{self.message}"
-        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)  # keys are the user's
+        return "".join(
+            c if c.isprintable() else c.encode("unicode_escape").decode() for c in text
+        )  # keys are the user's
 
 
 class SpecError(FluxrunError):

@@ -55,7 +55,9 @@ def test_our_safetensors_are_everyones_and_repeatable(tmp_path: Path) -> None:
 
 def test_every_flipped_bit_is_noticed(tmp_path: Path) -> None:
     path = tmp_path / checkpoint.file_name(7)
-    checkpoint.write(path, Checkpoint("joint", "key", 7, Weights({"a": torch.randn(8, 8)}), {"a/exp_avg": torch.randn(8)}, {"n": 1}))
+    checkpoint.write(
+        path, Checkpoint("joint", "key", 7, Weights({"a": torch.randn(8, 8)}), {"a/exp_avg": torch.randn(8)}, {"n": 1})
+    )
     whole = path.read_bytes()
     assert checkpoint.read(path).step == 7
     draw = random.Random(0)
@@ -96,7 +98,9 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
 def test_a_lock_has_one_holder_and_dies_with_it(tmp_path: Path) -> None:
     lock = tmp_path / ".lock"
     code = f"import time\nfrom pathlib import Path\nfrom runner import files\nwith files.locked(Path({str(lock)!r})):\n    print(1, flush=True)\n    time.sleep(60)"
-    holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(PROJECT)})
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(PROJECT)}
+    )
     assert holder.stdout is not None
     holder.stdout.readline()
     assert files.is_locked(lock)
@@ -127,7 +131,9 @@ def encoders() -> list[tuple[str, nn.Module, object]]:
 
 
 @pytest.mark.parametrize("learned", [(), ("clip",), ("clip", "t5")], ids=["frozen", "clip", "clip+t5"])
-@pytest.mark.parametrize("prompt", ["a red heart", "a <s0><s1> icon, on a <s0><s1>!", "a b c " * 60], ids=["plain", "tokens", "long"])
+@pytest.mark.parametrize(
+    "prompt", ["a red heart", "a <s0><s1> icon, on a <s0><s1>!", "a b c " * 60], ids=["plain", "tokens", "long"]
+)
 def test_our_embeddings_are_the_pipelines_to_the_bit(learned: tuple[str, ...], prompt: str) -> None:
     from diffusers import FluxPipeline
 
@@ -221,7 +227,9 @@ def test_the_loss_is_the_references_formula(scheme: str) -> None:
         encoder_hidden_states=read.txt, txt_ids=torch.zeros(16, 3), img_ids=flux.image_ids(8, 8, BASE.device, torch.float32),
     ).sample  # fmt: skip
     unpacked = packed.view(3, 4, 4, 16, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(3, 16, 8, 8)
-    weight = {"sigma_sqrt": sigma**-2, "cosmap": 2 / (math.pi * (1 - 2 * sigma + 2 * sigma**2))}.get(scheme, torch.ones_like(sigma))
+    weight = {"sigma_sqrt": sigma**-2, "cosmap": 2 / (math.pi * (1 - 2 * sigma + 2 * sigma**2))}.get(
+        scheme, torch.ones_like(sigma)
+    )
     wanted = (weight * (unpacked - (eps - latents)) ** 2).reshape(3, -1).mean(1).mean()
     assert abs(float(wanted.detach()) - float(loss)) <= 1e-6 * max(1.0, float(loss))
 
@@ -243,7 +251,11 @@ def test_latents_are_drawn_from_the_vaes_posterior() -> None:
 def test_layer_shapes_are_the_models(which: str) -> None:
     from diffusers import FluxTransformer2DModel
 
-    config = {**FLUX1, "guidance_embeds": True} if which != "tiny" else json.loads((BASE.folder / "transformer/config.json").read_text())
+    config = (
+        {**FLUX1, "guidance_embeds": True}
+        if which != "tiny"
+        else json.loads((BASE.folder / "transformer/config.json").read_text())
+    )
     with torch.device("meta"):
         model = FluxTransformer2DModel.from_config(config)
     real = {name: (m.out_features, m.in_features) for name, m in model.named_modules() if isinstance(m, nn.Linear)}
@@ -255,7 +267,9 @@ def test_presets_and_suffixes_choose_the_named_layers() -> None:
     count = {name: len(lora_layers(layers, name)) for name in ("attention", "attention+mlp", "all")}
     assert count == {"attention": 19 * 4 + 38 * 3, "attention+mlp": 19 * 12 + 38 * 3, "all": 19 * 14 + 38 * 6}
     assert "proj_out" not in lora_layers(layers, "all")
-    assert list(lora_layers(layers, ("single_transformer_blocks.3.attn.to_q",))) == ["single_transformer_blocks.3.attn.to_q"]
+    assert list(lora_layers(layers, ("single_transformer_blocks.3.attn.to_q",))) == [
+        "single_transformer_blocks.3.attn.to_q"
+    ]
     assert not lora_layers(layers, ("to_qq",))
 
 
@@ -287,7 +301,11 @@ def test_an_optimizer_goes_on_as_if_never_stopped(numbers: optim.Adam | optim.Pr
     def build() -> tuple[dict[str, nn.Parameter], optim.Optimizer]:
         torch.manual_seed(0)
         # a zero parameter, as LoRA's B: Prodigy keeps a 0-dim state for it
-        named = {"lora/a": nn.Parameter(torch.randn(3, 2)), "lora/b": nn.Parameter(torch.zeros(2, 3)), "rows/t5": nn.Parameter(torch.randn(4))}
+        named = {
+            "lora/a": nn.Parameter(torch.randn(3, 2)),
+            "lora/b": nn.Parameter(torch.zeros(2, 3)),
+            "rows/t5": nn.Parameter(torch.randn(4)),
+        }
         groups = [
             optim.Group({name: named[name] for name in ("lora/a", "lora/b")}, 1e-2, 0.01),
             optim.Group({"rows/t5": named["rows/t5"]}, 1e-2, 0.1),
@@ -316,7 +334,9 @@ def test_an_optimizer_goes_on_as_if_never_stopped(numbers: optim.Adam | optim.Pr
     assert all(torch.equal(resumed[name], unbroken[name]) for name in unbroken)
 
 
-@pytest.mark.parametrize("name", ["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"])
+@pytest.mark.parametrize(
+    "name", ["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
+)
 def test_a_schedule_is_diffusers_as_a_function_of_the_step(name: str) -> None:
     from diffusers.optimization import get_scheduler
 
@@ -335,7 +355,9 @@ def test_a_schedule_is_diffusers_as_a_function_of_the_step(name: str) -> None:
 
 def folder(tmp_path: Path) -> Path:
     for index, size in enumerate([(80, 64), (64, 100), (64, 64)]):
-        Image.fromarray(np.random.default_rng(index).integers(0, 255, (*size, 3), np.uint8)).save(tmp_path / f"{index}.png")
+        Image.fromarray(np.random.default_rng(index).integers(0, 255, (*size, 3), np.uint8)).save(
+            tmp_path / f"{index}.png"
+        )
     return tmp_path
 
 
@@ -355,10 +377,18 @@ def test_captions_beside_images_and_the_prompt_for_the_rest(tmp_path: Path) -> N
 
 def test_an_imagefolders_metadata(tmp_path: Path) -> None:
     folder(tmp_path)
-    lines = [{"file_name": "1.png", "text": "one"}, {"file_name": "0.png", "text": ""}, {"file_name": "2.png", "text": None}]
+    lines = [
+        {"file_name": "1.png", "text": "one"},
+        {"file_name": "0.png", "text": ""},
+        {"file_name": "2.png", "text": None},
+    ]
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
     found = data.read_folder(tmp_path, "image", "text", "a TOK")
-    assert [(picture.name, picture.caption) for picture in found.items] == [("1.png", "one"), ("0.png", "a TOK"), ("2.png", "a TOK")]
+    assert [(picture.name, picture.caption) for picture in found.items] == [
+        ("1.png", "one"),
+        ("0.png", "a TOK"),
+        ("2.png", "a TOK"),
+    ]
     with pytest.raises(data.DataError, match="data.caption_column to one of metadata.jsonl's: text"):
         data.read_folder(tmp_path, "image", None, None)
     with pytest.raises(data.DataError, match=r"metadata.jsonl:1: no column 'txt'; there are file_name, text"):
@@ -427,7 +457,18 @@ def test_each_epoch_shows_each_picture_once() -> None:
 
 def test_seeds_are_distinct_and_stable() -> None:
     assert derive(0, "noise", 1, 2) == derive(0, "noise", 1, 2)
-    assert len({derive(seed, what, a, b) for seed in (0, 1) for what in ("noise", "dropout") for a in range(5) for b in range(5)}) == 100
+    assert (
+        len(
+            {
+                derive(seed, what, a, b)
+                for seed in (0, 1)
+                for what in ("noise", "dropout")
+                for a in range(5)
+                for b in range(5)
+            }
+        )
+        == 100
+    )
     assert derive(0, "a", 11) != derive(0, "a1", 1)
 
 

@@ -37,7 +37,9 @@ def test_all_faults_of_all_specs_in_one_go_and_nothing_on_disk(tmp_path: Path, m
     assert said.code == 2
     assert said.out == ""
     assert said.err.splitlines() == (BROKEN / "expected.txt").read_text().splitlines()
-    assert {spec.name for spec in specs} == {line.split(":")[0].removeprefix("broken/") for line in said.err.splitlines()[:-1]}
+    assert {spec.name for spec in specs} == {
+        line.split(":")[0].removeprefix("broken/") for line in said.err.splitlines()[:-1]
+    }
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -152,7 +154,12 @@ def test_defaults_are_the_contracts(tmp_path: Path) -> None:
     spec = one(tmp_path, LEAST)
     assert (spec.name, spec.seed, spec.model.max_sequence_length, spec.data.resolution) == ("one", 0, 512, 512)
     assert (spec.lora.rank, spec.lora.alpha, spec.lora.layers, spec.train.lr) == (16, 16.0, "attention", 1e-4)
-    assert (spec.train.guidance, spec.checkpoint.every, spec.checkpoint.keep, spec.validation.size) == (3.5, 100, 2, 512)
+    assert (spec.train.guidance, spec.checkpoint.every, spec.checkpoint.keep, spec.validation.size) == (
+        3.5,
+        100,
+        2,
+        512,
+    )
     assert one(tmp_path, LEAST + '[optimizer]\nname = "prodigy"\n').train.lr == 1.0
     tokens = LEAST + '[[tokens]]\nname = "TOK"\n'
     assert one(tmp_path, tokens).inversion.until == 0.5
@@ -218,7 +225,15 @@ w = '[['
 '''
     tomllib.loads(text)
     lines = key_lines(text)
-    wanted = {("a",): 2, ("d.e",): 6, ("t",): 10, ("t", "x", "y"): 11, ("u", 0, "n"): 13, ("u", 1, "n"): 15, ("u", 1, "v", "w"): 17}
+    wanted = {
+        ("a",): 2,
+        ("d.e",): 6,
+        ("t",): 10,
+        ("t", "x", "y"): 11,
+        ("u", 0, "n"): 13,
+        ("u", 1, "n"): 15,
+        ("u", 1, "v", "w"): 17,
+    }
     assert {path: lines[path] for path in wanted} == wanted
     assert ("b",) not in lines
     assert line_of(lines, ("t", "x", "y", "z")) == 11
@@ -235,7 +250,9 @@ def test_light_commands_import_nothing_heavy() -> None:
             f"print(sorted({heavy!r} & set(sys.modules)))"
         )
         environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
-        done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, env=environment, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=PROJECT, env=environment, capture_output=True, text=True, check=True
+        )
         assert done.stdout == "[]\n", arguments
 
 

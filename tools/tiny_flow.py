@@ -72,7 +72,7 @@ def make_latents(vae: Any, work: Path, seed: int) -> Latents:
                 found = vae.encode(to_tensor(images)).latent_dist
                 means.append(found.mean)
                 stds.append(found.std)
-        save_file({"mean": torch.cat(means), "std": torch.cat(stds)}, file)
+        save_file({"mean": torch.cat(means).contiguous(), "std": torch.cat(stds).contiguous()}, file)
     stored = load_file(file)
     return Latents(stored["mean"], stored["std"], scenes)
 

@@ -1,0 +1,172 @@
+"""The plan: phases, words, and the JSON that others read."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import PROJECT, House
+
+from runner import plan as planning
+from runner.plan import Facts, PlanError, make_plan
+from runner.spec import Spec
+from runner.specload import load
+
+FACTS = Facts(("a TOK",), 8, "data", "base", None)
+
+
+def spec_of(tmp_path: Path, extra: str = "") -> Spec:
+    path = tmp_path / "a.toml"
+    path.write_text('[model]\nbase = "builtin:tiny"\n[data]\nsource = "x"\n[train]\nsteps = 7\n' + extra)
+    return load([path])[0].spec
+
+
+def phases(spec: Spec) -> list[tuple[str, int, int, list[str], list[str]]]:
+    described = [planning.describe(phase) for phase in make_plan(spec, FACTS).phases]
+    return [
+        (facts["kind"], facts["start"], facts["stop"], [part["what"] for part in facts["trains"]], facts["resident"])
+        for facts in described
+    ]
+
+
+TOKENS = '[[tokens]]\nname = "TOK"\n'
+ALL = ["text_encoder", "text_encoder_2", "transformer", "vae"]
+EXPORT = ("export", 7, 7, [], ALL)
+
+
+def test_plain_lora(tmp_path: Path) -> None:
+    assert phases(spec_of(tmp_path)) == [
+        ("encode", 0, 0, [], ["text_encoder", "text_encoder_2", "vae"]),
+        ("lora", 0, 7, ["lora"], ["transformer"]),
+        EXPORT,
+    ]
+
+
+def test_clip_pivotal_pivots_at_a_step_and_ends_with_the_transformer_alone(tmp_path: Path) -> None:
+    assert phases(spec_of(tmp_path, TOKENS)) == [
+        ("encode", 0, 0, [], ["text_encoder_2", "vae"]),
+        ("joint", 0, 4, ["token rows", "lora"], ["transformer", "text_encoder"]),  # ceil(0.5 * 7)
+        ("encode", 4, 4, [], ["text_encoder"]),
+        ("lora", 4, 7, ["lora"], ["transformer"]),
+        EXPORT,
+    ]
+
+
+def test_t5_too(tmp_path: Path) -> None:
+    assert phases(spec_of(tmp_path, TOKENS + '[inversion]\nencoders = ["clip", "t5"]\n')) == [
+        ("encode", 0, 0, [], ["vae"]),
+        ("joint", 0, 4, ["token rows", "lora"], ["transformer", "text_encoder", "text_encoder_2"]),
+        ("encode", 4, 4, [], ["text_encoder", "text_encoder_2"]),
+        ("lora", 4, 7, ["lora"], ["transformer"]),
+        EXPORT,
+    ]
+
+
+def test_pure_inversion_of_half_the_steps_says_so(tmp_path: Path) -> None:
+    spec = spec_of(tmp_path, TOKENS + "[lora]\nuntil = 0\n[inversion]\nuntil = 0.5\n")
+    assert [row[:4] for row in phases(spec)] == [
+        ("encode", 0, 0, []),
+        ("inversion", 0, 4, ["token rows"]),
+        ("export", 4, 4, []),
+    ]
+    made = make_plan(spec, FACTS)
+    assert made.steps == 4
+    assert made.notes[0] == (
+        "nothing is left to train after step 4 (lora.until = 0, inversion.until = 0.5): the run ends there, not at the 7 steps asked for"
+    )
+    assert make_plan(spec_of(tmp_path, TOKENS + "[lora]\nuntil = 0\n"), FACTS).steps == 7
+
+
+def test_one_epoch_at_a_half_still_inverts(tmp_path: Path) -> None:
+    spec = spec_of(tmp_path, TOKENS).model_copy(
+        update={"train": spec_of(tmp_path).train.model_copy(update={"steps": None, "epochs": 1})}
+    )
+    made = make_plan(spec, FACTS)
+    assert [(phase.start, phase.stop) for phase in made.training] == [(0, 4), (4, 8)]
+
+
+def test_every_value_that_changes_the_result_changes_the_key(tmp_path: Path) -> None:
+    first = make_plan(spec_of(tmp_path), FACTS)
+    for extra in (
+        "batch_size = 2",
+        "guidance = 1.0",
+        "[lora]\ndropout = 0.1",
+        "[data.x]"[:0] + "[optimizer]\nbeta1 = 0.8",
+    ):
+        assert make_plan(spec_of(tmp_path, extra), FACTS).training[-1].key != first.training[-1].key, extra
+    for facts in (Facts(("a TOK",), 8, "other", "base", None), Facts(("a TOK",), 8, "data", "other", None)):
+        assert make_plan(spec_of(tmp_path), facts).training[-1].key != first.training[-1].key
+    for extra in ("[checkpoint]\nevery = 3", '[validate]\nprompts = ["x"]', "[track]\nto = []"):
+        assert make_plan(spec_of(tmp_path, extra), FACTS).training[-1].key == first.training[-1].key, extra
+    assert make_plan(spec_of(tmp_path, '[validate]\nprompts = ["x"]'), FACTS).key != first.key
+
+
+@pytest.mark.parametrize(
+    ("extra", "key"),
+    [
+        ("[data.more]\n"[:0] + "[text_lora]\nrank = 4\n", "text_lora"),
+        ('[prior]\nimages = "y"\nprompt = "z"\n', "prior"),
+        ('[optimizer]\nname = "adamw8bit"\n', "optimizer.name"),
+        ("[compute]\ngpus = 2\n", "compute.gpus"),
+        ("[hub]\npush = true\n", "hub.push"),
+        ('[track]\nto = ["wandb"]\n', "track.to"),
+        ('[validate]\nprompts = ["a"]\nevery = 2\n', "validate.every"),
+        (TOKENS + '[inversion]\npooling = "eos"\n', "inversion.pooling"),
+    ],
+)
+def test_what_is_not_there_yet_is_refused_not_ignored(tmp_path: Path, extra: str, key: str) -> None:
+    with pytest.raises(PlanError) as caught:
+        make_plan(spec_of(tmp_path, extra), FACTS)
+    assert [found for found, _ in caught.value.faults] == [key]
+    assert "not available yet" in caught.value.faults[0][1]
+
+
+def test_the_shipped_specs_plan_without_the_models_files(tmp_path: Path) -> None:
+    shutil.copytree(PROJECT / "specs", tmp_path / "specs")
+    house = House.__new__(House)
+    house.folder = tmp_path
+    said = house.fluxrun("plan", "specs", "--json")
+    assert said.code == 0, said.err
+    document = json.loads(said.out)
+    assert document["errors"] == []
+    found = {run["name"]: [phase["kind"] for phase in run["phases"]] for run in document["runs"]}
+    assert found == {
+        "quickstart": ["encode", "joint", "encode", "lora", "export"],
+        "3d-icon-Flux-LoRA": ["encode", "joint", "encode", "lora", "export"],
+        "3d-icon-Flux-LoRA-t5": ["encode", "joint", "encode", "lora", "export"],
+        "3d-icon-Flux-LoRA-inversion": ["encode", "inversion", "export"],
+    }
+    [first] = [run for run in document["runs"] if run["name"] == "3d-icon-Flux-LoRA"]
+    assert first["phases"][1] == {
+        "kind": "joint",
+        "name": "joint",
+        "start": 0,
+        "stop": 350,
+        "trains": [
+            {"what": "token rows", "encoders": ["clip"], "parameters": 2 * 768},
+            {"what": "lora", "parameters": 8 * (19 * 4 + 38 * 3) * 2 * 3072},
+        ],
+        "resident": ["transformer", "text_encoder"],
+    }
+    assert {"name", "spec", "state", "reason", "phases"} <= first.keys()
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_plan_in_words(tmp_path: Path) -> None:
+    house = House(tmp_path)
+    said = house.fluxrun("plan", house.spec())
+    assert said.out.splitlines() == [
+        f"a  ({tmp_path}/a.toml)  new: no run folder yet",
+        "  encode                         trains nothing; on the device: vae",
+        "  joint          steps 1-3       token rows in clip+t5 (320 parameters), lora (20,480 parameters); "
+        "on the device: transformer, text_encoder, text_encoder_2",
+        "  encode-learned                 trains nothing; on the device: text_encoder, text_encoder_2",
+        "  lora           steps 4-6       lora (20,480 parameters); on the device: transformer",
+        "  export                         trains nothing; on the device: text_encoder, text_encoder_2, transformer, vae",
+        "1 run, 6 steps",
+    ]
+    faulty = house.fluxrun("plan", house.write("b.toml", "x = 1"), "--json")
+    assert faulty.code == 2
+    assert {"file", "line", "key", "message"} == json.loads(faulty.out)["errors"][0].keys()
