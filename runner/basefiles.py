@@ -28,12 +28,12 @@ KNOWN = {
 }
 
 
-def local_folder(text: str, near: Path) -> Path | None:
-    """The base's folder on this disk, or None for a hub id. `near` is the spec's folder."""
+def local_folder(text: str) -> Path | None:
+    """The base's folder on this disk (specs' paths have been made absolute), or None for a hub id."""
     if text in BUILTIN:
         return BUILTIN[text]
-    folder = near / Path(text).expanduser()
-    return folder.resolve() if folder.is_dir() else None
+    folder = Path(text)
+    return folder if folder.is_absolute() and folder.is_dir() else None
 
 
 def fingerprint(folder: Path) -> str:

@@ -280,7 +280,7 @@ def _table(rows: list[dict[str, Any]], columns: dict[str, Cell]) -> Any:
 def _console() -> Any:
     from rich.console import Console
 
-    return Console(highlight=False)
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 200)  # a pipe has no width to fold at
 
 
 @main.command()

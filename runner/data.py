@@ -149,7 +149,10 @@ def read_hub(
     from datasets import Image as ImageFeature
     from datasets import load_dataset
 
-    rows = load_dataset(source, config, split=split)
+    try:
+        rows = load_dataset(source, config, split=split)
+    except (OSError, ValueError) as error:  # not there, no access, no network, no such split
+        raise DataError(f"{source} cannot be loaded ({error})") from error
     missing = [column for column in (image_column, caption_column) if column and column not in rows.column_names]
     if missing:
         raise DataError(f"{source} has no column {missing[0]!r}; there are {', '.join(rows.column_names)}")

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import gc
+import os
 import resource
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 import torch
 
 from runner.errors import FluxrunError
 
+CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -26,6 +29,7 @@ def choose(gpus: str | None) -> torch.device:
 
 def prepare(device: torch.device, *, tf32: bool) -> None:
     """Process-wide settings: repeatable kernels, and TF32 matmuls where the spec allows them."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats itself only with this
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs a write per buffer
     if device.type == "cuda":
@@ -59,8 +63,19 @@ def release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
+def reset_peak(device: torch.device) -> None:
+    """Begin a new measurement of `peak_memory`."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif CLEAR_REFS.exists():
+        CLEAR_REFS.write_text("5")  # resets VmHWM, see proc(5)
+
+
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the most the GPU allocator held, or the most this process ever had resident on a CPU."""
+    """Bytes since `reset_peak`: the most the GPU allocator held, or on a CPU the most this process had resident."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
+    if CLEAR_REFS.exists():
+        [line] = [line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM:")]
+        return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

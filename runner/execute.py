@@ -111,6 +111,7 @@ class Clerk:
         self.at_step = progress.step if progress else 0
         self.loss = progress.scalars["loss"] if progress else None
         self.before = run.state()
+        device.reset_peak(where)
         self.tracker = Tracker(run.folder, "tensorboard" in spec.track.to, self.at_step)
         run.write_state(
             "running", attempts=self.before.get("attempts", 0) + 1, started=self.before.get("started") or time.time(),

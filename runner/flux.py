@@ -30,11 +30,9 @@ class Base:
     dtype: torch.dtype
 
 
-def open_base(
-    text: str, near: Path, revision: str | None, variant: str | None, device: torch.device, dtype: torch.dtype
-) -> Base:
+def open_base(text: str, revision: str | None, variant: str | None, device: torch.device, dtype: torch.dtype) -> Base:
     """Find the base on disk (`builtin:tiny`, a folder), or fetch its diffusers parts from the hub."""
-    folder = local_folder(text, near)
+    folder = local_folder(text)
     if folder is None:
         from huggingface_hub import snapshot_download
 

@@ -59,7 +59,7 @@ def _prepare_one(
     own = spec.data
     asked = (own.source, own.config, own.split, own.image_column, own.caption_column, own.prompt)
     if asked not in shared:  # a sweep reads its data once
-        shared[asked] = _pictures(spec, fetch)
+        shared[asked] = _pictures(spec, source.file.parent, fetch)
     pictures = shared[asked]
     if isinstance(pictures, list):
         told += [("data.source", message) for message in pictures]
@@ -91,7 +91,7 @@ def _absolute(loaded: Loaded) -> Spec:
 
 def _base_faults(spec: Spec) -> list[tuple[str, str]]:
     base = spec.model.base
-    folder = local_folder(base, Path())
+    folder = local_folder(base)
     if folder is None and (base.startswith("builtin:") or not HUB_ID.fullmatch(base)):
         return [
             (
@@ -106,13 +106,14 @@ def _base_faults(spec: Spec) -> list[tuple[str, str]]:
     return []
 
 
-def _pictures(spec: Spec, fetch: bool) -> Pictures | list[str] | None:
+def _pictures(spec: Spec, near: Path, fetch: bool) -> Pictures | list[str] | None:
     """The data set, None where only the hub has it, or what is wrong with it."""
     own = spec.data
     try:
         if Path(own.source).is_dir():
             return data.read_folder(Path(own.source), own.image_column, own.caption_column, own.prompt)
-        if not HUB_ID.fullmatch(own.source):
+        inside = (near / own.source.split("/")[0]).is_dir()  # "data/icnos" is a misspelt folder, no hub id
+        if inside or not HUB_ID.fullmatch(own.source):
             return [
                 f"no such folder (found {own.source!r}); allowed are a folder (relative to the spec) or a hub data set (owner/name)"
             ]
@@ -127,7 +128,7 @@ def _pictures(spec: Spec, fetch: bool) -> Pictures | list[str] | None:
 
 def _facts(spec: Spec, pictures: Pictures | None) -> Facts:
     own = spec.data
-    folder = local_folder(spec.model.base, Path())
+    folder = local_folder(spec.model.base)
     base = fingerprint(folder) if folder else key_of("hub", spec.model.base, spec.model.revision, spec.model.variant)
     config = transformer_config(spec.model.base, folder)
     if pictures is None:

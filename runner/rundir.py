@@ -50,9 +50,7 @@ class Run:
 
     def state(self) -> dict[str, Any]:
         """state.json, or {} where there is none. A run whose process died reads as stopped."""
-        if not self.state_file.is_file():
-            return {}
-        state: dict[str, Any] = json.loads(self.state_file.read_text())
+        state = self._raw_state()
         if state.get("state") == "running" and not files.is_locked(self.lock_file):
             state["state"] = "stopped"
             state["error"] = "its process is gone"
@@ -66,7 +64,11 @@ class Run:
         files.write_json(self.state_file, {k: v for k, v in now.items() if v is not None}, durable=durable)
 
     def _raw_state(self) -> dict[str, Any]:
-        return json.loads(self.state_file.read_text()) if self.state_file.is_file() else {}
+        try:
+            state: dict[str, Any] = json.loads(self.state_file.read_text())
+        except (FileNotFoundError, ValueError):  # a heartbeat is not synced, so a power cut may leave it empty
+            state = {}
+        return state
 
     # ---- done, and why ---------------------------------------------------------------------------------------------
 

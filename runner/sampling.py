@@ -30,9 +30,7 @@ def sample_run(
     device.prepare(where, tf32=spec.model.tf32)
     flux.quiet()
     model = spec.model
-    base = flux.open_base(
-        model.base, Path(), model.revision, model.variant, where, device.resolve_dtype(model.dtype, where)
-    )
+    base = flux.open_base(model.base, model.revision, model.variant, where, device.resolve_dtype(model.dtype, where))
     assert isinstance(spec.data.resolution, int)
     pictures = sample(
         base, export.exported_files(run.export, name, placeholders), shots,

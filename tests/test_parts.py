@@ -97,7 +97,10 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
 
 def test_a_lock_has_one_holder_and_dies_with_it(tmp_path: Path) -> None:
     lock = tmp_path / ".lock"
-    code = f"import time\nfrom pathlib import Path\nfrom runner import files\nwith files.locked(Path({str(lock)!r})):\n    print(1, flush=True)\n    time.sleep(60)"
+    code = (
+        f"import time\nfrom pathlib import Path\nfrom runner import files\nwith files.locked(Path({str(lock)!r})):\n"
+        "    print(1, flush=True)\n    time.sleep(60)"
+    )
     holder = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(PROJECT)}
     )
@@ -482,3 +485,23 @@ def test_a_fine_tune_of_the_base_has_another_fingerprint(tmp_path: Path) -> None
     changed[-1] ^= 1
     weights.write_bytes(changed)
     assert fingerprint(tmp_path / "copy") != fingerprint(BASE.folder)
+
+
+def test_a_columnar_file_with_images_inside(tmp_path: Path) -> None:
+    """What a hub data set is on disk, read by the same call."""
+    import datasets
+
+    images = [Image.open(PICTURES / f"{index}.png") for index in (1, 2)]
+    rows = datasets.Dataset.from_dict(
+        {"img": images, "text": ["a TOK", None]},
+        features=datasets.Features({"img": datasets.Image(), "text": datasets.Value("string")}),
+    )
+    (tmp_path / "set").mkdir()
+    rows.to_parquet(tmp_path / "set" / "train.parquet")
+    found = data.read_hub(str(tmp_path / "set"), None, "train", "img", "text", "a prompt")
+    assert [picture.caption for picture in found.items] == ["a TOK", "a prompt"]
+    assert np.array_equal(np.asarray(found.items[1].open().convert("RGB")), np.asarray(images[1].convert("RGB")))
+    with pytest.raises(data.DataError, match="has no column 'image'; there are img, text"):
+        data.read_hub(str(tmp_path / "set"), None, "train", "image", "text", None)
+    with pytest.raises(data.DataError, match="cannot be loaded"):
+        data.read_hub("nobody/nothing", None, "train", "image", None, "a")

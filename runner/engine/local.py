@@ -60,9 +60,7 @@ def run_queue(
 def _run_one(job: Job, runs: Path, where: torch.device, say: Say, stop: StopRequest) -> None:
     model = job.spec.model
     device.prepare(where, tf32=model.tf32)
-    base = flux.open_base(
-        model.base, Path(), model.revision, model.variant, where, device.resolve_dtype(model.dtype, where)
-    )
+    base = flux.open_base(model.base, model.revision, model.variant, where, device.resolve_dtype(model.dtype, where))
     assert job.pictures is not None  # `queue` fetches
     execute(job.run, job.spec, job.plan, job.pictures, base, open_cache(runs), say, stop)
 
