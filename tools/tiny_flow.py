@@ -209,6 +209,6 @@ def distill_guidance(model: Model, latents: Latents, work: Path, minutes: float,
         if step % 25 == 0:
             print(f"distill step {step} loss {smooth:.4f} {part:.0%}", flush=True)
     model.transformer.load_state_dict(average.values)
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, work / "distilled.safetensors")
+    save_file({k: v.clone() for k, v in model.state_dict().items()}, work / "distilled.safetensors")
     print(f"distill done: {step} steps, loss {smooth:.4f}", flush=True)
     return model
