@@ -22,6 +22,7 @@ FLUX1: dict[str, Any] = {
     "joint_attention_dim": 4096,
     "pooled_projection_dim": 768,
 }
+CLIP_L = {"hidden_size": 768, "num_hidden_layers": 12}  # FLUX.1's text_encoder/config.json
 KNOWN = {
     f"black-forest-labs/FLUX.1-{kind}": {**FLUX1, "guidance_embeds": kind != "schnell"}
     for kind in ("dev", "schnell", "Krea-dev")
@@ -61,6 +62,22 @@ def transformer_config(text: str, folder: Path | None) -> Mapping[str, Any] | No
         return KNOWN.get(text)
     path = folder / "transformer" / "config.json"
     return json.loads(path.read_text()) if path.is_file() else None
+
+
+def clip_config(folder: Path | None) -> Mapping[str, Any] | None:
+    """The CLIP encoder's config, or None for a hub model that is not on this disk."""
+    path = folder / "text_encoder" / "config.json" if folder else None
+    return json.loads(path.read_text()) if path and path.is_file() else None
+
+
+def clip_layers(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """The linear layers of a CLIPTextModel's attention, which its LoRA adapts: module suffix -> (out, in) features."""
+    width = config["hidden_size"]
+    return {
+        f"encoder.layers.{index}.self_attn.{name}": (width, width)
+        for index in range(config["num_hidden_layers"])
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj")
+    }
 
 
 def linear_layers(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:

@@ -18,10 +18,12 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Weights:
-    """What training makes. lora: by diffusers' names; rows: "clip" and "t5", [vectors, width]; all fp32."""
+    """What training makes. lora, text_lora: by their modules' names in the transformer and the CLIP encoder; rows:
+    "clip" and "t5", [vectors, width]; all fp32."""
 
     lora: Mapping[str, Tensor] = field(default_factory=dict)
     rows: Mapping[str, Tensor] = field(default_factory=dict)
+    text_lora: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ def write(path: Path, checkpoint: Checkpoint) -> None:
     named = {
         **{f"lora/{name}": tensor for name, tensor in checkpoint.weights.lora.items()},
         **{f"rows/{name}": tensor for name, tensor in checkpoint.weights.rows.items()},
+        **{f"text_lora/{name}": tensor for name, tensor in checkpoint.weights.text_lora.items()},
         **{f"optimizer/{name}": tensor for name, tensor in checkpoint.optimizer.items()},
     }
     tensors.save(path, named, header)
@@ -75,4 +78,5 @@ def read(path: Path) -> Checkpoint:
     def under(prefix: str) -> dict[str, Tensor]:
         return {name.removeprefix(prefix): tensor for name, tensor in named.items() if name.startswith(prefix)}
 
-    return Checkpoint(phase, key, step, Weights(under("lora/"), under("rows/")), under("optimizer/"), scalars)
+    weights = Weights(under("lora/"), under("rows/"), under("text_lora/"))
+    return Checkpoint(phase, key, step, weights, under("optimizer/"), scalars)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -144,11 +144,19 @@ def plan(ctx: click.Context, specs: tuple[Path, ...], runs: Path, as_json: bool)
         ctx.exit(2 if errors else 0)
     for job in jobs:
         click.echo(f"{job.plan.name}  ({job.file})  {job.verdict.state}: {job.verdict.reason}")
+        click.echo(f"  {'images':<15}{_sizes_line(job.plan.sizes)}")
         for phase in job.plan.phases:
             click.echo("  " + _phase_line(planning.describe(phase)))
         for note in job.plan.notes:
             click.echo(f"  note: {note}")
     click.echo(f"{_count(len(jobs), 'run')}, {sum(job.plan.steps for job in jobs)} steps")
+
+
+def _sizes_line(sizes: Mapping[tuple[int, int], int] | None) -> str:
+    if sizes is None:
+        return "counted when the data set is here"
+    table = ", ".join(f"{count} at {width}x{height}" for (width, height), count in sizes.items())
+    return f"{table}; none is dropped{', no batch mixes sizes' if len(sizes) > 1 else ''}"
 
 
 def _phase_line(facts: dict[str, Any]) -> str:

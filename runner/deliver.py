@@ -11,6 +11,8 @@ from runner import export, files, sample
 from runner.checkpoint import Weights
 from runner.desk import Desk
 from runner.device import release
+from runner.encode import text_lora_shape
+from runner.errors import FluxrunError
 from runner.learn import lora_shape
 from runner.rundir import Run, flat
 from runner.sample import Exported
@@ -27,8 +29,11 @@ def deliver(desk: Desk, run: Run, weights: Weights) -> list[tuple[str, Image.Ima
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
     stem = export.file_stem(desk.plan.name)
-    if weights.lora:
-        export.write_lora(aside / export.LORA_FILE, weights, lora_shape(desk))
+    if weights.lora or weights.text_lora:
+        shapes = export.Shapes(
+            lora_shape(desk) if weights.lora else None, text_lora_shape(desk) if weights.text_lora else None
+        )
+        export.write_lora(aside / export.LORA_FILE, weights, shapes)
     if weights.rows:
         export.write_embeddings(aside / f"{stem}_emb.safetensors", weights)
     exported = export.exported_files(aside, desk.plan.name, desk.plan.placeholders)
@@ -46,8 +51,9 @@ def deliver(desk: Desk, run: Run, weights: Weights) -> list[tuple[str, Image.Ima
     }
     named = desk.spec.model.base if not Path(desk.spec.model.base).is_dir() else Path(desk.spec.model.base).name
     card = export.model_card(
-        desk.plan.name, named, settings, exported, shown, sample.GUIDANCE, desk.spec.model.max_sequence_length
-    )
+        desk.plan.name, named, settings, exported, shown, sample.GUIDANCE, desk.spec.model.max_sequence_length,
+        desk.spec.inversion.pooling,
+    )  # fmt: skip
     files.write_text(aside / "README.md", card)
     files.replace_folder(aside, run.export)
     return pictures
@@ -60,7 +66,7 @@ def sample_file(run: Run, step: int, index: int) -> Path:
 def _verified_pictures(desk: Desk, run: Run, weights: Weights, exported: Exported) -> list[tuple[str, Image.Image]]:
     """Load the files as their users will, compare, and draw with what was loaded: before (the base) and after."""
     own = desk.spec.validation
-    shots = [(prompt, desk.spec.seed + number) for prompt in own.prompts for number in range(own.count)]
+    shots = sample.shots(own.prompts, own.count, desk.spec.seed)
     placeholders, length = desk.plan.placeholders, desk.spec.model.max_sequence_length
 
     desk.say.line("export: reading the files back with diffusers")
@@ -69,18 +75,23 @@ def _verified_pictures(desk: Desk, run: Run, weights: Weights, exported: Exporte
     if exported.embeddings:
         sample.load_embeddings(pipe, exported.embeddings, placeholders)
     export.verify_embeddings(pipe, weights, desk.pieces)
+    if exported.lora:
+        sample.load_text_lora(pipe, exported.lora)
+    if weights.text_lora:
+        export.verify_lora(pipe.text_encoder, weights.text_lora, text_lora_shape(desk))
     learned = sample.read_prompts(pipe, [expand(prompt, placeholders) for prompt, _ in shots], length)
     del pipe
     release(desk.base.device)
 
     pipe = sample.image_pipeline(desk.base)
-    size = own.size or desk.size
+    size = sample.size_of(desk.spec)
     desk.say.begin_phase("pictures", 0, 2 * len(shots), "pictures")
     columns: list[list[Image.Image]] = []
     for step, reads in ((0, plain), (desk.plan.steps, learned)):
         if step and exported.lora:
             sample.load_lora(pipe, exported.lora)
-            export.verify_lora(pipe.transformer, weights, lora_shape(desk))
+            if weights.lora:
+                export.verify_lora(pipe.transformer, weights.lora, lora_shape(desk))
         column = []
         for index, (read, (_, seed)) in enumerate(zip(reads, shots, strict=True)):
             column.append(sample.draw(pipe, read, seed, steps=own.steps, size=size))
@@ -93,3 +104,21 @@ def _verified_pictures(desk: Desk, run: Run, weights: Weights, exported: Exporte
         rows = [(prompt, [before, after]) for (prompt, _), before, after in zip(shots, *columns, strict=True)]
         files.write_png(run.samples / "before-after.png", sample.sheet(rows, ("before", "after")))
     return [(prompt, picture) for (prompt, _), picture in zip(shots, columns[1], strict=True)]
+
+
+def push(desk: Desk, run: Run) -> None:
+    """Upload the export folder as it is; the login is the hub's own (HF_TOKEN, `hf auth login`)."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+
+    own = desk.spec.hub
+    assert own.repo is not None  # the spec's rules
+    desk.say.line(f"export: pushing to {own.repo}")
+    try:
+        api = HfApi()
+        api.create_repo(own.repo, private=own.private, exist_ok=True)
+        api.upload_folder(repo_id=own.repo, folder_path=run.export, commit_message=f"{desk.plan.name}, by fluxrun")
+    except (HfHubHTTPError, LocalTokenNotFoundError, OSError) as error:
+        raise FluxrunError(
+            f"{run.export} is complete, but pushing it to {own.repo} failed ({error}); check hub.repo and `hf auth login`"
+        ) from error

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from runner import data, files, flux, tokens
+from runner import classfolder, data, files, flux, tokens
 from runner.basefiles import fingerprint
 from runner.cache import Cache
-from runner.data import Pictures
+from runner.checkpoint import Weights
+from runner.data import Picture, Pictures
 from runner.digest import key_of
 from runner.errors import Interrupted
-from runner.plan import Plan
+from runner.plan import Plan, resolutions
+from runner.ranks import Ranks
 from runner.say import Say
 from runner.spec import Spec
 from runner.tensors import raw
+from runner.views import Size, View, group
 
 PARTS = {"clip": ("text_encoder", "tokenizer"), "t5": ("text_encoder_2", "tokenizer_2")}
+EVAL_IMAGES = 8  # of the training images, where none is held out: a loss over all of a large set would take its time
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class Desk:
     base: flux.Base
     cache: Cache
     say: Say
+    ranks: Ranks
     stop_requested: Callable[[], bool]
     prints: dict[str, str] = field(default_factory=dict)  # fingerprints of the base's parts, once per run
 
@@ -41,42 +45,115 @@ class Desk:
             self.prints[part] = fingerprint(self.base.folder / part)
         return self.prints[part]
 
-    @property
-    def size(self) -> int:
-        assert isinstance(self.spec.data.resolution, int)  # the planner refuses lists
-        return self.spec.data.resolution
+    # ---- views: what goes through the VAE --------------------------------------------------------------------------
 
     @cached_property
-    def latent_keys(self) -> list[str]:
-        """One key per picture; decodes every picture, so it is kept for the whole run."""
-        return [self.latent_key(pixels) for pixels in self.all_pixels()]
+    def groups(self) -> dict[Size, tuple[Picture, ...]]:
+        """The training pictures by the size they are trained at."""
+        return self._grouped(self.pictures.items)
 
-    def all_pixels(self) -> Iterator[Any]:
-        """Each picture's pixels, in order, decoded by `data.workers` threads."""
-        own = self.spec.data
+    def _grouped(self, pictures: Sequence[Picture]) -> dict[Size, tuple[Picture, ...]]:
+        buckets = self.spec.data.buckets
+        sizes = [data.measure(picture) if buckets else (1, 1) for picture in pictures]
+        found = group(sizes, resolutions(self.spec), buckets)
+        return {size: tuple(pictures[index] for index in chosen) for size, chosen in found.items()}
 
-        def decode(picture: data.Picture) -> Any:
-            return data.pixels(
-                picture.open(), picture.name, self.size,
-                center=own.center_crop, flip=own.random_flip, interpolation=own.interpolation, seed=self.spec.seed,
-            )  # fmt: skip
+    @property
+    def variants(self) -> int:
+        assert self.spec.data.variants is not None  # the spec resolves it
+        return self.spec.data.variants
 
-        with ThreadPoolExecutor(max(1, own.workers)) as pool:
-            yield from pool.map(decode, self.pictures.items)
+    @cached_property
+    def class_pictures(self) -> tuple[Picture, ...]:
+        own = self.spec.prior
+        return classfolder.pictures(Path(own.images), own.count, own.prompt) if own else ()
 
-    def latent_key(self, pixels: Any) -> str:
+    @cached_property
+    def eval_views(self) -> tuple[View, ...]:
+        """The held-out pictures, or some training ones: their middles, at each one's first size."""
+        chosen = self.pictures.held or self.pictures.items[:EVAL_IMAGES]
+        first: dict[str, View] = {}
+        for size, pictures in self._grouped(chosen).items():
+            for picture in pictures:
+                first.setdefault(picture.name, View(picture, size, None))
+        return tuple(first[picture.name] for picture in chosen)
+
+    @cached_property
+    def views(self) -> tuple[View, ...]:
+        """Everything that training and evaluation look at."""
+        trained = [
+            View(picture, size, variant)
+            for size, pictures in self.groups.items()
+            for picture in pictures
+            for variant in range(self.variants)
+        ]
+        classes = [View(picture, size, None) for size in self.groups for picture in self.class_pictures]
+        return tuple(dict.fromkeys([*trained, *classes, *self.eval_views]))
+
+    @cached_property
+    def latent_keys(self) -> dict[View, str]:
+        """Decodes every picture, so it is kept for the whole run."""
+        return {view: self._latent_key(pixels) for view, pixels in self.pixels(self.views)}
+
+    def pixels(self, views: Sequence[View]) -> Iterator[tuple[View, Any]]:
+        """Each view's pixels; every picture is decoded once, by `data.workers` threads."""
+        own, seed = self.spec.data, self.spec.seed
+        by_picture: dict[Picture, list[View]] = {}
+        for view in views:
+            by_picture.setdefault(view.picture, []).append(view)
+
+        def cut(picture: Picture) -> list[tuple[View, Any]]:
+            upright = data.decode(picture)
+            return [
+                (view, data.pixels(
+                    upright, picture.name, view.size, variant=view.variant, variants=self.variants,
+                    center=own.center_crop, flip=own.random_flip, interpolation=own.interpolation, seed=seed,
+                ))
+                for view in by_picture[picture]
+            ]  # fmt: skip
+
+        pictures, part = list(by_picture), 4 * max(1, own.workers)
+        with ThreadPoolExecutor(max(1, own.workers), thread_name_prefix="decode") as pool:
+            for start in range(0, len(pictures), part):  # in parts, so that few pictures' pixels wait in memory
+                for cuts in pool.map(cut, pictures[start : start + part]):
+                    yield from cuts
+
+    def _latent_key(self, pixels: Any) -> str:
         return key_of(
             "latents", pixels.tobytes(), json.dumps(pixels.shape), self.part_print("vae"), str(self.base.dtype)
         )
 
-    def text_key(self, encoder: str, caption: str, rows: Tensor | None) -> str:
-        """`caption` as written; `rows` are the encoder's learned ones, None where it has none."""
+    # ---- captions --------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def captions(self) -> tuple[str, ...]:
+        """Every caption or prompt that training, evaluation or a validation picture may read, as written."""
+        own = self.spec
+        return tuple(dict.fromkeys([
+            *self.pictures.captions,
+            *(view.picture.caption for view in self.eval_views),
+            *([""] if own.data.caption_dropout > 0 else []),
+            *([own.prior.prompt] if own.prior else []),
+            *(own.validation.prompts if own.validation.every else ()),
+        ]))  # fmt: skip
+
+    @property
+    def poolings(self) -> tuple[str, ...]:
+        """Where CLIP's pooled vector is read. Pictures are drawn by stock diffusers, so its way is always there."""
+        own = self.spec.inversion.pooling
+        return ("diffusers", "eos") if own == "both" else tuple(dict.fromkeys(("diffusers", own)))
+
+    def text_key(self, encoder: str, caption: str, pooling: str, weights: Weights) -> str:
+        """`caption` as written; the encoder as `weights` have changed it."""
         length = self.spec.model.max_sequence_length if encoder == "t5" else 77
-        learned = "" if rows is None else files.sha256([raw(rows).data])
-        model = [self.part_print(part) for part in PARTS[encoder]]
+        learned = [weights.rows[encoder]] if encoder in weights.rows else []
+        learned += [weights.text_lora[name] for name in sorted(weights.text_lora)] if encoder == "clip" else []
+        scale = [self.spec.text_lora.alpha] if self.spec.text_lora and encoder == "clip" and weights.text_lora else []
         return key_of(
-            encoder, tokens.expand(caption, self.plan.placeholders), learned, *model, length, str(self.base.dtype)
-        )
+            encoder, tokens.expand(caption, self.plan.placeholders), files.sha256([raw(one).data for one in learned]),
+            *[self.part_print(part) for part in PARTS[encoder]], length, str(self.base.dtype), *scale,
+            pooling if encoder == "clip" else None,
+        )  # fmt: skip
 
     @property
     def pieces(self) -> list[str]:

@@ -3,97 +3,123 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from runner import flux, text, tokens
+from runner import flux, lora, text, tokens
+from runner.basefiles import clip_config, clip_layers
+from runner.checkpoint import Weights
 from runner.desk import Desk
 from runner.device import move, release
+from runner.lora import LoraShape
 from runner.plan import Encode
 
 LOADERS = {"clip": flux.load_clip, "t5": flux.load_t5}
 
 
-def encode(desk: Desk, phase: Encode, rows: Mapping[str, Tensor]) -> None:
+def encode(desk: Desk, phase: Encode, weights: Weights) -> None:
     """Fill the cache with what training will read. A model is loaded only if something of it is missing."""
     if phase.latents:
         encode_latents(desk)
     for encoder in phase.encoders:
-        _encode_captions(desk, encoder, rows.get(encoder))
+        encode_captions(desk, encoder, weights)
 
 
 def encode_latents(desk: Desk) -> None:
-    missing = {index for index, key in enumerate(desk.latent_keys) if not desk.cache.has("latents", key)}
-    desk.say.line(f"encode: latents of {len(desk.latent_keys)} images, {len(missing)} to make")
-    if not missing:
+    missing = [view for view, key in desk.latent_keys.items() if not desk.cache.has("latents", key)]
+    made = {desk.latent_keys[view]: view for view in missing}  # equal pixels are encoded once
+    desk.say.line(f"encode: latents of {len(set(desk.latent_keys.values()))} views, {len(made)} to make")
+    if not made:
         return
     vae = flux.load_vae(desk.base)
-    desk.say.begin_phase("encode latents", 0, len(missing), "images")
-    made = 0
-    for index, pixels in enumerate(desk.all_pixels()):
-        if index not in missing:
-            continue
+    desk.say.begin_phase("encode latents", 0, len(made), "views")
+    for done, (view, pixels) in enumerate(desk.pixels(list(made.values())), 1):
         moments = flux.encode_image(vae, torch.from_numpy(pixels.copy()).permute(2, 0, 1))
-        desk.cache.put("latents", desk.latent_keys[index], moments, {"image": desk.pictures.items[index].name})
-        desk.say.progress(made := made + 1, len(missing), "images")
+        desk.cache.put("latents", desk.latent_keys[view], moments, {"image": view.picture.name})
+        desk.say.progress(done, len(made), "views")
         desk.check_stop()
     del vae
     release(desk.base.device)
 
 
-def _encode_captions(desk: Desk, encoder: str, rows: Tensor | None) -> None:
-    keys = {caption: desk.text_key(encoder, caption, rows) for caption in desk.pictures.captions}
-    missing = [caption for caption, key in keys.items() if not desk.cache.has(encoder, key)]
-    desk.say.line(f"encode: {encoder} embeddings of {len(keys)} captions, {len(missing)} to make")
+def encode_captions(desk: Desk, encoder: str, weights: Weights) -> None:
+    poolings = desk.poolings if encoder == "clip" else ("diffusers",)
+    keys = {
+        (caption, pooling): desk.text_key(encoder, caption, pooling, weights)
+        for caption in desk.captions
+        for pooling in poolings
+    }
+    missing = [which for which, key in keys.items() if not desk.cache.has(encoder, key)]
+    desk.say.line(f"encode: {encoder} embeddings of {len(desk.captions)} captions, {len(missing)} to make")
     if not missing:
         return
-    live = LiveEncoder.load(desk, encoder, None if rows is None else nn.Parameter(rows.clone(), requires_grad=False))
+    live = LiveEncoder.load(desk, encoder, weights)
     desk.say.begin_phase(f"encode {encoder}", 0, len(missing), "captions")
-    for done, caption in enumerate(missing, 1):
+    for done, (caption, pooling) in enumerate(missing, 1):
         with torch.no_grad():
-            value = live.embed([caption])[0].cpu()
-        desk.cache.put(encoder, keys[caption], value, {})
+            value = live.embed([caption], pooling)[0].cpu()
+        desk.cache.put(encoder, keys[caption, pooling], value, {})
         desk.say.progress(done, len(missing), "captions")
         desk.check_stop()
     del live
     release(desk.base.device)
 
 
-class LiveEncoder:
-    """A text encoder on the device, with learned rows if it has any; knows each caption's ids."""
+def text_lora_shape(desk: Desk) -> LoraShape:
+    own = desk.spec.text_lora
+    assert own is not None
+    assert own.alpha is not None  # the spec resolves it
+    config = clip_config(desk.base.folder)
+    assert config is not None
+    return LoraShape(own.rank, own.alpha, 0.0, tuple(clip_layers(config)))
 
-    def __init__(
-        self, encoder: str, model: nn.Module, ids: Mapping[str, Tensor], rows: nn.Parameter | None, std: float
-    ) -> None:
-        self.encoder = encoder
-        self.model = model
-        self.ids = ids
-        self.rows = rows
-        self.std = std
+
+class LiveEncoder:
+    """A text encoder on the device with what was learned for it: token rows, or an adapter (CLIP's). Both are trainable
+    parameters, frozen unless it was loaded to learn; it knows each caption's ids."""
+
+    def __init__(self, encoder: str, model: nn.Module, tokenizer: Any, std: float) -> None:
+        self.encoder, self.model, self.tokenizer, self.std = encoder, model, tokenizer, std
+        self.ids: dict[str, Tensor] = {}
+        self.rows: nn.Parameter | None = None
+        self.adapter: Mapping[str, nn.Parameter] = {}
 
     @classmethod
-    def load(cls, desk: Desk, encoder: str, rows: nn.Parameter | None, learn: bool = False) -> LiveEncoder:
-        """`rows` None with `learn`: rows are initialised here, since they are drawn at the table's scale."""
+    def load(
+        cls, desk: Desk, encoder: str, weights: Weights, *, learn_rows: bool = False, learn_lora: bool = False
+    ) -> LiveEncoder:
+        """`weights` are copied in. Where there is nothing to copy yet and it shall learn, it is initialised here, since
+        rows are drawn at the table's scale."""
         tokenizer, model = flux.load_tokenizer(desk.base, encoder), LOADERS[encoder](desk.base)
-        std = text.table_std(model)
-        if rows is None and learn:
-            counts = [(len(placeholder.pieces), placeholder.initializer) for placeholder in desk.plan.placeholders]
-            rows = nn.Parameter(text.initial_rows(model, tokenizer, counts, desk.spec.seed, encoder))
-        if rows is not None:
-            rows.data = rows.data.to(desk.base.device)
-            text.attach_rows(model, tokenizer, desk.pieces, rows)
-        expanded = {caption: tokens.expand(caption, desk.plan.placeholders) for caption in desk.pictures.captions}
+        made = cls(encoder, model, tokenizer, text.table_std(model))
+        if encoder in weights.rows or learn_rows:
+            first = weights.rows.get(encoder)
+            if first is None:
+                counts = [(len(placeholder.pieces), placeholder.initializer) for placeholder in desk.plan.placeholders]
+                first = text.initial_rows(model, tokenizer, counts, desk.spec.seed, encoder)
+            made.rows = nn.Parameter(first.clone().to(desk.base.device), requires_grad=learn_rows)
+            text.attach_rows(model, tokenizer, desk.pieces, made.rows)
+        if encoder == "clip" and (weights.text_lora or learn_lora):
+            made.adapter = lora.attach_lora(model, text_lora_shape(desk), desk.spec.seed)
+            if weights.text_lora:
+                lora.set_tensors(made.adapter, weights.text_lora)
+            for parameter in made.adapter.values():
+                parameter.requires_grad_(learn_lora)
         length = desk.spec.model.max_sequence_length
-        ids = {
-            caption: text.clip_ids(tokenizer, read) if encoder == "clip" else text.t5_ids(tokenizer, read, length)
-            for caption, read in expanded.items()
-        }
-        return cls(encoder, model, {caption: value.to(desk.base.device) for caption, value in ids.items()}, rows, std)
+        for caption in desk.captions:
+            written = tokens.expand(caption, desk.plan.placeholders)
+            ids = text.clip_ids(tokenizer, written) if encoder == "clip" else text.t5_ids(tokenizer, written, length)
+            made.ids[caption] = ids.to(desk.base.device)
+        return made
 
-    def embed(self, captions: Sequence[str]) -> Tensor:
+    def embed(self, captions: Sequence[str], pooling: str) -> Tensor:
         ids = torch.stack([self.ids[caption] for caption in captions])
-        return text.clip_pooled(self.model, ids) if self.encoder == "clip" else text.t5_states(self.model, ids)
+        if self.encoder == "t5":
+            return text.t5_states(self.model, ids)
+        eos = None if pooling == "diffusers" else int(self.tokenizer.eos_token_id)
+        return text.clip_pooled(self.model, ids, eos)
 
     def settle(self) -> None:
         if self.rows is not None and self.rows.requires_grad:
@@ -103,16 +129,22 @@ class LiveEncoder:
 class CachedEncoder:
     """The same by look-up: embeddings wait in host memory, and the encoder is not there."""
 
-    def __init__(self, desk: Desk, encoder: str, rows: Tensor | None) -> None:
-        self.device = desk.base.device
-        self.values: dict[str, Tensor] = {}
-        for caption in desk.pictures.captions:
-            value = desk.cache.get(encoder, desk.text_key(encoder, caption, rows))
-            if value is None:  # damaged or pruned since it was made
-                _encode_captions(desk, encoder, rows)
-                value = desk.cache.get(encoder, desk.text_key(encoder, caption, rows))
-            assert value is not None
-            self.values[caption] = value
+    def __init__(self, desk: Desk, encoder: str, weights: Weights) -> None:
+        self.device, self.encoder = desk.base.device, encoder
+        self.values: dict[tuple[str, str], Tensor] = {}
+        for caption in desk.captions:
+            for pooling in desk.poolings if encoder == "clip" else ("diffusers",):
+                key = desk.text_key(encoder, caption, pooling, weights)
+                value = desk.cache.get(encoder, key)
+                if value is None:  # damaged or pruned since it was made
+                    encode_captions(desk, encoder, weights)
+                    value = desk.cache.get(encoder, key)
+                assert value is not None
+                self.values[caption, pooling] = value
 
-    def embed(self, captions: Sequence[str]) -> Tensor:
-        return move(torch.stack([self.values[caption] for caption in captions]), self.device)
+    def embed(self, captions: Sequence[str], pooling: str) -> Tensor:
+        chosen = pooling if self.encoder == "clip" else "diffusers"
+        return move(torch.stack([self.values[caption, chosen] for caption in captions]), self.device)
+
+    def settle(self) -> None:
+        """Nothing here changes."""

@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
-import platform
-import statistics
-import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from runner import checkpoint, device, flux
 from runner.cache import Cache
 from runner.checkpoint import Checkpoint, Weights
+from runner.clerk import Clerk
 from runner.data import Pictures
-from runner.deliver import deliver
+from runner.deliver import deliver, push
 from runner.desk import Desk
-from runner.digest import key_of
 from runner.encode import encode
 from runner.errors import BadFile
 from runner.learn import train_phase
-from runner.plan import Encode, Export, Inversion, Joint, Lora, Phase, Plan
+from runner.plan import Encode, Export, Inversion, Joint, Lora, Phase, Plan, Prior
+from runner.prior import fill_classes
+from runner.ranks import Ranks
 from runner.rundir import Run
 from runner.say import Say
-from runner.spec import Spec, dump
-from runner.track import Tracker
-from runner.train import Step
-
-HEARTBEAT = 1.0  # seconds between writes of the step into state.json
+from runner.spec import Spec
 
 
 def execute(
@@ -41,11 +33,13 @@ def execute(
     cache: Cache,
     say: Say,
     stop_requested: Callable[[], bool],
+    ranks: Ranks,
 ) -> None:
     """Raises whatever ends the run early; the caller writes that into its state."""
     with run.locked():
         run.claim(spec, plan, version("fluxrun"))
-        desk = Desk(spec, plan, pictures, base, cache, say, stop_requested)
+        ranks.wait()
+        desk = Desk(spec, plan, pictures, base, cache, say, ranks, stop_requested)
         progress = newest_checkpoint(run, plan, say)
         clerk = Clerk(run, plan, spec, say, progress, base.device)
         try:
@@ -56,28 +50,45 @@ def execute(
                 desk.check_stop()
                 clerk.begin(phase, progress)
                 match phase:
+                    case Prior():
+                        fill_classes(desk)
                     case Encode():
-                        encode(desk, phase, progress.weights.rows if progress else {})
+                        encode(desk, phase, progress.weights if progress else Weights())
                     case Joint() | Inversion() | Lora():
-                        progress = train_phase(desk, phase, progress, clerk.save, clerk.step)
+                        ranks.wait()
+                        progress = train_phase(desk, phase, progress, clerk.save, clerk.step, clerk.show)
                         device.release(base.device)
                     case Export():
-                        for index, (_, picture) in enumerate(
-                            deliver(desk, run, progress.weights if progress else Weights())
-                        ):
-                            clerk.tracker.picture(str(index), picture, plan.steps)
+                        pictures_made = deliver(desk, run, progress.weights if progress else Weights())
+                        clerk.show_pictures(plan.steps, [picture for _, picture in pictures_made])
+                        if spec.hub.push:
+                            push(desk, run)
                 say.end_phase()
             clerk.finish()
         finally:
-            clerk.tracker.close()
+            clerk.close()
             say.end_phase()
+
+
+def assist(
+    run: Run, spec: Spec, plan: Plan, pictures: Pictures, base: flux.Base, cache: Cache, say: Say, ranks: Ranks
+) -> None:
+    """The same run as its second, third, ... process sees it: it trains along and writes nothing."""
+    ranks.wait()
+    desk = Desk(spec, plan, pictures, base, cache, say, ranks, lambda: False)
+    progress = newest_checkpoint(run, plan, say)
+    for phase in plan.training:
+        if not done_already(phase, plan, progress):
+            ranks.wait()
+            progress = train_phase(desk, phase, progress, lambda _: None, lambda _: None, lambda _, __: None)
+            device.release(base.device)
 
 
 def done_already(phase: Phase, plan: Plan, progress: Checkpoint | None) -> str | None:
     """Why a phase need not run, or None. What `encode` makes is only wanted by training."""
     if progress is None or isinstance(phase, Export):
         return None
-    if isinstance(phase, Encode):
+    if isinstance(phase, Prior | Encode):
         return "all training is done" if progress.step >= plan.steps else None
     return f"trained to step {progress.step}" if progress.step >= phase.stop else None
 
@@ -96,82 +107,6 @@ def newest_checkpoint(run: Run, plan: Plan, say: Say) -> Checkpoint | None:
             return found
         say.line(f"{path.name} belongs to another plan; left alone")
     return None
-
-
-class Clerk:
-    """Writes down how one run goes: checkpoints, state, log, events."""
-
-    def __init__(
-        self, run: Run, plan: Plan, spec: Spec, say: Say, progress: Checkpoint | None, where: torch.device
-    ) -> None:
-        self.run, self.plan, self.spec, self.say, self.where = run, plan, spec, say, where
-        self.phase: Phase = plan.phases[0]
-        self.began, self.beat = time.monotonic(), 0.0
-        self.seconds: list[float] = []
-        self.at_step = progress.step if progress else 0
-        self.loss = progress.scalars["loss"] if progress else None
-        self.before = run.state()
-        device.reset_peak(where)
-        self.tracker = Tracker(run.folder, "tensorboard" in spec.track.to, self.at_step)
-        run.write_state(
-            "running", attempts=self.before.get("attempts", 0) + 1, started=self.before.get("started") or time.time(),
-            plan_key=plan.key, spec_digest=key_of(str(sorted(map(str, dump(spec).items())))), steps=plan.steps,
-            base=spec.model.base, step=self.at_step, versions=versions(),
-        )  # fmt: skip
-
-    def facts(self) -> dict[str, Any]:
-        """What the index shows, as far as it is known now."""
-        return {
-            "phase": self.phase.name,
-            "step": self.at_step,
-            "train_loss": self.loss,
-            "wall_s": round(self.before.get("wall_s", 0.0) + time.monotonic() - self.began, 3),
-            "s_per_step": statistics.median(self.seconds) if self.seconds else self.before.get("s_per_step"),
-            "peak_memory_bytes": max(device.peak_memory(self.where), self.before.get("peak_memory_bytes", 0)),
-        }
-
-    def begin(self, phase: Phase, progress: Checkpoint | None) -> None:
-        self.phase = phase
-        self.run.write_state("running", **self.facts())
-        if isinstance(phase, Joint | Inversion | Lora):
-            done = progress.step if progress else phase.start
-            self.say.line(f"{phase.name}: steps {done + 1} to {phase.stop}")
-            self.say.begin_phase(phase.name, done, phase.stop, "steps")
-        else:
-            self.say.line(f"{phase.name}: started")
-
-    def step(self, step: Step) -> None:
-        self.at_step, self.loss = step.number, step.smoothed
-        self.seconds.append(step.seconds)
-        self.tracker.step(step)
-        stop = self.phase.stop if isinstance(self.phase, Joint | Inversion | Lora) else self.plan.steps
-        self.say.step(step, stop, self.plan.steps)
-        if time.monotonic() - self.beat > HEARTBEAT:
-            self.beat = time.monotonic()
-            self.run.write_state("running", durable=False, **self.facts())
-
-    def save(self, made: Checkpoint) -> None:
-        """Write, read back, then prune: never an instant without a verified checkpoint."""
-        path = self.run.checkpoints / checkpoint.file_name(made.step)
-        checkpoint.write(path, made)
-        checkpoint.read(path)
-        pivots = {phase.stop for phase in self.plan.training}
-        steps = [(step, old) for step, old in self.run.checkpoint_files() if step not in pivots]
-        for _, old in steps[self.spec.checkpoint.keep :]:
-            old.unlink()
-        self.say.log(f"checkpoint at step {made.step}")
-
-    def finish(self) -> None:
-        exports = sorted(
-            path.relative_to(self.run.folder).as_posix() for path in self.run.export.iterdir() if path.is_file()
-        )
-        self.run.write_state("done", **self.facts(), finished=time.time(), exports=exports)
-        self.say.line(f"done: {self.run.export}")
-
-
-def versions() -> dict[str, str]:
-    names = ("fluxrun", "torch", "diffusers", "transformers", "peft")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 
 def open_cache(runs: Path) -> Cache:

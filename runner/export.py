@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from runner import tensors
 from runner.checkpoint import Weights
@@ -17,6 +19,14 @@ from runner.sample import Exported
 from runner.tokens import Placeholder
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
+CLIP_PREFIX = "text_encoder.text_model"
+POOLINGS = {
+    "diffusers": "The rows were trained as diffusers reads them: CLIP's pooled vector at the first new token. ComfyUI reads "
+    "it at the end of the prompt; there they act a little differently (train with `inversion.pooling` eos or both).",
+    "eos": "The rows were trained as ComfyUI reads them: CLIP's pooled vector at the end of the prompt. diffusers reads it "
+    "at the first new token; there they act a little differently (train with `inversion.pooling` diffusers or both).",
+    "both": "The rows were trained for diffusers and ComfyUI alike, which read CLIP's pooled vector at different places.",
+}
 EMBEDDING_KEYS = {"clip": ("clip_l",), "t5": ("t5", "t5xxl")}  # diffusers reads t5, ComfyUI asks for t5xxl
 
 
@@ -31,11 +41,24 @@ def exported_files(folder: Path, name: str, placeholders: tuple[Placeholder, ...
     return Exported(lora if lora.is_file() else None, embeddings if embeddings.is_file() else None, placeholders)
 
 
-def write_lora(path: Path, weights: Weights, shape: LoraShape) -> None:
-    """diffusers' layout: `transformer.<module>.lora_A/B.weight`, the adapter's config as JSON in the metadata."""
-    described = {f"transformer.{key}": value for key, value in adapter_metadata(shape).items()}
-    metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(described, sort_keys=True)}
-    tensors.save(path, {f"transformer.{name}": value for name, value in weights.lora.items()}, metadata)
+@dataclass(frozen=True)
+class Shapes:
+    """Of the adapters that there are."""
+
+    lora: LoraShape | None
+    text_lora: LoraShape | None
+
+
+def write_lora(path: Path, weights: Weights, shapes: Shapes) -> None:
+    """diffusers' layout: `transformer.<module>.lora_A/B.weight`, `text_encoder.text_model.<module>...`, the adapters'
+    configs as JSON in the metadata. transformers 5 names CLIP's modules without `text_model`; stock diffusers reads
+    both, ComfyUI only that."""
+    named = {f"transformer.{name}": value for name, value in weights.lora.items()}
+    named |= {f"{CLIP_PREFIX}.{name}": value for name, value in weights.text_lora.items()}
+    described: dict[str, Any] = {}
+    for prefix, shape in (("transformer", shapes.lora), ("text_encoder", shapes.text_lora)):
+        described |= {f"{prefix}.{key}": value for key, value in adapter_metadata(shape).items()} if shape else {}
+    tensors.save(path, named, {"format": "pt", "lora_adapter_metadata": json.dumps(described, sort_keys=True)})
 
 
 def write_embeddings(path: Path, weights: Weights) -> None:
@@ -44,24 +67,24 @@ def write_embeddings(path: Path, weights: Weights) -> None:
     tensors.save(path, named, {"format": "pt"})
 
 
-def verify_lora(transformer: Any, weights: Weights, shape: LoraShape) -> None:
+def verify_lora(model: Any, trained: Mapping[str, Tensor], shape: LoraShape) -> None:
     """The adapter that stock diffusers made of the file must be the trained one. Raises BadFile with the layer."""
-    adapters = list(transformer.peft_config)
+    adapters = list(getattr(model, "peft_config", {}))
     if len(adapters) != 1:
         raise BadFile(f"{LORA_FILE}: diffusers loaded {len(adapters)} adapters, wanted is one")
     loaded = {
         name.replace(f".{adapters[0]}.weight", ".weight"): value
-        for name, value in transformer.named_parameters()
+        for name, value in model.named_parameters()
         if f".{adapters[0]}." in name
     }
-    if loaded.keys() != weights.lora.keys():
-        odd = sorted(loaded.keys() ^ weights.lora.keys())[0]
+    if loaded.keys() != trained.keys():
+        odd = sorted(loaded.keys() ^ trained.keys())[0]
         raise BadFile(f"{LORA_FILE}: {odd} is trained or loaded, not both")
-    for name, value in weights.lora.items():
+    for name, value in trained.items():
         if not torch.equal(loaded[name].cpu(), value.cpu().to(loaded[name].dtype)):
             raise BadFile(f"{LORA_FILE}: {name} reads back with other values than were trained")
     scale = shape.alpha / shape.rank
-    for name, module in transformer.named_modules():
+    for name, module in model.named_modules():
         if adapters[0] in getattr(module, "scaling", {}) and module.scaling[adapters[0]] != scale:
             raise BadFile(
                 f"{LORA_FILE}: {name} reads back with scale {module.scaling[adapters[0]]}, trained was {scale}"
@@ -87,6 +110,7 @@ def model_card(
     pictures: list[tuple[str, str]],
     guidance: float,
     length: int,
+    pooling: str,
 ) -> str:
     """README.md of a hub repo: how to use the files, with code that works as pasted. pictures: (prompt, file)."""
     front = ["---", f"base_model: {base}", "library_name: diffusers", "pipeline_tag: text-to-image", "tags:"]
@@ -104,6 +128,8 @@ def model_card(
             "## Trigger words",
             "",
             *(f"- `{text}` is what the training captions call {word}" for word, text in words.items()),
+            "",
+            POOLINGS[pooling],
             "",
         ]
     lines += ["## Use with diffusers", "", "```python", *_code(base, exported, guidance, length), "```", ""]

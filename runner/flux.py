@@ -7,7 +7,7 @@ The only file that knows the model library. Shapes: B batch, C = 16 latent chann
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -191,18 +191,32 @@ class Flow:
 
     def noise(self, latents: Tensor, indices: Tensor, generator: Generator) -> Noised:
         """latents [B, C, h, w] fp32, indices [B]."""
-        eps = torch.randn(latents.shape, generator=generator)
-        sigmas = self.sigmas[indices].view(-1, 1, 1)
-        z, eps = pack(latents), pack(eps)
-        return Noised((1 - sigmas) * z + sigmas * eps, eps - z, sigmas, self.timesteps[indices] / 1000)
+        return mix(latents, self.sigmas[indices], self.timesteps[indices] / 1000, generator)
 
-    def loss(self, prediction: Tensor, noised: Noised) -> Tensor:
-        """Weighted squared error, a mean per picture, then over pictures; scalar fp32."""
+    def errors(self, prediction: Tensor, noised: Noised) -> Tensor:
+        """Weighted squared error, a mean per picture; [B], fp32."""
         from diffusers.training_utils import compute_loss_weighting_for_sd3
 
         weights: Tensor = compute_loss_weighting_for_sd3(self.weighting.scheme, noised.sigmas)
-        errors = weights.float() * (prediction.float() - noised.target.float()) ** 2
-        return errors.flatten(1).mean(1).mean()
+        return (weights.float() * (prediction.float() - noised.target.float()) ** 2).flatten(1).mean(1)
+
+
+def mix(latents: Tensor, sigmas: Tensor, timesteps: Tensor, generator: Generator) -> Noised:
+    """latents [B, C, h, w] fp32; sigmas, timesteps [B], in 0..1."""
+    eps = torch.randn(latents.shape, generator=generator)
+    part = sigmas.view(-1, 1, 1)
+    z, eps = pack(latents), pack(eps)
+    return Noised((1 - part) * z + part * eps, eps - z, part, timesteps)
+
+
+def stack(parts: Sequence[Noised]) -> Noised:
+    """Several micro-batches of one size as one."""
+    return Noised(
+        torch.cat([part.img for part in parts]),
+        torch.cat([part.target for part in parts]),
+        torch.cat([part.sigmas for part in parts]),
+        torch.cat([part.timesteps for part in parts]),
+    )
 
 
 @dataclass(frozen=True)
@@ -213,15 +227,21 @@ class Text:
     vec: Tensor
 
 
-def predictor(
-    transformer: nn.Module, guidance: float, h: int, w: int, device: torch.device, dtype: torch.dtype
-) -> Callable[[Noised, Text], Tensor]:
-    """The transformer's velocity prediction for one picture size; ids and guidance are built here, once."""
-    img_ids = image_ids(h, w, device, dtype)
-    guided = bool(transformer.config.guidance_embeds)  # type: ignore[union-attr]
+Predict = Callable[[Noised, Text, int, int], Tensor]
 
-    def predict(noised: Noised, text: Text) -> Tensor:
+
+def predictor(transformer: nn.Module, guidance: float, device: torch.device, dtype: torch.dtype) -> Predict:
+    """The transformer's velocity prediction: (noised, text, latent height, latent width) -> [B, N, 4*C].
+
+    Bases without a guidance embedding (FLUX.1-schnell) are told no guidance.
+    """
+    guided = bool(transformer.config.guidance_embeds)  # type: ignore[union-attr]
+    positions: dict[tuple[int, int], Tensor] = {}
+
+    def predict(noised: Noised, text: Text, h: int, w: int) -> Tensor:
         count, length = text.txt.shape[:2]
+        if (h, w) not in positions:
+            positions[h, w] = image_ids(h, w, device, dtype)
         out: Tensor = transformer(
             hidden_states=noised.img.to(dtype),
             timestep=noised.timesteps,
@@ -229,7 +249,7 @@ def predictor(
             pooled_projections=text.vec,
             encoder_hidden_states=text.txt,
             txt_ids=torch.zeros(length, 3, device=device, dtype=dtype),
-            img_ids=img_ids,
+            img_ids=positions[h, w],
             return_dict=False,
         )[0]
         return out

@@ -6,67 +6,116 @@ import json
 from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from runner import data, flux, lora
+from runner import flux, lora, optim
 from runner.basefiles import linear_layers, lora_layers
 from runner.checkpoint import Checkpoint, Weights
 from runner.desk import Desk
-from runner.device import autocast, move
-from runner.encode import CachedEncoder, LiveEncoder, encode_latents
-from runner.optim import Adam, Group, Optimizer, ProdigyNumbers, schedule
-from runner.plan import Inversion, Joint, Lora
-from runner.seeds import derive
+from runner.encode import CachedEncoder, LiveEncoder
+from runner.objective import Encoders, FlowObjective
+from runner.optim import Adam, Adam8bit, Group, Optimizer, ProdigyNumbers, schedule
+from runner.plan import Inversion, Joint, Lora, learning, trains_lora
+from runner.preview import Look
 from runner.spec import Spec
-from runner.train import Step, train
+from runner.train import Loop, Meters, Step, train
+
+TrainPhase = Joint | Inversion | Lora
 
 
-class FlowObjective:
-    """The reference's loss on one micro-batch; every random number comes from (seed, step, micro)."""
+def train_phase(
+    desk: Desk, phase: TrainPhase, before: Checkpoint | None,
+    save: Callable[[Checkpoint], None], report: Callable[[Step], None], show: Callable[[int, Look], None],
+) -> Checkpoint:  # fmt: skip
+    """Train one phase from where `before` stands (this phase's own checkpoint, or the end of the one before it)."""
+    past = before.weights if before else Weights()
+    meters = Meters(**before.scalars["meters"]) if before else Meters()
+    transformer, adapter = load_transformer(desk, phase, past)
+    encoders = load_encoders(desk, phase, past)
+    optimizer = build_optimizer(desk.spec, trainable(phase, adapter, encoders))
+    if before:
+        optimizer.restore(before.optimizer, before.scalars["optimizer"])
+    objective = FlowObjective(desk, transformer, encoders)
+    last: list[Checkpoint] = [before] if before else []
 
-    def __init__(self, desk: Desk, transformer: nn.Module, encoders: Mapping[str, LiveEncoder | CachedEncoder]) -> None:
-        spec = desk.spec
-        self.desk, self.encoders = desk, encoders
-        self.moments = [self._moments(index) for index in range(len(desk.pictures.items))]
-        self.scale = flux.LatentScale.of(desk.base)
-        weighting = spec.train.weighting.model_dump(exclude={"scheme"})
-        self.flow = flux.Flow(desk.base, flux.Weighting(spec.train.weighting.scheme, **weighting))
-        h, w = self.moments[0].shape[-2:]
-        self.predict = flux.predictor(transformer, spec.train.guidance, h, w, desk.base.device, desk.base.dtype)
+    def keep(step: int, now: Meters) -> None:
+        tensors, numbers = optimizer.state()
+        weights = weights_now(past, adapter, encoders)
+        last[:] = [
+            Checkpoint(phase.name, phase.key, step, weights, tensors, {"optimizer": numbers, "meters": vars(now)})
+        ]
+        if desk.ranks.leads:
+            save(last[0])
 
-    def _moments(self, index: int) -> Tensor:
-        value = self.desk.cache.get("latents", self.desk.latent_keys[index])
-        if value is None:
-            encode_latents(self.desk)
-            value = self.desk.cache.get("latents", self.desk.latent_keys[index])
-        assert value is not None
-        return value
+    def look(step: int) -> float:
+        if not desk.ranks.leads:
+            return 0.0
+        found = Look.at(desk, objective, step)
+        show(step, found)
+        return found.eval_loss
 
-    def batch(self, step: int, micro: int) -> list[int]:
-        own, count = self.desk.spec, len(self.moments)
-        shown = count * own.data.repeats
-        drawn = data.batch_indices(own.seed, step, micro, own.train.batch_size, own.train.accumulate, shown)
-        return [index % count for index in drawn]
+    own = desk.spec
+    train(
+        objective, optimizer, build_schedule(desk),
+        Loop(
+            before.step if before else phase.start, phase.stop, desk.plan.steps, own.train.accumulate,
+            own.train.max_grad_norm, own.checkpoint.every, own.validation.every,
+        ),
+        meters, desk.ranks,
+        torch.amp.GradScaler(desk.base.device.type, enabled=desk.base.dtype == torch.float16),
+        save=keep, report=report, look=look, stop_requested=desk.stop_requested,
+    )  # fmt: skip
+    return last[0]
 
-    def loss(self, step: int, micro: int) -> Tensor:
-        device, seed = self.desk.base.device, self.desk.spec.seed
-        chosen = self.batch(step, micro)
-        generator = torch.Generator().manual_seed(derive(seed, "noise", step, micro))
-        latents = flux.draw_latents(torch.stack([self.moments[index] for index in chosen]), self.scale, generator)
-        drawn = self.flow.noise(latents, self.flow.draw(len(chosen), generator), generator)
-        noised = flux.Noised(*(move(part, device) for part in (drawn.img, drawn.target, drawn.sigmas, drawn.timesteps)))
-        if self.desk.spec.lora.dropout > 0:
-            torch.manual_seed(derive(seed, "dropout", step, micro))  # dropout can only draw from the global generator
-        captions = [self.desk.pictures.items[index].caption for index in chosen]
-        read = flux.Text(self.encoders["t5"].embed(captions), self.encoders["clip"].embed(captions))
-        with autocast(device, self.desk.base.dtype):
-            prediction = self.predict(noised, read)
-        return self.flow.loss(prediction, noised)
 
-    def settle(self) -> None:
-        for encoder in self.encoders.values():
-            if isinstance(encoder, LiveEncoder):
-                encoder.settle()
+def load_transformer(desk: Desk, phase: TrainPhase, past: Weights) -> tuple[nn.Module, dict[str, nn.Parameter]]:
+    """The frozen base with its adapter, {} where it has none yet; the adapter learns only if the phase says so."""
+    transformer = flux.load_transformer(desk.base)
+    if desk.spec.model.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()  # type: ignore[operator]
+    adapter: dict[str, nn.Parameter] = {}
+    if trains_lora(phase) or past.lora:
+        adapter = lora.attach_lora(transformer, lora_shape(desk), desk.spec.seed)
+        if past.lora:
+            lora.set_tensors(adapter, past.lora)
+        for parameter in adapter.values():
+            parameter.requires_grad_(trains_lora(phase))
+    if desk.spec.model.compile:
+        transformer.compile_repeated_blocks()  # type: ignore[operator]
+    return transformer.train(), adapter  # for LoRA's dropout; FLUX has none of its own
+
+
+def load_encoders(desk: Desk, phase: TrainPhase, past: Weights) -> Encoders:
+    rows, adapted = learning(phase, "token rows"), learning(phase, "text lora")
+    return {
+        name: LiveEncoder.load(desk, name, past, learn_rows=name in rows, learn_lora=name in adapted)
+        if name in (*rows, *adapted)
+        else CachedEncoder(desk, name, past)
+        for name in ("clip", "t5")
+    }
+
+
+def trainable(
+    phase: TrainPhase, adapter: Mapping[str, nn.Parameter], encoders: Encoders
+) -> dict[str, dict[str, nn.Parameter]]:
+    """What the optimizer gets: by kind, under the checkpoint's names."""
+    live = {name: encoder for name, encoder in encoders.items() if isinstance(encoder, LiveEncoder)}
+    return {
+        "lora": {f"lora/{name}": value for name, value in adapter.items()} if trains_lora(phase) else {},
+        "rows": {f"rows/{name}": one.rows for name, one in live.items() if one.rows is not None},
+        "text_lora": {f"text_lora/{name}": value for one in live.values() for name, value in one.adapter.items()},
+    }
+
+
+def weights_now(past: Weights, adapter: Mapping[str, nn.Parameter], encoders: Encoders) -> Weights:
+    """What has been learned so far: what this phase trains as it is, the rest as it was."""
+    rows, text_lora = dict(past.rows), dict(past.text_lora)
+    for name, encoder in encoders.items():
+        if isinstance(encoder, LiveEncoder):
+            if encoder.rows is not None:
+                rows[name] = encoder.rows.detach()
+            text_lora |= {key: value.detach() for key, value in encoder.adapter.items()}
+    return Weights({name: value.detach() for name, value in adapter.items()}, rows, text_lora)
 
 
 def lora_shape(desk: Desk) -> lora.LoraShape:
@@ -76,83 +125,26 @@ def lora_shape(desk: Desk) -> lora.LoraShape:
     return lora.LoraShape(own.rank, own.alpha, own.dropout, tuple(lora_layers(linear_layers(config), own.layers)))
 
 
-def train_phase(
-    desk: Desk, phase: Joint | Inversion | Lora, before: Checkpoint | None,
-    save: Callable[[Checkpoint], None], report: Callable[[Step], None],
-) -> Checkpoint:  # fmt: skip
-    """Train one phase from where `before` stands (this phase's own checkpoint, or the end of the one before it)."""
-    past = before.weights if before else Weights()
-    transformer = flux.load_transformer(desk.base)
-    if desk.spec.model.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()  # type: ignore[operator]
-    trains_lora = isinstance(phase, Joint | Lora)
-    adapter: dict[str, nn.Parameter] = {}
-    if trains_lora or past.lora:
-        adapter = lora.attach_lora(transformer, lora_shape(desk), desk.spec.seed)
-        if past.lora:
-            lora.set_tensors(adapter, past.lora)
-        for parameter in adapter.values():
-            parameter.requires_grad_(trains_lora)
-    transformer.train()  # LoRA's dropout; FLUX has none of its own
-
-    learning = () if isinstance(phase, Lora) else phase.learning
-    encoders: dict[str, LiveEncoder | CachedEncoder] = {}
-    rows = {name: nn.Parameter(value.clone()) for name, value in past.rows.items()}
-    for name in ("clip", "t5"):
-        if name in learning:
-            encoders[name] = live = LiveEncoder.load(desk, name, rows.get(name), learn=True)
-            assert live.rows is not None
-            rows[name] = live.rows
-        else:
-            encoders[name] = CachedEncoder(desk, name, past.rows.get(name))
-    optimizer = build_optimizer(desk.spec, adapter if trains_lora else {}, {name: rows[name] for name in learning})
-    if before:
-        optimizer.restore(before.optimizer, before.scalars["optimizer"])
-
-    def checkpoint(step: int, smoothed: float) -> Checkpoint:
-        tensors, numbers = optimizer.state()
-        weights = Weights(
-            {name: parameter.detach() for name, parameter in adapter.items()},
-            {name: parameter.detach() for name, parameter in rows.items()},
-        )
-        return Checkpoint(phase.name, phase.key, step, weights, tensors, {"optimizer": numbers, "loss": smoothed})
-
-    last: list[Checkpoint] = [before] if before else []
-
-    def keep(step: int, smoothed: float) -> None:
-        last[:] = [checkpoint(step, smoothed)]
-        save(last[0])
-
-    own = desk.spec.train
-    train(
-        FlowObjective(desk, transformer, encoders), optimizer, build_schedule(desk),
-        start=before.step if before else phase.start, stop=phase.stop, accumulate=own.accumulate,
-        max_grad_norm=own.max_grad_norm, save_every=desk.spec.checkpoint.every,
-        smoothed=before.scalars["loss"] if before else None,
-        save=keep, report=report, stop_requested=desk.stop_requested,
-    )  # fmt: skip
-    return last[0]
-
-
-def build_optimizer(spec: Spec, adapter: Mapping[str, nn.Parameter], rows: Mapping[str, nn.Parameter]) -> Optimizer:
+def build_optimizer(spec: Spec, kinds: Mapping[str, Mapping[str, nn.Parameter]]) -> Optimizer:
     """One group per kind of parameter; a group without parameters is left out."""
     own = spec.optimizer
     scale = spec.train.batch_size * spec.train.accumulate * spec.compute.gpus if spec.train.scale_lr else 1
-    assert spec.train.lr is not None
-    assert spec.inversion.lr is not None  # the spec resolves both
-    groups = [
-        Group(
-            {f"lora/{name}": parameter for name, parameter in adapter.items()}, spec.train.lr * scale, own.weight_decay
-        ),
-        Group(
-            {f"rows/{name}": parameter for name, parameter in rows.items()},
-            spec.inversion.lr * scale,
-            spec.inversion.weight_decay,
-        ),
-    ]
+    rates = {
+        "lora": (spec.train.lr, own.weight_decay),
+        "rows": (spec.inversion.lr, spec.inversion.weight_decay),
+        "text_lora": (spec.text_lora.lr if spec.text_lora else None, own.weight_decay),
+    }
+    groups = []
+    for kind, parameters in kinds.items():
+        lr, weight_decay = rates[kind]
+        if parameters:
+            assert lr is not None  # the spec resolves it
+            groups.append(Group(parameters, lr * scale, weight_decay))
     numbers = own.model_dump(exclude={"name", "weight_decay"})
-    built = ProdigyNumbers(**numbers) if own.name == "prodigy" else Adam(**numbers)
-    return Optimizer([group for group in groups if group.parameters], built)
+    kinds_of: dict[str, type[optim.Adam | optim.Adam8bit | optim.ProdigyNumbers]] = {
+        "adamw": Adam, "adamw8bit": Adam8bit, "prodigy": ProdigyNumbers,
+    }  # fmt: skip
+    return Optimizer(groups, kinds_of[own.name](**numbers))
 
 
 def build_schedule(desk: Desk) -> Callable[[int], float]:

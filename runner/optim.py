@@ -11,6 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from runner.errors import FluxrunError
+
 
 @dataclass(frozen=True)
 class Group:
@@ -23,6 +25,15 @@ class Group:
 
 @dataclass(frozen=True)
 class Adam:
+    beta1: float
+    beta2: float
+    eps: float
+
+
+@dataclass(frozen=True)
+class Adam8bit:
+    """The same numbers, with moments in 8 bits a number (bitsandbytes; parameters under 4,096 numbers stay in 32)."""
+
     beta1: float
     beta2: float
     eps: float
@@ -51,14 +62,20 @@ PRODIGY_SCALARS = ("d", "d_max", "d_numerator", "d_denom", "d_hat", "k")
 class Optimizer:
     """A torch optimizer that knows its parameters by name."""
 
-    def __init__(self, groups: list[Group], numbers: Adam | ProdigyNumbers) -> None:
+    def __init__(self, groups: list[Group], numbers: Adam | Adam8bit | ProdigyNumbers) -> None:
         self.groups = groups
         self.names = {parameter: name for group in groups for name, parameter in group.parameters.items()}
         rows = [
             {"params": list(group.parameters.values()), "lr": group.lr, "weight_decay": group.weight_decay}
             for group in groups
         ]
-        self.torch = _adamw(rows, numbers) if isinstance(numbers, Adam) else _prodigy(rows, numbers)
+        match numbers:
+            case Adam():
+                self.torch = _adamw(rows, numbers)
+            case Adam8bit():
+                self.torch = _adamw8bit(rows, numbers)
+            case ProdigyNumbers():
+                self.torch = _prodigy(rows, numbers)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -69,6 +86,10 @@ class Optimizer:
         for group, settings in zip(self.groups, self.torch.param_groups, strict=True):
             settings["lr"] = group.lr * factor
         self.torch.step()
+        self.drop()
+
+    def drop(self) -> None:
+        """Forget the gradients."""
         self.torch.zero_grad(set_to_none=True)
 
     def effective_lr(self) -> float:
@@ -108,6 +129,17 @@ class Optimizer:
 
 def _adamw(rows: list[dict[str, Any]], numbers: Adam) -> torch.optim.Optimizer:
     return torch.optim.AdamW(rows, betas=(numbers.beta1, numbers.beta2), eps=numbers.eps, foreach=True)
+
+
+def _adamw8bit(rows: list[dict[str, Any]], numbers: Adam8bit) -> torch.optim.Optimizer:
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise FluxrunError(
+            'optimizer.name = "adamw8bit" needs bitsandbytes, which is not installed; pip install "fluxrun[8bit]"'
+        ) from error
+    built: torch.optim.Optimizer = AdamW8bit(rows, betas=(numbers.beta1, numbers.beta2), eps=numbers.eps)
+    return built
 
 
 def _prodigy(rows: list[dict[str, Any]], numbers: ProdigyNumbers) -> torch.optim.Optimizer:

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from runner import tokens
-from runner.basefiles import linear_layers, lora_layers
+from runner.basefiles import CLIP_L, clip_layers, linear_layers, lora_layers
 from runner.digest import key_of
 from runner.spec import Spec, dump
+from runner.views import Size, group
 
 ENCODERS = ("clip", "t5")
 
@@ -27,18 +28,35 @@ NOT_IN_KEY = (
     "data.workers",
     "model.base",
     "prior.images",
+    "prior.batch_size",
 )
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a plan must know of the world. Unknown (None) for what only the hub can tell."""
+    """What a plan must know of the world. Unknown (None) for what only the hub can tell.
 
-    captions: tuple[str, ...] | None  # distinct
+    `captions`: distinct; `images`: how many there are; `sizes`: theirs, measured only where buckets ask for it;
+    `data`, `base`: fingerprints; `config`, `clip`: the transformer's and the CLIP encoder's.
+    """
+
+    captions: tuple[str, ...] | None
     images: int | None
-    data: str  # fingerprints
+    data: str
     base: str
-    config: Mapping[str, Any] | None  # the transformer's
+    config: Mapping[str, Any] | None
+    clip: Mapping[str, Any] | None = None
+    sizes: tuple[Size, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Prior:
+    """Class images by the base into their shared folder, until there are `count`."""
+
+    name: str
+    at: int
+    count: int
+    key: str
 
 
 @dataclass(frozen=True)
@@ -53,15 +71,22 @@ class Encode:
 
 
 @dataclass(frozen=True)
+class Part:
+    """Something that learns. what: "token rows", "text lora" or "lora"; encoders: whose; parameters: if known."""
+
+    what: str
+    encoders: tuple[str, ...]
+    parameters: int | None
+
+
+@dataclass(frozen=True)
 class Joint:
-    """Token rows and LoRA together. `learning`: the encoders whose rows learn. `rows`, `lora`: parameter counts."""
+    """The transformer's LoRA, with token rows or the CLIP encoder's LoRA beside it."""
 
     name: str
     start: int
     stop: int
-    learning: tuple[str, ...]
-    rows: int
-    lora: int | None
+    trains: tuple[Part, ...]
     key: str
 
 
@@ -72,19 +97,18 @@ class Inversion:
     name: str
     start: int
     stop: int
-    learning: tuple[str, ...]
-    rows: int
+    trains: tuple[Part, ...]
     key: str
 
 
 @dataclass(frozen=True)
 class Lora:
-    """LoRA alone: every caption is encoded, and the transformer has the device to itself."""
+    """LoRA alone: the transformer's (every caption is encoded, it has the device to itself), or the CLIP encoder's."""
 
     name: str
     start: int
     stop: int
-    lora: int | None
+    trains: tuple[Part, ...]
     key: str
 
 
@@ -97,18 +121,32 @@ class Export:
 
 
 Train = Joint | Inversion | Lora
-Phase = Encode | Train | Export
+Phase = Prior | Encode | Train | Export
+
+
+def learning(phase: Phase, what: str) -> tuple[str, ...]:
+    """The encoders whose `what` learns in this phase."""
+    parts = phase.trains if isinstance(phase, Train) else ()
+    return tuple(encoder for part in parts if part.what == what for encoder in part.encoders)
+
+
+def trains_lora(phase: Phase) -> bool:
+    return isinstance(phase, Train) and any(part.what == "lora" for part in phase.trains)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """`steps` is where the run ends: sooner than asked when nothing is left to train. `notes` say such things."""
+    """`steps` is where the run ends: sooner than asked when nothing is left to train. `notes` say such things.
+
+    `sizes`: how many views are trained at each size; None where that is not known before the images are here.
+    """
 
     name: str
     steps: int
     phases: tuple[Phase, ...]
     placeholders: tuple[tokens.Placeholder, ...]
     notes: tuple[str, ...]
+    sizes: Mapping[Size, int] | None
 
     @property
     def key(self) -> str:
@@ -130,7 +168,12 @@ class PlanError(Exception):
 def make_plan(spec: Spec, facts: Facts) -> Plan:
     """Raises PlanError with everything that is wrong."""
     known = tokens.placeholders([(token.name, token.vectors, token.initializer) for token in spec.tokens])
-    faults = [*_unavailable(spec), *_token_faults(spec, facts, known), *_layer_faults(spec, facts)]
+    faults = [
+        *_unavailable(spec),
+        *_token_faults(spec, facts, known),
+        *_layer_faults(spec, facts),
+        *_data_faults(spec, facts),
+    ]
     asked = spec.train.steps or _epoch_steps(spec, facts)
     if asked is None and spec.train.epochs is not None:
         faults.append(
@@ -138,11 +181,16 @@ def make_plan(spec: Spec, facts: Facts) -> Plan:
         )
     if faults or asked is None:
         raise PlanError(faults)
-    rows_stop = math.ceil(_until(spec.inversion.until) * asked) if known else 0
-    lora_stop = math.ceil(spec.lora.until * asked)
-    steps = max(rows_stop, lora_stop)
-    phases = _phases(spec, facts, known, rows_stop, lora_stop)
-    return Plan(spec.name, steps, phases, known, tuple(_notes(spec, asked, steps, rows_stop)))
+    text_until = _until(spec.inversion.until) if known else spec.text_lora.until if spec.text_lora else 0
+    text_stop, lora_stop = math.ceil(text_until * asked), math.ceil(spec.lora.until * asked)
+    steps = max(text_stop, lora_stop)
+    phases = _phases(spec, facts, known, text_stop, lora_stop)
+    return Plan(spec.name, steps, phases, known, tuple(_notes(spec, asked, steps)), _sizes(spec, facts))
+
+
+def resolutions(spec: Spec) -> tuple[int, ...]:
+    own = spec.data.resolution
+    return (own,) if isinstance(own, int) else own
 
 
 def _until(value: float | None) -> float:
@@ -153,16 +201,21 @@ def _until(value: float | None) -> float:
 def _epoch_steps(spec: Spec, facts: Facts) -> int | None:
     if facts.images is None or spec.train.epochs is None:
         return None
-    per_step = spec.train.batch_size * spec.train.accumulate
-    return math.ceil(facts.images * spec.data.repeats / per_step) * spec.train.epochs
+    per_step = spec.train.batch_size * spec.train.accumulate * spec.compute.gpus
+    views = (facts.images - spec.data.holdout) * len(resolutions(spec)) * spec.data.repeats
+    return math.ceil(views / per_step) * spec.train.epochs
+
+
+def _sizes(spec: Spec, facts: Facts) -> dict[Size, int] | None:
+    if facts.images is None:
+        return None
+    sizes = facts.sizes or ((1, 1),) * (facts.images - spec.data.holdout)
+    return {size: len(found) for size, found in group(sizes, resolutions(spec), spec.data.buckets).items()}
 
 
 def _phases(
-    spec: Spec, facts: Facts, known: Sequence[tokens.Placeholder], rows_stop: int, lora_stop: int
+    spec: Spec, facts: Facts, known: Sequence[tokens.Placeholder], text_stop: int, lora_stop: int
 ) -> tuple[Phase, ...]:
-    learning = spec.inversion.encoders if known else ()
-    vectors = sum(len(placeholder.pieces) for placeholder in known)
-    rows, lora = vectors * _width(facts, learning), _lora_count(spec, facts)
     key = key_of("run", json.dumps(_result_values(spec), sort_keys=True), facts.data, facts.base)
 
     def chained(kind: str, *span: int) -> str:
@@ -170,24 +223,42 @@ def _phases(
         key = key_of(key, kind, *span)
         return key
 
-    frozen = tuple(encoder for encoder in ENCODERS if encoder not in learning)
-    phases: list[Phase] = [Encode("encode", 0, frozen, True, chained("encode"))]
+    text, lora = _text_part(spec, facts, known), Part("lora", (), _lora_count(spec, facts))
+    live = text.encoders if text else ()
+    phases: list[Phase] = []
+    if spec.prior is not None:
+        phases.append(Prior("prior", 0, spec.prior.count, chained("prior")))
+    phases.append(Encode("encode", 0, tuple(name for name in ENCODERS if name not in live), True, chained("encode")))
     start = 0
-    for stop in sorted({rows_stop, lora_stop} - {0}):
-        with_rows, with_lora = stop <= rows_stop, stop <= lora_stop
-        if with_rows and with_lora:
-            phases.append(Joint("joint", start, stop, learning, rows, lora, chained("joint", start, stop)))
-        elif with_rows:
-            phases.append(Inversion("inversion", start, stop, learning, rows, chained("inversion", start, stop)))
+    for stop in sorted({text_stop, lora_stop} - {0}):
+        with_lora = stop <= lora_stop
+        if text and stop <= text_stop:
+            kind: type[Train] = Joint if with_lora else Inversion if known else Lora
+            name = {Joint: "joint", Inversion: "inversion", Lora: "text-lora"}[kind]
+            trains = (text, lora) if with_lora else (text,)
+            phases.append(kind(name, start, stop, trains, chained(name, start, stop)))
         else:
-            if learning:  # the pivot: the rows are fixed from here on, so every caption can be encoded
-                phases.append(Encode("encode-learned", start, learning, False, chained("encode", start)))
-            phases.append(Lora("lora", start, stop, lora, chained("lora", start, stop)))
+            if live:  # the pivot: the text side is fixed from here on, so every caption can be encoded
+                phases.append(Encode("encode-learned", start, live, False, chained("encode", start)))
+            phases.append(Lora("lora", start, stop, (lora,), chained("lora", start, stop)))
         start = stop
     pictures = len(spec.validation.prompts) * spec.validation.count
     shown = json.dumps([spec.name, spec.validation.model_dump(mode="json")], sort_keys=True)
     phases.append(Export("export", start, pictures, key_of(key, "export", shown)))
     return tuple(phases)
+
+
+def _text_part(spec: Spec, facts: Facts, known: Sequence[tokens.Placeholder]) -> Part | None:
+    """What learns in the text encoders. The spec allows one kind in a run."""
+    if known:
+        vectors = sum(len(placeholder.pieces) for placeholder in known)
+        return Part("token rows", spec.inversion.encoders, vectors * _width(facts, spec.inversion.encoders))
+    if spec.text_lora:
+        layers = clip_layers(facts.clip or CLIP_L)
+        return Part(
+            "text lora", ("clip",), sum(spec.text_lora.rank * (out + inside) for out, inside in layers.values())
+        )
+    return None
 
 
 def _result_values(spec: Spec) -> dict[str, Any]:
@@ -215,14 +286,24 @@ def _lora_count(spec: Spec, facts: Facts) -> int | None:
     return sum(spec.lora.rank * (out + inside) for out, inside in chosen.values())
 
 
-def _notes(spec: Spec, asked: int, steps: int, rows_stop: int) -> Iterator[str]:
+def _notes(spec: Spec, asked: int, steps: int) -> Iterator[str]:
     if steps < asked:
+        side = f"inversion.until = {spec.inversion.until:g}" if spec.tokens else ""
+        side = f"text_lora.until = {spec.text_lora.until:g}" if spec.text_lora else side
         yield (
-            f"nothing is left to train after step {steps} (lora.until = {spec.lora.until:g}, inversion.until = "
-            f"{spec.inversion.until:g}): the run ends there, not at the {asked} steps asked for"
+            f"nothing is left to train after step {steps} (lora.until = {spec.lora.until:g}{', ' if side else ''}{side}): "
+            f"the run ends there, not at the {asked} steps asked for"
         )
-    if rows_stop and spec.inversion.encoders == ("clip",):
+    if spec.tokens and spec.inversion.encoders == ("clip",):
         yield "T5 reads the new tokens' placeholder text as it stands; only CLIP learns rows (inversion.encoders)"
+
+
+def _data_faults(spec: Spec, facts: Facts) -> Iterator[tuple[str, str]]:
+    if facts.images is not None and spec.data.holdout >= facts.images:
+        yield (
+            "data.holdout",
+            f"leaves nothing to train on (found {spec.data.holdout}, there are {facts.images} images); lower it",
+        )
 
 
 def _layer_faults(spec: Spec, facts: Facts) -> Iterator[tuple[str, str]]:
@@ -255,73 +336,57 @@ def _token_faults(spec: Spec, facts: Facts, known: Sequence[tokens.Placeholder])
 
 def _unavailable(spec: Spec) -> Iterator[tuple[str, str]]:
     """Keys that the contract has and this version cannot honour: refused, never ignored."""
-    wanted = {
-        "model.dtype": spec.model.dtype == "fp16",
-        "model.quantize": spec.model.quantize != "none",
-        "model.compile": spec.model.compile,
-        "data.buckets": spec.data.buckets,
-        "data.resolution": not isinstance(spec.data.resolution, int),
-        "data.caption_dropout": spec.data.caption_dropout > 0,
-        "data.holdout": spec.data.holdout > 0,
-        "prior": spec.prior is not None,
-        "inversion.pooling": spec.inversion.pooling != "diffusers",
-        "text_lora": spec.text_lora is not None,
-        "optimizer.name": spec.optimizer.name == "adamw8bit",
-        "validate.every": spec.validation.every is not None,
-        "track.to": "wandb" in spec.track.to,
-        "hub.push": spec.hub.push,
-        "compute.gpus": spec.compute.gpus > 1,
-    }
-    for key, asked in wanted.items():
-        if asked:
-            value: Any = spec
-            for part in key.replace("validate", "validation").split("."):
-                value = getattr(value, part)
-            found = "" if key in ("prior", "text_lora") else f" (found {value!r})"
-            yield key, f"not available yet{found}; take it out, or wait for a later fluxrun"
+    if spec.model.quantize != "none":
+        yield (
+            "model.quantize",
+            f"not available yet (found {spec.model.quantize!r}); take it out, or wait for a later fluxrun",
+        )
 
 
 # ---- as a document -------------------------------------------------------------------------------------------------
 
 
+KINDS = {Prior: "prior", Encode: "encode", Joint: "joint", Inversion: "inversion", Lora: "lora", Export: "export"}
+
+
 def describe(phase: Phase) -> dict[str, Any]:
     """One phase of `fluxrun plan --json`."""
-    trains: list[dict[str, Any]] = []
-    if isinstance(phase, Joint | Inversion):
-        trains.append({"what": "token rows", "encoders": list(phase.learning), "parameters": phase.rows})
-    if isinstance(phase, Joint | Lora):
-        trains.append({"what": "lora", "parameters": phase.lora})
-    start = phase.start if isinstance(phase, Train) else phase.at
-    stop = phase.stop if isinstance(phase, Train) else phase.at
-    kind = {Encode: "encode", Joint: "joint", Inversion: "inversion", Lora: "lora", Export: "export"}[type(phase)]
+    parts = phase.trains if isinstance(phase, Train) else ()
     return {
-        "kind": kind,
+        "kind": KINDS[type(phase)],
         "name": phase.name,
-        "start": start,
-        "stop": stop,
-        "trains": trains,
+        "start": phase.start if isinstance(phase, Train) else phase.at,
+        "stop": phase.stop if isinstance(phase, Train) else phase.at,
+        "trains": [
+            {
+                "what": part.what,
+                **({"encoders": list(part.encoders)} if part.encoders else {}),
+                "parameters": part.parameters,
+            }
+            for part in parts
+        ],
         "resident": list(resident(phase)),
     }
 
 
 def resident(phase: Phase) -> tuple[str, ...]:
-    """The modules on the device while the phase runs; one after the other in `encode` and `export`."""
+    """The modules on the device while the phase runs; one after the other in `prior`, `encode` and `export`."""
     names = {"clip": "text_encoder", "t5": "text_encoder_2"}
     match phase:
         case Encode():
             return (*(names[e] for e in phase.encoders), *(("vae",) if phase.latents else ()))
-        case Joint() | Inversion():
-            return ("transformer", *(names[e] for e in phase.learning))
-        case Lora():
-            return ("transformer",)
-        case Export():
+        case Joint() | Inversion() | Lora():
+            return ("transformer", *(names[e] for part in phase.trains for e in part.encoders))
+        case Prior() | Export():
             return ("text_encoder", "text_encoder_2", "transformer", "vae")
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
+    sizes = plan.sizes or {}
     return {
         "name": plan.name,
         "steps": plan.steps,
         "notes": list(plan.notes),
+        "sizes": [{"width": width, "height": height, "images": count} for (width, height), count in sizes.items()],
         "phases": [describe(p) for p in plan.phases],
     }

@@ -10,13 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from runner import data
-from runner.basefiles import BUILTIN, fingerprint, local_folder, transformer_config
+from runner import classfolder, data, sources
+from runner.basefiles import BUILTIN, clip_config, fingerprint, local_folder, transformer_config
 from runner.data import DataError, Pictures
 from runner.digest import key_of
-from runner.errors import Fault, SpecError
+from runner.errors import Fault, FluxrunError, SpecError
 from runner.plan import Facts, Plan, PlanError, make_plan
 from runner.rundir import WAYS_OUT, Run, Verdict
+from runner.sources import COLUMNAR, Source
 from runner.spec import Spec
 from runner.specload import Loaded, load_all, local_path, touches
 
@@ -39,7 +40,7 @@ def prepare(paths: Sequence[Path], runs: Path, *, fetch: bool, fresh: bool) -> l
     """Raises SpecError with all faults of all specs. `fetch`: hub data sets are loaded, so that they can be checked."""
     loaded, faults = load_all(paths)
     jobs: list[Job] = []
-    shared: dict[tuple[object, ...], Pictures | list[str] | None] = {}
+    shared: dict[Source, Pictures | list[str] | None] = {}
     for one in loaded:
         found = _prepare_one(one, runs, fetch, fresh, shared)
         if isinstance(found, Job):
@@ -52,22 +53,26 @@ def prepare(paths: Sequence[Path], runs: Path, *, fetch: bool, fresh: bool) -> l
 
 
 def _prepare_one(
-    loaded: Loaded, runs: Path, fetch: bool, fresh: bool, shared: dict[tuple[object, ...], Pictures | list[str] | None]
+    loaded: Loaded, runs: Path, fetch: bool, fresh: bool, shared: dict[Source, Pictures | list[str] | None]
 ) -> Job | list[Fault]:
     spec, source = _absolute(loaded), loaded.source
     told = _base_faults(spec)
-    own = spec.data
-    asked = (own.source, own.config, own.split, own.image_column, own.caption_column, own.prompt)
+    asked = data_source(spec)
     if asked not in shared:  # a sweep reads its data once
-        shared[asked] = _pictures(spec, source.file.parent, fetch)
+        shared[asked] = _pictures(asked, source.file.parent, fetch)
     pictures = shared[asked]
     if isinstance(pictures, list):
         told += [("data.source", message) for message in pictures]
         pictures = None
+    told += _prior_faults(spec)
+    found = pictures
     try:
-        plan = make_plan(spec, _facts(spec, pictures))
+        pictures = found.hold_out(spec.data.holdout) if found else None
+        plan = plan_of(spec, pictures)
     except PlanError as error:
         told += error.faults
+    except FluxrunError as error:  # an image whose size cannot be read
+        told.append(("data.source", str(error)))
     if told or loaded.bad:
         return [source.fault(*fault) for fault in told if not any(touches(fault[0], bad) for bad in loaded.bad)]
     run = Run(runs, spec.name)
@@ -81,12 +86,32 @@ def _absolute(loaded: Loaded) -> Spec:
     """The spec with its paths resolved, so that the run's own copy of it can be read from anywhere."""
     spec, source = loaded.spec, loaded.source
     folder, base = local_path(spec.data.source, source), local_path(spec.model.base, source)
-    return spec.model_copy(
-        update={
-            "data": spec.data.model_copy(update={"source": str(folder)} if folder else {}),
-            "model": spec.model.model_copy(update={"base": str(base)} if base else {}),
-        }
-    )
+    update: dict[str, object] = {
+        "data": spec.data.model_copy(update={"source": str(folder)} if folder else {}),
+        "model": spec.model.model_copy(update={"base": str(base)} if base else {}),
+    }
+    if spec.prior is not None:  # need not exist yet
+        images = (source.file.parent / Path(spec.prior.images).expanduser()).resolve()
+        update["prior"] = spec.prior.model_copy(update={"images": str(images)})
+    return spec.model_copy(update=update)
+
+
+def plan_of(spec: Spec, pictures: Pictures | None) -> Plan:
+    """Raises PlanError with everything that is wrong, FluxrunError where an image cannot be measured."""
+    return make_plan(spec, _facts(spec, pictures))
+
+
+def data_source(spec: Spec) -> Source:
+    own = spec.data
+    return Source(own.source, own.config, own.split, own.image_column, own.caption_column, own.prompt)
+
+
+def _prior_faults(spec: Spec) -> list[tuple[str, str]]:
+    own = spec.prior
+    if own is None:
+        return []
+    wrong = classfolder.disagreement(Path(own.images), own.prompt)
+    return [("prior.prompt", wrong)] if wrong else []
 
 
 def _base_faults(spec: Spec) -> list[tuple[str, str]]:
@@ -106,20 +131,22 @@ def _base_faults(spec: Spec) -> list[tuple[str, str]]:
     return []
 
 
-def _pictures(spec: Spec, near: Path, fetch: bool) -> Pictures | list[str] | None:
+def _pictures(asked: Source, near: Path, fetch: bool) -> Pictures | list[str] | None:
     """The data set, None where only the hub has it, or what is wrong with it."""
-    own = spec.data
+    path = Path(asked.text)
     try:
-        if Path(own.source).is_dir():
-            return data.read_folder(Path(own.source), own.image_column, own.caption_column, own.prompt)
-        inside = (near / own.source.split("/")[0]).is_dir()  # "data/icnos" is a misspelt folder, no hub id
-        if inside or not HUB_ID.fullmatch(own.source):
+        if path.is_absolute() and path.exists():
+            if path.is_file() and path.suffix not in COLUMNAR:
+                return [
+                    f"no folder (found {asked.text!r}); allowed are a folder, a .parquet or .arrow file, a hub data set"
+                ]
+            return sources.read(asked)
+        inside = (near / asked.text.split("/")[0]).is_dir()  # "data/icnos" is a misspelt folder, no hub id
+        if inside or not HUB_ID.fullmatch(asked.text):
             return [
-                f"no such folder (found {own.source!r}); allowed are a folder (relative to the spec) or a hub data set (owner/name)"
+                f"no such folder (found {asked.text!r}); allowed are a folder (relative to the spec) or a hub data set (owner/name)"
             ]
-        if fetch:
-            return data.read_hub(own.source, own.config, own.split, own.image_column, own.caption_column, own.prompt)
-        return None
+        return sources.read(asked) if fetch else None
     except DataError as error:
         return list(error.messages)
     except UnicodeDecodeError as error:
@@ -127,13 +154,12 @@ def _pictures(spec: Spec, near: Path, fetch: bool) -> Pictures | list[str] | Non
 
 
 def _facts(spec: Spec, pictures: Pictures | None) -> Facts:
-    own = spec.data
+    """Raises FluxrunError where buckets ask for the size of an image that cannot be read."""
     folder = local_folder(spec.model.base)
     base = fingerprint(folder) if folder else key_of("hub", spec.model.base, spec.model.revision, spec.model.variant)
-    config = transformer_config(spec.model.base, folder)
+    config, clip = transformer_config(spec.model.base, folder), clip_config(folder)
     if pictures is None:
-        named = data.hub_fingerprint(
-            own.source, own.config, own.split, own.image_column, own.caption_column, own.prompt
-        )
-        return Facts(None, None, named, base, config)
-    return Facts(pictures.captions, len(pictures.items), pictures.fingerprint, base, config)
+        return Facts(None, None, sources.fingerprint(data_source(spec)), base, config, clip)
+    count = len(pictures.items) + len(pictures.held)
+    sizes = tuple(data.measure(picture) for picture in pictures.items) if spec.data.buckets else None
+    return Facts(pictures.captions, count, pictures.fingerprint, base, config, clip, sizes)

@@ -15,6 +15,7 @@ from torch import Tensor
 from runner import tokens
 from runner.device import release
 from runner.flux import Base
+from runner.spec import Spec
 
 GUIDANCE = 3.5  # FluxPipeline's default; a training guidance of 1 is still sampled at this
 
@@ -48,7 +49,7 @@ def load_embeddings(pipe: Any, file: Path, placeholders: Sequence[tokens.Placeho
 
 
 def text_pipeline(base: Base, exported: Exported | None) -> Any:
-    """A FluxPipeline of the two encoders alone, with the learned tokens."""
+    """A FluxPipeline of the two encoders alone, with the learned tokens and the CLIP encoder's LoRA."""
     from diffusers import FluxPipeline
 
     pipe = FluxPipeline.from_pretrained(
@@ -56,7 +57,20 @@ def text_pipeline(base: Base, exported: Exported | None) -> Any:
     ).to(base.device)
     if exported is not None and exported.embeddings is not None:
         load_embeddings(pipe, exported.embeddings, exported.placeholders)
+    if exported is not None and exported.lora is not None:
+        load_text_lora(pipe, exported.lora)
     return pipe
+
+
+def load_text_lora(pipe: Any, file: Path) -> None:
+    """The text encoder's part of a LoRA file, if it has one; `load_lora_weights` wants a transformer in the pipeline."""
+    state, _, metadata = pipe.lora_state_dict(
+        file.parent, weight_name=file.name, return_alphas=True, return_lora_metadata=True
+    )
+    if any(name.startswith("text_encoder.") for name in state):
+        pipe.load_lora_into_text_encoder(
+            state, None, pipe.text_encoder, prefix="text_encoder", metadata=metadata, _pipeline=pipe
+        )
 
 
 def read_prompts(pipe: Any, prompts: Sequence[str], length: int) -> list[Read]:
@@ -76,24 +90,55 @@ def image_pipeline(base: Base) -> Any:
 
 
 def load_lora(pipe: Any, file: Path) -> None:
-    pipe.load_lora_weights(file.parent, weight_name=file.name)
+    """The transformer's part of a LoRA file, if it has one, into a pipeline without text encoders."""
+    state, _, metadata = pipe.lora_state_dict(
+        file.parent, weight_name=file.name, return_alphas=True, return_lora_metadata=True
+    )
+    if any(name.startswith("transformer.") for name in state):
+        pipe.load_lora_into_transformer(state, None, pipe.transformer, metadata=metadata, _pipeline=pipe)
+
+
+def size_of(spec: Spec) -> int:
+    """The side of a run's pictures in pixels."""
+    assert spec.validation.size is not None  # the spec resolves it
+    return spec.validation.size
+
+
+def shots(prompts: Sequence[str], count: int, first: int) -> list[tuple[str, int]]:
+    """(prompt, seed) of every picture: `count` of each prompt, with seeds counting up from `first`."""
+    return [(prompt, first + number) for prompt in prompts for number in range(count)]
 
 
 def draw(
     pipe: Any, read: Read, seed: int, *, steps: int, size: int, guidance: float = GUIDANCE, scale: float = 1.0
 ) -> Image.Image:
-    """One picture. The noise comes from a CPU generator, so that a seed means the same on every device."""
-    image: Image.Image = pipe(
-        prompt_embeds=read.txt.to(pipe.device),
-        pooled_prompt_embeds=read.vec.to(pipe.device),
+    [image] = draw_batch(pipe, read, [seed], steps=steps, size=size, guidance=guidance, scale=scale)
+    return image
+
+
+def draw_batch(
+    pipe: Any,
+    read: Read,
+    seeds: Sequence[int],
+    *,
+    steps: int,
+    size: int,
+    guidance: float = GUIDANCE,
+    scale: float = 1.0,
+) -> list[Image.Image]:
+    """One picture per seed. The noise comes from CPU generators, so that a seed means the same on every device."""
+    count = len(seeds)
+    images: list[Image.Image] = pipe(
+        prompt_embeds=read.txt.to(pipe.device).expand(count, -1, -1),
+        pooled_prompt_embeds=read.vec.to(pipe.device).expand(count, -1),
         height=size,
         width=size,
         num_inference_steps=steps,
         guidance_scale=guidance,
-        generator=torch.Generator().manual_seed(seed),
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
         joint_attention_kwargs=None if scale == 1.0 else {"scale": scale},
-    ).images[0]
-    return image
+    ).images
+    return images
 
 
 def sample(

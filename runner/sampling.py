@@ -8,7 +8,7 @@ from pathlib import Path
 from runner import device, export, files, flux, tokens
 from runner.errors import FluxrunError
 from runner.rundir import Run, read_spec
-from runner.sample import sample
+from runner.sample import sample, shots, size_of
 
 
 def sample_run(
@@ -24,22 +24,21 @@ def sample_run(
     if not chosen:
         raise FluxrunError("no prompt: give --prompt, or validate.prompts in the spec")
     first = spec.seed if seed is None else seed
-    shots = [(prompt, first + number) for prompt in chosen for number in range(count)]
+    wanted = shots(chosen, count, first)
     placeholders = tokens.placeholders([(token.name, token.vectors, token.initializer) for token in spec.tokens])
     where = device.choose(gpus)
     device.prepare(where, tf32=spec.model.tf32)
     flux.quiet()
     model = spec.model
     base = flux.open_base(model.base, model.revision, model.variant, where, device.resolve_dtype(model.dtype, where))
-    assert isinstance(spec.data.resolution, int)
     pictures = sample(
-        base, export.exported_files(run.export, name, placeholders), shots,
+        base, export.exported_files(run.export, name, placeholders), wanted,
         length=model.max_sequence_length, steps=steps or spec.validation.steps,
-        size=spec.validation.size or spec.data.resolution, scale=scale,
+        size=size_of(spec), scale=scale,
     )  # fmt: skip
     folder = files.make_folder(out or run.samples)
     written = []
-    for number, (picture, (_, used)) in enumerate(zip(pictures, shots, strict=True)):
+    for number, (picture, (_, used)) in enumerate(zip(pictures, wanted, strict=True)):
         written.append(folder / f"sample-{number // count}-seed{used}.png")
         files.write_png(written[-1], picture)
     return written

@@ -12,14 +12,19 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from runner.clock import clock
 from runner.train import Step
 
+
+def _loss(step: Step) -> str:
+    return "none yet" if step.smoothed is None else f"{step.smoothed:.4f}"
+
+
 PLAIN_EVERY = 10.0  # seconds between step lines where there is no terminal
 
 
 class Say:
     """One for the whole queue. `later_steps` are those of the runs still to come, for the queue's finishing time."""
 
-    def __init__(self) -> None:
-        self.console = Console(stderr=True, highlight=False)
+    def __init__(self, quiet: bool = False) -> None:
+        self.console = Console(stderr=True, highlight=False, quiet=quiet)
         self.live = Progress(
             TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[facts]}"),
             console=self.console, transient=True,
@@ -73,7 +78,7 @@ class Say:
         self._pace = step.seconds if self._pace is None else 0.95 * self._pace + 0.05 * step.seconds
         run_left = (run_steps - step.number) * self._pace
         facts = (
-            f"step {step.number}/{run_steps}  loss {step.smoothed:.4f}  {self._pace:.3g} s/step  run {clock(run_left)}"
+            f"step {step.number}/{run_steps}  loss {_loss(step)}  {self._pace:.3g} s/step  run {clock(run_left)}"
             f"  queue {clock(run_left + self.later_steps * self._pace)}"
         )
         if self.task is not None:

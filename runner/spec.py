@@ -54,6 +54,9 @@ class Data(Table):
     interpolation: Literal["lanczos", "bicubic", "bilinear", "box", "hamming", "nearest"] = key(
         "lanczos", "Of resizing"
     )
+    variants: Natural | None = key(
+        None, "Seeded crops and mirrorings kept of each image; 4, or 1 where nothing is drawn"
+    )
     caption_dropout: Part = key(0.0, "Share of captions replaced by the empty one")
     holdout: Whole = key(0, "Images kept for the eval loss")
     workers: Whole = key(0, "Threads that decode images")

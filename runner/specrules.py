@@ -27,6 +27,9 @@ def fill_defaults(tables: Mapping[str, Any]) -> dict[str, Any]:
     train.setdefault("lr", 1.0 if optimizer["name"] == "prodigy" else 1e-4)
     lora.setdefault("alpha", _float(lora.get("rank", 16)))
     inversion, validate = table("inversion"), table("validate")
+    if data:
+        drawn = data.get("center_crop") is not True or data.get("random_flip") is True
+        data.setdefault("variants", 4 if drawn else 1)
     inversion.setdefault("until", 1.0 if lora.get("until") == 0 else 0.5)
     inversion.setdefault("lr", train["lr"])
     if isinstance(out.get("text_lora"), dict):
@@ -86,8 +89,8 @@ def broken_rules(spec: Spec, written: Mapping[str, Any]) -> Iterator[tuple[str, 
         yield "text_lora", "CLIP cannot learn a LoRA and token rows in one run; take [text_lora] or [[tokens]] out"
     yield from _prodigy(spec)
     yield from _schedule(spec)
-    if spec.validation.every is not None and not spec.validation.prompts:
-        yield "validate.every", f"there is nothing to draw (found {spec.validation.every}); set validate.prompts"
+    if spec.hub.push and spec.hub.repo is None:
+        yield "hub.repo", "required key is missing; set it to OWNER/NAME, since hub.push is true"
 
 
 def _prodigy(spec: Spec) -> Iterator[tuple[str, str]]:

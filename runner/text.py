@@ -52,20 +52,19 @@ def initial_rows(
 ) -> Tensor:
     """Rows to begin with, [sum of counts, width] fp32. counts: (vectors, initializer phrase or None) per token.
 
-    Random rows have the table's standard deviation. A phrase gives the embeddings of its pieces, in order, from the
-    start again where there are more vectors than pieces.
+    Random rows have the table's standard deviation. A phrase gives its pieces' embeddings to the first rows, as many as
+    it has pieces in this encoder's vocabulary; rows beyond them are random.
     """
     weight = encoder.get_input_embeddings().weight
     std = table_std(encoder)
     parts: list[Tensor] = []
     for index, (vectors, phrase) in enumerate(counts):
-        if phrase is None:
-            generator = torch.Generator().manual_seed(derive(seed, "rows", name, index))
-            parts.append(torch.randn(vectors, weight.shape[1], generator=generator) * std)
-        else:
-            ids = tokenizer(phrase, add_special_tokens=False).input_ids
-            chosen = [ids[i % len(ids)] for i in range(vectors)]
-            parts.append(weight[torch.tensor(chosen, device=weight.device)].float().cpu())
+        generator = torch.Generator().manual_seed(derive(seed, "rows", name, index))
+        rows = torch.randn(vectors, weight.shape[1], generator=generator) * std
+        if phrase is not None:
+            ids = tokenizer(phrase, add_special_tokens=False).input_ids[:vectors]
+            rows[: len(ids)] = weight[torch.tensor(ids, device=weight.device)].float().cpu()
+        parts.append(rows)
     return torch.cat(parts)
 
 
@@ -95,11 +94,20 @@ def _ids(tokenizer: Any, caption: str, length: int) -> Tensor:
     return ids[0]
 
 
-def clip_pooled(encoder: Any, ids: Tensor) -> Tensor:
-    """[B, 77] -> [B, width], pooled where this model's config says (FLUX.1-dev's says: at the
-    highest id, as stock diffusers does at inference)."""
-    pooled: Tensor = encoder(ids, output_hidden_states=False).pooler_output
-    return pooled
+def clip_pooled(encoder: Any, ids: Tensor, eos: int | None) -> Tensor:
+    """[B, 77] -> [B, width]: the state at one position of each caption.
+
+    `eos` None reads where this model's config says, as stock diffusers does: FLUX.1-dev's says 2, which transformers
+    takes as "the highest id", and that is the first new token wherever there is one. A number reads at the first
+    position with that id, the caption's real end, as ComfyUI does.
+    """
+    out = encoder(ids, output_hidden_states=False)
+    if eos is None:
+        pooled: Tensor = out.pooler_output
+        return pooled
+    at = (ids == eos).int().argmax(-1)
+    states: Tensor = out.last_hidden_state
+    return states[torch.arange(len(ids), device=ids.device), at]
 
 
 def t5_states(encoder: Any, ids: Tensor) -> Tensor:

@@ -1,37 +1,76 @@
-"""TensorBoard events in the run folder."""
+"""Where numbers and pictures of a run go while it trains: TensorBoard events in the run folder, Weights & Biases."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
 
-from runner.train import Step
+from runner.errors import FluxrunError
 
 
-class Tracker:
-    """Writes where `tensorboard --logdir runs` looks; without "tensorboard" in `track.to`, nowhere."""
+class Tracker(Protocol):
+    def scalars(self, values: Mapping[str, float], step: int) -> None: ...
 
-    def __init__(self, folder: Path, wanted: bool, start: int) -> None:
-        self.writer = None
-        if wanted:
-            from torch.utils.tensorboard import SummaryWriter
+    def picture(self, name: str, image: Image.Image, step: int) -> None: ...
 
-            # purge_step hides what an interrupted attempt logged after its last checkpoint
-            self.writer = SummaryWriter(str(folder), purge_step=start + 1)  # type: ignore[no-untyped-call]
+    def close(self) -> None: ...
 
-    def step(self, step: Step) -> None:
-        if self.writer is None:
-            return
-        values = {"loss": step.loss, "lr": step.lr, "grad_norm": step.grad_norm, "step_seconds": step.seconds}
+
+def trackers(folder: Path, name: str, wanted: Sequence[str], start: int, settings: Mapping[str, Any]) -> list[Tracker]:
+    """`start`: the step the run goes on from. Raises FluxrunError where a tracker is not installed."""
+    made: list[Tracker] = []
+    if "tensorboard" in wanted:
+        made.append(TensorBoard(folder, start))
+    if "wandb" in wanted:
+        made.append(Wandb(folder, name, start, settings))
+    return made
+
+
+class TensorBoard:
+    """Where `tensorboard --logdir runs` looks."""
+
+    def __init__(self, folder: Path, start: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        # purge_step hides what an interrupted attempt logged after its last checkpoint
+        self.writer = SummaryWriter(str(folder), purge_step=start + 1)  # type: ignore[no-untyped-call]
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
         for name, value in values.items():
-            self.writer.add_scalar(f"train/{name}", value, step.number)  # type: ignore[no-untyped-call]
+            self.writer.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
 
     def picture(self, name: str, image: Image.Image, step: int) -> None:
-        if self.writer is not None:
-            self.writer.add_image(f"samples/{name}", np.asarray(image), step, dataformats="HWC")  # type: ignore[no-untyped-call]
+        self.writer.add_image(name, np.asarray(image), step, dataformats="HWC")  # type: ignore[no-untyped-call]
 
     def close(self) -> None:
-        if self.writer is not None:
-            self.writer.close()  # type: ignore[no-untyped-call]
+        self.writer.close()  # type: ignore[no-untyped-call]
+
+
+class Wandb:
+    """One W&B run per run folder, found again by its name; project and login are wandb's own (WANDB_PROJECT, ...)."""
+
+    def __init__(self, folder: Path, name: str, start: int, settings: Mapping[str, Any]) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise FluxrunError('track.to has "wandb", which is not installed; pip install "fluxrun[wandb]"') from error
+        self.wandb = wandb
+        self.start = start
+        shown = {key: value for key, value in settings.items() if not key.startswith(("data.source", "model.base"))}
+        self.run = wandb.init(
+            dir=str(folder), name=name, id=f"fluxrun-{name}".replace("/", "-"), resume="allow", config=shown,
+            settings=wandb.Settings(silent=True),
+        )  # fmt: skip
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        self.run.log(dict(values), step=step)
+
+    def picture(self, name: str, image: Image.Image, step: int) -> None:
+        self.run.log({name: self.wandb.Image(image)}, step=step)
+
+    def close(self) -> None:
+        self.run.finish()

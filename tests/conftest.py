@@ -9,9 +9,13 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from click.testing import CliRunner
+
+if TYPE_CHECKING:
+    from runner.desk import Desk
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 PROJECT = Path(__file__).parent.parent
@@ -96,6 +100,26 @@ class House:
         return subprocess.Popen(
             command, cwd=self.folder, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
+
+
+def desk_of(spec: Path) -> Desk:
+    """What `fluxrun queue` would set up for this one spec, before the first phase."""
+    import torch
+
+    from runner import device, flux
+    from runner.cache import Cache
+    from runner.desk import Desk
+    from runner.prepare import prepare
+    from runner.ranks import Ranks
+    from runner.say import Say
+
+    flux.quiet()
+    [job] = prepare([spec], spec.parent / "runs", fetch=True, fresh=False)
+    cpu, model = torch.device("cpu"), job.spec.model
+    base = flux.open_base(model.base, model.revision, model.variant, cpu, device.resolve_dtype(model.dtype, cpu))
+    assert job.pictures is not None
+    cache = Cache(spec.parent / "runs" / "cache")
+    return Desk(job.spec, job.plan, job.pictures, base, cache, Say(quiet=True), Ranks(), lambda: False)
 
 
 @pytest.fixture

@@ -138,7 +138,7 @@ def test_a_changed_spec_is_refused_with_the_difference(house: House) -> None:
 
 def test_changed_pictures_are_refused_too(house: House) -> None:
     assert house.fluxrun("queue", house.spec(steps="steps = 2")).code == 0
-    (house.folder / "pictures" / "1.txt").write_text("a TOK, quite different")
+    (house.folder / "pictures" / "01.txt").write_text("a TOK, quite different")
     said = house.fluxrun("queue", "a.toml")
     assert said.code == 2
     assert "the images, the captions or the base model are not the ones it was trained on" in said.err
@@ -148,10 +148,10 @@ def test_a_second_spec_on_the_same_data_hits_the_cache(done: House, tmp_path: Pa
     cached = {
         path: path.stat().st_mtime_ns for path in (done.folder / "runs" / "cache").glob("latents/**/*.safetensors")
     }
-    assert len(cached) == 8
+    assert len(cached) == 10
     said = done.fluxrun("queue", done.spec("c", steps="steps = 2", prompts="prompts = []"))
     assert said.code == 0, said.err
-    assert "latents of 8 images, 0 to make" in said.err
+    assert "latents of 10 views, 0 to make" in said.err
     after = {
         path: path.stat().st_mtime_ns for path in (done.folder / "runs" / "cache").glob("latents/**/*.safetensors")
     }
@@ -174,7 +174,7 @@ def test_one_failing_run_does_not_stop_the_next(house: House) -> None:
     bad = house.spec("bad", steps="steps = 1")
     good = house.spec("good", steps="steps = 1", source='source = "others"')
     (house.folder / "others").mkdir()
-    for name in ("1.png", "1.txt"):
+    for name in ("01.png", "01.txt"):
         (house.folder / "others" / name).write_bytes((house.folder / "pictures" / name).read_bytes())
     said = house.fluxrun("queue", bad, good)
     assert said.code == 1

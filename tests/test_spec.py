@@ -80,6 +80,7 @@ VALUES = {  # every key of the contract, with a value that is not its default
     "data.center_crop": "true",
     "data.random_flip": "true",
     "data.interpolation": '"bicubic"',
+    "data.variants": "2",
     "data.caption_dropout": "0.1",
     "data.holdout": "2",
     "data.workers": "4",
@@ -128,6 +129,8 @@ def test_every_key_of_the_contract_is_read(tmp_path: Path, key: str) -> None:
     table[last] = value
     if key.startswith("inversion"):
         tables["tokens"] = [{"name": "TOK"}]
+    if key == "hub.push":
+        table["repo"] = "me/it"
     found = dump(one(tmp_path, tomli_w.dumps(tables)))
     for folder in folders:
         found = found[folder]

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from runner import device, flux
+from runner.engine.crew import crew
 from runner.errors import FluxrunError, Interrupted, Refused
 from runner.execute import execute, open_cache
 from runner.index import write_index
@@ -62,7 +63,8 @@ def _run_one(job: Job, runs: Path, where: torch.device, say: Say, stop: StopRequ
     device.prepare(where, tf32=model.tf32)
     base = flux.open_base(model.base, model.revision, model.variant, where, device.resolve_dtype(model.dtype, where))
     assert job.pictures is not None  # `queue` fetches
-    execute(job.run, job.spec, job.plan, job.pictures, base, open_cache(runs), say, stop)
+    with crew(job, runs, where) as ranks:
+        execute(job.run, job.spec, job.plan, job.pictures, base, open_cache(runs), say, stop, ranks)
 
 
 def _end(job: Job, state: str, reason: str) -> None:
@@ -70,7 +72,7 @@ def _end(job: Job, state: str, reason: str) -> None:
     facts = {
         key: value
         for key, value in job.run.state().items()
-        if key in ("phase", "step", "wall_s", "s_per_step", "peak_memory_bytes", "train_loss")
+        if key in ("phase", "step", "wall_s", "s_per_step", "peak_memory_bytes", "train_loss", "eval_loss")
     }
     if job.run.folder.is_dir():
         job.run.write_state(state, **facts, error=reason)

@@ -1,0 +1,140 @@
+"""Writes down how one run goes: checkpoints, state, log, events."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from PIL import Image
+
+from runner import checkpoint, device, files
+from runner.checkpoint import Checkpoint
+from runner.deliver import sample_file
+from runner.digest import key_of
+from runner.plan import Inversion, Joint, Lora, Phase, Plan
+from runner.preview import Look
+from runner.rundir import Run, flat
+from runner.say import Say
+from runner.spec import Spec, dump
+from runner.track import trackers
+from runner.train import Meters, Step
+
+HEARTBEAT = 1.0  # seconds between writes of the step into state.json
+
+
+class Clerk:
+    """Writes down how one run goes: checkpoints, state, log, events."""
+
+    def __init__(
+        self, run: Run, plan: Plan, spec: Spec, say: Say, progress: Checkpoint | None, where: torch.device
+    ) -> None:
+        self.run, self.plan, self.spec, self.say, self.where = run, plan, spec, say, where
+        self.phase: Phase = plan.phases[0]
+        self.began, self.beat = time.monotonic(), 0.0
+        self.seconds: list[float] = []
+        self.at_step = progress.step if progress else 0
+        self.meters = Meters(**progress.scalars["meters"]) if progress else Meters()
+        self.loss = self.meters.smoothed
+        self.before = run.state()
+        device.reset_peak(where)
+        self.trackers = trackers(run.folder, run.name, spec.track.to, self.at_step, flat(dump(spec)))
+        run.write_state(
+            "running", attempts=self.before.get("attempts", 0) + 1, started=self.before.get("started") or time.time(),
+            plan_key=plan.key, spec_digest=key_of(str(sorted(map(str, dump(spec).items())))), steps=plan.steps,
+            base=spec.model.base, step=self.at_step, versions=versions(),
+        )  # fmt: skip
+
+    def facts(self) -> dict[str, Any]:
+        """What the index shows, as far as it is known now."""
+        return {
+            "phase": self.phase.name,
+            "step": self.at_step,
+            "train_loss": self.loss,
+            "eval_loss": self.meters.eval_loss,
+            "skipped_steps": self.meters.skipped or None,
+            "wall_s": round(self.before.get("wall_s", 0.0) + time.monotonic() - self.began, 3),
+            "s_per_step": statistics.median(self.seconds) if self.seconds else self.before.get("s_per_step"),
+            "peak_memory_bytes": max(device.peak_memory(self.where), self.before.get("peak_memory_bytes", 0)),
+        }
+
+    def begin(self, phase: Phase, progress: Checkpoint | None) -> None:
+        self.phase = phase
+        self.run.write_state("running", **self.facts())
+        if isinstance(phase, Joint | Inversion | Lora):
+            done = progress.step if progress else phase.start
+            self.say.line(f"{phase.name}: steps {done + 1} to {phase.stop}")
+            self.say.begin_phase(phase.name, done, phase.stop, "steps")
+        else:
+            self.say.line(f"{phase.name}: started")
+
+    def step(self, step: Step) -> None:
+        self.at_step, self.loss = step.number, step.smoothed
+        self.seconds.append(step.seconds)
+        for tracker in self.trackers:
+            tracker.scalars(
+                {"train/loss": step.loss, "train/lr": step.lr, "train/grad_norm": step.grad_norm,
+                 "train/step_seconds": step.seconds},
+                step.number,
+            )  # fmt: skip
+        if step.skipped:
+            self.meters = replace(self.meters, skipped=self.meters.skipped + 1)
+            self.say.line(
+                f"step {step.number} skipped: loss {step.loss}, gradient norm {step.grad_norm}; nothing was updated"
+            )
+        stop = self.phase.stop if isinstance(self.phase, Joint | Inversion | Lora) else self.plan.steps
+        self.say.step(step, stop, self.plan.steps)
+        if time.monotonic() - self.beat > HEARTBEAT:
+            self.beat = time.monotonic()
+            self.run.write_state("running", durable=False, **self.facts())
+
+    def show(self, step: int, look: Look) -> None:
+        """The eval loss, and pictures where there are any."""
+        self.meters = replace(self.meters, eval_loss=look.eval_loss)
+        values = {
+            "eval/loss": look.eval_loss,
+            **{f"eval/sigma {sigma:.1f}": loss for sigma, loss in look.by_sigma.items()},
+        }
+        for tracker in self.trackers:
+            tracker.scalars(values, step)
+        self.say.log(f"eval loss at step {step}: {look.eval_loss:.5f}")
+        for index, picture in enumerate(look.pictures):
+            files.write_png(sample_file(self.run, step, index), picture)
+        self.show_pictures(step, look.pictures)
+
+    def show_pictures(self, step: int, pictures: Sequence[Image.Image]) -> None:
+        for index, picture in enumerate(pictures):
+            for tracker in self.trackers:
+                tracker.picture(f"samples/{index}", picture, step)
+
+    def close(self) -> None:
+        for tracker in self.trackers:
+            tracker.close()
+
+    def save(self, made: Checkpoint) -> None:
+        """Write, read back, then prune: never an instant without a verified checkpoint."""
+        path = self.run.checkpoints / checkpoint.file_name(made.step)
+        checkpoint.write(path, made)
+        checkpoint.read(path)
+        pivots = {phase.stop for phase in self.plan.training}
+        steps = [(step, old) for step, old in self.run.checkpoint_files() if step not in pivots]
+        for _, old in steps[self.spec.checkpoint.keep :]:
+            old.unlink()
+        self.say.log(f"checkpoint at step {made.step}")
+
+    def finish(self) -> None:
+        exports = sorted(
+            path.relative_to(self.run.folder).as_posix() for path in self.run.export.iterdir() if path.is_file()
+        )
+        self.run.write_state("done", **self.facts(), finished=time.time(), exports=exports)
+        self.say.line(f"done: {self.run.export}")
+
+
+def versions() -> dict[str, str]:
+    names = ("fluxrun", "torch", "diffusers", "transformers", "peft")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}

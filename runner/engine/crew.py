@@ -1,0 +1,84 @@
+"""A run on several GPUs: this process is rank 0, the others are started here and end with it."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from runner import device, flux, sources
+from runner.cache import Cache
+from runner.errors import FluxrunError
+from runner.execute import assist
+from runner.prepare import Job, data_source, plan_of
+from runner.ranks import Ranks
+from runner.rundir import Run
+from runner.say import Say
+from runner.spec import Spec, dump
+
+
+@contextmanager
+def crew(job: Job, runs: Path, where: torch.device) -> Iterator[Ranks]:
+    """Ranks for this job, joined. Raises FluxrunError where there are not as many GPUs as the spec asks for."""
+    count = job.spec.compute.gpus
+    if count == 1:
+        yield Ranks()
+        return
+    if where.type == "cuda" and torch.cuda.device_count() < count:
+        raise FluxrunError(f"compute.gpus is {count}, this machine has {torch.cuda.device_count()}; lower it")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    helpers = []
+    ranks = Ranks(0, count)
+    try:
+        for rank in range(1, count):
+            order = {"spec": dump(job.spec), "runs": str(runs.resolve()), "rank": rank, "count": count, "address": address,
+                     "device": where.type, "key": job.plan.key}  # fmt: skip
+            helper = subprocess.Popen([sys.executable, "-m", "runner.engine.crew"], stdin=subprocess.PIPE, text=True)
+            helpers.append(helper)
+            assert helper.stdin is not None
+            helper.stdin.write(json.dumps(order))
+            helper.stdin.close()
+        if where.type == "cpu":
+            torch.set_num_threads(max(1, torch.get_num_threads() // count))
+        ranks.join(address, where)
+        yield ranks
+    finally:
+        ranks.leave()
+        for helper in helpers:
+            helper.terminate()
+            helper.wait()
+
+
+def main() -> None:
+    """A helper: reads its orders from stdin, trains along, writes nothing."""
+    order = json.load(sys.stdin)
+    spec = Spec.model_validate(order["spec"])
+    ranks = Ranks(order["rank"], order["count"])
+    where = torch.device("cuda", ranks.rank) if order["device"] == "cuda" else torch.device("cpu")
+    device.prepare(where, tf32=spec.model.tf32)
+    flux.quiet()
+    if where.type == "cpu":
+        torch.set_num_threads(max(1, torch.get_num_threads() // ranks.count))
+    pictures = sources.read(data_source(spec)).hold_out(spec.data.holdout)
+    plan = plan_of(spec, pictures)
+    if plan.key != order["key"]:
+        raise FluxrunError("the data changed while the run was starting; start it again")
+    model, runs = spec.model, Path(order["runs"])
+    base = flux.open_base(model.base, model.revision, model.variant, where, device.resolve_dtype(model.dtype, where))
+    ranks.join(order["address"], where)
+    try:
+        assist(Run(runs, spec.name), spec, plan, pictures, base, Cache(runs / "cache"), Say(quiet=True), ranks)
+    finally:
+        ranks.leave()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""What training minimises, and what runs are compared by: the flow-matching loss on drawn and on fixed noise."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from runner import flux, views
+from runner.desk import Desk
+from runner.device import autocast, move
+from runner.encode import CachedEncoder, LiveEncoder, encode_latents
+from runner.seeds import derive
+from runner.views import Size, View
+
+Encoders = Mapping[str, LiveEncoder | CachedEncoder]
+EVAL_SIGMAS = tuple(k / 10 for k in range(1, 10))
+
+
+class FlowObjective:
+    """The reference's loss on one micro-batch. Every random number comes from (seed, step, place in the step's batch),
+    so that two micro-batches of two are one of four."""
+
+    def __init__(self, desk: Desk, transformer: nn.Module, encoders: Encoders) -> None:
+        spec, base = desk.spec, desk.base
+        self.desk, self.transformer, self.encoders = desk, transformer, encoders
+        self.moments = _moments(desk)
+        self.counts: dict[Size, int] = {size: len(found) * spec.data.repeats for size, found in desk.groups.items()}
+        self.scale = flux.LatentScale.of(base)
+        weighting = spec.train.weighting.model_dump(exclude={"scheme"})
+        self.flow = flux.Flow(base, flux.Weighting(spec.train.weighting.scheme, **weighting))
+        self.predict = flux.predictor(transformer, spec.train.guidance, base.device, base.dtype)
+
+    # ---- training --------------------------------------------------------------------------------------------------
+
+    def batch(self, step: int, micro: int) -> list[tuple[View, str]]:
+        """(view, caption) of the micro-batch; with prior preservation as many class images behind."""
+        own, desk = self.desk.spec, self.desk
+        accumulate = own.train.accumulate * desk.ranks.count
+        size, shown = views.batch(
+            own.seed, step, micro, images=own.train.batch_size, accumulate=accumulate, counts=self.counts
+        )
+        group, out = desk.groups[size], []
+        for place, (index, epoch) in enumerate(shown):
+            picture = group[index % len(group)]
+            number = epoch * own.data.repeats + index // len(group)
+            variant = views.variant(own.seed, picture.name, number, desk.variants)
+            draw = random.Random(derive(own.seed, "caption", step, micro * own.train.batch_size + place))
+            dropped = draw.random() < own.data.caption_dropout
+            out.append((View(picture, size, variant), "" if dropped else picture.caption))
+        if own.prior:
+            classes = {size: len(desk.class_pictures)}
+            _, drawn = views.batch(
+                own.seed, step, micro, images=own.train.batch_size, accumulate=accumulate, counts=classes, what="class"
+            )
+            out += [(View(desk.class_pictures[index], size, None), own.prior.prompt) for index, _ in drawn]
+        return out
+
+    def loss(self, step: int, micro: int) -> Tensor:
+        desk, own, device = self.desk, self.desk.spec, self.desk.base.device
+        micro = micro * desk.ranks.count + desk.ranks.rank
+        shown = self.batch(step, micro)
+        count = own.train.batch_size
+        parts = []
+        for place, (view, _) in enumerate(shown):
+            kind, at = ("noise", place) if place < count else ("class-noise", place - count)
+            generator = torch.Generator().manual_seed(derive(own.seed, kind, step, micro * count + at))
+            latents = flux.draw_latents(self.moments[view][None], self.scale, generator)
+            parts.append(self.flow.noise(latents, self.flow.draw(1, generator), generator))
+        noised = _on(flux.stack(parts), device)
+        if own.lora.dropout > 0:
+            torch.manual_seed(
+                derive(own.seed, "dropout", step, micro)
+            )  # dropout can only draw from the global generator
+        text = self.read([caption for _, caption in shown], self._pooling(step, micro))
+        h, w = self.moments[shown[0][0]].shape[-2:]
+        with autocast(device, desk.base.dtype):
+            prediction = self.predict(noised, text, h, w)
+        errors = self.flow.errors(prediction, noised)
+        return errors[:count].mean() + (own.prior.weight * errors[count:].mean() if own.prior else 0.0)
+
+    def _pooling(self, step: int, micro: int) -> str:
+        own = self.desk.spec
+        if own.inversion.pooling != "both":
+            return own.inversion.pooling
+        return random.Random(derive(own.seed, "pooling", step, micro)).choice(("diffusers", "eos"))
+
+    def read(self, captions: list[str], pooling: str) -> flux.Text:
+        return flux.Text(self.encoders["t5"].embed(captions, pooling), self.encoders["clip"].embed(captions, pooling))
+
+    def settle(self) -> None:
+        for encoder in self.encoders.values():
+            encoder.settle()
+
+    # ---- evaluation ------------------------------------------------------------------------------------------------
+
+    def evaluate(self) -> dict[float, float]:
+        """Unweighted loss at nine fixed sigmas, a mean over the eval pictures; noise fixed by the picture's name alone, so
+        that runs of any seed and weighting compare."""
+        desk, device = self.desk, self.desk.base.device
+        total = dict.fromkeys(EVAL_SIGMAS, 0.0)
+        pooling = "eos" if desk.spec.inversion.pooling == "eos" else "diffusers"
+        self.transformer.eval()
+        for view in desk.eval_views:
+            moments = self.moments[view]
+            mean = (moments.float().chunk(2)[0][None] - self.scale.shift) * self.scale.scaling
+            with torch.no_grad():
+                text = self.read([view.picture.caption], pooling)
+            for start in range(0, len(EVAL_SIGMAS), desk.spec.train.batch_size):
+                sigmas = EVAL_SIGMAS[start : start + desk.spec.train.batch_size]
+                parts = []
+                for sigma in sigmas:
+                    generator = torch.Generator().manual_seed(derive(0, "eval", view.picture.name, str(sigma)))
+                    parts.append(flux.mix(mean, torch.tensor([sigma]), torch.tensor([sigma]), generator))
+                noised = _on(flux.stack(parts), device)
+                read = flux.Text(text.txt.expand(len(sigmas), -1, -1), text.vec.expand(len(sigmas), -1))
+                with torch.no_grad(), autocast(device, desk.base.dtype):
+                    made = self.predict(noised, read, *moments.shape[-2:])
+                for sigma, error in zip(
+                    sigmas, (made.float() - noised.target).square().flatten(1).mean(1), strict=True
+                ):
+                    total[sigma] += float(error) / len(desk.eval_views)
+        self.transformer.train()
+        return total
+
+
+def _moments(desk: Desk) -> dict[View, Tensor]:
+    """What every view became in the VAE; equal pixels share one tensor."""
+    by_key: dict[str, Tensor] = {}
+    for key in desk.latent_keys.values():
+        if key not in by_key:
+            value = desk.cache.get("latents", key)
+            if value is None:  # damaged or pruned since it was made
+                encode_latents(desk)
+                value = desk.cache.get("latents", key)
+            assert value is not None
+            by_key[key] = value
+    return {view: by_key[key] for view, key in desk.latent_keys.items()}
+
+
+def _on(noised: flux.Noised, device: torch.device) -> flux.Noised:
+    return flux.Noised(*(move(part, device) for part in (noised.img, noised.target, noised.sigmas, noised.timesteps)))

@@ -1,0 +1,51 @@
+"""The prior phase: class images by the base as it is, until the folder holds as many as asked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from runner import classfolder, files, sample
+from runner.desk import Desk
+from runner.device import DTYPES, release
+from runner.flux import Base
+from runner.seeds import derive
+
+
+def fill_classes(desk: Desk) -> None:
+    """Top the folder up. Another run's images count; an interrupted filling goes on where it stopped."""
+    own = desk.spec.prior
+    assert own is not None
+    folder = files.make_folder(Path(own.images))
+    with files.locked(folder / ".lock"):
+        classfolder.remember(folder, own.prompt, desk.spec.model.base)
+        there = len(classfolder.paths(folder))
+        desk.say.line(f"prior: {there} class images in {folder}, {max(0, own.count - there)} to make")
+        if there >= own.count:
+            return
+        dtype = DTYPES[own.dtype] if own.dtype else desk.base.dtype
+        base = Base(desk.base.folder, desk.base.variant, desk.base.device, dtype)
+        pipe = sample.text_pipeline(base, None)
+        [read] = sample.read_prompts(pipe, [own.prompt], desk.spec.model.max_sequence_length)
+        del pipe
+        release(base.device)
+        pipe = sample.image_pipeline(base)
+        desk.say.begin_phase("class images", there, own.count, "images")
+        number = 0
+        while (there := len(classfolder.paths(folder))) < own.count:
+            numbers: list[int] = []
+            while len(numbers) < min(own.batch_size, own.count - there):
+                if not _path(folder, number).exists():
+                    numbers.append(number)
+                number += 1
+            seeds = [derive(0, "class image", own.prompt, one) for one in numbers]
+            size = sample.size_of(desk.spec)
+            made = sample.draw_batch(pipe, read, seeds, steps=desk.spec.validation.steps, size=size)
+            for one, image in zip(numbers, made, strict=True):
+                files.write_png(_path(folder, one), image)
+            desk.say.progress(there + len(made), own.count, "images")
+            desk.check_stop()
+    release(desk.base.device)
+
+
+def _path(folder: Path, number: int) -> Path:
+    return folder / f"class-{number:05d}.png"

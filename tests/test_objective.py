@@ -1,0 +1,347 @@
+"""What training minimises: against the formula written out here, and what of the model gets a gradient."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import House, desk_of
+from torch import Tensor, nn
+
+from runner import data, flux, text, tokens
+from runner.basefiles import BUILTIN
+from runner.checkpoint import Weights
+from runner.desk import Desk
+from runner.encode import CachedEncoder, LiveEncoder, encode, encode_captions
+from runner.learn import load_encoders, load_transformer, trainable
+from runner.objective import EVAL_SIGMAS, FlowObjective
+from runner.plan import Encode
+from runner.seeds import derive
+from runner.views import View
+
+KINDS = {
+    "lora": {"drop": "tokens"},
+    "pivotal": {},
+    "pivotal clip": {"encoders": 'encoders = ["clip"]'},
+    "inversion": {"rank": "until = 0"},
+    "text lora": {"drop": "tokens", "add": "[text_lora]\nrank = 2\n"},
+}
+
+
+def spec_of(house: House, **changes: str) -> Path:
+    """The house's pivotal spec with lines replaced; drop="tokens" leaves tokens and inversion out, `add` goes last."""
+    add, drop = changes.pop("add", ""), changes.pop("drop", "")
+    spec = house.spec("a", **changes)
+    written = spec.read_text()
+    if drop:
+        start, stop = written.index("[[tokens]]"), written.index("[lora]")
+        written = written[:start] + written[stop:]
+    spec.write_text(written + add)
+    return spec
+
+
+def objective_of(desk: Desk, past: Weights | None = None) -> tuple[FlowObjective, dict[str, dict[str, nn.Parameter]]]:
+    """The first training phase's, with its caches filled."""
+    encode_phase = next(phase for phase in desk.plan.phases if isinstance(phase, Encode))
+    phase, past = desk.plan.training[0], past or Weights()
+    encode(desk, encode_phase, past)
+    transformer, adapter = load_transformer(desk, phase, past)
+    encoders = load_encoders(desk, phase, past)
+    return FlowObjective(desk, transformer, encoders), trainable(phase, adapter, encoders)
+
+
+def jolt(kinds: Mapping[str, Mapping[str, nn.Parameter]]) -> None:
+    """Adapters begin without effect; give them one."""
+    for kind in ("lora", "text_lora"):
+        for name, parameter in kinds[kind].items():
+            generator = torch.Generator().manual_seed(derive(3, name))
+            parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+
+
+def draws(desk: Desk, micro: int, place: int, moments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(latents, sigma, noise) of one picture, drawn as the design says: posterior, timestep, noise, from one generator."""
+    generator = torch.Generator().manual_seed(derive(desk.spec.seed, "noise", 3, micro * 2 + place))
+    mean, logvar = moments.chunk(2)
+    posterior = torch.randn((1, *mean.shape), generator=generator)
+    config = json.loads((desk.base.folder / "vae" / "config.json").read_text())
+    z = (mean + (0.5 * logvar).exp() * posterior[0] - config["shift_factor"]) * config["scaling_factor"]
+    u = torch.rand(1, generator=generator)
+    sigma = 1 - (u * 1000).long() / 1000  # the schedule is 1000, 999, ... 1 of 1000
+    return z, sigma, torch.randn((1, *mean.shape), generator=generator)[0]
+
+
+def patches(latents: Tensor) -> Tensor:
+    """[16, 8, 8] -> [16 tokens, 64], written out."""
+    return torch.stack(
+        [latents[:, 2 * r : 2 * r + 2, 2 * c : 2 * c + 2].reshape(-1) for r in range(4) for c in range(4)]
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_loss_is_the_references_and_gradients_reach_what_the_plan_says(house: House, kind: str) -> None:
+    desk = desk_of(spec_of(house, **KINDS[kind]))
+    objective, kinds = objective_of(desk)
+    jolt(kinds)
+    shown = objective.batch(3, 0)
+    loss = objective.loss(3, 0)
+
+    parts = [draws(desk, 0, place, objective.moments[view]) for place, (view, _) in enumerate(shown)]
+    z, sigma, eps = (torch.stack(list(column)) for column in zip(*parts, strict=True))
+    x = (1 - sigma.view(-1, 1, 1, 1)) * z + sigma.view(-1, 1, 1, 1) * eps
+    captions = [caption for _, caption in shown]
+    with torch.no_grad():
+        txt, vec = plain_embeddings(desk, captions, objective)
+        predicted = objective.transformer(
+            hidden_states=torch.stack([patches(one) for one in x]), timestep=sigma.flatten(), guidance=torch.full((2,), 3.5),
+            pooled_projections=vec, encoder_hidden_states=txt, txt_ids=torch.zeros(32, 3),
+            img_ids=torch.tensor([[0.0, r, c] for r in range(4) for c in range(4)]), return_dict=False,
+        )[0]  # fmt: skip
+    target = torch.stack([patches(one) for one in eps - z])
+    wanted = (predicted - target).square().flatten(1).mean(1).mean()
+    assert abs(float(loss.detach()) - float(wanted)) <= 1e-6 * float(wanted)
+
+    loss.backward()
+    learning = {id(value) for group in kinds.values() for value in group.values()}
+    modules = [
+        objective.transformer,
+        *(one.model for one in objective.encoders.values() if isinstance(one, LiveEncoder)),
+    ]
+    reached = {id(p) for module in modules for p in module.parameters() if p.grad is not None and p.grad.any()}
+    assert reached == learning
+    told = {part.what: part.parameters for part in desk.plan.training[0].trains}
+    names = {"lora": "lora", "rows": "token rows", "text_lora": "text lora"}
+    counted = {names[k]: sum(p.numel() for p in group.values()) for k, group in kinds.items() if group}
+    assert counted == told
+
+
+def plain_embeddings(desk: Desk, captions: list[str], objective: FlowObjective) -> tuple[Tensor, Tensor]:
+    """By the stock pipeline, with the same rows or adapter put in."""
+    from diffusers import FluxPipeline
+
+    pipe = FluxPipeline.from_pretrained(desk.base.folder, transformer=None, vae=None, dtype=torch.float32)
+    clip, t5 = objective.encoders["clip"], objective.encoders["t5"]
+    for live, encoder, tokenizer in ((clip, "text_encoder", "tokenizer"), (t5, "text_encoder_2", "tokenizer_2")):
+        if isinstance(live, LiveEncoder) and live.rows is not None:
+            where = {"text_encoder": getattr(pipe, encoder), "tokenizer": getattr(pipe, tokenizer)}
+            pipe.load_textual_inversion(live.rows.detach(), token=desk.pieces, **where)
+        if isinstance(live, LiveEncoder) and live.adapter:
+            pipe.text_encoder = live.model
+    written = [tokens.expand(caption, desk.plan.placeholders) for caption in captions]
+    txt, vec, _ = pipe.encode_prompt(written, None, max_sequence_length=32)
+    return txt, vec
+
+
+def test_two_micro_batches_are_one_large_batch(house: House) -> None:
+    small = desk_of(spec_of(house, batch_size="batch_size = 2\naccumulate = 2"))
+    large = desk_of(spec_of(house, batch_size="batch_size = 4"))
+    gradients = []
+    for desk in (small, large):
+        objective, kinds = objective_of(desk)
+        jolt(kinds)
+        for micro in range(desk.spec.train.accumulate):
+            (objective.loss(5, micro) / desk.spec.train.accumulate).backward()
+        gradients.append({name: p.grad for group in kinds.values() for name, p in group.items()})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        assert gradient is not None
+        other = gradients[1][name]
+        assert other is not None
+        assert torch.allclose(gradient, other, atol=1e-6, rtol=1e-4), name
+
+
+def test_picture_and_caption_never_part(house: House) -> None:
+    """Whatever is drawn in any order, at any size and crop: its latents are those of the picture the caption is beside."""
+    for index, side in ((2, (96, 64)), (5, (64, 96))):
+        from PIL import Image
+
+        path = house.folder / "pictures" / f"{index:02d}.png"
+        Image.open(path).resize(side).save(path)
+    spec = spec_of(house, center_crop="random_flip = true\nbuckets = true\nvariants = 3")
+    desk = desk_of(spec)
+    objective, _ = objective_of(desk)
+    beside = {path.stem: path.read_text().strip() for path in (house.folder / "pictures").glob("*.txt")}
+    vae = flux.load_vae(desk.base)
+    seen = set()
+    for step in range(30):
+        for view, caption in objective.batch(step, 0):
+            assert caption == beside[Path(view.picture.name).stem]
+            if view in seen:
+                continue
+            seen.add(view)
+            [(_, pixels)] = desk.pixels([view])
+            moments = flux.encode_image(vae, torch.from_numpy(pixels.copy()).permute(2, 0, 1))
+            assert torch.equal(objective.moments[view], moments)
+            assert moments.shape[1:] == (view.size[1] // 8, view.size[0] // 8)
+    assert len({view.size for view in seen}) == 3
+    assert len(seen) == 30  # ten pictures, three variants each
+
+
+def test_a_live_encoder_is_never_replaced_by_the_cache(house: House) -> None:
+    desk = desk_of(spec_of(house, encoders='encoders = ["clip"]'))
+    objective, _ = objective_of(desk)
+    assert isinstance(objective.encoders["clip"], LiveEncoder)
+    assert isinstance(objective.encoders["t5"], CachedEncoder)
+    assert not (desk.cache.folder / "clip").exists()
+    assert len(list((desk.cache.folder / "t5").rglob("*.safetensors"))) == 10
+
+
+def test_rows_learned_otherwise_are_another_cache_entry(house: House) -> None:
+    desk = desk_of(spec_of(house))
+    keys = {
+        desk.text_key("clip", "a TOK", "diffusers", Weights(rows={"clip": torch.full((2, 64), value)}))
+        for value in (1.0, 2.0)
+    }
+    keys.add(desk.text_key("clip", "a TOK", "eos", Weights(rows={"clip": torch.full((2, 64), 1.0)})))
+    keys.add(desk.text_key("clip", "a TOK", "diffusers", Weights()))
+    assert len(keys) == 4
+
+
+def test_a_dropped_caption_is_the_empty_one_in_its_share(house: House) -> None:
+    desk = desk_of(spec_of(house, center_crop="center_crop = true\ncaption_dropout = 0.25"))
+    objective, _ = objective_of(desk)
+    captions = [caption for step in range(500) for _, caption in objective.batch(step, 0)]
+    assert 0.2 < captions.count("") / len(captions) < 0.3
+    again = [caption for step in range(500) for _, caption in objective.batch(step, 0)]
+    assert again == captions
+    assert torch.isfinite(objective.loss(captions.index("") // 2, 0))
+
+
+# ---- CLIP's pooled vector --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def legacy_base(tmp_path: Path) -> Path:
+    """The tiny base with FLUX.1-dev's `eos_token_id = 2`, which pools at the highest id."""
+    folder = tmp_path / "base"
+    shutil.copytree(BUILTIN["builtin:tiny"], folder)
+    config = folder / "text_encoder" / "config.json"
+    facts = json.loads(config.read_text())
+    config.write_text(json.dumps({**facts, "eos_token_id": 2}))
+    return folder
+
+
+@pytest.mark.parametrize("pooling", ["diffusers", "eos", "both"])
+def test_where_clip_is_pooled_is_as_the_spec_says(house: House, legacy_base: Path, pooling: str) -> None:
+    spec = spec_of(house, base=f'base = "{legacy_base}"', encoders=f'encoders = ["clip"]\npooling = "{pooling}"')
+    desk = desk_of(spec)
+    objective, _ = objective_of(desk)
+    live = objective.encoders["clip"]
+    assert isinstance(live, LiveEncoder)
+    first, second = "a TOK on a white background in the middle", "a TOK on a black background at the top"
+    live.ids |= {
+        caption: text.clip_ids(live.tokenizer, tokens.expand(caption, desk.plan.placeholders))
+        for caption in (first, second)
+    }
+    with torch.no_grad():
+        at_token = live.embed([first, second], "diffusers")
+        at_end = live.embed([first, second], "eos")
+        ids = torch.stack([live.ids[first], live.ids[second]])
+        states = live.model(ids).last_hidden_state
+    assert torch.equal(at_token[0], at_token[1])  # defect v: what follows the trigger is invisible there
+    assert not torch.equal(at_end[0], at_end[1])
+    eos = live.tokenizer.eos_token_id
+    ends = [row.tolist().index(eos) for row in ids]
+    assert torch.equal(at_end, torch.stack([states[i, end] for i, end in enumerate(ends)]))
+    used = [objective._pooling(step, 0) for step in range(40)]
+    assert set(used) == ({"diffusers", "eos"} if pooling == "both" else {pooling})
+    if pooling == "both":
+        assert 10 < used.count("eos") < 30
+    losses = {}
+    for way in ("diffusers", "eos"):
+        step = used.index(way) if way in used else None
+        if step is not None:
+            losses[way] = float(objective.loss(step, 0).detach())
+            vec = objective.read([caption for _, caption in objective.batch(step, 0)], way).vec
+            assert torch.equal(vec, live.embed([caption for _, caption in objective.batch(step, 0)], way))
+    assert losses
+    past = Weights(rows={"clip": live.rows.detach()} if live.rows is not None else {})
+    encode_captions(desk, "clip", past)
+    cached = CachedEncoder(desk, "clip", past)
+    for way in desk.poolings:
+        with torch.no_grad():
+            caption = desk.captions[0]
+            assert torch.equal(cached.embed([caption], way), live.embed([caption], way))
+
+
+# ---- prior preservation ----------------------------------------------------------------------------------------------
+
+
+PRIOR = '[prior]\nimages = "classes"\nprompt = "a red circle"\ncount = 3\nweight = 0.5\n'
+
+
+@pytest.mark.parametrize("kind", ["pivotal", "lora"])
+@pytest.mark.parametrize("buckets", [False, True])
+def test_class_images_share_the_batch_and_are_weighed(house: House, kind: str, buckets: bool) -> None:
+    from runner.prior import fill_classes
+
+    changes = {**KINDS[kind], "add": PRIOR}
+    if buckets:
+        changes["center_crop"] = "center_crop = true\nbuckets = true"
+    desk = desk_of(spec_of(house, **changes))
+    fill_classes(desk)
+    objective, kinds = objective_of(desk)
+    jolt(kinds)
+    shown = objective.batch(0, 0)
+    assert [caption == "a red circle" for _, caption in shown] == [False, False, True, True]
+    assert all(view.picture.name.startswith("class/") == (caption == "a red circle") for view, caption in shown)
+    assert len({view.size for view, _ in shown}) == 1
+    both = objective.loss(0, 0)
+    assert desk.spec.prior is not None
+    alone = desk.spec.model_copy(update={"prior": desk.spec.prior.model_copy(update={"weight": 0.0})})
+    object.__setattr__(desk, "spec", alone)
+    instance = objective.loss(0, 0)
+    bare = desk.spec.model_copy(update={"prior": None})
+    object.__setattr__(desk, "spec", bare)
+    assert torch.isclose(objective.loss(0, 0), instance, rtol=1e-5)
+    assert both > instance
+
+
+# ---- the eval loss ---------------------------------------------------------------------------------------------------
+
+
+def test_the_eval_loss_is_fixed_by_the_pictures_alone(house: House) -> None:
+    def evaluated(**changes: str) -> tuple[Desk, dict[float, float]]:
+        desk = desk_of(spec_of(house, drop="tokens", **changes))
+        return desk, objective_of(desk)[0].evaluate()
+
+    held = "center_crop = true\nholdout = 3"
+    desk, first = evaluated(center_crop=held)
+    assert tuple(first) == EVAL_SIGMAS
+    assert len(desk.eval_views) == 3
+    objective, _ = objective_of(desk)
+    trained = {view.picture.name for step in range(40) for view, _ in objective.batch(step, 0)}
+    assert len(trained) == 7
+    assert trained.isdisjoint(view.picture.name for view in desk.eval_views)
+    # neither seed nor batch size nor weighting move it: an untrained LoRA is the base
+    _, second = evaluated(
+        center_crop=held, batch_size='batch_size = 5\nweighting.scheme = "cosmap"', base='base = "builtin:tiny"'
+    )
+    assert first == pytest.approx(second, rel=1e-5)
+    _, seeded = evaluated(center_crop="random_flip = true\nholdout = 3", steps="steps = 9")
+    assert first == pytest.approx(seeded, rel=1e-5)
+
+    view = desk.eval_views[1]
+    object.__setattr__(desk, "eval_views", (view,))
+    scale = flux.LatentScale.of(desk.base)
+    z = (objective.moments[view].chunk(2)[0][None] - scale.shift) * scale.scaling
+    generator = torch.Generator().manual_seed(derive(0, "eval", view.picture.name, "0.3"))
+    eps = torch.randn(z.shape, generator=generator)
+    with torch.no_grad():
+        read = objective.read([view.picture.caption], "diffusers")
+        noised = flux.Noised(
+            flux.pack(0.7 * z + 0.3 * eps), flux.pack(eps - z), torch.tensor([[[0.3]]]), torch.tensor([0.3])
+        )
+        wanted = (objective.predict(noised, read, 8, 8) - noised.target).square().mean()
+    assert objective.evaluate()[0.3] == pytest.approx(float(wanted), rel=1e-5)
+
+
+def test_with_nothing_held_out_some_training_pictures_are_looked_at(house: House) -> None:
+    desk = desk_of(spec_of(house))
+    assert [view.picture.name for view in desk.eval_views] == [f"{index:02d}.png" for index in range(1, 9)]
+    assert all(view.variant is None for view in desk.eval_views)
+    assert isinstance(desk.eval_views[0], View)
+    assert isinstance(desk.pictures, data.Pictures)
