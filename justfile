@@ -33,3 +33,11 @@ check-base:
 # a step of the LoRA phase against a bare loop
 step-time:
     {{venv}}python tools/step_time.py
+
+# one short run per combination of what learns, prior, optimizer and dtype (minutes)
+matrix:
+    {{venv}}python tools/matrix.py
+
+# what each way of training makes of the quickstart's creature (20 minutes)
+concepts:
+    {{venv}}python tools/concept_table.py

@@ -323,6 +323,34 @@ def board(runs: Path, port: int) -> None:
 
 
 @main.command()
+@click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
+@click.option(
+    "--from-command",
+    "command",
+    metavar="COMMAND",
+    help="A command line of train_dreambooth_lora_flux_advanced.py, or - for stdin.",
+)
+def new(file: Path, command: str | None) -> None:
+    """Write a commented spec; FILE must not exist yet."""
+    from runner.migrate import CommandError, spec_from_command
+    from runner.newspec import commented_spec
+
+    if file.exists():
+        raise click.BadParameter(f"{file} exists; name another file", param_hint="FILE")
+    text = commented_spec()
+    if command is not None:
+        try:
+            text = spec_from_command(sys.stdin.read() if command == "-" else command)
+        except CommandError as error:
+            raise click.BadParameter(str(error), param_hint="--from-command") from None
+    from runner.files import make_folder, write_text
+
+    make_folder(file.parent)
+    write_text(file, text)
+    click.echo(f"{file}: `fluxrun plan {file}` checks it", err=True)
+
+
+@main.command()
 def schema() -> None:
     """JSON Schema of a spec, for editors."""
     from runner.spec import json_schema

@@ -112,13 +112,13 @@ def push(desk: Desk, run: Run) -> None:
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
     own = desk.spec.hub
-    assert own.repo is not None  # the spec's rules
-    desk.say.line(f"export: pushing to {own.repo}")
+    wanted = own.repo or export.file_stem(desk.plan.name)  # without an owner it is the login's own
+    desk.say.line(f"export: pushing to {wanted}")
     try:
         api = HfApi()
-        api.create_repo(own.repo, private=own.private, exist_ok=True)
-        api.upload_folder(repo_id=own.repo, folder_path=run.export, commit_message=f"{desk.plan.name}, by fluxrun")
+        repo = api.create_repo(wanted, private=own.private, exist_ok=True).repo_id
+        api.upload_folder(repo_id=repo, folder_path=run.export, commit_message=f"{desk.plan.name}, by fluxrun")
     except (HfHubHTTPError, LocalTokenNotFoundError, OSError) as error:
         raise FluxrunError(
-            f"{run.export} is complete, but pushing it to {own.repo} failed ({error}); check hub.repo and `hf auth login`"
+            f"{run.export} is complete, but pushing it to {wanted} failed ({error}); check hub.repo and `hf auth login`"
         ) from error

@@ -202,7 +202,7 @@ class Track(Table):
 
 class Hub(Table):
     push: bool = key(False, "Upload the export folder when done")
-    repo: Line | None = key(None, "Repository id")
+    repo: Line | None = key(None, "Repository id; default the run's name")
     private: bool = key(False, "Make the repository private")
 
 

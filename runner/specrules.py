@@ -89,8 +89,6 @@ def broken_rules(spec: Spec, written: Mapping[str, Any]) -> Iterator[tuple[str, 
         yield "text_lora", "CLIP cannot learn a LoRA and token rows in one run; take [text_lora] or [[tokens]] out"
     yield from _prodigy(spec)
     yield from _schedule(spec)
-    if spec.hub.push and spec.hub.repo is None:
-        yield "hub.repo", "required key is missing; set it to OWNER/NAME, since hub.push is true"
 
 
 def _prodigy(spec: Spec) -> Iterator[tuple[str, str]]:

@@ -88,14 +88,14 @@ def test_a_wrong_value_in_the_lora_file_is_found_by_its_layer(done: House, train
     shape = shape_of(trained)
     pipe = sample.image_pipeline(BASE)
     sample.load_lora(pipe, file)
-    export.verify_lora(pipe.transformer, trained, shape)  # as it is, it passes
+    export.verify_lora(pipe.transformer, trained.lora, shape)  # as it is, it passes
     with pytest.raises(BadFile, match="reads back with scale 1.0, trained was 2.0"):
-        export.verify_lora(pipe.transformer, trained, LoraShape(4, 8.0, 0.0, shape.layers))
+        export.verify_lora(pipe.transformer, trained.lora, LoraShape(4, 8.0, 0.0, shape.layers))
     changed = dict(trained.lora)
     name = next(iter(changed))
     changed[name] = changed[name] + 1e-6
     with pytest.raises(BadFile, match=name.replace(".", r"\.")):
-        export.verify_lora(pipe.transformer, Weights(changed, {}), shape)
+        export.verify_lora(pipe.transformer, changed, shape)
 
 
 def test_a_wrong_row_is_found_by_its_encoder(done: House, trained: Weights, tmp_path: Path) -> None:
@@ -133,6 +133,8 @@ def test_tensorboard_events_read_back(done: House) -> None:
 
     events = EventAccumulator(str(done.folder / "runs" / "a"))
     events.Reload()
-    assert set(events.Tags()["scalars"]) == {"train/loss", "train/lr", "train/grad_norm", "train/step_seconds"}
+    train = {"train/loss", "train/lr", "train/grad_norm", "train/step_seconds"}
+    evaluation = {"eval/loss", *(f"eval/sigma 0.{k}" for k in range(1, 10))}
+    assert set(events.Tags()["scalars"]) == train | evaluation
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
     assert events.Tags()["images"] == ["samples/0"]

@@ -1,0 +1,96 @@
+"""`fluxrun new`: a commented spec that names every key, made from the model, so that it cannot fall behind it. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import tomli_w
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from runner.spec import (
+    AdamW,
+    Checkpoint,
+    Compute,
+    Data,
+    Hub,
+    Inversion,
+    LogitNormal,
+    Lora,
+    Model,
+    Prior,
+    Schedule,
+    TextLora,
+    Token,
+    Track,
+    Train,
+    Validate,
+)  # fmt: skip
+
+HEAD = """# A fluxrun spec. Lines with a leading # show a key's default; take the # away to change it.
+# `fluxrun plan FILE` checks it and says what would happen, `fluxrun queue FILE` does it.
+
+# seed = 0
+"""
+# (heading, model, whether the table stands there already, values written out)
+TABLES: tuple[tuple[str, type[BaseModel], bool, dict[str, Any]], ...] = (
+    ("[model]", Model, True, {"base": "black-forest-labs/FLUX.1-dev"}),
+    ("[data]", Data, True, {"source": "my-pictures", "prompt": "a photo of TOK"}),
+    ("[[tokens]]", Token, True, {"name": "TOK"}),
+    ("[inversion]", Inversion, True, {}),
+    ("[lora]", Lora, True, {}),
+    ("[text_lora]", TextLora, False, {}),
+    ("[prior]", Prior, False, {"images": "class-images", "prompt": "a photo of a dog"}),
+    ("[train]", Train, True, {"steps": 1000}),
+    ("[train.weighting]", LogitNormal, False, {"scheme": "logit_normal"}),
+    ("[optimizer]", AdamW, True, {"name": "adamw"}),
+    ("[schedule]", Schedule, True, {}),
+    ("[checkpoint]", Checkpoint, True, {}),
+    ("[validate]", Validate, True, {"prompts": ["a photo of TOK on a beach"]}),
+    ("[track]", Track, True, {}),
+    ("[hub]", Hub, True, {}),
+    ("[compute]", Compute, True, {}),
+)
+NOTES = {
+    "[[tokens]]": "New words that the text encoders learn: pivotal tuning. Without this table: LoRA alone.",
+    "[text_lora]": "LoRA of the CLIP encoder, instead of [[tokens]].",
+    "[prior]": "Prior preservation: pictures of the class, made by the base where there are too few.",
+    "[train.weighting]": "Density of the timesteps: sigma_sqrt, logit_normal, mode, cosmap.",
+    "[optimizer]": 'Or name = "prodigy", "adamw8bit", with their own numbers.',
+}
+
+
+def commented_spec() -> str:
+    return HEAD + "".join("\n" + "\n".join(_table(*table)) + "\n" for table in TABLES)
+
+
+def _table(heading: str, model: type[BaseModel], there: bool, written: dict[str, Any]) -> Iterator[str]:
+    if heading in NOTES:
+        yield f"# {NOTES[heading]}"
+    mark = "" if there else "# "
+    yield f"{mark}{heading}"
+    for name, field in model.model_fields.items():
+        if heading == "[train]" and name == "weighting":
+            continue
+        if name in written:
+            yield f"{mark}{toml_value(name, written[name])}{_about(field)}"
+        else:
+            yield f"# {toml_value(name, _default(field))}{_about(field)}"
+
+
+def _about(field: FieldInfo) -> str:
+    return f"  # {field.description}" if field.description else ""
+
+
+def _default(field: FieldInfo) -> Any:
+    default = field.get_default()
+    return "" if default is None else list(default) if isinstance(default, tuple) else default
+
+
+def toml_value(name: str, value: Any) -> str:
+    """One `key = value` line; lists stay on it."""
+    if isinstance(value, list):
+        return f"{name} = [{', '.join(toml_value('', one).removeprefix(' = ') for one in value)}]"
+    text: str = tomli_w.dumps({name or "v": value}).strip()
+    return text if name else text.removeprefix("v")

@@ -1,0 +1,77 @@
+"""A hub of one's own: the few calls that creating a repository and committing files to it need, on this machine."""
+
+from __future__ import annotations
+
+import base64
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+
+@dataclass
+class Hub:
+    """What was asked of it: repositories as created, files by repository and path, the tokens that came."""
+
+    address: str = ""
+    created: list[dict[str, Any]] = field(default_factory=list)
+    files: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    tokens: set[str] = field(default_factory=set)
+
+
+@contextmanager
+def hub(owner: str) -> Iterator[Hub]:
+    seen = Hub()
+
+    class Handler(BaseHTTPRequestHandler):
+        def answer(self, document: dict[str, Any]) -> None:
+            body = json.dumps(document).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def do_GET(self) -> None:
+            self.answer({"name": owner, "type": "user", "orgs": []})
+
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            seen.tokens.add(self.headers.get("Authorization", ""))
+            parts = self.path.split("?")[0].strip("/").split("/")
+            if parts[1:] == ["repos", "create"]:
+                asked = json.loads(body)
+                seen.created.append(asked)
+                name = f"{asked.get('organization') or owner}/{asked['name']}"
+                self.answer({"url": f"{seen.address}/{name}", "name": name})
+            elif "preupload" in parts:
+                files = [
+                    {"path": one["path"], "uploadMode": "regular", "shouldIgnore": False}
+                    for one in json.loads(body)["files"]
+                ]
+                self.answer({"files": files})
+            elif "commit" in parts:
+                repo = "/".join(parts[2:4])
+                for line in map(json.loads, body.splitlines()):
+                    if line["key"] == "file":
+                        value = line["value"]
+                        seen.files.setdefault(repo, {})[value["path"]] = base64.b64decode(value["content"])
+                self.answer({"commitUrl": f"{seen.address}/{repo}/commit/0", "commitOid": "0" * 40, "success": True})
+            else:
+                self.answer({"errors": [], "warnings": []})
+
+        def log_message(self, format: str, *args: Any) -> None:
+            del format, args
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    seen.address = f"http://127.0.0.1:{server.server_address[1]}"
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        server.shutdown()
+        server.server_close()

@@ -1,0 +1,257 @@
+"""What a run can do beside training: pictures and eval loss on the way, trackers, the hub, several processes."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import House, export_bytes
+from hub import hub
+from PIL import Image
+from safetensors.torch import load_file
+
+from runner import checkpoint
+
+
+def weights(run: Path) -> dict[str, bytes]:
+    """The exported tensors' files alone."""
+    return {name: data for name, data in export_bytes(run).items() if name.endswith(".safetensors")}
+
+
+def test_pictures_while_training_change_nothing_of_it(house: House) -> None:
+    """Everything under [validate] may change between two runs of one training, and the weights stay."""
+    quiet = house.spec("quiet", prompts="prompts = []")
+    assert house.fluxrun("queue", quiet).code == 0
+    prompts = 'prompts = ["a TOK on a white background", "a red heart"]\nevery = 2\ncount = 2\nsize = 48'
+    drawn = house.spec("drawn", prompts=prompts, steps="steps = 6", center_crop="center_crop = true")
+    drawn.write_text(drawn.read_text().replace("steps = 2", "steps = 3"))
+    said = house.fluxrun("queue", drawn)
+    assert said.code == 0, said.err
+    runs = house.folder / "runs"
+    ours, theirs = weights(runs / "quiet"), weights(runs / "drawn")
+    assert ours["export/pytorch_lora_weights.safetensors"] == theirs["export/pytorch_lora_weights.safetensors"]
+    assert ours["export/quiet_emb.safetensors"] == theirs["export/drawn_emb.safetensors"]
+    found = sorted(path.name for path in (runs / "drawn" / "samples").glob("step-*.png"))
+    assert found == [f"step-{step:06d}-{index}.png" for step in (0, 2, 4, 6) for index in range(4)]
+    for name in found:
+        with Image.open(runs / "drawn" / "samples" / name) as image:
+            assert image.size == (48, 48)
+    states = {name: json.loads((runs / name / "state.json").read_text()) for name in ("quiet", "drawn")}
+    assert states["quiet"]["eval_loss"] == states["drawn"]["eval_loss"]
+    [first, _] = [json.loads(line) for line in (runs / "index.jsonl").read_text().splitlines()]
+    assert first["eval_loss"] == states["drawn"]["eval_loss"]
+
+
+def test_the_last_look_is_what_the_exports_draw(house: House) -> None:
+    """Pictures drawn by what is on the device are those that stock diffusers draws from the files."""
+    prompts = 'prompts = ["a TOK on a white background"]\nevery = 2'
+    early = house.spec("early", prompts=prompts, steps="steps = 4")
+    early.write_text(early.read_text().replace("lr = 1e-2", "lr = 1e-2\nuntil = 1.0"))
+    assert house.fluxrun("queue", early).code == 0
+    short = house.spec("short", prompts=prompts, steps="steps = 2")
+    short.write_text(short.read_text().replace("lr = 1e-2", "lr = 1e-2\nuntil = 1.0"))
+    assert house.fluxrun("queue", short).code == 0
+    runs = house.folder / "runs"
+    name = "samples/step-000002-0.png"
+    assert (runs / "early" / name).read_bytes() == (runs / "short" / name).read_bytes()
+
+
+def test_pictures_that_fail_are_told_and_cost_nothing_else(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    from runner import preview
+
+    def broken(*_: object) -> Any:
+        raise torch.cuda.OutOfMemoryError("no memory left")
+
+    monkeypatch.setattr(preview, "draw", broken)
+    said = house.fluxrun("queue", house.spec(prompts='prompts = ["a TOK"]\nevery = 2'))
+    assert said.code == 0
+    assert "a: no pictures at step 2: OutOfMemoryError: no memory left" in said.err
+    assert "a: no pictures at step 4" in said.err
+
+
+def test_only_the_newest_checkpoints_are_kept(house: House) -> None:
+    said = house.fluxrun("queue", house.spec(every="every = 1\nkeep = 1", prompts="prompts = []"))
+    assert said.code == 0
+    kept = [path.name for path in sorted((house.folder / "runs" / "a" / "checkpoints").glob("*"))]
+    # the newest, and the ends of the phases beside it
+    assert kept == ["step-000003.safetensors", "step-000005.safetensors", "step-000006.safetensors"]
+
+
+def test_weights_and_biases_gets_the_numbers(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    said = house.fluxrun("queue", house.spec(every='every = 2\n[track]\nto = ["wandb"]', steps="steps = 2"))
+    assert said.code == 0, said.err
+    run = house.folder / "runs" / "a"
+    [record] = run.glob("wandb/offline-run-*/run-fluxrun-a.wandb")
+    content = record.read_bytes()
+    for key in (b"train/loss", b"eval/loss", b"samples/0", b"lora.rank"):
+        assert key in content
+    assert not list(run.glob("events.out.*"))
+
+
+def test_the_export_folder_is_pushed_as_it_is(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = house.spec(every='every = 2\n[hub]\npush = true\nrepo = "me/creature"\nprivate = true', steps="steps = 2")
+    own = house.spec("b", every="every = 2\n[hub]\npush = true", steps="steps = 2")
+    with hub("someone") as there:
+        for name, value in {
+            "HF_ENDPOINT": there.address,
+            "HF_TOKEN": "hf_of_the_environment",
+            "HF_HUB_OFFLINE": "0",
+        }.items():
+            monkeypatch.setenv(name, value)
+        process = house.start("queue", spec, own)
+        _, err = process.communicate()
+        assert process.returncode == 0, err
+    assert [(asked["name"], asked.get("organization"), asked.get("visibility")) for asked in there.created] == [
+        ("creature", "me", "private"),
+        ("b", None, "public"),
+    ]
+    run = house.folder / "runs" / "a"
+    wanted = {name.removeprefix("export/"): data for name, data in export_bytes(run).items()}
+    assert there.files["me/creature"] == wanted
+    assert "README.md" in there.files["someone/b"]
+    assert there.tokens == {"Bearer hf_of_the_environment"}
+    assert "hf_of_the_environment" not in "".join(
+        path.read_text() for path in run.glob("*.*") if path.suffix in (".toml", ".json", ".log")
+    )
+
+
+def test_a_push_that_fails_leaves_the_exports_and_says_so(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = house.spec(every='every = 2\n[hub]\npush = true\nrepo = "me/creature"', steps="steps = 2")
+    said = house.fluxrun("queue", spec)  # off line
+    assert said.code == 1
+    assert "export is complete, but pushing it to me/creature failed" in said.err
+    assert (house.folder / "runs" / "a" / "export" / "pytorch_lora_weights.safetensors").is_file()
+
+
+def test_two_processes_train_one_run(house: House) -> None:
+    """As good as one process with twice the accumulation: the same pictures, noise and mean gradient."""
+    alone = house.spec("alone", batch_size="batch_size = 1\naccumulate = 2")
+    both = house.spec("both", batch_size="batch_size = 1", steps="steps = 6")
+    both.write_text(both.read_text() + "[compute]\ngpus = 2\n")
+    assert house.fluxrun("queue", alone, "--gpus", "cpu").code == 0
+    process = house.start("queue", both, "--gpus", "cpu")
+    _, err = process.communicate()
+    assert process.returncode == 0, err
+    runs = house.folder / "runs"
+    for name, other in (("pytorch_lora_weights", "pytorch_lora_weights"), ("alone_emb", "both_emb")):
+        one = load_file(runs / "alone" / "export" / f"{name}.safetensors")
+        two = load_file(runs / "both" / "export" / f"{other}.safetensors")
+        assert one.keys() == two.keys()
+        for key in one:
+            assert torch.allclose(one[key], two[key], atol=2e-4), key
+    assert checkpoint.read(runs / "both" / "checkpoints" / "step-000006.safetensors").step == 6
+
+
+def test_a_clip_lora_goes_through_stock_diffusers(house: House) -> None:
+    from diffusers import FluxPipeline
+
+    from runner.basefiles import BUILTIN
+
+    spec = house.spec("a", prompts='prompts = ["a red heart on a white background"]')
+    text = spec.read_text()
+    start, stop = text.index("[[tokens]]"), text.index("[lora]")
+    spec.write_text(text[:start] + "[text_lora]\nrank = 4\nlr = 1e-2\nuntil = 0.5\n" + text[stop:])
+    said = house.fluxrun("queue", spec)
+    assert said.code == 0, said.err
+    run = house.folder / "runs" / "a"
+    names = set(load_file(run / "export" / "pytorch_lora_weights.safetensors"))
+    clip = {name for name in names if name.startswith("text_encoder.")}
+    assert len(clip) == 2 * 2 * 4  # two layers, q k v out, A and B
+    assert all(name.startswith("text_encoder.text_model.encoder.layers.") for name in clip)
+
+    pipe = FluxPipeline.from_pretrained(BUILTIN["builtin:tiny"], dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    draw = {
+        "prompt": "a red heart on a white background", "num_inference_steps": 2, "guidance_scale": 3.5, "height": 64, "width": 64,
+        "max_sequence_length": 32,
+    }  # fmt: skip
+    with torch.no_grad():
+        plain = pipe.encode_prompt(draw["prompt"], None, max_sequence_length=32)[1]
+    pipe.load_lora_weights(str(run / "export"), weight_name="pytorch_lora_weights.safetensors")
+    with torch.no_grad():
+        adapted = pipe.encode_prompt(draw["prompt"], None, max_sequence_length=32)[1]
+    assert not torch.equal(plain, adapted)
+    image = pipe(**draw, generator=torch.Generator().manual_seed(0)).images[0]
+    with Image.open(run / "samples" / "step-000006-0.png") as ours:
+        assert ours.tobytes() == image.tobytes()
+
+
+@contextmanager
+def stopping_after(step: int) -> Iterator[None]:
+    """Ask the run to stop, as a signal would, once it reports this step."""
+    from runner import clerk, stop
+
+    reached: list[int] = []
+    report, asked = clerk.Clerk.step, stop.StopRequest.__call__
+
+    def reporting(self: Any, one: Any) -> None:
+        reached.append(one.number)
+        report(self, one)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(clerk.Clerk, "step", reporting)
+        patch.setattr(stop.StopRequest, "__call__", lambda self: asked(self) or step in reached)
+        yield
+
+
+@pytest.mark.parametrize("kind", ["text lora", "prior", "fp16", "adamw8bit"])
+def test_an_interrupted_run_ends_with_the_same_bytes(house: House, kind: str) -> None:
+    """Stopped at step 2 and at step 4: once in each phase, where there are two."""
+    spec = house.spec("a", every="every = 50", prompts="prompts = []")
+    text = spec.read_text()
+    start, stop = text.index("[[tokens]]"), text.index("[lora]")
+    more = {
+        "text lora": "[text_lora]\nrank = 2\nuntil = 0.5\n",
+        "prior": '[prior]\nimages = "classes"\nprompt = "a red circle"\ncount = 2\n',
+        "fp16": "",
+        "adamw8bit": '[optimizer]\nname = "adamw8bit"\n',
+    }[kind]
+    if kind == "text lora":
+        text = text[:start] + text[stop:]
+    if kind == "fp16":
+        text = text.replace("max_sequence", 'dtype = "fp16"\nmax_sequence')
+    if kind == "adamw8bit":
+        text = text.replace("rank = 4", "rank = 32")  # from 4,096 numbers on, its moments have 8 bits
+    spec.write_text(text + more)
+    assert house.fluxrun("queue", spec, "--runs", "unbroken").code == 0
+
+    for at in (2, 4):
+        with stopping_after(at):
+            said = house.fluxrun("queue", spec)
+        assert said.code == 3, said.err
+        assert f"stopped after step {at}" in said.err
+    assert house.fluxrun("queue", spec).code == 0
+    assert weights(house.folder / "runs" / "a") == weights(house.folder / "unbroken" / "a")
+    newest = checkpoint.read(max((house.folder / "runs" / "a" / "checkpoints").glob("*")))
+    if kind == "fp16":
+        assert newest.scalars["meters"]["scaler"]["scale"] > 0
+        assert {tensor.dtype for tensor in newest.weights.lora.values()} == {torch.float32}
+    if kind == "adamw8bit":
+        assert any(tensor.dtype == torch.uint8 for tensor in newest.optimizer.values())
+
+
+def test_a_base_without_guidance_embedding_trains(house: House) -> None:
+    """FLUX.1-schnell's layout."""
+    import shutil
+
+    from diffusers import FluxTransformer2DModel
+
+    from runner.basefiles import BUILTIN
+
+    base = house.folder / "schnell"
+    shutil.copytree(BUILTIN["builtin:tiny"], base)
+    model = FluxTransformer2DModel.from_pretrained(base / "transformer", guidance_embeds=False)
+    assert not any("guidance" in name for name in model.state_dict())
+    shutil.rmtree(base / "transformer")
+    model.save_pretrained(base / "transformer")
+    spec = house.spec("a", base='base = "schnell"', steps="steps = 2")
+    said = house.fluxrun("queue", spec)
+    assert said.code == 0, said.err
+    assert os.path.getsize(house.folder / "runs" / "a" / "export" / "pytorch_lora_weights.safetensors") > 0

@@ -1,0 +1,154 @@
+"""The step loop by itself: what is skipped, clipped, scaled and carried over a checkpoint."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from runner.errors import NonFinite
+from runner.optim import Adam, Adam8bit, Group, Optimizer
+from runner.ranks import Ranks
+from runner.train import BAD_STEPS, Loop, Meters, Step, train
+
+
+class Line:
+    """Two numbers pulled to a target; `bad` names the steps whose loss is no number, `huge` those that overflow fp16."""
+
+    def __init__(self, bad: tuple[int, ...] = (), huge: float = 1.0) -> None:
+        self.weight = nn.Parameter(torch.tensor([3.0, -4.0]))
+        self.bad, self.huge, self.settled = bad, huge, 0
+
+    def loss(self, step: int, micro: int) -> Tensor:
+        del micro
+        factor = math.nan if step in self.bad else 1.0
+        half = self.weight.half() if self.huge > 1 else self.weight  # whose gradient overflows beyond 65,504
+        return self.huge * half.float().square().sum() * factor
+
+    def settle(self) -> None:
+        self.settled += 1
+
+
+def run(
+    line: Line,
+    stop: int = 8,
+    *,
+    meters: Meters | None = None,
+    start: int = 0,
+    max_grad_norm: float = 1e9,
+    fp16: bool = False,
+) -> tuple[list[Step], list[tuple[int, Meters, Tensor]]]:
+    optimizer = Optimizer([Group({"lora/w": line.weight}, 0.1, 0.0)], Adam(0.9, 0.999, 1e-8))
+    steps: list[Step] = []
+    saved: list[tuple[int, Meters, Tensor]] = []
+    train(
+        line, optimizer, lambda _: 1.0, Loop(start, stop, stop, 1, max_grad_norm, 2, None), meters or Meters(), Ranks(),
+        torch.amp.GradScaler("cpu", enabled=fp16),
+        save=lambda step, now: saved.append((step, now, line.weight.detach().clone())), report=steps.append,
+        look=lambda step: float(step), stop_requested=lambda: False,
+    )  # fmt: skip
+    return steps, saved
+
+
+def test_a_step_without_a_number_is_skipped_and_counted() -> None:
+    line = Line(bad=(3,))
+    steps, saved = run(line)
+    assert [step.number for step in steps if step.skipped] == [4]
+    assert line.settled == 7
+    assert all(torch.isfinite(weight).all() for *_, weight in saved)
+    assert saved[-1][1].skipped == 1
+    assert saved[-1][1].in_row == 0
+    assert math.isfinite(saved[-1][1].smoothed or math.nan)
+
+
+def test_five_in_a_row_end_the_run_with_the_weights_as_they_were() -> None:
+    line = Line(bad=tuple(range(3, 99)))
+    with pytest.raises(NonFinite, match=f"step 8: no finite loss or gradient in {BAD_STEPS} steps in a row"):
+        run(line, 50)
+    unharmed = Line()
+    run(unharmed, 3)
+    assert torch.equal(line.weight, unharmed.weight)
+
+
+def test_the_count_of_bad_steps_crosses_a_checkpoint() -> None:
+    line = Line(bad=tuple(range(99)))
+    with pytest.raises(NonFinite, match="step 7"):
+        run(line, 50, start=5, meters=Meters(skipped=3, in_row=3))
+
+
+def test_gradients_are_clipped_over_what_is_trained() -> None:
+    free, clipped = Line(), Line()
+    assert run(free, 1)[0][0].grad_norm == pytest.approx(10.0)
+    optimizer = Optimizer([Group({"lora/w": clipped.weight}, 0.1, 0.0)], Adam(0.0, 0.0, 1.0))
+    seen: list[Tensor] = []
+    real = optimizer.step
+
+    def step(factor: float) -> None:
+        assert clipped.weight.grad is not None
+        seen.append(clipped.weight.grad.clone())
+        real(factor)
+
+    optimizer.step = step  # type: ignore[method-assign]
+    train(
+        clipped, optimizer, lambda _: 1.0, Loop(0, 1, 1, 1, 0.5, 2, None), Meters(), Ranks(),
+        torch.amp.GradScaler("cpu", enabled=False),
+        save=lambda *_: None, report=lambda _: None, look=lambda _: 0.0, stop_requested=lambda: False,
+    )  # fmt: skip
+    assert float(seen[0].norm()) == pytest.approx(0.5, rel=1e-4)
+
+
+def test_a_scaler_finds_its_scale_without_being_taken_for_a_failure() -> None:
+    line = Line(huge=64.0)
+    steps, saved = run(line, 40, fp16=True)
+    assert sum(step.skipped for step in steps) > BAD_STEPS
+    assert not steps[-1].skipped
+    scale = saved[-1][1].scaler["scale"]
+    assert 1 <= scale < 65536
+    assert saved[-1][1].scaler["_growth_tracker"] > 0
+    resumed = Line(huge=64.0)
+    steps, _ = run(resumed, 42, start=40, meters=saved[-1][1], fp16=True)
+    assert not any(step.skipped for step in steps)
+
+
+def test_accumulation_is_the_mean() -> None:
+    """Two half losses give the gradient of one whole."""
+    line = Line()
+    optimizer = Optimizer([Group({"lora/w": line.weight}, 0.1, 0.0)], Adam(0.9, 0.999, 1e-8))
+    steps: list[Step] = []
+    train(
+        line, optimizer, lambda _: 1.0, Loop(0, 3, 3, 4, 1e9, 2, None), Meters(), Ranks(),
+        torch.amp.GradScaler("cpu", enabled=False),
+        save=lambda *_: None, report=steps.append, look=lambda _: 0.0, stop_requested=lambda: False,
+    )  # fmt: skip
+    wanted, _ = run(Line(), 3)
+    assert [step.loss for step in steps] == pytest.approx([step.loss for step in wanted])
+    assert [step.grad_norm for step in steps] == pytest.approx([step.grad_norm for step in wanted])
+
+
+def test_eight_bits_follow_thirty_two_closely_and_resume_exactly() -> None:
+    def built(numbers: Adam | Adam8bit) -> tuple[nn.Parameter, Optimizer]:
+        weight = nn.Parameter(torch.randn(64, 128, generator=torch.Generator().manual_seed(0)))
+        return weight, Optimizer([Group({"lora/w": weight}, 1e-2, 0.01)], numbers)
+
+    def advance(weight: nn.Parameter, optimizer: Optimizer, steps: range) -> None:
+        for step in steps:
+            weight.grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(step))
+            optimizer.step(1.0)
+
+    full, optimizer = built(Adam(0.9, 0.99, 1e-8))
+    start = full.detach().clone()
+    advance(full, optimizer, range(20))
+    small, optimizer = built(Adam8bit(0.9, 0.99, 1e-8))
+    advance(small, optimizer, range(12))
+    tensors, numbers = optimizer.state()
+    assert tensors["lora/w/state1"].dtype == torch.uint8
+    weight, again = built(Adam8bit(0.9, 0.99, 1e-8))
+    weight.data.copy_(small.data)
+    again.restore(tensors, numbers)
+    advance(small, optimizer, range(12, 20))
+    advance(weight, again, range(12, 20))
+    assert torch.equal(weight, small)
+    moved = (full - start).norm()
+    assert float((small - full).detach().norm() / moved.detach()) < 0.1
