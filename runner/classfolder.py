@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from runner import files
 from runner.data import Picture
+from runner.digest import key_of
 from runner.sources import SUFFIXES
 
 NOTE = "fluxrun-prior.json"
@@ -32,6 +34,11 @@ def pictures(folder: Path, count: int, prompt: str) -> tuple[Picture, ...]:
         return open_image
 
     return tuple(Picture(f"class/{path.name}", str(path), prompt, opener(path)) for path in paths(folder)[:count])
+
+
+def fingerprint(chosen: Sequence[Picture]) -> str:
+    """Of the images themselves: which they are cannot be in a plan's key, since they may not exist yet."""
+    return key_of("class images", *(files.sha256_file(Path(picture.where)) for picture in chosen))
 
 
 def disagreement(folder: Path, prompt: str) -> str | None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
-from runner import checkpoint, device, flux
+from runner import checkpoint, classfolder, device, flux
 from runner.cache import Cache
 from runner.checkpoint import Checkpoint, Weights
 from runner.clerk import Clerk
@@ -52,6 +52,7 @@ def execute(
                 match phase:
                     case Prior():
                         fill_classes(desk)
+                        run.pin("class images", classfolder.fingerprint(desk.class_pictures))
                     case Encode():
                         encode(desk, phase, progress.weights if progress else Weights())
                     case Joint() | Inversion() | Lora():

@@ -37,6 +37,7 @@ class Run:
         self.plan_file = self.folder / "plan.json"
         self.state_file = self.folder / "state.json"
         self.lock_file = self.folder / ".lock"
+        self.pins_file = self.folder / "pins.json"
         self.log_file = self.folder / "run.log"
         self.checkpoints = self.folder / "checkpoints"
         self.samples = self.folder / "samples"
@@ -113,6 +114,15 @@ class Run:
         resolved = {**dump(spec), VERSION_TABLE: {"version": version}}
         files.write_text(self.spec_file, tomli_w.dumps(resolved))
         files.write_json(self.plan_file, {**as_json(plan), "training_key": training_key(plan)})
+
+    def pin(self, what: str, digest: str) -> None:
+        """Remember what the training saw that no key could know beforehand. Raises Refused where it is another now."""
+        pinned = json.loads(self.pins_file.read_text()) if self.pins_file.is_file() else {}
+        if pinned.setdefault(what, digest) != digest:
+            raise Refused(
+                f"the {what} are not those that {self.folder} was begun with; put them back, or give this spec another `name`"
+            )
+        files.write_json(self.pins_file, pinned)
 
     def put_aside(self) -> Path:
         """Move the whole folder out of the way, for --fresh; nothing trained is deleted."""

@@ -157,7 +157,9 @@ def _metadata_captions(file: Path, image_column: str, column: str | None) -> dic
 
 def _is_columnar(folder: Path) -> bool:
     """A data set of `datasets` on this disk: saved by it, or parquet files with the images inside."""
-    if any((folder / name).is_file() for name in METADATA):
+    if any((folder / name).is_file() for name in METADATA) or any(
+        _is_image(path, folder) for path in folder.rglob("*")
+    ):
         return False
     saved = (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
     return saved or any(path.suffix in COLUMNAR for path in folder.rglob("*"))

@@ -67,7 +67,7 @@ class House:
         path.write_text(text)
         return path
 
-    def spec(self, name: str = "a", *, drop: str = "", **changes: str) -> Path:
+    def spec(self, name: str = "a", /, *, drop: str = "", **changes: str) -> Path:
         """PIVOTAL with whole lines replaced: spec(steps="steps = 4"); `drop` names a table to leave out."""
         lines = PIVOTAL.strip().splitlines()
         if drop:

@@ -183,6 +183,18 @@ def test_a_clip_lora_goes_through_stock_diffusers(house: House) -> None:
         assert ours.tobytes() == image.tobytes()
 
 
+def test_class_images_that_changed_are_never_resumed_with(house: House) -> None:
+    prior = '[prior]\nimages = "classes"\nprompt = "a red circle"\ncount = 2\n'
+    spec = house.spec("a", every=f"every = 2\n{prior}")
+    with stopping_after(2):
+        assert house.fluxrun("queue", spec).code == 3
+    first, second = sorted((house.folder / "classes").glob("*.png"))
+    first.write_bytes(second.read_bytes())
+    said = house.fluxrun("queue", spec)
+    assert said.code == 1
+    assert "the class images are not those that runs/a was begun with; put them back" in said.err
+
+
 @contextmanager
 def stopping_after(step: int) -> Iterator[None]:
     """Ask the run to stop, as a signal would, once it reports this step."""
@@ -255,3 +267,33 @@ def test_a_base_without_guidance_embedding_trains(house: House) -> None:
     said = house.fluxrun("queue", spec)
     assert said.code == 0, said.err
     assert os.path.getsize(house.folder / "runs" / "a" / "export" / "pytorch_lora_weights.safetensors") > 0
+
+
+def test_several_tokens_learn_side_by_side(house: House) -> None:
+    """Also where one's name begins the other's; rows in the order of the spec, and the card says which is which."""
+    for path in (house.folder / "pictures").glob("*.txt"):
+        path.write_text(path.read_text().replace("TOK", "TOK beside a TOK2"))
+    spec = house.spec("a", name='name = "TOK2"\nvectors = 3\ninitializer = "red heart"\n[[tokens]]\nname = "TOK"')
+    said = house.fluxrun("queue", spec)
+    assert said.code == 0, said.err
+    export = house.folder / "runs" / "a" / "export"
+    rows = load_file(export / "a_emb.safetensors")
+    assert {key: tuple(value.shape) for key, value in rows.items()} == {
+        "clip_l": (5, 64),
+        "t5": (5, 96),
+        "t5xxl": (5, 96),
+    }
+    assert torch.equal(rows["t5"], rows["t5xxl"])
+    card = (export / "README.md").read_text()
+    assert "- `<s0><s1><s2>` is what the training captions call TOK2" in card
+    assert "- `<s3><s4>` is what the training captions call TOK" in card
+    assert "trained as diffusers reads them" in card
+    first = checkpoint.read(house.folder / "runs" / "a" / "checkpoints" / "step-000002.safetensors")
+    assert all(first.weights.rows[name].abs().sum(1).gt(0).all() for name in ("clip", "t5"))
+
+
+def test_the_card_tells_which_consumers_the_rows_are_for(house: House) -> None:
+    said = house.fluxrun("queue", house.spec("a", encoders='encoders = ["clip"]\npooling = "both"', steps="steps = 2"))
+    assert said.code == 0, said.err
+    card = (house.folder / "runs" / "a" / "export" / "README.md").read_text()
+    assert "for diffusers and ComfyUI alike" in card

@@ -380,3 +380,27 @@ def test_a_fine_tune_of_the_base_has_another_fingerprint(tmp_path: Path) -> None
     changed[-1] ^= 1
     weights.write_bytes(changed)
     assert fingerprint(tmp_path / "copy") != fingerprint(BASE.folder)
+
+
+@pytest.mark.parametrize("name", ["adamw", "prodigy"])
+def test_a_checkpoint_at_t5_xxls_size_holds_rows_not_tables(name: str, tmp_path: Path) -> None:
+    """Two rows of T5-XXL are 8,192 numbers, its table 131,596,288: what is saved follows the rows."""
+    numbers: optim.Adam | optim.ProdigyNumbers = optim.Adam(0.9, 0.99, 1e-8)
+    if name == "prodigy":
+        numbers = optim.ProdigyNumbers(0.9, 0.99, None, 1e-8, True, True, True, 1.0, 1e-6, None)
+    table = nn.Embedding(32128, 4096, dtype=torch.bfloat16, _weight=torch.zeros(32128, 4096, dtype=torch.bfloat16))
+    table.requires_grad_(False)
+    rows = nn.Parameter(torch.randn(2, 4096))
+    embedding = text.Rows(table, 32100, rows)
+    optimizer = optim.Optimizer([optim.Group({"rows/t5": rows}, 1e-2, 0.0)], numbers)
+    for _ in range(2):
+        embedding(torch.tensor([[5, 32100, 32101, 1]])).float().square().sum().backward()
+        optimizer.step(1.0)
+    kept, scalars = optimizer.state()
+    path = tmp_path / checkpoint.file_name(2)
+    checkpoint.write(
+        path, Checkpoint("inversion", "key", 2, Weights(rows={"t5": rows.detach()}), kept, {"optimizer": scalars})
+    )
+    size = path.stat().st_size
+    assert 3 * rows.numel() * 4 < size < 6 * rows.numel() * 4
+    assert size < table.weight.numel() * 2 / 1000

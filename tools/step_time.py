@@ -17,13 +17,14 @@ from pathlib import Path
 
 import torch
 
-from runner import encode, flux, learn, lora, train
+from runner import encode, flux, learn, train
 from runner.cache import Cache
-from runner.data import read_folder
+from runner.checkpoint import Weights
 from runner.desk import Desk
-from runner.plan import Encode, Facts, make_plan
+from runner.plan import Encode
+from runner.prepare import prepare
+from runner.ranks import Ranks
 from runner.say import Say
-from runner.specload import load
 
 SPEC = """
 [model]
@@ -33,6 +34,7 @@ max_sequence_length = 32
 source = "{pictures}"
 resolution = 64
 prompt = "a thing"
+center_crop = true
 [lora]
 rank = 16
 layers = "attention+mlp"
@@ -46,28 +48,30 @@ lr = 1e-4
 def make_desk(folder: Path, pictures: Path, batch: int) -> Desk:
     file = folder / "step.toml"
     file.write_text(SPEC.format(pictures=pictures, batch=batch))
-    [loaded] = load([file])
-    found = read_folder(pictures, "image", None, "a thing")
+    [job] = prepare([file], folder / "runs", fetch=False, fresh=False)
+    assert job.pictures is not None
     base = flux.open_base("builtin:tiny", None, None, torch.device("cpu"), torch.float32)
-    plan = make_plan(loaded.spec, Facts(found.captions, len(found.items), found.fingerprint, "base", None))
-    desk = Desk(loaded.spec, plan, found, base, Cache(folder / "cache"), Say(), lambda: False)
-    [phase] = [phase for phase in plan.phases if isinstance(phase, Encode)]
-    encode.encode(desk, phase, {})
+    cache = Cache(folder / "cache")
+    desk = Desk(job.spec, job.plan, job.pictures, base, cache, Say(quiet=True), Ranks(), lambda: False)
+    [phase] = [phase for phase in job.plan.phases if isinstance(phase, Encode)]
+    encode.encode(desk, phase, Weights())
     return desk
 
 
 def our_turn(
     desk: Desk, transformer: torch.nn.Module, adapter: dict[str, torch.nn.Parameter], steps: int
 ) -> Callable[[int], None]:
-    encoders = {name: encode.CachedEncoder(desk, name, None) for name in ("clip", "t5")}
+    [phase] = desk.plan.training
+    encoders = learn.load_encoders(desk, phase, Weights())
     objective = learn.FlowObjective(desk, transformer, encoders)
-    optimizer = learn.build_optimizer(desk.spec, adapter, {})
+    optimizer = learn.build_optimizer(desk.spec, learn.trainable(phase, adapter, encoders))
     factor = learn.build_schedule(desk)
 
     def turn(start: int) -> None:
+        loop = train.Loop(start, start + steps, 10**9, 1, 1.0, 10**9, None)
         train.train(
-            objective, optimizer, factor, start=start, stop=start + steps, accumulate=1, max_grad_norm=1.0,
-            save_every=10**9, smoothed=0.0, save=lambda *_: None, report=lambda _: None, stop_requested=lambda: False,
+            objective, optimizer, factor, loop, train.Meters(), Ranks(), torch.amp.GradScaler("cpu", enabled=False),
+            save=lambda *_: None, report=lambda _: None, look=lambda _: 0.0, stop_requested=lambda: False,
         )  # fmt: skip
 
     return turn
@@ -111,8 +115,7 @@ def main() -> None:
     flux.quiet()
     with tempfile.TemporaryDirectory() as folder:
         desk = make_desk(Path(folder), given.pictures.resolve(), given.batch)
-        transformer = flux.load_transformer(desk.base)
-        adapter = lora.attach_lora(transformer, learn.lora_shape(desk), 0)
+        transformer, adapter = learn.load_transformer(desk, desk.plan.training[0], Weights())
         turns = {
             "ours": our_turn(desk, transformer, adapter, given.steps),
             "bare": bare_turn(transformer, adapter, given.batch, given.steps),
