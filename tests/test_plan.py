@@ -142,7 +142,10 @@ def test_the_shipped_specs_plan_without_the_models_files(tmp_path: Path) -> None
         "stop": 350,
         "trains": [
             {"what": "token rows", "encoders": ["clip"], "parameters": 2 * 768},
-            {"what": "lora", "parameters": 8 * (19 * (8 * 2 + 4 * 5) + 38 * 3 * 2) * 3072},  # 8 d x d and 4 d x 4d, 3 d x d
+            {
+                "what": "lora",
+                "parameters": 8 * (19 * (8 * 2 + 4 * 5) + 38 * 3 * 2) * 3072,
+            },  # 8 d x d and 4 d x 4d, 3 d x d
         ],
         "resident": ["transformer", "text_encoder"],
     }
