@@ -10,8 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
-from runner import tensors
+from runner import files, tensors
+from runner.device import copy_out
 from runner.errors import BadFile
+from runner.stepfiles import file_name
 
 FORMAT = 1
 
@@ -40,11 +42,24 @@ class Checkpoint:
     scalars: Mapping[str, Any]
 
 
-def file_name(step: int) -> str:
-    return f"step-{step:06d}.safetensors"
+def named(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """All tensors under the names they have in the file."""
+    return {
+        **{f"lora/{name}": tensor for name, tensor in checkpoint.weights.lora.items()},
+        **{f"rows/{name}": tensor for name, tensor in checkpoint.weights.rows.items()},
+        **{f"text_lora/{name}": tensor for name, tensor in checkpoint.weights.text_lora.items()},
+        **{f"optimizer/{name}": tensor for name, tensor in checkpoint.optimizer.items()},
+    }
 
 
-def write(path: Path, checkpoint: Checkpoint) -> None:
+def copied(checkpoint: Checkpoint) -> Checkpoint:
+    """The same in host memory of its own, so that training may go on while it is written."""
+    return _built(
+        checkpoint.phase, checkpoint.phase_key, checkpoint.step, copy_out(named(checkpoint)), checkpoint.scalars
+    )
+
+
+def write(path: Path, checkpoint: Checkpoint, *, disk: files.Disk = files.DISK) -> None:
     header = {
         "format": str(FORMAT),
         "phase": checkpoint.phase,
@@ -52,31 +67,28 @@ def write(path: Path, checkpoint: Checkpoint) -> None:
         "step": str(checkpoint.step),
         "scalars": json.dumps(checkpoint.scalars, sort_keys=True),
     }
-    named = {
-        **{f"lora/{name}": tensor for name, tensor in checkpoint.weights.lora.items()},
-        **{f"rows/{name}": tensor for name, tensor in checkpoint.weights.rows.items()},
-        **{f"text_lora/{name}": tensor for name, tensor in checkpoint.weights.text_lora.items()},
-        **{f"optimizer/{name}": tensor for name, tensor in checkpoint.optimizer.items()},
-    }
-    tensors.save(path, named, header)
+    tensors.save(path, named(checkpoint), header, disk=disk)
 
 
 def read(path: Path) -> Checkpoint:
     """Read and verify; the name must agree with the header. Raises BadFile."""
-    named, header = tensors.load(path)
+    found, header = tensors.load(path)
     if header.get("format") != str(FORMAT):
         raise BadFile(f"{path}: checkpoint format {header.get('format')}, this fluxrun reads {FORMAT}")
     try:
         step = int(header["step"])
         scalars = json.loads(header["scalars"])
         phase, key = header["phase"], header["phase_key"]
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, RecursionError) as error:
         raise BadFile(f"{path}: the header is incomplete ({error})") from error
     if path.name != file_name(step):
         raise BadFile(f"{path}: the header says step {step}")
+    return _built(phase, key, step, found, scalars)
 
+
+def _built(phase: str, key: str, step: int, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> Checkpoint:
     def under(prefix: str) -> dict[str, Tensor]:
-        return {name.removeprefix(prefix): tensor for name, tensor in named.items() if name.startswith(prefix)}
+        return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
     weights = Weights(under("lora/"), under("rows/"), under("text_lora/"))
     return Checkpoint(phase, key, step, weights, under("optimizer/"), scalars)

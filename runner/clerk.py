@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from PIL import Image
 
-from runner import checkpoint, device, files
+from runner import device, files
 from runner.checkpoint import Checkpoint
 from runner.deliver import sample_file
-from runner.digest import key_of
 from runner.plan import Inversion, Joint, Lora, Phase, Plan
 from runner.preview import Look
 from runner.rundir import Run, flat
@@ -24,6 +23,7 @@ from runner.say import Say
 from runner.spec import Spec, dump
 from runner.track import trackers
 from runner.train import Meters, Step
+from runner.writer import Writer
 
 HEARTBEAT = 1.0  # seconds between writes of the step into state.json
 
@@ -44,10 +44,11 @@ class Clerk:
         self.before = run.state()
         device.reset_peak(where)
         self.trackers = trackers(run.folder, run.name, spec.track.to, self.at_step, flat(dump(spec)))
+        pivots = {phase.stop for phase in plan.training}
+        self.writer = Writer(run.checkpoints, spec.checkpoint.keep, pivots, run.fence, say.log)
         run.write_state(
-            "running", attempts=self.before.get("attempts", 0) + 1, started=self.before.get("started") or time.time(),
-            plan_key=plan.key, spec_digest=key_of(str(sorted(map(str, dump(spec).items())))), steps=plan.steps,
-            base=spec.model.base, step=self.at_step, versions=versions(),
+            "running", attempts=run.attempt, started=self.before.get("started") or time.time(), step=self.at_step,
+            versions=versions(),
         )  # fmt: skip
 
     def facts(self) -> dict[str, Any]:
@@ -74,6 +75,7 @@ class Clerk:
             self.say.line(f"{phase.name}: started")
 
     def step(self, step: Step) -> None:
+        self.writer.look()
         self.at_step, self.loss = step.number, step.smoothed
         self.seconds.append(step.seconds)
         for tracker in self.trackers:
@@ -88,7 +90,7 @@ class Clerk:
                 f"step {step.number} skipped: loss {step.loss}, gradient norm {step.grad_norm}; nothing was updated"
             )
         stop = self.phase.stop if isinstance(self.phase, Joint | Inversion | Lora) else self.plan.steps
-        self.say.step(step, stop, self.plan.steps)
+        self.say.step(step.number, step.smoothed, step.seconds, stop, self.plan.steps)
         if time.monotonic() - self.beat > HEARTBEAT:
             self.beat = time.monotonic()
             self.run.write_state("running", durable=False, **self.facts())
@@ -113,24 +115,23 @@ class Clerk:
                 tracker.picture(f"samples/{index}", picture, step)
 
     def close(self) -> None:
+        self.writer.close()
         for tracker in self.trackers:
             tracker.close()
 
     def save(self, made: Checkpoint) -> None:
-        """Write, read back, then prune: never an instant without a verified checkpoint."""
-        path = self.run.checkpoints / checkpoint.file_name(made.step)
-        checkpoint.write(path, made)
-        checkpoint.read(path)
-        pivots = {phase.stop for phase in self.plan.training}
-        steps = [(step, old) for step, old in self.run.checkpoint_files() if step not in pivots]
-        for _, old in steps[self.spec.checkpoint.keep :]:
-            old.unlink()
-        self.say.log(f"checkpoint at step {made.step}")
+        """Begin to write it; whatever comes of that is raised by the next step, save or `settle`."""
+        self.writer.save(made)
+
+    def settle(self) -> None:
+        """Wait until all that was saved is on the disk."""
+        self.writer.wait()
 
     def finish(self) -> None:
         exports = sorted(
             path.relative_to(self.run.folder).as_posix() for path in self.run.export.iterdir() if path.is_file()
         )
+        self.run.fence()
         self.run.write_state("done", **self.facts(), finished=time.time(), exports=exports)
         self.say.line(f"done: {self.run.export}")
 

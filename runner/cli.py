@@ -58,15 +58,17 @@ specs_argument = click.argument("specs", nargs=-1, required=True, type=click.Pat
 @specs_argument
 @runs_option
 @json_option
-@click.option("--gpus", help="GPU numbers, e.g. 0; `cpu` forces the CPU. Default: the first GPU there is.")
+@click.option("--gpus", help="GPU numbers, e.g. 0,1: one run each; `cpu` forces the CPU. Default: all GPUs.")
+@click.option("--slots", type=click.IntRange(1, 64), default=1, show_default=True, help="Runs at a time on a CPU.")
+@click.option("--retries", type=click.IntRange(0), default=2, show_default=True, help="Tries after a crash, per run.")
 @click.option("--stop-at", metavar="HH:MM", help="Save and stop at this time; the same command goes on.")
 @click.option("--fail-fast", is_flag=True, help="Stop the queue at the first run that fails.")
 @click.option("--dry-run", is_flag=True, help="The same as `fluxrun plan`.")
 @click.option("--fresh", is_flag=True, help="Move an existing run folder of another spec aside.")
 @click.pass_context
 def queue(
-    ctx: click.Context, specs: tuple[Path, ...], runs: Path, as_json: bool, gpus: str | None, stop_at: str | None,
-    fail_fast: bool, dry_run: bool, fresh: bool,
+    ctx: click.Context, specs: tuple[Path, ...], runs: Path, as_json: bool, gpus: str | None, slots: int, retries: int,
+    stop_at: str | None, fail_fast: bool, dry_run: bool, fresh: bool,
 ) -> None:  # fmt: skip
     """Run a batch: validate all, plan all, then run what is not done.
 
@@ -75,38 +77,58 @@ def queue(
     if dry_run:
         ctx.invoke(plan, specs=specs, runs=runs, as_json=as_json)
         return
+    from runner.engine.local import run_queue
+    from runner.engine.slots import make_slots
     from runner.files import make_folder
     from runner.prepare import prepare
-    from runner.say import Say
+    from runner.screen import Screen
     from runner.stop import StopRequest, next_time
 
     try:
         deadline = next_time(stop_at) if stop_at else None
     except ValueError:
         raise click.BadParameter(f"{stop_at!r} is no time of day; write HH:MM", param_hint="--stop-at") from None
-    with StopRequest(deadline) as stop:
+    with StopRequest(deadline, at_once=False) as stop:
         jobs = prepare(list(specs), runs, fetch=True, fresh=fresh)
-        say = Say()
-        todo = _without_done(jobs, say)
+        try:
+            places = make_slots(gpus, slots, max((job.spec.compute.gpus for job in jobs), default=1))
+        except ValueError as error:
+            raise click.BadParameter(str(error), param_hint="--gpus") from None
+        screen = Screen()
+        todo = _without_done(jobs, screen)
         for job in todo:
             if job.verdict.state == "changed":
-                say.line(f"{job.plan.name}: the old run now is {job.run.put_aside()}")
+                screen.line(f"{job.plan.name}: the old run now is {job.run.put_aside()}")
         make_folder(runs)
-        code = 0
-        if todo:
-            from runner.engine.local import run_queue
-
-            code = run_queue(todo, runs, gpus, say, stop, fail_fast=fail_fast)
+        code = run_queue(todo, runs, places, screen, stop, retries=retries, fail_fast=fail_fast) if todo else 0
     if as_json:
         _print_records(runs, {job.plan.name for job in jobs})
     ctx.exit(code)
 
 
-def _without_done(jobs: list[Job], say: Any) -> list[Job]:
+@main.command("_run-one", hidden=True)
+@click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--attempt", type=int, required=True)
+@click.option("--parent", type=int, help="Die with this process.")
+@click.option("--gpus")
+def run_one(folder: Path, attempt: int, parent: int | None, gpus: str | None) -> None:
+    """What a queue starts for each slot: trains the run in FOLDER, then those named on stdin."""
+    from runner.processes import die_with
+    from runner.stop import StopRequest
+
+    if parent is not None:
+        die_with(parent)
+    with StopRequest() as stop:  # before anything that takes its time
+        from runner.engine.trainer import main as train
+
+        sys.exit(train(folder, attempt, gpus, stop))
+
+
+def _without_done(jobs: list[Job], screen: Any) -> list[Job]:
     todo = []
     for job in jobs:
         if job.verdict.state == "done":
-            say.line(f"{job.plan.name}: skipped, done ({job.verdict.reason})")
+            screen.line(f"{job.plan.name}: skipped, done ({job.verdict.reason})")
         else:
             todo.append(job)
     return todo

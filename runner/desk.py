@@ -38,6 +38,7 @@ class Desk:
     say: Say
     ranks: Ranks
     stop_requested: Callable[[], bool]
+    split: int = 1  # parts that a micro-batch is cut into, where the memory was too small for it whole
     prints: dict[str, str] = field(default_factory=dict)  # fingerprints of the base's parts, once per run
 
     def part_print(self, part: str) -> str:

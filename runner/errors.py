@@ -1,23 +1,43 @@
-"""Every way fluxrun can refuse or fail, and the exit code of each.
+"""Every way fluxrun can refuse or fail: the exit code of the command, and of the trainer process (`Code`) that met it.
 
-    FluxrunError                 1  a run failed; the message says what to do next
-    ├── SpecError                2  faults of specs or of the command line; nothing was started
-    ├── Interrupted              3  asked to stop (signal, deadline); the same command goes on
-    ├── NonFinite                1  the loss or the gradients left the numbers
-    ├── BadFile                  1  a checkpoint, cache entry or export that does not verify
-    └── Refused                  1  the run folder is another run's, or another process works on it; it is untouched
+    FluxrunError                 1  FAILED     a run failed; the message says what to do next
+    ├── SpecError                2  BAD_SPEC   faults of specs or of the command line; nothing was started
+    ├── Interrupted              3  STOPPED    asked to stop (signal, deadline); the same command goes on
+    ├── Paused                   3  DISK       the disk is full or failing; the same command goes on once it is not
+    ├── Held                     3  HELD       another process works on the run; it is untouched
+    ├── Refused                  1  FAILED     the run folder is another run's; it is untouched
+    ├── NonFinite                1  FAILED     the loss or the gradients left the numbers
+    └── BadFile                  1  FAILED     a checkpoint, cache entry or export that does not verify
+    torch's and Python's own     1  MEMORY     the device's memory or the machine's did not suffice
+    anything else                1  CRASHED    not foreseen, so worth another try
 
 Raised anywhere, printed in one place (`runner.cli`).
 """
 
 from __future__ import annotations
 
+import errno
 from dataclasses import dataclass
+from enum import IntEnum
 from pathlib import Path
+
+
+class Code(IntEnum):
+    """How a trainer process ends; what is done about it is the supervisor's. Numbers as in sysexits.h where it has one."""
+
+    DONE = 0
+    CRASHED = 1
+    FAILED = 69  # for a known reason, which another try would meet again
+    HELD = 70
+    MEMORY = 71
+    DISK = 74
+    STOPPED = 75
+    BAD_SPEC = 78
 
 
 class FluxrunError(Exception):
     exit_code = 1
+    code = Code.FAILED
 
 
 @dataclass(frozen=True, order=True)
@@ -41,6 +61,7 @@ class SpecError(FluxrunError):
     """All faults of all specs, found before anything starts."""
 
     exit_code = 2
+    code = Code.BAD_SPEC
 
     def __init__(self, faults: list[Fault] | tuple[Fault, ...]) -> None:
         self.faults = tuple(sorted(faults))
@@ -49,6 +70,21 @@ class SpecError(FluxrunError):
 
 class Interrupted(FluxrunError):
     exit_code = 3
+    code = Code.STOPPED
+
+
+class Paused(FluxrunError):
+    exit_code = 3
+    code = Code.DISK
+
+
+class Held(FluxrunError):
+    exit_code = 3
+    code = Code.HELD
+
+
+class Refused(FluxrunError):
+    pass
 
 
 class NonFinite(FluxrunError):
@@ -59,5 +95,9 @@ class BadFile(FluxrunError):
     pass
 
 
-class Refused(FluxrunError):
-    pass
+DISK_TROUBLE = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG}
+
+
+def disk_trouble(error: BaseException) -> bool:
+    """Whether it is the disk that has no room or no health, and not the run that is wrong."""
+    return isinstance(error, OSError) and error.errno in DISK_TROUBLE

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 
 from runner import checkpoint, classfolder, device, flux
@@ -34,12 +33,15 @@ def execute(
     say: Say,
     stop_requested: Callable[[], bool],
     ranks: Ranks,
+    *,
+    attempt: int,
+    split: int,
 ) -> None:
     """Raises whatever ends the run early; the caller writes that into its state."""
     with run.locked():
-        run.claim(spec, plan, version("fluxrun"))
+        run.take(attempt)
         ranks.wait()
-        desk = Desk(spec, plan, pictures, base, cache, say, ranks, stop_requested)
+        desk = Desk(spec, plan, pictures, base, cache, say, ranks, stop_requested, split)
         progress = newest_checkpoint(run, plan, say)
         clerk = Clerk(run, plan, spec, say, progress, base.device)
         try:
@@ -57,7 +59,7 @@ def execute(
                         encode(desk, phase, progress.weights if progress else Weights())
                     case Joint() | Inversion() | Lora():
                         ranks.wait()
-                        progress = train_phase(desk, phase, progress, clerk.save, clerk.step, clerk.show)
+                        progress = train_phase(desk, phase, progress, clerk.save, clerk.settle, clerk.step, clerk.show)
                         device.release(base.device)
                     case Export():
                         pictures_made = deliver(desk, run, progress.weights if progress else Weights())
@@ -72,16 +74,18 @@ def execute(
 
 
 def assist(
-    run: Run, spec: Spec, plan: Plan, pictures: Pictures, base: flux.Base, cache: Cache, say: Say, ranks: Ranks
+    run: Run, spec: Spec, plan: Plan, pictures: Pictures, base: flux.Base, cache: Cache, ranks: Ranks, split: int
 ) -> None:
     """The same run as its second, third, ... process sees it: it trains along and writes nothing."""
     ranks.wait()
-    desk = Desk(spec, plan, pictures, base, cache, say, ranks, lambda: False)
-    progress = newest_checkpoint(run, plan, say)
+    desk = Desk(spec, plan, pictures, base, cache, Say(), ranks, lambda: False, split)
+    progress = newest_checkpoint(run, plan, Say(), apart=False)
     for phase in plan.training:
         if not done_already(phase, plan, progress):
             ranks.wait()
-            progress = train_phase(desk, phase, progress, lambda _: None, lambda _: None, lambda _, __: None)
+            progress = train_phase(
+                desk, phase, progress, lambda _: None, lambda: None, lambda _: None, lambda _, __: None
+            )
             device.release(base.device)
 
 
@@ -94,19 +98,22 @@ def done_already(phase: Phase, plan: Plan, progress: Checkpoint | None) -> str |
     return f"trained to step {progress.step}" if progress.step >= phase.stop else None
 
 
-def newest_checkpoint(run: Run, plan: Plan, say: Say) -> Checkpoint | None:
-    """The newest checkpoint that verifies and belongs to this plan; older ones where it does not, and says so."""
-    keys = {phase.key for phase in plan.training}
-    for _, path in run.checkpoint_files():
+def newest_checkpoint(run: Run, plan: Plan, say: Say, *, apart: bool = True) -> Checkpoint | None:
+    """The newest checkpoint that verifies and belongs to this plan. `apart`: one that does not verify goes into
+    quarantine, and that is said."""
+    stops = {phase.key: phase.stop for phase in plan.training}
+    for step, path in run.checkpoint_files():
         try:
             found = checkpoint.read(path)
         except BadFile as error:
-            say.line(f"{error}; trying the checkpoint before it")
+            if apart:
+                where = run.set_apart(path, str(error))
+                say.line(f"{error}; moved to {where}, trying the checkpoint before it")
             continue
-        if found.phase_key in keys:
+        if found.step <= stops.get(found.phase_key, -1):
             say.line(f"resuming at step {found.step} of {plan.steps}")
             return found
-        say.line(f"{path.name} belongs to another plan; left alone")
+        say.line(f"{path.name} (step {step}) belongs to another plan; left alone")
     return None
 
 

@@ -1,6 +1,7 @@
 """Files that are either whole or not there: write aside, fsync, rename; safetensors bytes; locks.
 
-No torch here: tensors come in as (dtype name, shape, bytes), so the writer can be tested and replaced by itself.
+No torch here: tensors come in as (dtype name, shape, bytes). Every operation of a durable write goes through a `Disk`,
+so that a test can log them, let one fail, or die between two.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ import os
 import shutil
 import struct
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from runner.errors import BadFile, Refused
+from runner.errors import BadFile, Held, disk_trouble
 
+MAX_HEADER = 100_000_000  # bytes; the format's own limit
 ASIDE = ".partial"  # a stale side file is overwritten or swept, never trusted
 
 
@@ -43,30 +45,70 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sync_folder(folder: Path) -> None:
-    """A rename survives a power cut only once its folder is synced."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
+class Disk:
+    """The operations that a durable write is made of, on the real disk."""
+
+    def create(self, path: Path) -> int:
+        """A handle on a new, empty file. A symbolic link in its place is not followed."""
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+
+    def write(self, handle: int, data: bytes | memoryview) -> None:
+        left = memoryview(data).cast("B")
+        while left.nbytes:
+            left = left[os.write(handle, left) :]
+
+    def sync(self, handle: int) -> None:
+        """Some disks tell that they are full only here."""
         os.fsync(handle)
-    finally:
+
+    def close(self, handle: int) -> None:
         os.close(handle)
 
+    def rename(self, old: Path, new: Path) -> None:
+        os.replace(old, new)
 
-def write_bytes(path: Path, chunks: Iterable[bytes | memoryview], *, durable: bool = True) -> None:
+    def unlink(self, path: Path) -> None:
+        path.unlink(missing_ok=True)
+
+    def sync_folder(self, folder: Path) -> None:
+        """A rename survives a power cut only once its folder is synced."""
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+    def free(self, folder: Path) -> int:
+        """Bytes that this user may still write there."""
+        found = os.statvfs(folder)
+        return found.f_bavail * found.f_frsize
+
+
+DISK = Disk()
+
+
+def write_bytes(path: Path, chunks: Iterable[bytes | memoryview], *, durable: bool = True, disk: Disk = DISK) -> None:
     """Write `path` so that a reader sees the old content or the new, never a part.
 
-    durable=False leaves out both fsyncs: for files like the heartbeat, that are worthless after a power cut.
+    durable=False leaves out both fsyncs: for files like the heartbeat, that are worthless after a power cut. What
+    cannot be written whole leaves nothing: after a failed fsync the pages may be lost, so the attempt is discarded.
     """
     aside = path.with_name(f".{path.name}.{os.getpid()}{ASIDE}")  # two processes may fill one cache entry
-    with aside.open("wb") as file:
-        for chunk in chunks:
-            file.write(chunk)
-        file.flush()
-        if durable:
-            os.fsync(file.fileno())
-    os.replace(aside, path)
+    handle = disk.create(aside)
+    try:
+        try:
+            for chunk in chunks:
+                disk.write(handle, chunk)
+            if durable:
+                disk.sync(handle)
+        finally:
+            disk.close(handle)
+        disk.rename(aside, path)
+    except BaseException:
+        disk.unlink(aside)
+        raise
     if durable:
-        sync_folder(path.parent)
+        disk.sync_folder(path.parent)
 
 
 def write_text(path: Path, text: str, *, durable: bool = True) -> None:
@@ -89,7 +131,7 @@ def make_folder(path: Path) -> Path:
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for folder in reversed(missing):
-        sync_folder(folder.parent)
+        DISK.sync_folder(folder.parent)
     return path
 
 
@@ -106,7 +148,7 @@ def tensors_digest(tensors: Mapping[str, Raw], metadata: Mapping[str, str]) -> s
     return sha256(chunks())
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Raw], metadata: Mapping[str, str]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Raw], metadata: Mapping[str, str], *, disk: Disk = DISK) -> None:
     """Write a safetensors file; equal content gives equal bytes.
 
     The library's own writer orders the metadata by a random hash, which would make two equal exports differ.
@@ -121,7 +163,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Raw], metadata: Mapping[str,
         offset += raw.data.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    write_bytes(path, [struct.pack("<Q", len(text)), text, *(tensors[name].data for name in names)])
+    write_bytes(path, [struct.pack("<Q", len(text)), text, *(tensors[name].data for name in names)], disk=disk)
 
 
 def _width(dtype: str) -> int:
@@ -133,12 +175,12 @@ def read_metadata(path: Path) -> dict[str, str]:
     try:
         with path.open("rb") as file:
             length = struct.unpack("<Q", file.read(8))[0]
-            if length > path.stat().st_size:
-                raise ValueError("header longer than the file")
+            if length > min(path.stat().st_size, MAX_HEADER):
+                raise ValueError("header longer than the file, or than any that is written")
             metadata = json.loads(file.read(length))["__metadata__"]
-    except (OSError, ValueError, KeyError, struct.error) as error:
+            return {str(key): str(value) for key, value in metadata.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
         raise BadFile(f"{path}: no readable safetensors header ({error})") from error
-    return {str(key): str(value) for key, value in metadata.items()}
 
 
 def sweep_aside(folder: Path) -> None:
@@ -154,26 +196,31 @@ def replace_folder(aside: Path, path: Path) -> None:
     if path.exists():
         os.replace(path, old)
     os.replace(aside, path)
-    sync_folder(path.parent)
+    DISK.sync_folder(path.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager
-def locked(path: Path, patience: float = 1.0) -> Iterator[None]:
-    """Hold an exclusive lock, which dies with this process; a second holder is refused with the first one's pid.
+def locked(path: Path, patience: float = 1.0, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Hold an exclusive lock, which dies with this process; a second holder is refused (Held) with the first one's pid.
 
-    `patience` seconds are waited, since `is_locked` holds the lock for an instant too.
+    `patience` seconds are waited, since `is_locked` holds the lock for an instant too; `waiting` is called meanwhile.
     """
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
     try:
         deadline = time.monotonic() + patience
         while not _try_lock(handle):
             if time.monotonic() > deadline:
-                holder = os.read(handle, 32).decode(errors="replace").strip() or "unknown"
-                raise Refused(f"{path.parent}: process {holder} is working on this run; wait for it, or stop it")
+                holder = os.pread(handle, 32, 0).decode(errors="replace").strip() or "unknown"
+                raise Held(f"{path.parent}: process {holder} is working on it; wait for it, or stop it")
+            waiting()
             time.sleep(0.02)
-        os.ftruncate(handle, 0)
-        os.write(handle, f"{os.getpid()}\n".encode())
+        try:
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
+        except OSError as error:
+            if not disk_trouble(error):  # a full disk has room for the lock; only its holder stays nameless
+                raise
         yield
     finally:
         os.close(handle)

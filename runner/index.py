@@ -12,7 +12,8 @@ from runner.rundir import find_runs
 
 @dataclass(frozen=True)
 class Record:
-    """One run. Times: seconds since 1970; wall_s: all attempts together; losses: smoothed; memory in bytes."""
+    """One run. Times: seconds since 1970; wall_s: all attempts together; losses: smoothed; memory in bytes; split: parts
+    that a micro-batch was cut into because it did not fit into the memory."""
 
     name: str
     state: str
@@ -29,6 +30,8 @@ class Record:
     base: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
     error: str | None = None
+    attempts: int | None = None
+    split: int | None = None
 
 
 def results(runs: Path) -> list[Record]:

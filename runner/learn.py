@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import nn
 
-from runner import flux, lora, optim
+from runner import checkpoint, flux, lora, optim
 from runner.basefiles import linear_layers, lora_layers
 from runner.checkpoint import Checkpoint, Weights
 from runner.desk import Desk
@@ -25,9 +25,13 @@ TrainPhase = Joint | Inversion | Lora
 
 def train_phase(
     desk: Desk, phase: TrainPhase, before: Checkpoint | None,
-    save: Callable[[Checkpoint], None], report: Callable[[Step], None], show: Callable[[int, Look], None],
+    save: Callable[[Checkpoint], None], settle: Callable[[], None], report: Callable[[Step], None],
+    show: Callable[[int, Look], None],
 ) -> Checkpoint:  # fmt: skip
-    """Train one phase from where `before` stands (this phase's own checkpoint, or the end of the one before it)."""
+    """Train one phase from where `before` stands (this phase's own checkpoint, or the end of the one before it).
+
+    `save` may only begin to write; `settle` returns once all of it is written.
+    """
     past = before.weights if before else Weights()
     meters = Meters(**before.scalars["meters"]) if before else Meters()
     transformer, adapter = load_transformer(desk, phase, past)
@@ -40,10 +44,9 @@ def train_phase(
 
     def keep(step: int, now: Meters) -> None:
         tensors, numbers = optimizer.state()
+        scalars = {"optimizer": numbers, "meters": vars(now)}
         weights = weights_now(past, adapter, encoders)
-        last[:] = [
-            Checkpoint(phase.name, phase.key, step, weights, tensors, {"optimizer": numbers, "meters": vars(now)})
-        ]
+        last[:] = [checkpoint.copied(Checkpoint(phase.name, phase.key, step, weights, tensors, scalars))]
         if desk.ranks.leads:
             save(last[0])
 
@@ -55,16 +58,19 @@ def train_phase(
         return found.eval_loss
 
     own = desk.spec
-    train(
-        objective, optimizer, build_schedule(desk),
-        Loop(
-            before.step if before else phase.start, phase.stop, desk.plan.steps, own.train.accumulate,
-            own.train.max_grad_norm, own.checkpoint.every, own.validation.every,
-        ),
-        meters, desk.ranks,
-        torch.amp.GradScaler(desk.base.device.type, enabled=desk.base.dtype == torch.float16),
-        save=keep, report=report, look=look, stop_requested=desk.stop_requested,
+    loop = Loop(
+        before.step if before else phase.start, phase.stop, desk.plan.steps, own.train.accumulate * desk.split,
+        own.train.max_grad_norm, own.checkpoint.every, own.checkpoint.minutes and 60 * own.checkpoint.minutes,
+        own.validation.every,
     )  # fmt: skip
+    try:
+        train(
+            objective, optimizer, build_schedule(desk), loop, meters, desk.ranks,
+            torch.amp.GradScaler(desk.base.device.type, enabled=desk.base.dtype == torch.float16),
+            save=keep, report=report, look=look, stop_requested=desk.stop_requested,
+        )  # fmt: skip
+    finally:
+        settle()
     return last[0]
 
 

@@ -59,27 +59,30 @@ class FlowObjective:
         return out
 
     def loss(self, step: int, micro: int) -> Tensor:
+        """`micro` counts the parts of micro-batches, of which a step has accumulate * split on each rank."""
         desk, own, device = self.desk, self.desk.spec, self.desk.base.device
-        micro = micro * desk.ranks.count + desk.ranks.rank
-        shown = self.batch(step, micro)
+        whole, part = divmod(micro, desk.split)
+        whole = whole * desk.ranks.count + desk.ranks.rank
         count = own.train.batch_size
+        chosen = range(count)[part * count // desk.split : (part + 1) * count // desk.split]
+        batch = self.batch(step, whole)
+        places = [*chosen, *(count + at for at in chosen)] if own.prior else [*chosen]
         parts = []
-        for place, (view, _) in enumerate(shown):
+        for place in places:
             kind, at = ("noise", place) if place < count else ("class-noise", place - count)
-            generator = torch.Generator().manual_seed(derive(own.seed, kind, step, micro * count + at))
-            latents = flux.draw_latents(self.moments[view][None], self.scale, generator)
+            generator = torch.Generator().manual_seed(derive(own.seed, kind, step, whole * count + at))
+            latents = flux.draw_latents(self.moments[batch[place][0]][None], self.scale, generator)
             parts.append(self.flow.noise(latents, self.flow.draw(1, generator), generator))
         noised = _on(flux.stack(parts), device)
-        if own.lora.dropout > 0:
-            torch.manual_seed(
-                derive(own.seed, "dropout", step, micro)
-            )  # dropout can only draw from the global generator
-        text = self.read([caption for _, caption in shown], self._pooling(step, micro))
-        h, w = self.moments[shown[0][0]].shape[-2:]
+        if own.lora.dropout > 0:  # dropout can only draw from the global generator
+            torch.manual_seed(derive(own.seed, "dropout", step, whole, *([part] if part else [])))
+        text = self.read([batch[place][1] for place in places], self._pooling(step, whole))
+        h, w = self.moments[batch[0][0]].shape[-2:]
         with autocast(device, desk.base.dtype):
             prediction = self.predict(noised, text, h, w)
         errors = self.flow.errors(prediction, noised)
-        return errors[:count].mean() + (own.prior.weight * errors[count:].mean() if own.prior else 0.0)
+        shown = len(chosen)
+        return errors[:shown].mean() + (own.prior.weight * errors[shown:].mean() if own.prior else 0.0)
 
     def _pooling(self, step: int, micro: int) -> str:
         own = self.desk.spec
@@ -108,8 +111,9 @@ class FlowObjective:
             mean = (moments.float().chunk(2)[0][None] - self.scale.shift) * self.scale.scaling
             with torch.no_grad():
                 text = self.read([view.picture.caption], pooling)
-            for start in range(0, len(EVAL_SIGMAS), desk.spec.train.batch_size):
-                sigmas = EVAL_SIGMAS[start : start + desk.spec.train.batch_size]
+            fits = desk.spec.train.batch_size // desk.split
+            for start in range(0, len(EVAL_SIGMAS), fits):
+                sigmas = EVAL_SIGMAS[start : start + fits]
                 parts = []
                 for sigma in sigmas:
                     generator = torch.Generator().manual_seed(derive(0, "eval", view.picture.name, str(sigma)))

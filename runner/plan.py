@@ -11,10 +11,14 @@ from typing import Any
 from runner import tokens
 from runner.basefiles import CLIP_L, clip_layers, linear_layers, lora_layers
 from runner.digest import key_of
-from runner.spec import Spec, dump
+from runner.spec import Spec
 from runner.views import Size, group
 
 ENCODERS = ("clip", "t5")
+
+# Raise it when a default or the arithmetic changes, so that the same spec trains to other weights than before: runs of
+# the older number are then refused, not mixed. A new key at its default leaves every key as it was.
+RESULT_FORMAT = 1
 
 # Values that leave the trained weights alone. Everything else is in every training phase's key. `data.source` and
 # `model.base` are paths; what they point at is in the key by its fingerprint.
@@ -30,6 +34,11 @@ NOT_IN_KEY = (
     "prior.images",
     "prior.batch_size",
 )
+
+# Values that only say when phases end. A phase's key holds its start, and the ends of those before it: so a run may be
+# made longer, where its schedule does not ask how long it is.
+SPAN_KEYS = ("train.steps", "train.epochs", "inversion.until", "lora.until", "text_lora.until")
+OPEN_ENDED = ("constant", "constant_with_warmup")
 
 
 @dataclass(frozen=True)
@@ -139,6 +148,7 @@ class Plan:
     """`steps` is where the run ends: sooner than asked when nothing is left to train. `notes` say such things.
 
     `sizes`: how many views are trained at each size; None where that is not known before the images are here.
+    `disk_bytes`: about what the run folder will hold at most: checkpoints, one more while it is written, and exports.
     """
 
     name: str
@@ -147,10 +157,17 @@ class Plan:
     placeholders: tuple[tokens.Placeholder, ...]
     notes: tuple[str, ...]
     sizes: Mapping[Size, int] | None
+    disk_bytes: int
 
     @property
     def key(self) -> str:
         return self.phases[-1].key
+
+    @property
+    def training_key(self) -> str:
+        """Of the trained weights, whatever is shown and exported of them."""
+        last = self.training[-1]
+        return key_of(last.key, last.stop)
 
     @property
     def training(self) -> tuple[Train, ...]:
@@ -185,7 +202,9 @@ def make_plan(spec: Spec, facts: Facts) -> Plan:
     text_stop, lora_stop = math.ceil(text_until * asked), math.ceil(spec.lora.until * asked)
     steps = max(text_stop, lora_stop)
     phases = _phases(spec, facts, known, text_stop, lora_stop)
-    return Plan(spec.name, steps, phases, known, tuple(_notes(spec, asked, steps)), _sizes(spec, facts))
+    return Plan(
+        spec.name, steps, phases, known, tuple(_notes(spec, asked, steps)), _sizes(spec, facts), _disk(spec, phases)
+    )
 
 
 def resolutions(spec: Spec) -> tuple[int, ...]:
@@ -213,14 +232,27 @@ def _sizes(spec: Spec, facts: Facts) -> dict[Size, int] | None:
     return {size: len(found) for size, found in group(sizes, resolutions(spec), spec.data.buckets).items()}
 
 
+# Numbers that an optimizer keeps per trained number, in fp32's size (Prodigy: two moments, its sum and its start).
+MOMENTS = {"adamw": 2.0, "adamw8bit": 0.5, "prodigy": 4.0}
+
+
+def _disk(spec: Spec, phases: Sequence[Phase]) -> int:
+    training = [phase for phase in phases if isinstance(phase, Train)]
+    parts = {part.what: part.parameters or 0 for phase in training for part in phase.trains}
+    weights = 4 * sum(parts.values())
+    return int(weights * (1 + MOMENTS[spec.optimizer.name]) * (spec.checkpoint.keep + len(training) + 1) + 2 * weights)
+
+
 def _phases(
     spec: Spec, facts: Facts, known: Sequence[tokens.Placeholder], text_stop: int, lora_stop: int
 ) -> tuple[Phase, ...]:
-    key = key_of("run", json.dumps(_result_values(spec), sort_keys=True), facts.data, facts.base)
+    length = None if spec.schedule.name in OPEN_ENDED else max(text_stop, lora_stop)
+    values = json.dumps(_result_values(spec), sort_keys=True)
+    key = key_of("run", RESULT_FORMAT, values, length, facts.data, facts.base)
 
-    def chained(kind: str, *span: int) -> str:
+    def chained(*what: str | int) -> str:
         nonlocal key
-        key = key_of(key, kind, *span)
+        key = key_of(key, *what)
         return key
 
     text, lora = _text_part(spec, facts, known), Part("lora", (), _lora_count(spec, facts))
@@ -236,12 +268,13 @@ def _phases(
             kind: type[Train] = Joint if with_lora else Inversion if known else Lora
             name = {Joint: "joint", Inversion: "inversion", Lora: "text-lora"}[kind]
             trains = (text, lora) if with_lora else (text,)
-            phases.append(kind(name, start, stop, trains, chained(name, start, stop)))
+            phases.append(kind(name, start, stop, trains, chained(name, start)))
         else:
             if live:  # the pivot: the text side is fixed from here on, so every caption can be encoded
                 phases.append(Encode("encode-learned", start, live, False, chained("encode", start)))
-            phases.append(Lora("lora", start, stop, (lora,), chained("lora", start, stop)))
+            phases.append(Lora("lora", start, stop, (lora,), chained("lora", start)))
         start = stop
+        chained("ends", stop)
     pictures = len(spec.validation.prompts) * spec.validation.count
     shown = json.dumps([spec.name, spec.validation.model_dump(mode="json")], sort_keys=True)
     phases.append(Export("export", start, pictures, key_of(key, "export", shown)))
@@ -262,15 +295,15 @@ def _text_part(spec: Spec, facts: Facts, known: Sequence[tokens.Placeholder]) ->
 
 
 def _result_values(spec: Spec) -> dict[str, Any]:
-    """The spec less NOT_IN_KEY."""
-    values = dump(spec)
-    for dotted in NOT_IN_KEY:
+    """What the user set, less NOT_IN_KEY and SPAN_KEYS; defaults are RESULT_FORMAT's."""
+    values: dict[str, Any] = spec.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+    for dotted in (*NOT_IN_KEY, *SPAN_KEYS):
         *tables, last = dotted.split(".")
         table = values
         for name in tables:
             table = table.get(name, {})
         table.pop(last, None)
-    return values
+    return {key: value for key, value in values.items() if value != {}}
 
 
 def _width(facts: Facts, learning: Sequence[str]) -> int:
@@ -386,6 +419,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
     return {
         "name": plan.name,
         "steps": plan.steps,
+        "disk_bytes": plan.disk_bytes,
         "notes": list(plan.notes),
         "sizes": [{"width": width, "height": height, "images": count} for (width, height), count in sizes.items()],
         "phases": [describe(p) for p in plan.phases],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from runner import classfolder, files, sample
@@ -16,7 +17,7 @@ def fill_classes(desk: Desk) -> None:
     own = desk.spec.prior
     assert own is not None
     folder = files.make_folder(Path(own.images))
-    with files.locked(folder / ".lock"):
+    with files.locked(folder / ".lock", patience=math.inf, waiting=desk.check_stop):  # another run may be filling it
         classfolder.remember(folder, own.prompt, desk.spec.model.base)
         there = len(classfolder.paths(folder))
         desk.say.line(f"prior: {there} class images in {folder}, {max(0, own.count - there)} to make")

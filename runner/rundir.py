@@ -1,4 +1,4 @@
-"""One run's folder: names every file of it, holds its lock, knows what is done and why. No torch."""
+"""One run's folder: names every file of it, holds its lock and lease, knows what is done and why. No torch."""
 
 from __future__ import annotations
 
@@ -14,11 +14,16 @@ from typing import Any
 import tomli_w
 
 from runner import files
-from runner.errors import Refused
-from runner.plan import NOT_IN_KEY, Plan, as_json
+from runner.digest import key_of
+from runner.errors import BadFile, Held, Refused
+from runner.plan import NOT_IN_KEY, SPAN_KEYS, Plan, as_json
+from runner.processes import Process
 from runner.spec import Spec, dump
+from runner.stepfiles import steps_in
 
+FORMAT = 1  # of state.json, plan.json and lease.json; older ones are read as long as they can be
 VERSION_TABLE = "fluxrun"
+FOREIGN_PATIENCE = 600.0  # seconds without a heartbeat after which another host's process is taken for dead
 
 
 @dataclass(frozen=True)
@@ -29,95 +34,218 @@ class Verdict:
     reason: str
 
 
+@dataclass(frozen=True)
+class Lease:
+    """Who works on a run, or None; `attempt` counts up, so that an earlier attempt's process knows that it is over."""
+
+    attempt: int
+    holder: Process | None
+
+
 class Run:
     def __init__(self, runs: Path, name: str) -> None:
         self.name = name
+        self.runs = runs
         self.folder = runs / name
         self.spec_file = self.folder / "spec.toml"
         self.plan_file = self.folder / "plan.json"
         self.state_file = self.folder / "state.json"
         self.lock_file = self.folder / ".lock"
+        self.lease_file = self.folder / "lease.json"
         self.pins_file = self.folder / "pins.json"
         self.log_file = self.folder / "run.log"
         self.checkpoints = self.folder / "checkpoints"
+        self.quarantine = self.folder / "quarantine"
         self.samples = self.folder / "samples"
         self.export = self.folder / "export"
+        self.attempt = 0  # this process's own, once it has taken the run
+
+    @classmethod
+    def at(cls, folder: Path) -> Run:
+        """The run whose folder this is: its name, which may hold a sweep's folder, stands in its spec."""
+        name = str(_spec_tables(folder / "spec.toml").get("name", folder.name))
+        depth = len(Path(name).parts)
+        if folder.parts[-depth:] != Path(name).parts:
+            raise Refused(
+                f"{folder} holds the spec of a run named {name!r}; rename the folder, or the run in spec.toml"
+            )
+        return cls(folder.parents[depth - 1], name)
+
+    # ---- whose it is -----------------------------------------------------------------------------------------------
 
     def locked(self) -> AbstractContextManager[None]:
+        """Held by whoever writes: shortly by a queue that enlists the run, for a whole attempt by its trainer."""
         files.make_folder(self.folder)
         return files.locked(self.lock_file)
+
+    def lease(self) -> Lease:
+        found = _read_json(self.lease_file)
+        attempt = found.get("attempt")
+        return Lease(attempt if isinstance(attempt, int) else 0, Process.read(found.get("holder")))
+
+    def holder(self) -> Process | None:
+        """The process that works on this run now. One on another host lives as long as the state changes."""
+        holder = self.lease().holder
+        if holder is None or (holder.here and not holder.lives):
+            return None
+        if not holder.here and time.time() - _changed(self.state_file, self.lease_file) > FOREIGN_PATIENCE:
+            return None
+        return holder
+
+    def enlist(self, spec: Spec, plan: Plan, version: str) -> int:
+        """Make the run this process's to start, and write what it is. The number of the attempt to come.
+
+        The spec that stands there already must give the same training. Raises Held, Refused.
+        """
+        try:
+            with self.locked():
+                self._no_links()
+                if (holder := self.holder()) and holder != Process.own():
+                    raise self._held()
+                self._claim(spec, plan, version)
+                return self._lease(self.lease().attempt + 1)
+        except Held:  # by the lock: name who started its holder
+            raise self._held() from None
+
+    def _held(self) -> Held:
+        holder = self.lease().holder
+        who = f"process {holder.pid}{'' if holder.here else f' on {holder.host}'}" if holder else "another process"
+        return Held(f"{who} is working on {self.folder}; wait for it, or stop it")
+
+    def next_attempt(self) -> int:
+        """Another try by the same queue."""
+        with self.locked():
+            return self._lease(self.lease().attempt + 1)
+
+    def give_up(self) -> None:
+        """The queue is through with this run."""
+        lease = self.lease()
+        if lease.holder == Process.own():
+            files.write_json(self.lease_file, {"format": FORMAT, "attempt": lease.attempt, "holder": None})
+
+    def take(self, attempt: int) -> None:
+        """Begin an attempt, under the lock. Raises Held where a later one has begun."""
+        self.attempt = attempt
+        self.fence()
+        for folder in (self.checkpoints, self.samples):
+            files.make_folder(folder)
+        for folder in (self.folder, self.checkpoints, self.samples):
+            files.sweep_aside(folder)
+
+    def fence(self) -> None:
+        """To be asked before anything is committed: a process that lost its run unknowingly must not write."""
+        if (now := self.lease().attempt) != self.attempt:
+            raise Held(f"{self.folder}: attempt {now} has begun, this is attempt {self.attempt}; nothing was written")
+
+    def _lease(self, attempt: int) -> int:
+        lease = {"format": FORMAT, "attempt": attempt, "holder": Process.own().as_json()}
+        files.write_json(self.lease_file, lease)
+        return attempt
+
+    def _no_links(self) -> None:
+        """A run folder from elsewhere may hold links that lead out of it."""
+        for path in (self.checkpoints, self.quarantine, self.samples, self.export, self.log_file, self.lock_file):
+            if path.is_symlink():
+                raise Refused(f"{path} is a symbolic link; fluxrun writes only inside a run's own folder: take it away")
 
     # ---- state -----------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        """state.json, or {} where there is none. A run whose process died reads as stopped."""
-        state = self._raw_state()
-        if state.get("state") == "running" and not files.is_locked(self.lock_file):
+        """state.json, or what the other files tell where there is none. A run whose process died reads as stopped."""
+        state = _read_json(self.state_file)
+        if not state:
+            state = {"state": "stopped", "step": max((step for step, _ in self.checkpoint_files()), default=0)}
+            steps = _read_json(self.plan_file).get("steps")
+            return {**state, "steps": steps, "error": "its state.json is missing or damaged; the same command goes on"}
+        if state.get("state") in ("running", "waiting") and not (files.is_locked(self.lock_file) or self.holder()):
             state["state"] = "stopped"
             state["error"] = "its process is gone"
         return state
 
     def write_state(self, state: str, *, durable: bool = True, **more: Any) -> None:
         """Replace the state; keys given as None are left out, so that it holds only what is true now."""
-        kept = {"attempts", "started", "plan_key", "spec_digest", "steps", "base", "versions"}
-        before = {key: value for key, value in self._raw_state().items() if key in kept}
-        now = {**before, "state": state, "name": self.name, "updated": time.time(), **more}
+        kept = {"attempts", "started", "plan_key", "spec_digest", "steps", "base", "versions", "split"}
+        before = {key: value for key, value in _read_json(self.state_file).items() if key in kept}
+        now = {"format": FORMAT, **before, "state": state, "name": self.name, "updated": time.time(), **more}
         files.write_json(self.state_file, {k: v for k, v in now.items() if v is not None}, durable=durable)
 
-    def _raw_state(self) -> dict[str, Any]:
-        try:
-            state: dict[str, Any] = json.loads(self.state_file.read_text())
-        except (FileNotFoundError, ValueError):  # a heartbeat is not synced, so a power cut may leave it empty
-            state = {}
-        return state
+    def end(self, state: str, reason: str, **more: Any) -> None:
+        """Keep what the state says of progress; replace what it says of the present."""
+        facts = {key: value for key, value in _read_json(self.state_file).items() if key in PROGRESS}
+        self.write_state(state, **facts, error=reason, **more)
 
     # ---- done, and why ---------------------------------------------------------------------------------------------
 
     def verdict(self, spec: Spec, plan: Plan) -> Verdict:
         """Done means: the same key, and the outputs exist."""
-        state = self._raw_state()
+        state = _read_json(self.state_file)
         if not self.spec_file.is_file():
             return Verdict("new", "no run folder yet")
-        if state.get("plan_key") == plan.key:
-            if state.get("state") == "done" and self.export.is_dir():
-                return Verdict("done", "same spec, data and base; its exports are there")
-            step = max((step for step, _ in self.checkpoint_files()), default=0)
-            return Verdict(
-                "resume",
-                f"interrupted; last checkpoint at step {step} of {plan.steps}" if step else "no checkpoint yet",
-            )
-        changed = self.differences(spec)
-        if changed:
-            return Verdict("changed", "; ".join(changed))
-        before = json.loads(self.plan_file.read_text()).get("training_key") if self.plan_file.is_file() else None
-        if before == training_key(plan):
-            return Verdict("resume", "what is exported or shown changed; the training is kept")
-        return Verdict("changed", "the images, the captions or the base model are not the ones it was trained on")
+        if state.get("state") == "done" and state.get("plan_key") == plan.key and self._exports_exist(state):
+            return Verdict("done", "same spec, data and base; its exports are there")
+        step, key = self._newest()
+        known = _read_json(self.plan_file)
+        if known.get("training_key") == plan.training_key:
+            if known.get("key") != plan.key:
+                return Verdict("resume", "what is exported or shown changed; the training is kept")
+            at = f"interrupted; last checkpoint at step {step} of {plan.steps}"
+            return Verdict("resume", at if step else "no checkpoint yet")
+        try:
+            changed = self.differences(spec)
+        except tomllib.TOMLDecodeError as error:
+            return Verdict("changed", f"its spec.toml cannot be read ({error})")
+        if not changed:
+            return Verdict("changed", "the images, the captions or the base model are not the ones it was trained on")
+        told = "; ".join(changed.values())
+        if changed.keys() <= set(SPAN_KEYS):
+            stops = {phase.key: phase.stop for phase in plan.training}
+            if step <= stops.get(key, -1):
+                return Verdict("resume", f"{told}; goes on from step {step} of {plan.steps}")
+            told += f"; step {step} of the old run is on no way to the new one, whose phases end elsewhere"
+        return Verdict("changed", told)
 
-    def differences(self, spec: Spec) -> list[str]:
-        """Keys that change the result and differ from the run's own spec, as `KEY: old -> new`."""
+    def _exports_exist(self, state: Mapping[str, Any]) -> bool:
+        exports = state.get("exports")
+        return isinstance(exports, list) and all((self.folder / str(name)).is_file() for name in exports)
+
+    def _newest(self) -> tuple[int, str]:
+        """Step and phase key of the newest checkpoint whose header can be read; it is verified when it is used."""
+        for step, path in self.checkpoint_files():
+            try:
+                return step, files.read_metadata(path).get("phase_key", "")
+            except BadFile:
+                continue
+        return 0, ""
+
+    def differences(self, spec: Spec) -> dict[str, str]:
+        """Keys that change the result and differ from the run's own spec, with `KEY: old -> new`."""
         old = flat(_spec_tables(self.spec_file))
         new = flat(dump(spec))
         keys = [
             key for key in {**old, **new} if not any(key == skip or key.startswith(f"{skip}.") for skip in NOT_IN_KEY)
         ]
-        return [f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in keys if old.get(key) != new.get(key)]
+        return {key: f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in keys if old.get(key) != new.get(key)}
 
-    def claim(self, spec: Spec, plan: Plan, version: str) -> None:
-        """Write what this run is. The spec that stands there already must give the same training."""
-        files.sweep_aside(self.folder)
-        if self.spec_file.is_file() and (verdict := self.verdict(spec, plan)).state == "changed":
+    def _claim(self, spec: Spec, plan: Plan, version: str) -> None:
+        if (verdict := self.verdict(spec, plan)).state == "changed":
             raise Refused(f"{self.folder} holds another run ({verdict.reason}); {WAYS_OUT}")
-        for folder in (self.checkpoints, self.samples):
-            files.make_folder(folder)
-            files.sweep_aside(folder)
         resolved = {**dump(spec), VERSION_TABLE: {"version": version}}
         files.write_text(self.spec_file, tomli_w.dumps(resolved))
-        files.write_json(self.plan_file, {**as_json(plan), "training_key": training_key(plan)})
+        keys = {"key": plan.key, "training_key": plan.training_key}
+        files.write_json(self.plan_file, {"format": FORMAT, **as_json(plan), **keys})
+        digest = key_of(str(sorted(map(str, dump(spec).items()))))
+        facts = {key: value for key, value in _read_json(self.state_file).items() if key in PROGRESS}
+        self.write_state(
+            "waiting", **facts, plan_key=plan.key, spec_digest=digest, steps=plan.steps, base=spec.model.base
+        )
+
+    def planned_key(self) -> str | None:
+        found = _read_json(self.plan_file).get("key")
+        return found if isinstance(found, str) else None
 
     def pin(self, what: str, digest: str) -> None:
         """Remember what the training saw that no key could know beforehand. Raises Refused where it is another now."""
-        pinned = json.loads(self.pins_file.read_text()) if self.pins_file.is_file() else {}
+        pinned = _read_json(self.pins_file)
         if pinned.setdefault(what, digest) != digest:
             raise Refused(
                 f"the {what} are not those that {self.folder} was begun with; put them back, or give this spec another `name`"
@@ -125,29 +253,56 @@ class Run:
         files.write_json(self.pins_file, pinned)
 
     def put_aside(self) -> Path:
-        """Move the whole folder out of the way, for --fresh; nothing trained is deleted."""
-        number = 1
-        while (target := self.folder.with_name(f"{self.folder.name}.old-{number}")).exists():
-            number += 1
-        self.folder.rename(target)
-        files.sync_folder(target.parent)
+        """Move the whole folder out of the way, for --fresh; nothing trained is deleted. Raises Held."""
+        with self.locked():
+            if self.holder():
+                raise self._held()
+            target = _free_name(self.folder.with_name(f"{self.folder.name}.old"))
+            self.folder.rename(target)
+        files.DISK.sync_folder(target.parent)
         return target
 
     def checkpoint_files(self) -> list[tuple[int, Path]]:
-        """(step, file), newest first. Other files in the folder are left alone."""
-        found = []
-        for path in self.checkpoints.glob("step-*.safetensors"):
-            digits = path.stem.removeprefix("step-")
-            if digits.isdigit():
-                found.append((int(digits), path))
-        return sorted(found, reverse=True)
+        """(step, file), newest first."""
+        return steps_in(self.checkpoints)
+
+    def set_apart(self, bad: Path, reason: str) -> Path:
+        """Move a file that does not verify to quarantine/, with the reason beside it; it is never deleted."""
+        files.make_folder(self.quarantine)
+        target = _free_name(self.quarantine / bad.name)
+        files.write_text(target.with_name(f"{target.name}.txt"), f"{reason}\n")
+        bad.rename(target)
+        for folder in (bad.parent, self.quarantine):
+            files.DISK.sync_folder(folder)
+        return target
 
 
+PROGRESS = (
+    "phase", "step", "wall_s", "s_per_step", "peak_memory_bytes", "train_loss", "eval_loss", "skipped_steps", "exports",
+)  # fmt: skip
 WAYS_OUT = "give this spec another `name`, undo the change, or add --fresh to move the old folder aside"
 
 
-def training_key(plan: Plan) -> str:
-    return plan.training[-1].key
+def _free_name(wanted: Path) -> Path:
+    """wanted-1, wanted-2, ...: the first that does not exist."""
+    number = 1
+    while (target := wanted.with_name(f"{wanted.name}-{number}")).exists():
+        number += 1
+    return target
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """{} where there is no such file, or no JSON object in it: a heartbeat is not synced, so a power cut may leave it
+    empty; and a run folder may come from anywhere."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _changed(*paths: Path) -> float:
+    return max((path.stat().st_mtime for path in paths if path.is_file()), default=0.0)
 
 
 def flat(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -174,5 +329,5 @@ def read_spec(path: Path) -> Spec:
 
 def find_runs(runs: Path) -> Iterator[Run]:
     """Every run below a runs folder, by name (sweeps lie one level deeper)."""
-    for path in sorted(runs.glob("**/state.json")):
+    for path in sorted({*runs.glob("*/spec.toml"), *runs.glob("*/*/spec.toml")}):
         yield Run(runs, path.parent.relative_to(runs).as_posix())

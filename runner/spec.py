@@ -185,6 +185,7 @@ class Schedule(Table):
 
 class Checkpoint(Table):
     every: Natural = key(100, "Steps between checkpoints")
+    minutes: Positive | None = key(None, "Minutes between checkpoints, beside every")
     keep: Natural = key(2, "Checkpoints kept; the ends of phases are kept beside them")
 
 

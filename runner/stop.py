@@ -9,16 +9,20 @@ from typing import Any
 
 
 class StopRequest:
-    """While entered, the first SIGINT or SIGTERM is a request; the second stops at once (KeyboardInterrupt)."""
+    """While entered, the first SIGINT, SIGTERM or SIGHUP (where that is not ignored, as under nohup) is a request.
 
-    def __init__(self, deadline: datetime.datetime | None = None) -> None:
-        self.deadline = deadline
-        self.signalled = False
+    `at_once`: the second one stops whatever is going on (KeyboardInterrupt); else they are counted only.
+    """
+
+    def __init__(self, deadline: datetime.datetime | None = None, *, at_once: bool = True) -> None:
+        self.deadline, self.at_once = deadline, at_once
+        self.signals = 0
         self._old: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._old[number] = signal.signal(number, self._on_signal)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN or number != signal.SIGHUP:
+                self._old[number] = signal.signal(number, self._on_signal)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -26,13 +30,18 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
-        if self.signalled:
+        self.signals += 1
+        if self.at_once and self.signals > 1:
             raise KeyboardInterrupt
-        self.signalled = True
+
+    @property
+    def asked(self) -> int:
+        """How often, the deadline counted once."""
+        late = self.deadline is not None and datetime.datetime.now() >= self.deadline
+        return max(self.signals, int(late))
 
     def __call__(self) -> bool:
-        late = self.deadline is not None and datetime.datetime.now() >= self.deadline
-        return self.signalled or late
+        return self.asked > 0
 
 
 def next_time(text: str) -> datetime.datetime:

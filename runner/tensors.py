@@ -31,10 +31,12 @@ def raw(tensor: Tensor) -> files.Raw:
     return files.Raw(NAMES[host.dtype], tuple(host.shape), memoryview(data))
 
 
-def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def save(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, disk: files.Disk = files.DISK
+) -> None:
     """Write one file, whole or not at all, with a digest of tensors and metadata in its header."""
     raws = {name: raw(tensor) for name, tensor in tensors.items()}
-    files.write_tensors(path, raws, {**metadata, DIGEST: files.tensors_digest(raws, metadata)})
+    files.write_tensors(path, raws, {**metadata, DIGEST: files.tensors_digest(raws, metadata)}, disk=disk)
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -54,7 +54,8 @@ class Meters:
 
 @dataclass(frozen=True)
 class Loop:
-    """Steps start+1 .. stop; `last` is the run's last one. A checkpoint every `save_every`, a look every `look_every`."""
+    """Steps start+1 .. stop; `last` is the run's last one. A checkpoint every `save_every` steps, and once
+    `save_seconds` have passed since the one before; a look every `look_every`."""
 
     start: int
     stop: int
@@ -62,6 +63,7 @@ class Loop:
     accumulate: int
     max_grad_norm: float
     save_every: int
+    save_seconds: float | None
     look_every: int | None
 
 
@@ -82,7 +84,7 @@ def train(
     """`save(step, meters)` is called every `save_every` steps, at the end and before stopping; `look(step)` gives the
     eval loss. Raises Interrupted after the last save, NonFinite where too many steps in a row had no finite gradient.
     """
-    step = loop.start
+    step, saved = loop.start, time.monotonic()
     if meters.scaler:
         scaler.load_state_dict(meters.scaler)
     while step < loop.stop:
@@ -119,7 +121,9 @@ def train(
         if step == loop.last or (loop.look_every and step % loop.look_every == 0):
             meters = replace(meters, eval_loss=look(step))
         asked = ranks.any(stop_requested(), total.device)
-        if asked or step == loop.stop or step % loop.save_every == 0:
+        late = loop.save_seconds is not None and time.monotonic() - saved >= loop.save_seconds
+        if asked or late or step == loop.stop or step % loop.save_every == 0:
+            saved = time.monotonic()
             save(step, replace(meters, scaler=scaler.state_dict()))
         if asked:
             raise Interrupted(f"stopped after step {step}; the same command goes on from there")

@@ -9,10 +9,12 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from click.testing import CliRunner
+
+from runner.engine import local
 
 if TYPE_CHECKING:
     from runner.desk import Desk
@@ -53,6 +55,33 @@ class Said:
     code: int
     out: str
     err: str
+
+
+class Inline:
+    """A queue's trainer without a process of its own: the same code here, which spares every test the start of one."""
+
+    def __init__(self, folder: Path, attempt: int, gpus: str | None, threads: int | None) -> None:
+        self.gpus = gpus
+        self.order(folder, attempt)
+
+    def order(self, folder: Path, attempt: int) -> None:
+        self.code: int | None = None
+        self.told = folder, attempt
+
+    def poll(self) -> list[Any]:
+        from runner.engine.trainer import train_run
+        from runner.stop import StopRequest
+
+        events: list[Any] = []
+        with StopRequest() as stop:
+            self.code = train_run(*self.told, self.gpus, events.append, stop)
+        return events
+
+    def dismiss(self) -> None:
+        """Nothing to end."""
+
+
+local.Trainer = Inline  # type: ignore[assignment, misc]
 
 
 class House:
@@ -119,7 +148,7 @@ def desk_of(spec: Path) -> Desk:
     base = flux.open_base(model.base, model.revision, model.variant, cpu, device.resolve_dtype(model.dtype, cpu))
     assert job.pictures is not None
     cache = Cache(spec.parent / "runs" / "cache")
-    return Desk(job.spec, job.plan, job.pictures, base, cache, Say(quiet=True), Ranks(), lambda: False)
+    return Desk(job.spec, job.plan, job.pictures, base, cache, Say(), Ranks(), lambda: False)
 
 
 @pytest.fixture

@@ -231,6 +231,7 @@ ELSEWHERE = {
     "prior.batch_size": "test_keys.py::test_class_images_come_in_batches",
     "train.max_grad_norm": "test_loop.py::test_gradients_are_clipped_over_what_is_trained",
     "checkpoint.every": "test_run.py::test_a_pivotal_run_leaves_what_the_contract_names",
+    "checkpoint.minutes": "test_loop.py::test_a_checkpoint_is_also_due_by_the_clock",
     "checkpoint.keep": "test_abilities.py::test_only_the_newest_checkpoints_are_kept",
     "validate.prompts": "test_abilities.py::test_pictures_while_training_change_nothing_of_it",
     "validate.every": "test_abilities.py::test_pictures_while_training_change_nothing_of_it",

@@ -44,7 +44,7 @@ def run(
     steps: list[Step] = []
     saved: list[tuple[int, Meters, Tensor]] = []
     train(
-        line, optimizer, lambda _: 1.0, Loop(start, stop, stop, 1, max_grad_norm, 2, None), meters or Meters(), Ranks(),
+        line, optimizer, lambda _: 1.0, Loop(start, stop, stop, 1, max_grad_norm, 2, None, None), meters or Meters(), Ranks(),
         torch.amp.GradScaler("cpu", enabled=fp16),
         save=lambda step, now: saved.append((step, now, line.weight.detach().clone())), report=steps.append,
         look=lambda step: float(step), stop_requested=lambda: False,
@@ -92,7 +92,7 @@ def test_gradients_are_clipped_over_what_is_trained() -> None:
 
     optimizer.step = step  # type: ignore[method-assign]
     train(
-        clipped, optimizer, lambda _: 1.0, Loop(0, 1, 1, 1, 0.5, 2, None), Meters(), Ranks(),
+        clipped, optimizer, lambda _: 1.0, Loop(0, 1, 1, 1, 0.5, 2, None, None), Meters(), Ranks(),
         torch.amp.GradScaler("cpu", enabled=False),
         save=lambda *_: None, report=lambda _: None, look=lambda _: 0.0, stop_requested=lambda: False,
     )  # fmt: skip
@@ -118,7 +118,7 @@ def test_accumulation_is_the_mean() -> None:
     optimizer = Optimizer([Group({"lora/w": line.weight}, 0.1, 0.0)], Adam(0.9, 0.999, 1e-8))
     steps: list[Step] = []
     train(
-        line, optimizer, lambda _: 1.0, Loop(0, 3, 3, 4, 1e9, 2, None), Meters(), Ranks(),
+        line, optimizer, lambda _: 1.0, Loop(0, 3, 3, 4, 1e9, 2, None, None), Meters(), Ranks(),
         torch.amp.GradScaler("cpu", enabled=False),
         save=lambda *_: None, report=steps.append, look=lambda _: 0.0, stop_requested=lambda: False,
     )  # fmt: skip
@@ -152,3 +152,22 @@ def test_eight_bits_follow_thirty_two_closely_and_resume_exactly() -> None:
     assert torch.equal(weight, small)
     moved = (full - start).norm()
     assert float((small - full).detach().norm() / moved.detach()) < 0.1
+
+
+def test_a_checkpoint_is_also_due_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that moves five seconds at every look: due every twelve."""
+    import itertools
+
+    from runner import train as loop
+
+    ticks = itertools.count(step=5)
+    monkeypatch.setattr(loop.time, "monotonic", lambda: float(next(ticks)))
+    line = Line()
+    optimizer = Optimizer([Group({"lora/w": line.weight}, 0.1, 0.0)], Adam(0.9, 0.999, 1e-8))
+    saved: list[int] = []
+    train(
+        line, optimizer, lambda _: 1.0, Loop(0, 8, 8, 1, 1.0, 100, 12.0, None), Meters(), Ranks(),
+        torch.amp.GradScaler("cpu", enabled=False),
+        save=lambda step, _: saved.append(step), report=lambda _: None, look=lambda _: 0.0, stop_requested=lambda: False,
+    )  # fmt: skip
+    assert saved == [3, 6, 8]  # at 15 and 35 s (the time of a save is noted by one more look), and at the end

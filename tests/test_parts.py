@@ -20,7 +20,7 @@ from torch import nn
 from runner import checkpoint, files, flux, lora, optim, tensors, text, tokens
 from runner.basefiles import BUILTIN, FLUX1, fingerprint, linear_layers, lora_layers
 from runner.checkpoint import Checkpoint, Weights
-from runner.errors import BadFile, Refused
+from runner.errors import BadFile, Held
 from runner.seeds import derive
 
 BASE = flux.Base(BUILTIN["builtin:tiny"], None, torch.device("cpu"), torch.float32)
@@ -105,7 +105,7 @@ def test_a_lock_has_one_holder_and_dies_with_it(tmp_path: Path) -> None:
     assert holder.stdout is not None
     holder.stdout.readline()
     assert files.is_locked(lock)
-    with pytest.raises(Refused, match=f"process {holder.pid} is working on this run"), files.locked(lock, patience=0):
+    with pytest.raises(Held, match=f"process {holder.pid} is working on it"), files.locked(lock, patience=0):
         pass
     holder.kill()
     holder.wait()

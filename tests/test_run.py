@@ -241,8 +241,8 @@ def test_two_commands_on_one_run(house: House) -> None:
         if "joint: steps" in line:
             break
     said = house.fluxrun("queue", spec)
-    assert said.code == 1
-    assert f"process {first.pid} is working on this run" in said.err
+    assert said.code == 3
+    assert said.err == f"a: not run: process {first.pid} is working on runs/a; wait for it, or stop it\n"
     [row] = json.loads(house.fluxrun("status", "--json").out)
     assert row["state"] == "running"
     first.kill()

@@ -108,6 +108,7 @@ VALUES = {  # every key of the contract, with a value that is not its default
     "optimizer": '{ name = "prodigy", d_coef = 2.0, beta3 = 0.9, growth_rate = 1.02 }',
     "schedule": '{ name = "polynomial", warmup = 3, power = 2.0 }',
     "checkpoint.every": "5",
+    "checkpoint.minutes": "0.5",
     "checkpoint.keep": "1",
     "validate": '{ prompts = ["a"], every = 5, count = 2, steps = 4, size = 64 }',
     "track.to": '["wandb"]',

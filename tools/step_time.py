@@ -52,7 +52,7 @@ def make_desk(folder: Path, pictures: Path, batch: int) -> Desk:
     assert job.pictures is not None
     base = flux.open_base("builtin:tiny", None, None, torch.device("cpu"), torch.float32)
     cache = Cache(folder / "cache")
-    desk = Desk(job.spec, job.plan, job.pictures, base, cache, Say(quiet=True), Ranks(), lambda: False)
+    desk = Desk(job.spec, job.plan, job.pictures, base, cache, Say(), Ranks(), lambda: False)
     [phase] = [phase for phase in job.plan.phases if isinstance(phase, Encode)]
     encode.encode(desk, phase, Weights())
     return desk
@@ -68,7 +68,7 @@ def our_turn(
     factor = learn.build_schedule(desk)
 
     def turn(start: int) -> None:
-        loop = train.Loop(start, start + steps, 10**9, 1, 1.0, 10**9, None)
+        loop = train.Loop(start, start + steps, 10**9, 1, 1.0, 10**9, None, None)
         train.train(
             objective, optimizer, factor, loop, train.Meters(), Ranks(), torch.amp.GradScaler("cpu", enabled=False),
             save=lambda *_: None, report=lambda _: None, look=lambda _: 0.0, stop_requested=lambda: False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -16,17 +17,20 @@ from runner import device, flux, sources
 from runner.cache import Cache
 from runner.errors import FluxrunError
 from runner.execute import assist
-from runner.prepare import Job, data_source, plan_of
+from runner.prepare import data_source, plan_of
+from runner.processes import die_with
 from runner.ranks import Ranks
 from runner.rundir import Run
-from runner.say import Say
 from runner.spec import Spec, dump
 
 
 @contextmanager
-def crew(job: Job, runs: Path, where: torch.device) -> Iterator[Ranks]:
-    """Ranks for this job, joined. Raises FluxrunError where there are not as many GPUs as the spec asks for."""
-    count = job.spec.compute.gpus
+def crew(spec: Spec, key: str, runs: Path, where: torch.device, split: int) -> Iterator[Ranks]:
+    """Ranks for this run, joined. Raises FluxrunError where there are not as many GPUs as the spec asks for.
+
+    `key`: the plan's, which every rank must come to by itself.
+    """
+    count = spec.compute.gpus
     if count == 1:
         yield Ranks()
         return
@@ -39,8 +43,8 @@ def crew(job: Job, runs: Path, where: torch.device) -> Iterator[Ranks]:
     ranks = Ranks(0, count)
     try:
         for rank in range(1, count):
-            order = {"spec": dump(job.spec), "runs": str(runs.resolve()), "rank": rank, "count": count, "address": address,
-                     "device": where.type, "key": job.plan.key}  # fmt: skip
+            order = {"spec": dump(spec), "runs": str(runs.resolve()), "rank": rank, "count": count, "address": address,
+                     "device": where.type, "key": key, "split": split, "parent": os.getpid()}  # fmt: skip
             helper = subprocess.Popen([sys.executable, "-m", "runner.engine.crew"], stdin=subprocess.PIPE, text=True)
             helpers.append(helper)
             assert helper.stdin is not None
@@ -60,6 +64,7 @@ def crew(job: Job, runs: Path, where: torch.device) -> Iterator[Ranks]:
 def main() -> None:
     """A helper: reads its orders from stdin, trains along, writes nothing."""
     order = json.load(sys.stdin)
+    die_with(order["parent"])
     spec = Spec.model_validate(order["spec"])
     ranks = Ranks(order["rank"], order["count"])
     where = torch.device("cuda", ranks.rank) if order["device"] == "cuda" else torch.device("cpu")
@@ -75,7 +80,7 @@ def main() -> None:
     base = flux.open_base(model.base, model.revision, model.variant, where, device.resolve_dtype(model.dtype, where))
     ranks.join(order["address"], where)
     try:
-        assist(Run(runs, spec.name), spec, plan, pictures, base, Cache(runs / "cache"), Say(quiet=True), ranks)
+        assist(Run(runs, spec.name), spec, plan, pictures, base, Cache(runs / "cache"), ranks, order["split"])
     finally:
         ranks.leave()
 

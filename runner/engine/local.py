@@ -1,78 +1,321 @@
-"""Runs in turn on this machine, in this process; one that fails does not stop the next."""
+"""The supervisor: runs of a queue on this machine's slots, each in a trainer process that may die without harm. No torch."""
 
 from __future__ import annotations
 
-import traceback
-from collections.abc import Sequence
+import os
+import re
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 
-import torch
-
-from runner import device, flux
-from runner.engine.crew import crew
-from runner.errors import FluxrunError, Interrupted, Refused
-from runner.execute import execute, open_cache
+from runner.engine.process import Trainer
+from runner.errors import Code, FluxrunError, Held, Paused, disk_trouble
 from runner.index import write_index
 from runner.prepare import Job
-from runner.say import Say
+from runner.say import Event
+from runner.screen import Screen
 from runner.stop import StopRequest
 
-DONE, FAILED, STOPPED = 0, 1, 3
+IDLE_ATTEMPTS = 3  # in a row without a newly saved step, then a crashing run is given up
+ALIKE = 3  # runs in a row that fail alike, then the queue stops: a broken driver should not burn the whole night
+HANG_FLOOR = 600.0  # seconds without a sign of life in a training phase, at least, before a trainer is taken for stuck
+HANG_STEPS = 50  # the same in steps, of the slowest so far
+TICK = 0.05  # seconds between looks at the trainers
+
+Start = Callable[[Path, int, str | None, int | None], Trainer]
+
+
+@dataclass
+class Work:
+    """One run of the queue. `retries`: tries after a crash so far; `idle`: attempts in a row that saved no new step."""
+
+    job: Job
+    attempt: int = 0
+    retries: int = 0
+    idle: int = 0
+    saved: int = 0
+    split: int = 1
+    heard: float = 0.0
+    slowest: float | None = None  # seconds of a step in this attempt
+    hung: bool = False
+    reason: str = ""  # why the last attempt ended, as the trainer said it
+
+    @property
+    def name(self) -> str:
+        return self.job.plan.name
+
+
+@dataclass
+class Slot:
+    """A place where one run at a time goes. gpus: as --gpus takes them; None leaves the choice to torch."""
+
+    gpus: str | None
+    trainer: Trainer | None = None
+    work: Work | None = None
+
+
+@dataclass
+class Queue:
+    """What a queue knows while it runs. `left`: something ended or waits without being done."""
+
+    screen: Screen
+    runs: Path
+    retries: int
+    fail_fast: bool
+    waiting: list[Work] = field(default_factory=list)
+    alike: list[str] = field(default_factory=list)
+    failed: bool = False
+    left: bool = False
+    halted: str = ""  # why nothing more is started
 
 
 def run_queue(
-    jobs: Sequence[Job], runs: Path, gpus: str | None, say: Say, stop: StopRequest, *, fail_fast: bool
-) -> int:
-    """The exit code: 0 all done, 1 some failed, 3 stopped with work left."""
-    where = device.choose(gpus)
-    flux.quiet()
-    code = DONE
-    for number, job in enumerate(jobs):
-        if stop():
-            return STOPPED
-        say.begin_run(job.plan.name, job.run.log_file, sum(later.plan.steps for later in jobs[number + 1 :]))
-        try:
-            _run_one(job, runs, where, say, stop)
-        except Refused as error:
-            say.log_file = None  # the folder is not ours to write in
-            say.line(f"not run: {error}")
-            code = FAILED
-        except (Interrupted, KeyboardInterrupt) as error:
-            note = str(error) or "stopped at once; the last checkpoint stands"
-            say.line(note)
-            _end(job, "stopped", note)
-            return STOPPED
-        except Exception as error:
-            # One run's failure, whatever it is, must not stop the night; it is told here, in the state and by the code.
-            say.log(traceback.format_exc())
-            reason = str(error) if isinstance(error, FluxrunError) else f"{type(error).__name__}: {error}"
-            say.line(f"failed: {reason}; the same command tries again from the last checkpoint")
-            _end(job, "failed", reason)
-            code = FAILED
-            if fail_fast:
-                return code
-        finally:
-            say.end_run()
-            write_index(runs)
-            device.release(where)
-    return code
+    jobs: Sequence[Job], runs: Path, slots: Sequence[Slot], screen: Screen, stop: StopRequest, *,
+    retries: int, fail_fast: bool, start: Start | None = None,
+) -> int:  # fmt: skip
+    """The exit code: 0 all done, 1 some failed, 3 stopped or paused with work left. `start`: tests run trainers inline."""
+    queue = Queue(screen, runs, retries, fail_fast)
+    for job in jobs:
+        _enlist(queue, job)
+    write_index(runs)
+    threads = max(1, (os.cpu_count() or 1) // len(slots)) if len(slots) > 1 else None
+    asked = 0
+    try:
+        while queue.waiting or any(slot.work for slot in slots):
+            if stop() and not queue.halted:
+                queue.halted = "stopped before it began"
+            if queue.halted and not any(slot.work for slot in slots):
+                break
+            for _ in range(asked, max(stop.asked, int(queue.fail_fast and queue.failed))):
+                asked += 1
+                for slot in slots:
+                    if slot.work and slot.trainer:
+                        slot.trainer.kill() if asked > 2 else slot.trainer.ask()
+            if not queue.halted:
+                _fill(queue, slots, threads, start or Trainer)
+            if not sum(_look(queue, slot) for slot in slots):
+                time.sleep(TICK)
+    finally:
+        for slot in slots:
+            _clear(slot)
+        _leave(queue)
+    return 1 if queue.failed else 3 if queue.left else 0
 
 
-def _run_one(job: Job, runs: Path, where: torch.device, say: Say, stop: StopRequest) -> None:
-    model = job.spec.model
-    device.prepare(where, tf32=model.tf32)
-    base = flux.open_base(model.base, model.revision, model.variant, where, device.resolve_dtype(model.dtype, where))
-    assert job.pictures is not None  # `queue` fetches
-    with crew(job, runs, where) as ranks:
-        execute(job.run, job.spec, job.plan, job.pictures, base, open_cache(runs), say, stop, ranks)
+def _enlist(queue: Queue, job: Job) -> None:
+    work = Work(job)
+    try:
+        work.attempt = job.run.enlist(job.spec, job.plan, version("fluxrun"))
+    except FluxrunError as error:
+        queue.screen.line(f"not run: {error}", work.name)
+        queue.left |= isinstance(error, Held)
+        queue.failed |= not isinstance(error, Held)
+    except OSError as error:
+        if not disk_trouble(error):
+            raise
+        queue.screen.line(f"not run: {error}", work.name)
+        queue.left = True
+    else:
+        work.split = int(job.run.state().get("split", 1))
+        queue.waiting.append(work)
 
 
-def _end(job: Job, state: str, reason: str) -> None:
-    """Keep what the state already says of progress; replace what it says of the present."""
-    facts = {
-        key: value
-        for key, value in job.run.state().items()
-        if key in ("phase", "step", "wall_s", "s_per_step", "peak_memory_bytes", "train_loss", "eval_loss")
-    }
-    if job.run.folder.is_dir():
-        job.run.write_state(state, **facts, error=reason)
+def _fill(queue: Queue, slots: Sequence[Slot], threads: int | None, start: Start) -> None:
+    """Give every free slot a run, in their order."""
+    for slot in slots:
+        while slot.work is None and queue.waiting:
+            work = queue.waiting.pop(0)
+            try:
+                _make_sure_of_room(work.job)
+            except Paused as error:
+                work.reason = str(error)
+                _end(queue, work, Code.DISK)
+                continue
+            _begin(queue, slot, work, threads, start)
+
+
+def _begin(queue: Queue, slot: Slot, work: Work, threads: int | None, start: Start) -> None:
+    run = work.job.run
+    work.saved, work.reason = _newest(work), ""
+    work.heard, work.slowest, work.hung = time.monotonic(), None, False
+    queue.screen.later_steps = sum(other.job.plan.steps for other in queue.waiting)
+    slot.work = work
+    if slot.trainer is None:
+        slot.trainer = start(run.folder, work.attempt, slot.gpus, threads)
+    else:
+        slot.trainer.order(run.folder, work.attempt)
+
+
+def _look(queue: Queue, slot: Slot) -> bool:
+    """Hear what a slot's trainer says, and whether its run has ended. True where there was something."""
+    work, trainer = slot.work, slot.trainer
+    if work is None or trainer is None:
+        return False
+    events = trainer.poll()
+    for event in events:
+        _heard(work, event)
+        queue.screen.show(work.name, event)
+    if trainer.code is None:
+        _unstick(queue, work, trainer)
+        return bool(events)
+    slot.work = None
+    queue.screen.end_run(work.name)
+    if trainer.code != Code.DONE:
+        _clear(slot)  # whatever it was, nothing of it shall reach the next run
+    _ended(queue, work, trainer.code)
+    return True
+
+
+def _heard(work: Work, event: Event) -> None:
+    work.heard = time.monotonic()
+    if event["say"] == "step":
+        work.slowest = max(work.slowest or 0.0, event["seconds"])
+    elif event["say"] == "end":
+        work.slowest = None
+    elif event["say"] == "ended":
+        work.reason = event["reason"]
+
+
+def _unstick(queue: Queue, work: Work, trainer: Trainer) -> None:
+    """Kill a trainer that has shown no sign of life between two steps for much longer than a step takes."""
+    if work.slowest is None or work.hung:
+        return
+    silent = time.monotonic() - work.heard
+    if silent > max(HANG_FLOOR, HANG_STEPS * work.slowest):
+        work.hung = True
+        queue.screen.line(f"no sign of life for {silent:.0f} s; the trainer is killed", work.name)
+        trainer.kill()
+
+
+def _ended(queue: Queue, work: Work, code: int) -> None:
+    """What becomes of a run whose trainer has ended with `code`."""
+    if code in (-signal.SIGTERM, -signal.SIGINT):  # it was asked before it could answer
+        code, work.reason = Code.STOPPED, "stopped before it began"
+    if code == Code.MEMORY and work.split == 1 and (split := _smaller(work)):
+        work.split = split
+        batch, times = work.job.spec.train.batch_size // split, work.job.spec.train.accumulate * split
+        _again(queue, work, f"{work.reason}; trying again with {batch} a micro-batch and {times} of them to a step")
+    elif code in set(Code) - {Code.CRASHED}:
+        _end(queue, work, code)
+    else:
+        _crashed(queue, work, code)
+
+
+MEMORY_HELP = "lower train.batch_size or data.resolution, or set model.gradient_checkpointing"
+
+
+def _smaller(work: Work) -> int | None:
+    """How many parts to cut a micro-batch into: two, or single pictures where it is odd; None where it is one picture."""
+    batch = work.job.spec.train.batch_size
+    return None if batch == 1 else 2 if batch % 2 == 0 else batch
+
+
+def _crashed(queue: Queue, work: Work, code: int) -> None:
+    """Killed, or failed in a way nobody foresaw: tried again while that helps."""
+    if work.hung:
+        work.reason = "no sign of life from the trainer, which was killed"
+    elif code < 0:
+        work.reason = f"the trainer was killed by {signal.Signals(-code).name}"
+    elif not work.reason:
+        work.reason = f"the trainer ended with code {code}; {work.job.run.log_file} may say why"
+    saved = _newest(work)
+    work.idle = 0 if saved > work.saved else work.idle + 1
+    if queue.halted or work.retries >= queue.retries or work.idle >= IDLE_ATTEMPTS:
+        work.reason += f" (attempt {work.retries + 1} of this queue; last checkpoint at step {saved})"
+        _end(queue, work, code)
+    else:
+        work.retries += 1
+        _again(queue, work, f"{work.reason}; trying again from step {saved} (retry {work.retries} of {queue.retries})")
+
+
+def _again(queue: Queue, work: Work, why: str) -> None:
+    queue.screen.line(why, work.name)
+    work.attempt = work.job.run.next_attempt()
+    _write_down(queue, work, "waiting", why)
+    queue.waiting.insert(0, work)
+
+
+def _end(queue: Queue, work: Work, code: int) -> None:
+    """For good, as far as this queue goes."""
+    paused = code in (Code.DISK, Code.STOPPED, Code.HELD)
+    queue.left |= paused
+    if code == Code.DONE:
+        queue.alike.clear()
+    elif code == Code.HELD:
+        queue.screen.line(f"not run: {work.reason}", work.name)
+    elif paused:
+        queue.screen.line(work.reason if code == Code.STOPPED else f"paused: {work.reason}", work.name)
+        _write_down(queue, work, "stopped", work.reason)
+    else:
+        if code == Code.MEMORY:
+            work.reason += f"; {MEMORY_HELP}"
+        queue.screen.line(f"failed: {work.reason}; the same command tries again from the last checkpoint", work.name)
+        _write_down(queue, work, "failed", work.reason)
+        queue.failed = True
+        _circuit_breaker(queue, work)
+    with _as_the_disk_allows(queue, work):
+        work.job.run.give_up()
+        write_index(queue.runs)
+
+
+def _write_down(queue: Queue, work: Work, state: str, reason: str) -> None:
+    with _as_the_disk_allows(queue, work):
+        work.job.run.end(state, reason, split=work.split if work.split > 1 else None)
+        write_index(queue.runs)
+
+
+@contextmanager
+def _as_the_disk_allows(queue: Queue, work: Work) -> Iterator[None]:
+    """A full disk must not end the queue, which says on the screen what there is to say."""
+    try:
+        yield
+    except OSError as error:
+        if not disk_trouble(error):
+            raise
+        queue.screen.line(f"the state could not be written: {error}", work.name)
+
+
+def _circuit_breaker(queue: Queue, work: Work) -> None:
+    alike = re.sub(r"\d+", "#", work.reason.replace(str(work.job.run.folder), "").replace(work.name, ""))
+    queue.alike = [*(queue.alike if queue.alike[-1:] == [alike] else []), alike]
+    if queue.fail_fast:
+        queue.halted = "not begun: --fail-fast"
+    elif len(queue.alike) == ALIKE and queue.waiting:
+        queue.halted = f"not begun: {ALIKE} runs in a row failed alike ({work.reason})"
+        queue.screen.line(f"stopped: {ALIKE} runs in a row failed alike; the last: {work.reason}")
+
+
+def _clear(slot: Slot) -> None:
+    trainer, slot.trainer = slot.trainer, None
+    if trainer is not None:
+        trainer.dismiss()
+
+
+def _leave(queue: Queue) -> None:
+    """Let go of what was not begun, or not begun again."""
+    for work in queue.waiting:
+        queue.left = True
+        with _as_the_disk_allows(queue, work):
+            work.job.run.end("stopped", queue.halted or "not begun")
+            work.job.run.give_up()
+            write_index(queue.runs)
+
+
+def _newest(work: Work) -> int:
+    return max((step for step, _ in work.job.run.checkpoint_files()), default=0)
+
+
+def _make_sure_of_room(job: Job) -> None:
+    """Raises Paused where the disk cannot take what the plan says the run will write."""
+    free = shutil.disk_usage(job.run.folder).free
+    have = sum(path.stat().st_size for path in job.run.folder.rglob("*") if path.is_file())
+    if free + have < job.plan.disk_bytes:
+        raise Paused(
+            f"the run will write about {job.plan.disk_bytes >> 20} MiB, and {job.run.folder} has room for {free >> 20}; "
+            "free some space, then the same command goes on"
+        )

@@ -1,0 +1,99 @@
+"""One trainer process as its queue sees it. No torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from runner.errors import Code
+from runner.say import Event
+
+PATIENCE = 30.0  # seconds for an idle trainer to go
+
+
+class Trainer:
+    """Starts the process on a run. `code` is None while the run goes on; after Code.DONE it waits for another one.
+
+    gpus: as --gpus takes them; threads: how many it may compute with on the CPU; None leaves either to torch.
+    """
+
+    def __init__(self, folder: Path, attempt: int, gpus: str | None, threads: int | None) -> None:
+        command = [sys.executable, "-P", "-m", "runner", "_run-one", str(folder), "--attempt", str(attempt)]
+        command += ["--parent", str(os.getpid())]
+        environment = dict(os.environ)
+        if threads is not None:
+            environment["OMP_NUM_THREADS"] = str(threads)
+        if gpus is not None:
+            command += ["--gpus", "cpu" if gpus == "cpu" else "0"]  # the first of those it sees
+        if gpus not in (None, "cpu"):
+            environment["CUDA_VISIBLE_DEVICES"] = _visible(gpus)
+        with (folder / "run.log").open("a") as log:
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment,
+                start_new_session=True,  # Ctrl-C reaches the queue alone, which passes it on once
+            )  # fmt: skip
+        assert self.process.stdout is not None
+        os.set_blocking(self.process.stdout.fileno(), False)
+        self.code: int | None = None
+        self._rest = b""
+
+    def order(self, folder: Path, attempt: int) -> None:
+        """Another run for a process that has done its last one."""
+        self.code = None
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{attempt} {folder.resolve()}\n".encode())
+        self.process.stdin.flush()
+
+    def poll(self) -> list[Event]:
+        """What it has said since the last call."""
+        while data := self._read():
+            self._rest += data
+        *lines, self._rest = self._rest.split(b"\n")
+        events: list[Event] = [json.loads(line) for line in lines]
+        if any(event["say"] == "done" for event in events):
+            self.code = Code.DONE
+        elif data is not None:
+            self.code = self.process.wait()
+        return [event for event in events if event["say"] != "done"]
+
+    def _read(self) -> bytes | None:
+        """b"" at the end, None where there is nothing now."""
+        assert self.process.stdout is not None
+        try:
+            return os.read(self.process.stdout.fileno(), 1 << 16)
+        except BlockingIOError:
+            return None
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def ask(self) -> None:
+        """Save and stop; asked again, stop at once."""
+        if self.process.poll() is None:
+            self.process.terminate()
+
+    def kill(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+
+    def dismiss(self) -> None:
+        """No more runs."""
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                pipe.close()
+        try:
+            self.process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+def _visible(gpus: str) -> str:
+    """The numbers count what the user lets be seen."""
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    names = seen.split(",") if seen else []
+    return ",".join(names[int(one)] if int(one) < len(names) else one for one in gpus.split(","))

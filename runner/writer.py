@@ -1,0 +1,81 @@
+"""Writes the checkpoints of one run, behind the training's back: training waits only for the copy out of the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from runner import checkpoint, files
+from runner.checkpoint import Checkpoint
+from runner.errors import Paused
+from runner.stepfiles import file_name, steps_in
+
+SPARE = 16 << 20  # bytes left free beside a checkpoint, for state, log and events
+
+
+class Writer:
+    """One save at a time, in order. `log` hears of a step only once it is on the disk and was read back; what went
+    wrong is raised by the next call. `fence` raises where this process may no longer write."""
+
+    def __init__(
+        self,
+        folder: Path,
+        keep: int,
+        kept_always: Collection[int],
+        fence: Callable[[], None],
+        log: Callable[[str], None],
+        disk: files.Disk = files.DISK,
+    ) -> None:
+        self.folder, self.keep, self.kept_always = folder, keep, kept_always
+        self.fence, self.log, self.disk = fence, log, disk
+        self.pool = ThreadPoolExecutor(1, "checkpoint")
+        self.pending: Future[None] | None = None
+
+    def save(self, made: Checkpoint) -> None:
+        """Begin to write `made`, whose tensors nobody else changes, once the save before it is done."""
+        self.wait()
+        self.pending = self.pool.submit(self.write, made)
+
+    def look(self) -> None:
+        """Raise what a save has failed of, without waiting for it."""
+        if self.pending is not None and self.pending.done():
+            self.wait()
+
+    def wait(self) -> None:
+        pending, self.pending = self.pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """Finish what is being written; its failure has been raised, or something worse is on its way."""
+        self.pool.shutdown()
+
+    def write(self, made: Checkpoint) -> None:
+        """Write, read back, then prune: never an instant without a verified checkpoint."""
+        path = self.folder / file_name(made.step)
+        self._make_sure_of_room(made)
+        self.fence()
+        checkpoint.write(path, made, disk=self.disk)
+        checkpoint.read(path)
+        self._prune(made.step)
+        self.log(f"checkpoint at step {made.step}")
+
+    def _make_sure_of_room(self, made: Checkpoint) -> None:
+        size = sum(tensor.nbytes for tensor in checkpoint.named(made).values())
+        free = self.disk.free(self.folder)
+        if free < size + SPARE:
+            raise Paused(
+                f"no room for the checkpoint of step {made.step} in {self.folder}: {free >> 20} MiB free, wanted are "
+                f"{(size + SPARE) >> 20}; the checkpoint before it stands. Free some space, then the same command goes on"
+            )
+
+    def _prune(self, step: int) -> None:
+        """Those of later steps are another plan's, and left alone."""
+        there = [(number, path) for number, path in steps_in(self.folder) if number <= step]
+        for number, path in [one for one in there if one[0] not in self.kept_always][self.keep :]:
+            assert number < step
+            try:
+                self.disk.unlink(path)
+            except OSError as error:  # one file too many harms nothing
+                self.log(f"{path.name}: an old checkpoint, cannot be removed ({error})")
