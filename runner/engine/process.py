@@ -44,7 +44,7 @@ class Trainer:
         """Another run for a process that has done its last one."""
         self.code = None
         assert self.process.stdin is not None
-        self.process.stdin.write(f"{attempt} {folder.resolve()}\n".encode())
+        self.process.stdin.write(f"{attempt} {folder}\n".encode())
         self.process.stdin.flush()
 
     def poll(self) -> list[Event]:
