@@ -91,7 +91,7 @@ def queue(
     with StopRequest(deadline, at_once=False) as stop:
         jobs = prepare(list(specs), runs, fetch=True, fresh=fresh)
         try:
-            places = make_slots(gpus, slots, max((job.spec.compute.gpus for job in jobs), default=1))
+            places = make_slots(gpus, slots, max((job.spec.compute.gpus for job in jobs), default=1), runs)
         except ValueError as error:
             raise click.BadParameter(str(error), param_hint="--gpus") from None
         screen = Screen()
@@ -104,6 +104,17 @@ def queue(
     if as_json:
         _print_records(runs, {job.plan.name for job in jobs})
     ctx.exit(code)
+
+
+@main.command()
+@click.argument("names", nargs=-1, metavar="[RUN]...")
+@runs_option
+def stop(names: tuple[str, ...], runs: Path) -> None:
+    """Stop runs, or with none named every queue on this runs folder: each saves at its next step; `queue` goes on."""
+    from runner.stopping import stop_queues, stop_run
+
+    for line in [stop_run(runs, name) for name in names] if names else stop_queues(runs):
+        click.echo(line)
 
 
 @main.command("_run-one", hidden=True)

@@ -51,6 +51,7 @@ class Run:
         self.plan_file = self.folder / "plan.json"
         self.state_file = self.folder / "state.json"
         self.lock_file = self.folder / ".lock"
+        self.stop_file = self.folder / "stop"
         self.lease_file = self.folder / "lease.json"
         self.pins_file = self.folder / "pins.json"
         self.log_file = self.folder / "run.log"
@@ -102,6 +103,7 @@ class Run:
                 self._no_links()
                 if (holder := self.holder()) and holder != Process.own():
                     raise self._held()
+                self.told_to_stop()  # what an earlier queue was told is not meant for this one
                 self._claim(spec, plan, version)
                 return self._lease(self.lease().attempt + 1)
         except Held:  # by the lock: name who started its holder
@@ -131,6 +133,16 @@ class Run:
             files.make_folder(folder)
         for folder in (self.folder, self.checkpoints, self.samples):
             files.sweep_aside(folder)
+
+    def tell_to_stop(self) -> None:
+        """For a queue that has not begun it yet; of one that trains, the trainer is told by a signal."""
+        self.stop_file.touch()
+
+    def told_to_stop(self) -> bool:
+        """Asked once for each time it was told."""
+        told = self.stop_file.is_file()
+        self.stop_file.unlink(missing_ok=True)
+        return told
 
     def fence(self) -> None:
         """To be asked before anything is committed: a process that lost its run unknowingly must not write."""
