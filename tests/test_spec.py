@@ -207,6 +207,17 @@ def test_hostile_text_is_a_fault_not_a_traceback(tmp_path: Path) -> None:
     assert "\x1b" not in control
 
 
+def test_a_table_or_list_of_the_wrong_kind_is_told_in_toml_words(tmp_path: Path) -> None:
+    text = LEAST + 'weighting = "mode"\n[validate]\nprompts = "a TOK"\n[[token]]\nname = "TOK"\n'
+    told = faults(tmp_path, text)
+    assert told[0] == (
+        "one.toml:7: train.weighting: no table (found 'mode'); wanted is a table (Density and weight of the timesteps)"
+    )
+    assert told[1].startswith("one.toml:9: validate.prompts: no list (found 'a TOK'); wanted is a list of text (")
+    assert told[2].startswith("one.toml:10: token: unknown key (found ")
+    assert told[2].endswith("did you mean tokens?")
+
+
 def test_lines_of_keys_in_tricky_toml() -> None:
     text = '''# comment = 1
 a = """
@@ -233,6 +244,7 @@ w = '[['
         ("d.e",): 6,
         ("t",): 10,
         ("t", "x", "y"): 11,
+        ("u",): 12,
         ("u", 0, "n"): 13,
         ("u", 1, "n"): 15,
         ("u", 1, "v", "w"): 17,
