@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -269,6 +270,17 @@ def test_light_commands_import_nothing_heavy() -> None:
             [sys.executable, "-c", code], cwd=PROJECT, env=environment, capture_output=True, text=True, check=True
         )
         assert done.stdout == "[]\n", arguments
+
+
+def test_help_and_plan_cost_next_to_nothing() -> None:
+    """In seconds of the processor, which a busy machine does not stretch: 0.3 for `--help`, 1 for all shipped specs' plan."""
+    for arguments, most in ((["--help"], 0.3), (["plan", *map(str, sorted((PROJECT / "specs").glob("*.toml")))], 1.0)):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        command = [sys.executable, "-m", "runner", *arguments]
+        environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
+        subprocess.run(command, cwd=PROJECT, env=environment, stdout=subprocess.DEVNULL, check=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < most, arguments
 
 
 def test_the_schema_names_the_keys() -> None:
