@@ -13,6 +13,7 @@ from runner.basefiles import clip_config, clip_layers
 from runner.checkpoint import Weights
 from runner.desk import Desk
 from runner.device import move, release
+from runner.errors import FluxrunError
 from runner.lora import LoraShape
 from runner.plan import Encode
 
@@ -33,7 +34,7 @@ def encode_latents(desk: Desk) -> None:
     desk.say.line(f"encode: latents of {len(set(desk.latent_keys.values()))} views, {len(made)} to make")
     if not made:
         return
-    vae = flux.load_vae(desk.base)
+    vae = flux.load_vae(desk.vae_base)
     desk.say.begin_phase("encode latents", 0, len(made), "views")
     for done, (view, pixels) in enumerate(desk.pixels(list(made.values())), 1):
         moments = flux.encode_image(vae, torch.from_numpy(pixels.copy()).permute(2, 0, 1))
@@ -112,7 +113,31 @@ class LiveEncoder:
             written = tokens.expand(caption, desk.plan.placeholders)
             ids = text.clip_ids(tokenizer, written) if encoder == "clip" else text.t5_ids(tokenizer, written, length)
             made.ids[caption] = ids.to(desk.base.device)
+        if learn_rows:
+            made.check_tokens(desk)
         return made
+
+    def check_tokens(self, desk: Desk) -> None:
+        """Rows that no caption brings as far as the encoder would learn nothing: each reads only so many tokens.
+
+        Raises FluxrunError for a token that is cut off everywhere; says so where it is cut off in some captions.
+        """
+        for placeholder in desk.plan.placeholders:
+            wanted = set(self.tokenizer.convert_tokens_to_ids(list(placeholder.pieces)))
+            naming = [
+                one for one in desk.pictures.captions if tokens.named(one, desk.plan.placeholders) & {placeholder.name}
+            ]
+            cut = [caption for caption in naming if not wanted <= set(self.ids[caption].tolist())]
+            if not cut:
+                continue
+            told = (
+                f"{placeholder.name} lies behind the {len(self.ids[cut[0]])} tokens that {self.encoder} reads in "
+                f"{len(cut)} of the {len(naming)} captions that name it (the first is {cut[0][:60]!r}...); move it to "
+                "the front, or shorten them"
+            )
+            if len(cut) == len(naming):
+                raise FluxrunError(told)
+            desk.say.line(told)
 
     def embed(self, captions: Sequence[str], pooling: str) -> Tensor:
         ids = torch.stack([self.ids[caption] for caption in captions])

@@ -202,9 +202,8 @@ def make_plan(spec: Spec, facts: Facts) -> Plan:
     text_stop, lora_stop = math.ceil(text_until * asked), math.ceil(spec.lora.until * asked)
     steps = max(text_stop, lora_stop)
     phases = _phases(spec, facts, known, text_stop, lora_stop)
-    return Plan(
-        spec.name, steps, phases, known, tuple(_notes(spec, asked, steps)), _sizes(spec, facts), _disk(spec, phases)
-    )
+    notes = (*_notes(spec, asked, steps), *_caption_notes(facts, known))
+    return Plan(spec.name, steps, phases, known, notes, _sizes(spec, facts), _disk(spec, phases))
 
 
 def resolutions(spec: Spec) -> tuple[int, ...]:
@@ -329,6 +328,15 @@ def _notes(spec: Spec, asked: int, steps: int) -> Iterator[str]:
         )
     if spec.tokens and spec.inversion.encoders == ("clip",):
         yield "T5 reads the new tokens' placeholder text as it stands; only CLIP learns rows (inversion.encoders)"
+
+
+def _caption_notes(facts: Facts, known: Sequence[tokens.Placeholder]) -> Iterator[str]:
+    bare = [caption for caption in facts.captions or () if known and not tokens.named(caption, known)]
+    if bare:
+        yield (
+            f"{len(bare)} of {len(facts.captions or ())} captions name no token, so their images teach it nothing "
+            f"(the first is {bare[0]!r}); write {known[0].name} into them, if that was not meant"
+        )
 
 
 def _data_faults(spec: Spec, facts: Facts) -> Iterator[tuple[str, str]]:

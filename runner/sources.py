@@ -52,6 +52,11 @@ def read_folder(folder: Path, image_column: str, caption_column: str | None, pro
     names no file, and so on. Order is by name, or the metadata's, so it does not depend on the file system.
     """
     metadata = next((folder / name for name in METADATA if (folder / name).is_file()), None)
+    if caption_column and not metadata:
+        raise DataError(
+            f"{folder} has no {', '.join(METADATA)}, so no column {caption_column!r}; add one of them, or take "
+            "data.caption_column out (captions then come from a NAME.txt beside each image)"
+        )
     captions = (
         _metadata_captions(metadata, image_column, caption_column)
         if metadata
@@ -141,6 +146,8 @@ def _metadata_captions(file: Path, image_column: str, column: str | None) -> dic
         if not path.resolve().is_relative_to(folder.resolve()) or not path.is_file():
             faults.append(f"{where}: no such file in the folder ({name!r})")
             continue
+        if path in out:
+            faults.append(f"{where}: names {name!r} a second time; give each image one row")
         caption = row.get(column) if column else None
         if column and column not in row:
             faults.append(f"{where}: no column {column!r}; there are {', '.join(sorted(map(str, row)))}")

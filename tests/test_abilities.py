@@ -213,7 +213,7 @@ def stopping_after(step: int) -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("kind", ["text lora", "prior", "fp16", "adamw8bit"])
+@pytest.mark.parametrize("kind", ["text lora", "prior", "fp16", "adamw8bit", "prodigy"])
 def test_an_interrupted_run_ends_with_the_same_bytes(house: House, kind: str) -> None:
     """Stopped at step 2 and at step 4: once in each phase, where there are two."""
     spec = house.spec("a", every="every = 50", prompts="prompts = []")
@@ -223,12 +223,15 @@ def test_an_interrupted_run_ends_with_the_same_bytes(house: House, kind: str) ->
         "text lora": "[text_lora]\nrank = 2\nuntil = 0.5\n",
         "prior": '[prior]\nimages = "classes"\nprompt = "a red circle"\ncount = 2\n',
         "fp16": "",
+        "prodigy": '[optimizer]\nname = "prodigy"\n',
         "adamw8bit": '[optimizer]\nname = "adamw8bit"\n',
     }[kind]
     if kind == "text lora":
         text = text[:start] + text[stop:]
     if kind == "fp16":
         text = text.replace("max_sequence", 'dtype = "fp16"\nmax_sequence')
+    if kind == "prodigy":
+        text = text.replace("lr = 1e-2\n", "").replace("lr = 1e-3", "lr = 1.0")
     if kind == "adamw8bit":
         text = text.replace("rank = 4", "rank = 32")  # from 4,096 numbers on, its moments have 8 bits
     spec.write_text(text + more)
@@ -245,6 +248,8 @@ def test_an_interrupted_run_ends_with_the_same_bytes(house: House, kind: str) ->
     if kind == "fp16":
         assert newest.scalars["meters"]["scaler"]["scale"] > 0
         assert {tensor.dtype for tensor in newest.weights.lora.values()} == {torch.float32}
+    if kind == "prodigy":
+        assert newest.scalars["optimizer"]["shared"]["d"] > 1e-6
     if kind == "adamw8bit":
         assert any(tensor.dtype == torch.uint8 for tensor in newest.optimizer.values())
 

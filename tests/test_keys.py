@@ -394,6 +394,20 @@ def test_class_images_come_in_batches(stocked: House, monkeypatch: pytest.Monkey
     assert sizes == [2, 2, 1, 1]
 
 
+def test_class_images_are_as_large_as_training_whatever_validation_looks_at(stocked: House) -> None:
+    from PIL import Image
+
+    more = {**PRIOR, "prior__count": 1, "data__resolution": [32, 64]}
+    made = []
+    for size, steps in ((16, 1), (48, 3)):
+        shutil.rmtree(stocked.folder / "classes", ignore_errors=True)
+        desk = desk_of(write(stocked, **{**more, "validate__size": size, "validate__steps": steps}))
+        made += class_images(desk)
+        with Image.open(stocked.folder / "classes" / "class-00000.png") as image:
+            assert image.size == (64, 64)
+    assert made[0] == made[1]
+
+
 def test_a_class_folder_remembers_its_prompt(stocked: House) -> None:
     class_images(desk_of(write(stocked, **PRIOR)))
     said = stocked.fluxrun("plan", write(stocked, **{**PRIOR, "prior__prompt": "a blue star"}))

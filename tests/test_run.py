@@ -185,16 +185,9 @@ def test_one_failing_run_does_not_stop_the_next(house: House) -> None:
     assert "Traceback" in (house.folder / "runs" / "bad" / "run.log").read_text()
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "prodigy"])
-def test_stopped_by_a_signal_and_resumed_gives_the_same_bytes(house: House, optimizer: str) -> None:
-    changes = {"every": "every = 4", "steps": "steps = 4"}
-    if optimizer == "prodigy":
-        changes["lr"] = "until = 0.5"
-    spec = house.spec("a", **changes)
-    text = spec.read_text().replace(
-        "lr = 1e-3", f'lr = {1.0 if optimizer == "prodigy" else 1e-3}\n[optimizer]\nname = "{optimizer}"'
-    )
-    spec.write_text(text)
+def test_stopped_by_signals_and_resumed_gives_the_same_bytes(house: House) -> None:
+    """In the middle of a phase, at the ends of both, and in the export; each time going on in a new process."""
+    spec = house.spec(every="every = 4", steps="steps = 3")
     assert house.fluxrun("queue", spec, "--runs", "unbroken").code == 0
     for _ in range(9):
         process = house.start("queue", spec)
@@ -218,9 +211,9 @@ def test_stopped_by_a_signal_and_resumed_gives_the_same_bytes(house: House, opti
 
 def test_a_damaged_checkpoint_is_passed_over(house: House) -> None:
     spec = house.spec(steps="steps = 6")
-    assert house.fluxrun("queue", spec, "--runs", "unbroken").code == 0
     assert house.fluxrun("queue", spec).code == 0
     run = house.folder / "runs" / "a"
+    unbroken = export_bytes(run)
     newest = run / "checkpoints" / "step-000006.safetensors"
     damaged = bytearray(newest.read_bytes())
     damaged[-100] ^= 1
@@ -230,11 +223,11 @@ def test_a_damaged_checkpoint_is_passed_over(house: House) -> None:
     assert said.code == 0, said.err
     assert "does not match its digest" in said.err
     assert "resuming at step 4 of 6" in said.err
-    assert export_bytes(run) == export_bytes(house.folder / "unbroken" / "a")
+    assert export_bytes(run) == unbroken
 
 
 def test_two_commands_on_one_run(house: House) -> None:
-    spec = house.spec(steps="steps = 400")
+    spec = house.spec(steps="steps = 100000")  # it shall not be done before the second one has looked
     first = house.start("queue", spec)
     assert first.stderr is not None
     for line in first.stderr:
