@@ -12,7 +12,8 @@ from runner.rundir import find_runs
 
 @dataclass(frozen=True)
 class Record:
-    """One run. Times: seconds since 1970; wall_s: all attempts together; losses: smoothed; memory in bytes."""
+    """One run. Times: seconds since 1970; wall_s: all attempts together; losses: smoothed; memory in bytes;
+    export_error: the largest of any exported file (state.json has each); warning: what went wrong and cost nothing."""
 
     name: str
     state: str
@@ -29,6 +30,8 @@ class Record:
     base: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
     error: str | None = None
+    export_error: float | None = None
+    warning: str | None = None
 
 
 def results(runs: Path) -> list[Record]:

@@ -64,6 +64,16 @@ class Run:
         now = {**before, "state": state, "name": self.name, "updated": time.time(), **more}
         files.write_json(self.state_file, {k: v for k, v in now.items() if v is not None}, durable=durable)
 
+    def amend(self, **more: Any) -> None:
+        """Change single values of the state, whatever it is; None takes one out."""
+        now = {**self._raw_state(), **more}
+        files.write_json(self.state_file, {key: value for key, value in now.items() if value is not None})
+
+    def began(self) -> float | None:
+        """When it was first started, in seconds since 1970."""
+        started: float | None = self._raw_state().get("started")
+        return started
+
     def _raw_state(self) -> dict[str, Any]:
         try:
             state: dict[str, Any] = json.loads(self.state_file.read_text())

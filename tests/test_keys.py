@@ -186,7 +186,7 @@ TABLE: dict[str, tuple[Any, Probe, Any, dict[str, Any]]] = {
     "lora.rank": (2, lambda d: next(iter(objective_of(d)[1]["lora"].values())).shape[0], 2, {}),
     "lora.alpha": (8.0, step_loss, NOW, {}),
     "lora.dropout": (0.9, step_loss, NOW, {}),
-    "lora.layers": (["attn.to_q"], lambda d: {name.split(".attn.")[-1] for name in lora_shape(d).layers}, {"to_q"}, {}),
+    "lora.layers": (["attn.to_q"], lambda d: {name.split(".attn.")[-1] for name in lora_shape(d.spec, d.base).layers}, {"to_q"}, {}),
     "lora.until": (0.25, spans, [("joint", 0, 2), ("inversion", 2, 4)], TOKENS),
     "text_lora.rank": (2, lambda d: d.plan.training[0].trains[0].parameters, 2 * 2 * 4 * 2 * 64, {"text_lora": {"rank": 4}}),
     "text_lora.alpha": (64.0, step_loss, NOW, {"text_lora": {"rank": 4}}),
