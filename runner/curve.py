@@ -32,11 +32,9 @@ def draw_curve(points: Sequence[Sequence[float]], title: str) -> Image.Image:
         height = place(steps[0], loss)[1]
         pen.line([(LEFT, height), (WIDTH - RIGHT, height)], fill=GRID)
         pen.text((LEFT - 8, height), f"{loss:.3f}", fill="black", font_size=12, anchor="rm")
-        step = round(steps[0] + (last - steps[0]) * part / 4)
-        across = place(step, low)[0]
-        pen.text(
-            (across, HEIGHT - BOTTOM + 8), str(step), fill="black", font_size=12, anchor="mt" if part < 4 else "rt"
-        )
+    for step in sorted({round(steps[0] + (last - steps[0]) * part / 4) for part in range(5)}):
+        anchor = "rt" if step == last else "mt"
+        pen.text((place(step, low)[0], HEIGHT - BOTTOM + 8), str(step), fill="black", font_size=12, anchor=anchor)
     line = [place(step, loss) for step, loss in zip(steps, losses, strict=True)]
     pen.line(line, fill=LINE, width=2, joint="curve")
     if len(line) == 1:
