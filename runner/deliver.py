@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -105,9 +106,15 @@ def _about(order: Order, step: int) -> About:
     config = transformer_config(own, order.base.folder) or {}
     return About(
         order.spec.name, Path(own).name if Path(own).is_dir() else own, step, order.placeholders, settings,
-        licence(own, order.base.folder), export.day_of(order.run.began()), bool(config.get("guidance_embeds")),
+        licence(own, order.base.folder), export_day(order.run), bool(config.get("guidance_embeds")),
         version("fluxrun"),
     )  # fmt: skip
+
+
+def export_day(run: Run) -> str | None:
+    """The day that the files tell: when the run began, or SOURCE_DATE_EPOCH, the convention of repeatable builds."""
+    fixed = os.environ.get("SOURCE_DATE_EPOCH")
+    return export.day_of(float(fixed) if fixed else run.began())
 
 
 def _written(folder: Path, weights: Weights, shapes: Shapes, about: About, dtype: torch.dtype) -> dict[str, float]:

@@ -15,13 +15,13 @@ LOGIN = "set HF_TOKEN, or `hf auth login`, to a token that may write"
 
 def login_fault() -> str | None:
     """Why a push would be refused, and what to do; None where it would not be."""
-    from huggingface_hub import get_token, whoami
+    from huggingface_hub import HfApi, get_token
     from huggingface_hub.errors import HfHubHTTPError
 
     if get_token() is None:
         return f"a push is asked for, and there is no login for the hub; {LOGIN}, or take hub.push out"
     try:
-        told = whoami()
+        told = HfApi().whoami()
     except Exception as error:
         # The client has a different exception for each way of not being answered; all mean the same here.
         if (

@@ -238,9 +238,10 @@ ELSEWHERE = {
     "validate.steps": "test_abilities.py::test_pictures_while_training_change_nothing_of_it",
     "validate.size": "test_abilities.py::test_pictures_while_training_change_nothing_of_it",
     "track.to": "test_abilities.py::test_weights_and_biases_gets_the_numbers",
-    "hub.push": "test_abilities.py::test_the_export_folder_is_pushed_as_it_is",
-    "hub.repo": "test_abilities.py::test_the_export_folder_is_pushed_as_it_is",
-    "hub.private": "test_abilities.py::test_the_export_folder_is_pushed_as_it_is",
+    "export.dtype": "test_exports.py::test_another_dtype_exports_again_and_trains_nothing",
+    "hub.push": "test_hub.py::test_the_export_folder_is_pushed_as_it_is",
+    "hub.repo": "test_hub.py::test_the_export_folder_is_pushed_as_it_is",
+    "hub.private": "test_hub.py::test_the_export_folder_is_pushed_as_it_is",
     "compute.gpus": "test_abilities.py::test_two_processes_train_one_run",
 }
 
@@ -314,7 +315,7 @@ def test_a_key_does_what_it_says(stocked: House, key: str) -> None:
 
 def test_the_tables_name_every_key() -> None:
     tables = {"model", "data", "prior", "tokens", "inversion", "lora", "text_lora", "train", "train.weighting", "optimizer",
-              "schedule", "checkpoint", "validate", "track", "hub", "compute"}  # fmt: skip
+              "schedule", "checkpoint", "validate", "track", "export", "hub", "compute"}  # fmt: skip
     assert {name for name, _ in _all_keys(Spec)} - tables == set(TABLE) | set(ELSEWHERE)
     for place in ELSEWHERE.values():
         file, _, test = place.partition("::")

@@ -15,7 +15,7 @@ from readers import comfyui_changes, comfyui_rows, diffusers_reads_kohya
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from runner import export, flux, layouts, sample, verify
+from runner import export, flux, layouts, verify
 from runner.basefiles import BUILTIN, KNOWN, clip_layers, linear_layers, lora_layers
 from runner.checkpoint import Weights
 from runner.errors import BadFile
@@ -70,7 +70,10 @@ def made(case: tuple[Any, int, float, bool]) -> tuple[Weights, Shapes]:
 def wanted_changes(weights: Weights, shapes: Shapes) -> dict[str, Tensor]:
     """By the definition of LoRA alone."""
     out = {}
-    for prefix, lora, shape in (("", weights.lora, shapes.lora), ("text_encoder.", weights.text_lora, shapes.text_lora)):
+    for prefix, lora, shape in (
+        ("", weights.lora, shapes.lora),
+        ("text_encoder.", weights.text_lora, shapes.text_lora),
+    ):
         for name in lora:
             if shape and name.endswith(".lora_A.weight"):
                 module = name.removesuffix(".lora_A.weight")
@@ -271,7 +274,9 @@ def test_parts_of_different_rank_and_alpha_are_fused_exactly() -> None:
     found = comfyui_changes(named, CONFIG)
     assert named["lora_unet_double_blocks_1_img_attn_qkv.lora_down.weight"].shape == (8, 128)
     for name, part in parts.items():
-        assert torch.allclose(found[name], part.alpha / part.down.shape[0] * (part.up.float() @ part.down.float()), atol=1e-8)
+        assert torch.allclose(
+            found[name], part.alpha / part.down.shape[0] * (part.up.float() @ part.down.float()), atol=1e-8
+        )
 
 
 def test_a_dense_fused_matrix_is_split_by_its_rows() -> None:
@@ -284,7 +289,9 @@ def test_a_dense_fused_matrix_is_split_by_its_rows() -> None:
         f"{key}.alpha": torch.tensor(1.0),
     }
     parts = layouts.from_kohya(named).transformer
-    whole = torch.cat([layouts.change(parts[f"single_transformer_blocks.0.{name}"]) for name in layouts.SINGLE["linear1"]])
+    whole = torch.cat(
+        [layouts.change(parts[f"single_transformer_blocks.0.{name}"]) for name in layouts.SINGLE["linear1"]]
+    )
     assert torch.allclose(whole, 0.25 * (lora["x.lora_B.weight"] @ lora["x.lora_A.weight"]), atol=1e-8)
     assert [part.up.shape[0] for part in parts.values()] == [128, 128, 128, 512]
 
@@ -354,7 +361,9 @@ def test_convert_reads_what_diffusers_and_comfyui_spell_otherwise(house: House, 
     layers = lora_layers(LINEAR, ("transformer_blocks.1.attn.to_q",))
     lora = random_lora(layers, 2, 0)
     [name] = layers
-    save_file({f"base_model.model.transformer.{key}": value for key, value in lora.items()}, house.folder / "p.safetensors")
+    save_file(
+        {f"base_model.model.transformer.{key}": value for key, value in lora.items()}, house.folder / "p.safetensors"
+    )
     assert house.fluxrun("convert", "p.safetensors", "--to", "kohya").code == 0
     dotted = {
         key.replace("lora_unet_double_blocks_1_img_attn_qkv", "diffusion_model.double_blocks.1.img_attn.qkv"): value
