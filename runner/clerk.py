@@ -139,7 +139,8 @@ def export_facts(run: Run, delivered: Delivered) -> dict[str, Any]:
     """What the state holds of an export."""
     exports = sorted(path.relative_to(run.folder).as_posix() for path in run.export.iterdir() if path.is_file())
     worst = max(delivered.errors.values(), default=None)
-    return {"exports": exports, "export_errors": dict(delivered.errors), "export_error": worst}
+    errors = {"export_errors": dict(delivered.errors), "export_error": worst}
+    return {"exports": exports, "exported_step": delivered.step, **errors}
 
 
 def versions() -> dict[str, str]:

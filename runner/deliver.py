@@ -51,8 +51,9 @@ class Order:
 
 @dataclass(frozen=True)
 class Delivered:
-    """errors: of each weight file, the largest; pictures: (prompt, picture)."""
+    """step: the checkpoint's; errors: of each weight file, the largest; pictures: (prompt, picture)."""
 
+    step: int
     errors: Mapping[str, float]
     pictures: Sequence[tuple[str, Image.Image]]
 
@@ -89,7 +90,7 @@ def deliver(order: Order, made: Checkpoint | None) -> Delivered:
     card = model_card(about, errors, shown, sample.GUIDANCE, repo, layers, bool(points))
     files.write_text(aside / "README.md", card)
     files.replace_folder(aside, run.export)
-    return Delivered(errors, pictures)
+    return Delivered(step, errors, pictures)
 
 
 def sample_file(run: Run, step: int, index: int) -> Path:

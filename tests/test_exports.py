@@ -263,6 +263,7 @@ def test_export_again_and_from_an_earlier_step(mine: House) -> None:
     fourth = export_bytes(run)
     assert mine.fluxrun("export", "a", "--step", "4").code == 0
     assert export_bytes(run) == fourth != first
+    assert json.loads((run / "state.json").read_text())["exported_step"] == 4
     assert mine.fluxrun("export", "a").code == 0
     assert export_bytes(run) == first
     assert json.loads((run / "state.json").read_text())["state"] == "done"
