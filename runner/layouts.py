@@ -82,9 +82,12 @@ def adapter_of(lora: Mapping[str, Tensor], alpha: float) -> dict[str, Factors]:
     return {name: Factors(down, lora[f"{name}.lora_B.weight"], alpha) for name, down in downs.items()}
 
 
-def change(factors: Factors) -> Tensor:
-    """[out, in], fp32."""
-    return factors.scale * (factors.up.float() @ factors.down.float())
+def difference(one: Factors, other: Factors | None) -> float:
+    """The largest difference of two changes of a matrix (None: no change), as one product of both ranks together."""
+    parts = [one] if other is None else [one, Factors(other.down, -other.up, other.alpha)]
+    up = torch.cat([part.scale * part.up.float() for part in parts], 1)
+    low, high = torch.aminmax(up @ torch.cat([part.down.float() for part in parts]))
+    return float(torch.maximum(-low, high))
 
 
 # ---- diffusers' modules <-> the original's matrices ------------------------------------------------------------------
@@ -175,7 +178,7 @@ def _split(modules: tuple[str, ...], fused: Factors) -> dict[str, Factors]:
     return {module: Factors(fused.down, up, fused.alpha) for module, up in zip(modules, ups, strict=True)}
 
 
-def _trim(factors: Factors) -> Factors | None:
+def trim(factors: Factors) -> Factors | None:
     """Less the columns of `up` that are all zero (a block-diagonal `up` falls apart into its blocks); None: all are."""
     used = (factors.up != 0).any(0)
     if not used.any():
@@ -230,7 +233,7 @@ def from_kohya(named: Mapping[str, Tensor]) -> Adapter:
     every = split_kohya(named)
 
     def kept(parts: Mapping[str, Factors]) -> dict[str, Factors]:
-        return {name: less for name, part in parts.items() if (less := _trim(part)) is not None}
+        return {name: less for name, part in parts.items() if (less := trim(part)) is not None}
 
     return Adapter(kept(every.transformer), kept(every.text))
 

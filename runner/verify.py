@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from runner import tensors
 from runner.checkpoint import Weights
 from runner.errors import BadFile
 from runner.export import EMBEDDING_KEYS
-from runner.layouts import Adapter, Factors, change, from_diffusers, split_kohya
+from runner.layouts import Adapter, Factors, difference, from_diffusers, split_kohya, trim
 from runner.lora import LoraShape
 
 TOLERANCE = 1e-5  # of a matrix's largest change: what another order of fp32 sums may cost, and no more
@@ -40,20 +41,33 @@ def compare(file: str, trained: Adapter, stored: Adapter, dtype: torch.dtype) ->
         for name in [*ours, *(name for name in theirs if name not in ours)]:
             if name not in theirs:
                 raise BadFile(f"{file}: {name} was trained and is not in it")
-            found = change(theirs[name])
-            wanted = change(ours[name]) if name in ours else torch.zeros_like(found)
-            exact = change(_rounded(ours[name], dtype)) if name in ours else wanted
-            off, limit = _largest(found - exact), TOLERANCE * _largest(exact)
-            if not off <= limit:  # not a number is no match either
-                raise BadFile(
-                    f"{file}: {name} changes its layer otherwise than was trained (by {off:.3g}, limit {limit:.3g})"
-                )
-            largest = max(largest, _largest(found - wanted))
+            error = _error(theirs[name], ours.get(name), dtype)
+            if error is None or not math.isfinite(error):
+                raise BadFile(f"{file}: {name} changes its layer otherwise than was trained")
+            largest = max(largest, error)
     return largest
 
 
-def _rounded(factors: Factors, dtype: torch.dtype) -> Factors:
-    return Factors(factors.down.to(dtype), factors.up.to(dtype), factors.alpha)
+def _error(stored: Factors, trained: Factors | None, dtype: torch.dtype) -> float | None:
+    """How far the change is from the trained one; None where it is not even that of the rounded factors."""
+    found = trim(stored)
+    wanted = trim(Factors(trained.down.to(dtype), trained.up.to(dtype), trained.alpha)) if trained else None
+    if found is None or wanted is None:
+        if (found is None) != (wanted is None):
+            return None
+        return difference(trained, None) if trained else 0.0
+    if not _same(found, wanted) and not difference(found, wanted) <= TOLERANCE * difference(wanted, None):
+        return None
+    exact = trained is not None and dtype == torch.float32 and found.scale == wanted.scale
+    return 0.0 if exact and _same(found, wanted) else difference(found, trained)  # sums would only add their own error
+
+
+def _same(one: Factors, other: Factors) -> bool:
+    return (
+        math.isclose(one.scale, other.scale, rel_tol=1e-6)
+        and torch.equal(one.down, other.down)
+        and torch.equal(one.up, other.up)
+    )
 
 
 def _largest(values: Tensor) -> float:
