@@ -15,7 +15,7 @@ from PIL import Image
 
 from runner import device, files
 from runner.checkpoint import Checkpoint
-from runner.deliver import sample_file
+from runner.deliver import Delivered, sample_file
 from runner.plan import Inversion, Joint, Lora, Phase, Plan
 from runner.preview import Look
 from runner.rundir import Run, flat
@@ -131,13 +131,21 @@ class Clerk:
         """Wait until all that was saved is on the disk."""
         self.writer.wait()
 
-    def finish(self) -> None:
-        exports = sorted(
-            path.relative_to(self.run.folder).as_posix() for path in self.run.export.iterdir() if path.is_file()
-        )
+    def finish(self, delivered: Delivered) -> None:
+        more = export_facts(self.run, delivered)
+        if self.spec.hub.push:  # true until the push is through, also if this process ends before it
+            more["warning"] = f"not pushed yet; `fluxrun export {self.run.name} --push` does it"
         self.run.fence()
-        self.run.write_state("done", **self.facts(), finished=time.time(), exports=exports)
+        self.run.write_state("done", **self.facts(), finished=time.time(), **more)
         self.say.line(f"done: {self.run.export}")
+
+
+def export_facts(run: Run, delivered: Delivered) -> dict[str, Any]:
+    """What the state holds of an export."""
+    exports = sorted(path.relative_to(run.folder).as_posix() for path in run.export.iterdir() if path.is_file())
+    worst = max(delivered.errors.values(), default=None)
+    errors = {"export_errors": dict(delivered.errors), "export_error": worst}
+    return {"exports": exports, "exported_step": delivered.step, **errors}
 
 
 def versions() -> dict[str, str]:

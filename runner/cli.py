@@ -325,23 +325,26 @@ def _console() -> Any:
 
 
 @main.command()
-@click.argument("name", metavar="RUN")
+@click.argument("names", nargs=-1, required=True, metavar="RUN...")
 @runs_option
 @click.option("--prompt", "prompts", multiple=True, help="With the tokens' names as in the spec. Default: the spec's.")
-@click.option("--count", default=1, show_default=True, help="Pictures per prompt.")
+@click.option("--count", type=click.IntRange(min=1), default=1, show_default=True, help="Pictures per prompt.")
 @click.option("--seed", type=int, help="Of the first picture; the next ones count up. Default: the spec's.")
-@click.option("--steps", type=int, help="Sampling steps. Default: the spec's.")
+@click.option("--steps", type=click.IntRange(min=1), help="Sampling steps. Default: the spec's.")
 @click.option("--scale", default=1.0, show_default=True, help="Strength of the LoRA.")
 @click.option("--gpus", help="A GPU's number, or `cpu`.")
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="A folder. Default: RUN's samples/.")
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="A folder. Default: each RUN's samples/.")
 def sample(
-    name: str, runs: Path, prompts: tuple[str, ...], count: int, seed: int | None, steps: int | None, scale: float,
+    names: tuple[str, ...], runs: Path, prompts: tuple[str, ...], count: int, seed: int | None, steps: int | None, scale: float,
     gpus: str | None, out: Path | None,
 ) -> None:  # fmt: skip
-    """Pictures from a run's exports, by stock diffusers."""
-    from runner.sampling import sample_run
+    """Pictures from runs' exports, by stock diffusers.
 
-    for path in sample_run(runs, name, prompts, count=count, seed=seed, steps=steps, scale=scale, gpus=gpus, out=out):
+    Several runs are drawn with the same prompts and seeds; several pictures make a contact sheet.
+    """
+    from runner.sampling import sample_runs
+
+    for path in sample_runs(runs, names, prompts, count=count, seed=seed, steps=steps, scale=scale, gpus=gpus, out=out):
         click.echo(path)
 
 
@@ -389,3 +392,34 @@ def schema() -> None:
     from runner.spec import json_schema
 
     click.echo(json.dumps(json_schema(), indent=1))
+
+
+@main.command("export")
+@click.argument("name", metavar="RUN")
+@runs_option
+@click.option("--step", type=click.IntRange(min=0), help="From the checkpoint of this step. Default: the newest.")
+@click.option("--push", is_flag=True, help="Upload them, as hub.repo and hub.private say.")
+@click.option("--gpus", help="A GPU's number, or `cpu`.")
+def export_again(name: str, runs: Path, step: int | None, push: bool, gpus: str | None) -> None:
+    """Write a run's exports again, whatever state it is in."""
+    from runner.exporting import export_run
+    from runner.say import Say
+    from runner.screen import Screen
+
+    screen = Screen()
+    say = Say(lambda event: screen.show("", event))
+    for path in export_run(runs, name, step, gpus=gpus, push_too=push, say=say):
+        click.echo(path)
+
+
+@main.command()
+@click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.option("--to", type=click.Choice(["diffusers", "kohya"]), required=True, help="The layout wanted.")
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Default: FILE's name and the layout.")
+def convert(file: Path, to: str, out: Path | None) -> None:
+    """A FLUX.1 LoRA from elsewhere, in the other layout: diffusers' or the original (kohya, ComfyUI)."""
+    from runner.converting import convert as write
+
+    path, error = write(file, to, out)
+    click.echo(f"{path}: read back; the largest difference of a weight's change is {error:.2g}", err=True)
+    click.echo(path)

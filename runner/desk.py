@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from runner import classfolder, data, files, flux, tokens
+from runner import classfolder, data, device, files, flux, tokens
 from runner.basefiles import fingerprint
 from runner.cache import Cache
 from runner.checkpoint import Weights
@@ -169,3 +169,10 @@ class Desk:
     def check_stop(self) -> None:
         if self.stop_requested():
             raise Interrupted("stopped before training was complete; the same command goes on")
+
+
+def open_base_of(spec: Spec, gpus: str | None) -> flux.Base:
+    """The spec's base on the device that `gpus` chooses, with the process set up for it."""
+    own, where = spec.model, device.choose(gpus)
+    device.prepare(where, tf32=own.tf32)
+    return flux.open_base(own.base, own.revision, own.variant, where, device.resolve_dtype(own.dtype, where))

@@ -16,6 +16,7 @@ from runner.device import move, release
 from runner.errors import FluxrunError
 from runner.lora import LoraShape
 from runner.plan import Encode
+from runner.spec import Spec
 
 LOADERS = {"clip": flux.load_clip, "t5": flux.load_t5}
 
@@ -68,11 +69,11 @@ def encode_captions(desk: Desk, encoder: str, weights: Weights) -> None:
     release(desk.base.device)
 
 
-def text_lora_shape(desk: Desk) -> LoraShape:
-    own = desk.spec.text_lora
+def text_lora_shape(spec: Spec, base: flux.Base) -> LoraShape:
+    own = spec.text_lora
     assert own is not None
     assert own.alpha is not None  # the spec resolves it
-    config = clip_config(desk.base.folder)
+    config = clip_config(base.folder)
     assert config is not None
     return LoraShape(own.rank, own.alpha, 0.0, tuple(clip_layers(config)))
 
@@ -103,7 +104,7 @@ class LiveEncoder:
             made.rows = nn.Parameter(first.clone().to(desk.base.device), requires_grad=learn_rows)
             text.attach_rows(model, tokenizer, desk.pieces, made.rows)
         if encoder == "clip" and (weights.text_lora or learn_lora):
-            made.adapter = lora.attach_lora(model, text_lora_shape(desk), desk.spec.seed)
+            made.adapter = lora.attach_lora(model, text_lora_shape(desk.spec, desk.base), desk.spec.seed)
             if weights.text_lora:
                 lora.set_tensors(made.adapter, weights.text_lora)
             for parameter in made.adapter.values():

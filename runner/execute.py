@@ -10,7 +10,7 @@ from runner.cache import Cache
 from runner.checkpoint import Checkpoint, Weights
 from runner.clerk import Clerk
 from runner.data import Pictures
-from runner.deliver import deliver, push
+from runner.deliver import Delivered, Order, deliver, push
 from runner.desk import Desk
 from runner.encode import encode
 from runner.errors import BadFile
@@ -42,6 +42,8 @@ def execute(
         run.take(attempt)
         ranks.wait()
         desk = Desk(spec, plan, pictures, base, cache, say, ranks, stop_requested, split)
+        order = Order(run, spec, base, say, stop_requested)
+        delivered: Delivered | None = None
         progress = newest_checkpoint(run, plan, say)
         clerk = Clerk(run, plan, spec, say, progress, base.device)
         try:
@@ -62,12 +64,13 @@ def execute(
                         progress = train_phase(desk, phase, progress, clerk.save, clerk.settle, clerk.step, clerk.show)
                         device.release(base.device)
                     case Export():
-                        pictures_made = deliver(desk, run, progress.weights if progress else Weights())
-                        clerk.show_pictures(plan.steps, [picture for _, picture in pictures_made])
-                        if spec.hub.push:
-                            push(desk, run)
+                        delivered = deliver(order, progress)
+                        clerk.show_pictures(plan.steps, [picture for _, picture in delivered.pictures])
                 say.end_phase()
-            clerk.finish()
+            assert delivered is not None  # every plan ends with an export
+            clerk.finish(delivered)
+            if spec.hub.push:
+                push(order)
         finally:
             clerk.close()
             say.end_phase()

@@ -165,7 +165,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Raw], metadata: Mapping[str,
     Format: https://github.com/huggingface/safetensors#format (8 bytes length, JSON header padded to 8, data).
     """
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
-    names = sorted(tensors, key=lambda name: (-_width(tensors[name].dtype), name))  # wide first keeps all aligned
+    names = _order(tensors)
     offset = 0
     for name in names:
         raw = tensors[name]
@@ -174,6 +174,15 @@ def write_tensors(path: Path, tensors: Mapping[str, Raw], metadata: Mapping[str,
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     write_bytes(path, [struct.pack("<Q", len(text)), text, *(tensors[name].data for name in names)], disk=disk)
+
+
+def data_digest(tensors: Mapping[str, Raw]) -> str:
+    """SHA-256 of what `write_tensors` writes behind the header: the hash that WebUIs know a LoRA by."""
+    return sha256(tensors[name].data for name in _order(tensors))
+
+
+def _order(tensors: Mapping[str, Raw]) -> list[str]:
+    return sorted(tensors, key=lambda name: (-_width(tensors[name].dtype), name))  # wide first keeps all aligned
 
 
 def _width(dtype: str) -> int:

@@ -81,7 +81,7 @@ def load_transformer(desk: Desk, phase: TrainPhase, past: Weights) -> tuple[nn.M
         transformer.enable_gradient_checkpointing()  # type: ignore[operator]
     adapter: dict[str, nn.Parameter] = {}
     if trains_lora(phase) or past.lora:
-        adapter = lora.attach_lora(transformer, lora_shape(desk), desk.spec.seed)
+        adapter = lora.attach_lora(transformer, lora_shape(desk.spec, desk.base), desk.spec.seed)
         if past.lora:
             lora.set_tensors(adapter, past.lora)
         for parameter in adapter.values():
@@ -124,9 +124,9 @@ def weights_now(past: Weights, adapter: Mapping[str, nn.Parameter], encoders: En
     return Weights({name: value.detach() for name, value in adapter.items()}, rows, text_lora)
 
 
-def lora_shape(desk: Desk) -> lora.LoraShape:
-    own = desk.spec.lora
-    config = json.loads((desk.base.folder / "transformer" / "config.json").read_text())
+def lora_shape(spec: Spec, base: flux.Base) -> lora.LoraShape:
+    own = spec.lora
+    config = json.loads((base.folder / "transformer" / "config.json").read_text())
     assert own.alpha is not None  # the spec resolves it
     return lora.LoraShape(own.rank, own.alpha, own.dropout, tuple(lora_layers(linear_layers(config), own.layers)))
 

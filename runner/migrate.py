@@ -416,5 +416,5 @@ def _written(draft: Draft, script: str) -> str:
 
 ORDER = [
     "model", "data", "prior", "lora", "inversion", "text_lora", "train", "train.weighting", "optimizer", "schedule",
-    "checkpoint", "validate", "track", "hub", "compute",
+    "checkpoint", "validate", "track", "export", "hub", "compute",
 ]  # fmt: skip

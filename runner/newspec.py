@@ -14,6 +14,7 @@ from runner.spec import (
     Checkpoint,
     Compute,
     Data,
+    Export,
     Hub,
     Inversion,
     LogitNormal,
@@ -49,6 +50,7 @@ TABLES: tuple[tuple[str, type[BaseModel], bool, dict[str, Any]], ...] = (
     ("[checkpoint]", Checkpoint, True, {}),
     ("[validate]", Validate, True, {"prompts": ["a photo of TOK on a beach"]}),
     ("[track]", Track, True, {}),
+    ("[export]", Export, True, {}),
     ("[hub]", Hub, True, {}),
     ("[compute]", Compute, True, {}),
 )

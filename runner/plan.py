@@ -26,6 +26,7 @@ NOT_IN_KEY = (
     "name",
     "checkpoint",
     "track",
+    "export",
     "hub",
     "validate",
     "data.source",
@@ -275,7 +276,8 @@ def _phases(
         start = stop
         chained("ends", stop)
     pictures = len(spec.validation.prompts) * spec.validation.count
-    shown = json.dumps([spec.name, spec.validation.model_dump(mode="json")], sort_keys=True)
+    made = [spec.name, spec.validation.model_dump(mode="json"), spec.export.model_dump(mode="json")]
+    shown = json.dumps(made, sort_keys=True)
     phases.append(Export("export", start, pictures, key_of(key, "export", shown)))
     return tuple(phases)
 

@@ -6,12 +6,13 @@ No torch: `fluxrun plan` is this and a printer.
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from runner import classfolder, data, sources
+from runner import classfolder, data, hub, sources
 from runner.basefiles import BUILTIN, clip_config, fingerprint, local_folder, transformer_config
 from runner.data import DataError, Pictures
 from runner.digest import key_of
@@ -38,12 +39,17 @@ class Job:
 
 
 def prepare(paths: Sequence[Path], runs: Path, *, fetch: bool, fresh: bool) -> list[Job]:
-    """Raises SpecError with all faults of all specs. `fetch`: hub data sets are loaded, so that they can be checked."""
+    """Raises SpecError with all faults of all specs. `fetch`: hub data sets are loaded and
+    the login for a push is tried, so that they can be checked."""
     loaded, faults = load_all(paths)
     jobs: list[Job] = []
+    ask_hub = functools.cache(hub.login_fault)  # once for all specs
     shared: dict[Source, Pictures | list[str] | None] = {}
     for one in loaded:
         found = _prepare_one(one, runs, fetch, fresh, shared)
+        if isinstance(found, Job) and fetch and found.spec.hub.push and found.verdict.state != "done":
+            wrong = ask_hub()
+            found = [one.source.fault("hub.push", wrong)] if wrong else found
         if isinstance(found, Job):
             jobs.append(found)
         else:

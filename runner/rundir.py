@@ -186,6 +186,16 @@ class Run:
         facts = {key: value for key, value in _read_json(self.state_file).items() if key in PROGRESS}
         self.write_state(state, **facts, error=reason, **more)
 
+    def amend(self, **more: Any) -> None:
+        """Change single values of the state, whatever it is; None takes one out."""
+        now = {**_read_json(self.state_file), **more}
+        files.write_json(self.state_file, {key: value for key, value in now.items() if value is not None})
+
+    def began(self) -> float | None:
+        """When it was first started, in seconds since 1970."""
+        started: float | None = _read_json(self.state_file).get("started")
+        return started
+
     # ---- done, and why ---------------------------------------------------------------------------------------------
 
     def verdict(self, spec: Spec, plan: Plan) -> Verdict:
@@ -291,6 +301,7 @@ class Run:
 
 PROGRESS = (
     "phase", "step", "wall_s", "s_per_step", "peak_memory_bytes", "train_loss", "eval_loss", "skipped_steps", "exports",
+    "exported_step", "export_errors", "export_error",
 )  # fmt: skip
 WAYS_OUT = "give this spec another `name`, undo the change, or add --fresh to move the old folder aside"
 

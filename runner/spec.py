@@ -201,6 +201,10 @@ class Track(Table):
     to: Annotated[tuple[Literal["tensorboard", "wandb"], ...], Field(strict=False)] = key(("tensorboard",), "Trackers")
 
 
+class Export(Table):
+    dtype: Dtype = key("bf16", "Of the exported files; what rounding costs is measured and told")
+
+
 class Hub(Table):
     push: bool = key(False, "Upload the export folder when done")
     repo: Line | None = key(None, "Repository id; default the run's name")
@@ -231,6 +235,7 @@ class Spec(Table):
     checkpoint: Checkpoint = Checkpoint()
     validation: Validate = Field(default=Validate(), alias="validate")
     track: Track = Track()
+    export: Export = Export()
     hub: Hub = Hub()
     compute: Compute = Compute()
 

@@ -17,6 +17,7 @@ from runner.ranks import Ranks
 
 SMOOTHING = 0.98  # of the loss that `status` and the index show; a step's own loss is mostly its timestep's
 BAD_STEPS = 5  # in a row, before a run is given up
+CURVE_POINTS = 512  # of the smoothed loss at most, however long the run
 
 
 class Objective(Protocol):
@@ -43,13 +44,14 @@ class Step:
 @dataclass(frozen=True)
 class Meters:
     """What crosses a checkpoint beside weights and optimizer; JSON values. skipped: steps that updated nothing, in_row:
-    the last ones of them; scaler: the gradient scaler's own state."""
+    the last ones of them; scaler: the gradient scaler's own state; curve: [step, smoothed loss], evenly spaced."""
 
     smoothed: float | None = None
     eval_loss: float | None = None
     skipped: int = 0
     in_row: int = 0
     scaler: dict[str, Any] = field(default_factory=dict)
+    curve: list[list[float]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ def train(
             optimizer.drop()  # nothing of it reaches the weights
         scaler.update()
         step += 1
-        meters = _after(meters, value, good, calibrating)
+        meters = _after(meters, step, value, good, calibrating)
         report(
             Step(
                 step, value, meters.smoothed, grad_norm, optimizer.effective_lr(), time.perf_counter() - began, not good
@@ -129,9 +131,19 @@ def train(
             raise Interrupted(f"stopped after step {step}; the same command goes on from there")
 
 
-def _after(meters: Meters, value: float, good: bool, calibrating: bool) -> Meters:
+def _after(meters: Meters, step: int, value: float, good: bool, calibrating: bool) -> Meters:
     """A gradient scaler finds its scale by overflowing: those steps are skipped too, but tell of nothing wrong."""
     if good:
         smoothed = value if meters.smoothed is None else SMOOTHING * meters.smoothed + (1 - SMOOTHING) * value
-        return replace(meters, smoothed=smoothed, in_row=0)
+        return replace(meters, smoothed=smoothed, in_row=0, curve=_extended(meters.curve, step, smoothed))
     return replace(meters, skipped=meters.skipped + 1, in_row=meters.in_row + (not calibrating))
+
+
+def _extended(curve: list[list[float]], step: int, smoothed: float) -> list[list[float]]:
+    """Every step while they are few, then every second, fourth, ...: a function of the step alone, so it resumes exactly."""
+    stride = 1
+    while step > stride * CURVE_POINTS:
+        stride *= 2
+    if step % stride:
+        return curve
+    return [point for point in curve if point[0] % stride == 0] + [[step, smoothed]]

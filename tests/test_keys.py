@@ -186,7 +186,7 @@ TABLE: dict[str, tuple[Any, Probe, Any, dict[str, Any]]] = {
     "lora.rank": (2, lambda d: next(iter(objective_of(d)[1]["lora"].values())).shape[0], 2, {}),
     "lora.alpha": (8.0, step_loss, NOW, {}),
     "lora.dropout": (0.9, step_loss, NOW, {}),
-    "lora.layers": (["attn.to_q"], lambda d: {name.split(".attn.")[-1] for name in lora_shape(d).layers}, {"to_q"}, {}),
+    "lora.layers": (["attn.to_q"], lambda d: {name.split(".attn.")[-1] for name in lora_shape(d.spec, d.base).layers}, {"to_q"}, {}),
     "lora.until": (0.25, spans, [("joint", 0, 2), ("inversion", 2, 4)], TOKENS),
     "text_lora.rank": (2, lambda d: d.plan.training[0].trains[0].parameters, 2 * 2 * 4 * 2 * 64, {"text_lora": {"rank": 4}}),
     "text_lora.alpha": (64.0, step_loss, NOW, {"text_lora": {"rank": 4}}),
@@ -239,9 +239,10 @@ ELSEWHERE = {
     "validate.steps": "test_abilities.py::test_pictures_while_training_change_nothing_of_it",
     "validate.size": "test_abilities.py::test_pictures_while_training_change_nothing_of_it",
     "track.to": "test_abilities.py::test_weights_and_biases_gets_the_numbers",
-    "hub.push": "test_abilities.py::test_the_export_folder_is_pushed_as_it_is",
-    "hub.repo": "test_abilities.py::test_the_export_folder_is_pushed_as_it_is",
-    "hub.private": "test_abilities.py::test_the_export_folder_is_pushed_as_it_is",
+    "export.dtype": "test_exports.py::test_another_dtype_exports_again_and_trains_nothing",
+    "hub.push": "test_hub.py::test_the_export_folder_is_pushed_as_it_is",
+    "hub.repo": "test_hub.py::test_the_export_folder_is_pushed_as_it_is",
+    "hub.private": "test_hub.py::test_the_export_folder_is_pushed_as_it_is",
     "compute.gpus": "test_abilities.py::test_two_processes_train_one_run",
 }
 
@@ -315,7 +316,7 @@ def test_a_key_does_what_it_says(stocked: House, key: str) -> None:
 
 def test_the_tables_name_every_key() -> None:
     tables = {"model", "data", "prior", "tokens", "inversion", "lora", "text_lora", "train", "train.weighting", "optimizer",
-              "schedule", "checkpoint", "validate", "track", "hub", "compute"}  # fmt: skip
+              "schedule", "checkpoint", "validate", "track", "export", "hub", "compute"}  # fmt: skip
     assert {name for name, _ in _all_keys(Spec)} - tables == set(TABLE) | set(ELSEWHERE)
     for place in ELSEWHERE.values():
         file, _, test = place.partition("::")

@@ -113,6 +113,7 @@ VALUES = {  # every key of the contract, with a value that is not its default
     "checkpoint.keep": "1",
     "validate": '{ prompts = ["a"], every = 5, count = 2, steps = 4, size = 64 }',
     "track.to": '["wandb"]',
+    "export.dtype": '"fp16"',
     "hub.push": "true",
     "hub.repo": '"me/it"',
     "hub.private": "true",
