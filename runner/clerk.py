@@ -58,6 +58,7 @@ class Clerk:
             "step": self.at_step,
             "train_loss": self.loss,
             "eval_loss": self.meters.eval_loss,
+            "best_step": self.meters.best_step,
             "skipped_steps": self.meters.skipped or None,
             "wall_s": round(self.before.get("wall_s", 0.0) + time.monotonic() - self.began, 3),
             "s_per_step": statistics.median(self.seconds) if self.seconds else self.before.get("s_per_step"),

@@ -31,6 +31,7 @@ class Record:
     base: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
     error: str | None = None
+    best_step: int | None = None
     attempts: int | None = None
     split: int | None = None
     export_error: float | None = None

@@ -17,8 +17,8 @@ from runner.objective import Encoders, FlowObjective
 from runner.optim import Adam, Adam8bit, Group, Optimizer, ProdigyNumbers, schedule
 from runner.plan import Inversion, Joint, Lora, learning, trains_lora
 from runner.preview import Look
-from runner.spec import Spec
-from runner.train import Loop, Meters, Step, train
+from runner.spec import Spec, Stop
+from runner.train import Early, Loop, Meters, Step, train
 
 TrainPhase = Joint | Inversion | Lora
 
@@ -62,6 +62,7 @@ def train_phase(
         before.step if before else phase.start, phase.stop, desk.plan.steps, own.train.accumulate * desk.split,
         own.train.max_grad_norm, own.checkpoint.every, own.checkpoint.minutes and 60 * own.checkpoint.minutes,
         own.validation.every,
+        Early(**own.stop.model_dump(), keep_best=own.export.best or own.stop != Stop()),
     )  # fmt: skip
     try:
         train(

@@ -22,6 +22,7 @@ from runner.spec import (
     Model,
     Prior,
     Schedule,
+    Stop,
     TextLora,
     Token,
     Track,
@@ -49,12 +50,14 @@ TABLES: tuple[tuple[str, type[BaseModel], bool, dict[str, Any]], ...] = (
     ("[schedule]", Schedule, True, {}),
     ("[checkpoint]", Checkpoint, True, {}),
     ("[validate]", Validate, True, {"prompts": ["a photo of TOK on a beach"]}),
+    ("[stop]", Stop, True, {}),
     ("[track]", Track, True, {}),
     ("[export]", Export, True, {}),
     ("[hub]", Hub, True, {}),
     ("[compute]", Compute, True, {}),
 )
 NOTES = {
+    "[stop]": "Early stopping by the eval loss, which is taken every validate.every steps.",
     "[[tokens]]": "New words that the text encoders learn: pivotal tuning. Without this table: LoRA alone.",
     "[text_lora]": "LoRA of the CLIP encoder, instead of [[tokens]].",
     "[prior]": "Prior preservation: pictures of the class, made by the base where there are too few.",

@@ -298,6 +298,8 @@ def _text_part(spec: Spec, facts: Facts, known: Sequence[tokens.Placeholder]) ->
 def _result_values(spec: Spec) -> dict[str, Any]:
     """What the user set, less NOT_IN_KEY and SPAN_KEYS; defaults are RESULT_FORMAT's."""
     values: dict[str, Any] = spec.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+    if values.get("stop"):  # when training looks is when it may end
+        values["stop"]["every"] = spec.validation.every
     for dotted in (*NOT_IN_KEY, *SPAN_KEYS):
         *tables, last = dotted.split(".")
         table = values

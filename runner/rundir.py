@@ -300,7 +300,7 @@ class Run:
 
 
 PROGRESS = (
-    "phase", "step", "wall_s", "s_per_step", "peak_memory_bytes", "train_loss", "eval_loss", "skipped_steps", "exports",
+    "phase", "step", "wall_s", "s_per_step", "peak_memory_bytes", "train_loss", "eval_loss", "best_step", "skipped_steps", "exports",
     "exported_step", "export_errors", "export_error",
 )  # fmt: skip
 WAYS_OUT = "give this spec another `name`, undo the change, or add --fresh to move the old folder aside"

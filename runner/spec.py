@@ -197,12 +197,19 @@ class Validate(Table):
     size: Side | None = key(None, "Side in pixels; default the resolution")
 
 
+class Stop(Table):
+    no_better_for: Natural | None = key(None, "Steps without a lower eval loss, then training ends")
+    loss_above: Positive | None = key(None, "An eval loss above this ends training")
+    at: Positive | None = key(None, "An eval loss at or below this ends training")
+
+
 class Track(Table):
     to: Annotated[tuple[Literal["tensorboard", "wandb"], ...], Field(strict=False)] = key(("tensorboard",), "Trackers")
 
 
 class Export(Table):
     dtype: Dtype = key("bf16", "Of the exported files; what rounding costs is measured and told")
+    best: bool = key(False, "Export the step with the lowest eval loss instead of the last")
 
 
 class Hub(Table):
@@ -234,6 +241,7 @@ class Spec(Table):
     schedule: Schedule = Schedule()
     checkpoint: Checkpoint = Checkpoint()
     validation: Validate = Field(default=Validate(), alias="validate")
+    stop: Stop = Stop()
     track: Track = Track()
     export: Export = Export()
     hub: Hub = Hub()

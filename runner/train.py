@@ -44,14 +44,41 @@ class Step:
 @dataclass(frozen=True)
 class Meters:
     """What crosses a checkpoint beside weights and optimizer; JSON values. skipped: steps that updated nothing, in_row:
-    the last ones of them; scaler: the gradient scaler's own state; curve: [step, smoothed loss], evenly spaced."""
+    the last ones of them; best: the lowest eval loss, of best_step; ended: by which rule training ended early; scaler: the
+    gradient scaler's own state; curve: [step, smoothed loss], evenly spaced."""
 
     smoothed: float | None = None
     eval_loss: float | None = None
     skipped: int = 0
     in_row: int = 0
+    best: float | None = None
+    best_step: int | None = None
+    ended: str = ""
     scaler: dict[str, Any] = field(default_factory=dict)
     curve: list[list[float]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Early:
+    """When training ends before its last step, by the eval loss of a look: it was not lower for `no_better_for` steps; it
+    is above `loss_above`; it has come down to `at`. None where a rule is off. `keep_best`: the best step is saved."""
+
+    no_better_for: int | None = None
+    loss_above: float | None = None
+    at: float | None = None
+    keep_best: bool = False
+
+    def reason(self, meters: Meters, step: int) -> str:
+        loss, best, best_step = meters.eval_loss, meters.best, meters.best_step
+        if loss is None or best_step is None:
+            return ""
+        if self.at is not None and loss <= self.at:
+            return f"eval loss {loss:.5f} at step {step} has come down to stop.at ({self.at:g})"
+        if self.loss_above is not None and loss > self.loss_above:
+            return f"eval loss {loss:.5f} at step {step} is above stop.loss_above ({self.loss_above:g})"
+        if self.no_better_for is not None and step - best_step >= self.no_better_for:
+            return f"no eval loss below {best:.5f} of step {best_step} for {step - best_step} steps (stop.no_better_for)"
+        return ""
 
 
 @dataclass(frozen=True)
@@ -67,6 +94,7 @@ class Loop:
     save_every: int
     save_seconds: float | None
     look_every: int | None
+    early: Early = Early()
 
 
 def train(
@@ -83,8 +111,8 @@ def train(
     look: Callable[[int], float],
     stop_requested: Callable[[], bool],
 ) -> None:
-    """`save(step, meters)` is called every `save_every` steps, at the end and before stopping; `look(step)` gives the
-    eval loss. Raises Interrupted after the last save, NonFinite where too many steps in a row had no finite gradient.
+    """`save(step, meters)` is called every `save_every` steps, at the end (also an early one) and before stopping;
+    `look(step)` gives the eval loss, in the leading rank. Raises Interrupted after the last save, NonFinite where too many steps in a row had no finite gradient.
     """
     step, saved = loop.start, time.monotonic()
     if meters.scaler:
@@ -120,15 +148,29 @@ def train(
                 f"step {step}: no finite loss or gradient in {BAD_STEPS} steps in a row (loss {value}, gradient norm "
                 f"{grad_norm}); nothing of them reached the weights. Lower train.lr, or use model.dtype bf16 or fp32"
             )
+        better = False
         if step == loop.last or (loop.look_every and step % loop.look_every == 0):
-            meters = replace(meters, eval_loss=look(step))
-        asked = ranks.any(stop_requested(), total.device)
+            before, meters = meters.best_step, _looked(meters, step, look(step))
+            better = loop.early.keep_best and meters.best_step != before
+            if step < loop.last and ranks.leads:
+                meters = replace(meters, ended=loop.early.reason(meters, step))
+        asked, ended = (ranks.any(flag, total.device) for flag in (stop_requested(), bool(meters.ended)))
+        if ended and not meters.ended:
+            meters = replace(meters, ended="by the leading rank's look")
         late = loop.save_seconds is not None and time.monotonic() - saved >= loop.save_seconds
-        if asked or late or step == loop.stop or step % loop.save_every == 0:
+        if asked or ended or better or late or step == loop.stop or step % loop.save_every == 0:
             saved = time.monotonic()
             save(step, replace(meters, scaler=scaler.state_dict()))
+        if ended:
+            return
         if asked:
             raise Interrupted(f"stopped after step {step}; the same command goes on from there")
+
+
+def _looked(meters: Meters, step: int, eval_loss: float) -> Meters:
+    if meters.best is None or eval_loss < meters.best:
+        return replace(meters, eval_loss=eval_loss, best=eval_loss, best_step=step)
+    return replace(meters, eval_loss=eval_loss)
 
 
 def _after(meters: Meters, step: int, value: float, good: bool, calibrating: bool) -> Meters:
