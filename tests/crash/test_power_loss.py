@@ -130,7 +130,7 @@ def cut_everywhere(
 ) -> Tally:  # fmt: skip
     run, tally = new_run(), Tally()
     said = 0
-    known: dict[frozenset[tuple[str, bytes]], Checkpoint | None | BadFile] = {}
+    known: dict[frozenset[tuple[str, bytes]], Checkpoint | BadFile | None] = {}
 
     def visit(states: Iterator[dict[str, bytes]]) -> None:
         for state in states:
@@ -156,7 +156,7 @@ def cut_everywhere(
     return tally
 
 
-def loaded(state: dict[str, bytes]) -> Checkpoint | None | BadFile:
+def loaded(state: dict[str, bytes]) -> Checkpoint | BadFile | None:
     run: Run = new_run()
     for name, data in state.items():
         (run.checkpoints / name).write_bytes(data)
