@@ -32,7 +32,7 @@ class Cache:
             return None
         try:
             found, about = tensors.load(path)
-            if (about.get("kind"), about.get("key")) != (kind, key):
+            if (about.get("kind"), about.get("key", key)) != (kind, key):  # early entries do not know their key
                 raise BadFile(f"{path}: the header says {about.get('kind')} {about.get('key')}")
             return found["value"]
         except BadFile:
