@@ -8,7 +8,7 @@ from pathlib import Path
 
 from runner import checkpoint, files
 from runner.checkpoint import Checkpoint
-from runner.errors import Paused
+from runner.errors import BadFile, Paused
 from runner.stepfiles import file_name, steps_in
 
 SPARE = 16 << 20  # bytes left free beside a checkpoint, for state, log and events
@@ -57,7 +57,13 @@ class Writer:
         self._make_sure_of_room(made)
         self.fence()
         checkpoint.write(path, made, disk=self.disk)
-        checkpoint.read(path)
+        try:
+            checkpoint.read(path)
+        except BadFile as error:
+            raise Paused(
+                f"{error}; so it was read back right after it was written: the disk is failing, or the memory. The "
+                "checkpoint before it stands; the same command goes on from there"
+            ) from error
         self._prune(made.step)
         self.log(f"checkpoint at step {made.step}")
 
