@@ -22,7 +22,7 @@ from runner.rundir import Run, flat
 from runner.say import Say
 from runner.spec import Spec, dump
 from runner.track import trackers
-from runner.train import Meters, Step
+from runner.train import Meters, Step, looked
 from runner.writer import Writer
 
 HEARTBEAT = 1.0  # seconds between writes of the step into state.json
@@ -59,6 +59,7 @@ class Clerk:
             "train_loss": self.loss,
             "eval_loss": self.meters.eval_loss,
             "best_step": self.meters.best_step,
+            "ended": self.meters.ended or None,
             "skipped_steps": self.meters.skipped or None,
             "wall_s": round(self.before.get("wall_s", 0.0) + time.monotonic() - self.began, 3),
             "s_per_step": statistics.median(self.seconds) if self.seconds else self.before.get("s_per_step"),
@@ -98,7 +99,7 @@ class Clerk:
 
     def show(self, step: int, look: Look) -> None:
         """The eval loss, and pictures where there are any."""
-        self.meters = replace(self.meters, eval_loss=look.eval_loss)
+        self.meters = looked(self.meters, step, look.eval_loss)
         values = {
             "eval/loss": look.eval_loss,
             **{f"eval/sigma {sigma:.1f}": loss for sigma, loss in look.by_sigma.items()},
@@ -131,6 +132,11 @@ class Clerk:
     def settle(self) -> None:
         """Wait until all that was saved is on the disk."""
         self.writer.wait()
+
+    def end_training(self, progress: Checkpoint) -> None:
+        if ended := progress.scalars["meters"]["ended"]:
+            self.meters = replace(self.meters, ended=ended)
+            self.say.line(f"training ends early: {ended}")
 
     def finish(self, delivered: Delivered) -> None:
         more = export_facts(self.run, delivered)

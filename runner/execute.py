@@ -63,6 +63,7 @@ def execute(
                     case Joint() | Inversion() | Lora():
                         ranks.wait()
                         progress = train_phase(desk, phase, progress, clerk.save, clerk.settle, clerk.step, clerk.show)
+                        clerk.end_training(progress)
                         device.release(base.device)
                     case Export():
                         delivered = deliver(order, best_of(run, progress, say) if spec.export.best else progress)

@@ -14,7 +14,7 @@ from runner.rundir import find_runs
 class Record:
     """One run. Times: seconds since 1970; wall_s: all attempts together; losses: smoothed; memory in bytes;
     export_error: the largest of any exported file (state.json has each); warning: what went wrong and cost nothing;
-    split: parts that a micro-batch was cut into because it did not fit into the memory."""
+    ended: by which rule training ended early; split: parts that a micro-batch was cut into because it did not fit into the memory."""
 
     name: str
     state: str
@@ -32,6 +32,7 @@ class Record:
     versions: dict[str, str] = field(default_factory=dict)
     error: str | None = None
     best_step: int | None = None
+    ended: str | None = None
     attempts: int | None = None
     split: int | None = None
     export_error: float | None = None

@@ -186,7 +186,7 @@ class Schedule(Table):
 class Checkpoint(Table):
     every: Natural = key(100, "Steps between checkpoints")
     minutes: Positive | None = key(None, "Minutes between checkpoints, beside every")
-    keep: Natural = key(2, "Checkpoints kept; the ends of phases are kept beside them")
+    keep: Natural = key(2, "Checkpoints kept; the ends of phases and the best step looked at are kept beside them")
 
 
 class Validate(Table):

@@ -77,7 +77,9 @@ class Early:
         if self.loss_above is not None and loss > self.loss_above:
             return f"eval loss {loss:.5f} at step {step} is above stop.loss_above ({self.loss_above:g})"
         if self.no_better_for is not None and step - best_step >= self.no_better_for:
-            return f"no eval loss below {best:.5f} of step {best_step} for {step - best_step} steps (stop.no_better_for)"
+            return (
+                f"no eval loss below {best:.5f} of step {best_step} for {step - best_step} steps (stop.no_better_for)"
+            )
         return ""
 
 
@@ -112,7 +114,8 @@ def train(
     stop_requested: Callable[[], bool],
 ) -> None:
     """`save(step, meters)` is called every `save_every` steps, at the end (also an early one) and before stopping;
-    `look(step)` gives the eval loss, in the leading rank. Raises Interrupted after the last save, NonFinite where too many steps in a row had no finite gradient.
+    `look(step)` gives the eval loss, in the leading rank. Raises Interrupted after the last save, NonFinite where too many
+    steps in a row had no finite gradient.
     """
     step, saved = loop.start, time.monotonic()
     if meters.scaler:
@@ -150,7 +153,7 @@ def train(
             )
         better = False
         if step == loop.last or (loop.look_every and step % loop.look_every == 0):
-            before, meters = meters.best_step, _looked(meters, step, look(step))
+            before, meters = meters.best_step, looked(meters, step, look(step))
             better = loop.early.keep_best and meters.best_step != before
             if step < loop.last and ranks.leads:
                 meters = replace(meters, ended=loop.early.reason(meters, step))
@@ -167,7 +170,8 @@ def train(
             raise Interrupted(f"stopped after step {step}; the same command goes on from there")
 
 
-def _looked(meters: Meters, step: int, eval_loss: float) -> Meters:
+def looked(meters: Meters, step: int, eval_loss: float) -> Meters:
+    """With what a look has shown."""
     if meters.best is None or eval_loss < meters.best:
         return replace(meters, eval_loss=eval_loss, best=eval_loss, best_step=step)
     return replace(meters, eval_loss=eval_loss)

@@ -221,6 +221,40 @@ def test_an_interrupted_run_ends_with_the_same_bytes(house: House, kind: str) ->
         assert any(tensor.dtype == torch.uint8 for tensor in newest.optimizer.values())
 
 
+def test_a_run_that_ends_early_exports_its_best_step(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A look every step, whose losses are given: the third is the best; two steps without a better one end it, in the
+    phase before the last. Stopped on the way and resumed it ends the same."""
+    from runner import objective
+
+    losses = {1: 3.0, 2: 2.0, 3: 1.0, 4: 1.5, 5: 1.2, 6: 0.5}
+    at = iter([])
+
+    def given(self: Any) -> dict[float, float]:
+        return {0.5: losses[next(at)]}
+
+    monkeypatch.setattr(objective.FlowObjective, "evaluate", given)
+    more = 'every = 50\n[stop]\nno_better_for = 2\n[export]\nbest = true\ndtype = "fp32"'
+    spec = house.spec("a", every=more, steps="steps = 8", prompts="prompts = []\nevery = 1")
+    at = iter(range(1, 9))
+    said = house.fluxrun("queue", spec, "--runs", "unbroken")
+    assert said.code == 0, said.err
+    assert "a: training ends early: no eval loss below 1.00000 of step 3 for 2 steps (stop.no_better_for)\n" in said.err
+    run = house.folder / "unbroken" / "a"
+    state = json.loads((run / "state.json").read_text())
+    assert (state["state"], state["step"], state["best_step"], state["exported_step"]) == ("done", 5, 3, 3)
+    best = checkpoint.read(run / "checkpoints" / "step-000003.safetensors").weights.lora
+    exported = load_file(run / "export" / "pytorch_lora_weights.safetensors")
+    assert all(torch.equal(exported[f"transformer.{name}"], value) for name, value in best.items())
+    assert house.fluxrun("queue", spec, "--runs", "unbroken").err.startswith("a: skipped, done")
+
+    at = iter(range(1, 9))
+    with stopping_after(4):
+        assert house.fluxrun("queue", spec).code == 3
+    at = iter(range(5, 9))
+    assert house.fluxrun("queue", spec).code == 0
+    assert export_bytes(house.folder / "runs" / "a") == export_bytes(run)
+
+
 def test_a_base_without_guidance_embedding_trains(house: House) -> None:
     """FLUX.1-schnell's layout."""
     import shutil

@@ -238,6 +238,10 @@ ELSEWHERE = {
     "validate.count": "test_abilities.py::test_pictures_while_training_change_nothing_of_it",
     "validate.steps": "test_abilities.py::test_pictures_while_training_change_nothing_of_it",
     "validate.size": "test_abilities.py::test_pictures_while_training_change_nothing_of_it",
+    "stop.no_better_for": "test_abilities.py::test_a_run_that_ends_early_exports_its_best_step",
+    "stop.loss_above": "test_loop.py::test_training_ends_early_by_rule",
+    "stop.at": "test_loop.py::test_training_ends_early_by_rule",
+    "export.best": "test_abilities.py::test_a_run_that_ends_early_exports_its_best_step",
     "track.to": "test_abilities.py::test_weights_and_biases_gets_the_numbers",
     "export.dtype": "test_exports.py::test_another_dtype_exports_again_and_trains_nothing",
     "hub.push": "test_hub.py::test_the_export_folder_is_pushed_as_it_is",
@@ -316,7 +320,7 @@ def test_a_key_does_what_it_says(stocked: House, key: str) -> None:
 
 def test_the_tables_name_every_key() -> None:
     tables = {"model", "data", "prior", "tokens", "inversion", "lora", "text_lora", "train", "train.weighting", "optimizer",
-              "schedule", "checkpoint", "validate", "track", "export", "hub", "compute"}  # fmt: skip
+              "schedule", "checkpoint", "validate", "stop", "track", "export", "hub", "compute"}  # fmt: skip
     assert {name for name, _ in _all_keys(Spec)} - tables == set(TABLE) | set(ELSEWHERE)
     for place in ELSEWHERE.values():
         file, _, test = place.partition("::")

@@ -112,6 +112,8 @@ VALUES = {  # every key of the contract, with a value that is not its default
     "checkpoint.minutes": "0.5",
     "checkpoint.keep": "1",
     "validate": '{ prompts = ["a"], every = 5, count = 2, steps = 4, size = 64 }',
+    "stop": "{ no_better_for = 10, loss_above = 2.0, at = 0.5 }",
+    "export.best": "true",
     "track.to": '["wandb"]',
     "export.dtype": '"fp16"',
     "hub.push": "true",
@@ -132,6 +134,8 @@ def test_every_key_of_the_contract_is_read(tmp_path: Path, key: str) -> None:
     table[last] = value
     if key.startswith("inversion"):
         tables["tokens"] = [{"name": "TOK"}]
+    if key in ("stop", "export.best"):
+        tables["validate"] = {"every": 5}
     if key == "hub.push":
         table["repo"] = "me/it"
     found = dump(one(tmp_path, tomli_w.dumps(tables)))
