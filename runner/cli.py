@@ -63,12 +63,13 @@ specs_argument = click.argument("specs", nargs=-1, required=True, type=click.Pat
 @click.option("--retries", type=click.IntRange(0), default=2, show_default=True, help="Tries after a crash, per run.")
 @click.option("--stop-at", metavar="HH:MM", help="Save and stop at this time; the same command goes on.")
 @click.option("--fail-fast", is_flag=True, help="Stop the queue at the first run that fails.")
+@click.option("--allow-commands", is_flag=True, help="Run what a spec's notify.command says.")
 @click.option("--dry-run", is_flag=True, help="The same as `fluxrun plan`.")
 @click.option("--fresh", is_flag=True, help="Move an existing run folder of another spec aside.")
 @click.pass_context
 def queue(
     ctx: click.Context, specs: tuple[Path, ...], runs: Path, as_json: bool, gpus: str | None, slots: int, retries: int,
-    stop_at: str | None, fail_fast: bool, dry_run: bool, fresh: bool,
+    stop_at: str | None, fail_fast: bool, allow_commands: bool, dry_run: bool, fresh: bool,
 ) -> None:  # fmt: skip
     """Run a batch: validate all, plan all, then run what is not done.
 
@@ -80,6 +81,7 @@ def queue(
     from runner.engine.local import run_queue
     from runner.engine.slots import make_slots
     from runner.files import make_folder
+    from runner.notify import Target, refusal
     from runner.prepare import prepare
     from runner.screen import Screen
     from runner.stop import StopRequest, next_time
@@ -90,6 +92,9 @@ def queue(
         raise click.BadParameter(f"{stop_at!r} is no time of day; write HH:MM", param_hint="--stop-at") from None
     with StopRequest(deadline, at_once=False) as stop:
         jobs = prepare(list(specs), runs, fetch=True, fresh=fresh)
+        for job in jobs:
+            if wrong := refusal(Target(**job.spec.notify.model_dump()), allow_commands):
+                raise click.UsageError(f"{job.file}: {wrong}")
         try:
             places = make_slots(gpus, slots, max((job.spec.compute.gpus for job in jobs), default=1), runs)
         except ValueError as error:

@@ -20,6 +20,7 @@ from runner.spec import (
     LogitNormal,
     Lora,
     Model,
+    Notify,
     Prior,
     Schedule,
     Stop,
@@ -54,6 +55,7 @@ TABLES: tuple[tuple[str, type[BaseModel], bool, dict[str, Any]], ...] = (
     ("[track]", Track, True, {}),
     ("[export]", Export, True, {}),
     ("[hub]", Hub, True, {}),
+    ("[notify]", Notify, True, {}),
     ("[compute]", Compute, True, {}),
 )
 NOTES = {

@@ -28,6 +28,7 @@ NOT_IN_KEY = (
     "track",
     "export",
     "hub",
+    "notify",
     "validate",
     "data.source",
     "data.workers",

@@ -218,6 +218,14 @@ class Hub(Table):
     private: bool = key(False, "Make the repository private")
 
 
+class Notify(Table):
+    url: Line | None = key(
+        None,
+        "Webhook told when a run is done, failed or stopped, and when the queue is done; $NAME is the environment's",
+    )
+    command: Line | None = key(None, "Command run for the same; only with `queue --allow-commands`")
+
+
 class Compute(Table):
     gpus: Natural = key(1, "GPUs of one run")
 
@@ -245,6 +253,7 @@ class Spec(Table):
     track: Track = Track()
     export: Export = Export()
     hub: Hub = Hub()
+    notify: Notify = Notify()
     compute: Compute = Compute()
 
 

@@ -247,6 +247,8 @@ ELSEWHERE = {
     "hub.push": "test_hub.py::test_the_export_folder_is_pushed_as_it_is",
     "hub.repo": "test_hub.py::test_the_export_folder_is_pushed_as_it_is",
     "hub.private": "test_hub.py::test_the_export_folder_is_pushed_as_it_is",
+    "notify.url": "test_notify.py::test_a_webhook_and_a_command_hear_of_every_run",
+    "notify.command": "test_notify.py::test_a_webhook_and_a_command_hear_of_every_run",
     "compute.gpus": "test_abilities.py::test_two_processes_train_one_run",
 }
 
@@ -320,7 +322,7 @@ def test_a_key_does_what_it_says(stocked: House, key: str) -> None:
 
 def test_the_tables_name_every_key() -> None:
     tables = {"model", "data", "prior", "tokens", "inversion", "lora", "text_lora", "train", "train.weighting", "optimizer",
-              "schedule", "checkpoint", "validate", "stop", "track", "export", "hub", "compute"}  # fmt: skip
+              "schedule", "checkpoint", "validate", "stop", "track", "export", "hub", "notify", "compute"}  # fmt: skip
     assert {name for name, _ in _all_keys(Spec)} - tables == set(TABLE) | set(ELSEWHERE)
     for place in ELSEWHERE.values():
         file, _, test = place.partition("::")

@@ -32,7 +32,7 @@ def test_a_new_spec_names_every_key_and_loads(bare: House) -> None:
     written = {re.sub(r"^# ", "", line).split(" =")[0] for line in text.splitlines() if " = " in line}
     wanted = {name.rsplit(".", 1)[-1] for name, field in _all_keys(Spec)} - {
         "model", "data", "prior", "tokens", "inversion", "lora", "text_lora", "train", "weighting", "optimizer",
-        "schedule", "checkpoint", "validate", "stop", "track", "export", "hub", "compute",
+        "schedule", "checkpoint", "validate", "stop", "track", "export", "hub", "notify", "compute",
         "beta3", "decouple", "bias_correction", "safeguard_warmup", "d_coef", "d0", "growth_rate",  # Prodigy's
     }  # fmt: skip
     assert wanted - written <= {"name", "scale"}

@@ -119,6 +119,8 @@ VALUES = {  # every key of the contract, with a value that is not its default
     "hub.push": "true",
     "hub.repo": '"me/it"',
     "hub.private": "true",
+    "notify.url": '"$HOOK"',
+    "notify.command": '"true"',
     "compute.gpus": "2",
 }
 

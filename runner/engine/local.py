@@ -8,6 +8,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -17,6 +18,7 @@ from runner.engine.process import Trainer
 from runner.engine.slots import Slot
 from runner.errors import Code, FluxrunError, Held, Paused, disk_trouble
 from runner.index import write_index
+from runner.notify import Target, tell
 from runner.prepare import Job
 from runner.say import Event
 from runner.screen import Screen
@@ -74,6 +76,8 @@ class Queue:
     failed: bool = False
     left: bool = False
     halted: str = ""  # why nothing more is started
+    targets: dict[Target, None] = field(default_factory=dict)
+    teller: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "notify"))
 
 
 def run_queue(
@@ -107,6 +111,7 @@ def run_queue(
         for place in places:
             _clear(place)
         _leave(queue)
+        _tell_the_end(queue)
     return 1 if queue.failed else 3 if queue.left else 0
 
 
@@ -264,6 +269,7 @@ def _end(queue: Queue, work: Work, code: int) -> None:
     """For good, as far as this queue goes."""
     paused = code in (Code.DISK, Code.STOPPED, Code.HELD)
     queue.left |= paused
+    _tell(queue, work, "done" if code == Code.DONE else "stopped" if paused else "failed")
     if code == Code.DONE:
         queue.alike.clear()
     elif code == Code.HELD:
@@ -281,6 +287,21 @@ def _end(queue: Queue, work: Work, code: int) -> None:
     with _as_the_disk_allows(queue, work):
         work.job.run.give_up()
         write_index(queue.runs)
+
+
+def _tell(queue: Queue, work: Work, how: str) -> None:
+    target = Target(**work.job.spec.notify.model_dump())
+    queue.targets[target] = None
+    text = f"{work.name}: {how}" + (f" ({work.reason})" if work.reason else "")
+    queue.teller.submit(tell, target, f"run {how}", work.name, text, queue.screen.line)
+
+
+def _tell_the_end(queue: Queue) -> None:
+    """Once to everybody who was told of a run."""
+    how = "with failures" if queue.failed else "with work left" if queue.left else "all done"
+    for target in queue.targets:
+        queue.teller.submit(tell, target, "queue done", "", f"queue: {how}", queue.screen.line)
+    queue.teller.shutdown()
 
 
 def _write_down(queue: Queue, work: Work, state: str, reason: str) -> None:
