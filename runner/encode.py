@@ -101,6 +101,13 @@ class LiveEncoder:
             if first is None:
                 counts = [(len(placeholder.pieces), placeholder.initializer) for placeholder in desk.plan.placeholders]
                 first = text.initial_rows(model, tokenizer, counts, desk.spec.seed, encoder)
+                for vectors, phrase in counts:
+                    pieces = len(tokenizer(phrase, add_special_tokens=False).input_ids) if phrase else 0
+                    if pieces > vectors:
+                        desk.say.line(
+                            f"tokens.initializer {phrase!r} has {pieces} pieces in {encoder}: its first {vectors} are used; "
+                            f"tokens.vectors = {pieces} would use all"
+                        )
             made.rows = nn.Parameter(first.clone().to(desk.base.device), requires_grad=learn_rows)
             text.attach_rows(model, tokenizer, desk.pieces, made.rows)
         if encoder == "clip" and (weights.text_lora or learn_lora):

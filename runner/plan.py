@@ -204,7 +204,7 @@ def make_plan(spec: Spec, facts: Facts) -> Plan:
     text_stop, lora_stop = math.ceil(text_until * asked), math.ceil(spec.lora.until * asked)
     steps = max(text_stop, lora_stop)
     phases = _phases(spec, facts, known, text_stop, lora_stop)
-    notes = (*_notes(spec, asked, steps), *_caption_notes(facts, known))
+    notes = (*_notes(spec, facts, asked, steps), *_caption_notes(facts, known))
     return Plan(spec.name, steps, phases, known, notes, _sizes(spec, facts), _disk(spec, phases))
 
 
@@ -323,7 +323,7 @@ def _lora_count(spec: Spec, facts: Facts) -> int | None:
     return sum(spec.lora.rank * (out + inside) for out, inside in chosen.values())
 
 
-def _notes(spec: Spec, asked: int, steps: int) -> Iterator[str]:
+def _notes(spec: Spec, facts: Facts, asked: int, steps: int) -> Iterator[str]:
     if steps < asked:
         side = f"inversion.until = {spec.inversion.until:g}" if spec.tokens else ""
         side = f"text_lora.until = {spec.text_lora.until:g}" if spec.text_lora else side
@@ -331,6 +331,8 @@ def _notes(spec: Spec, asked: int, steps: int) -> Iterator[str]:
             f"nothing is left to train after step {steps} (lora.until = {spec.lora.until:g}{', ' if side else ''}{side}): "
             f"the run ends there, not at the {asked} steps asked for"
         )
+    if facts.config is not None and not facts.config.get("guidance_embeds"):
+        yield "this base has no guidance embedding, so train.guidance has no effect"
     if spec.tokens and spec.inversion.encoders == ("clip",):
         yield "T5 reads the new tokens' placeholder text as it stands; only CLIP learns rows (inversion.encoders)"
 

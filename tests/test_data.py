@@ -100,6 +100,31 @@ def test_a_column_that_nothing_has_is_refused(tmp_path: Path) -> None:
         read(folder(tmp_path), caption_column="text", prompt="a TOK")
 
 
+def test_a_key_that_a_folder_cannot_honour_is_refused(tmp_path: Path) -> None:
+    folder(tmp_path)
+    with pytest.raises(data.DataError, match=r"is a folder of images, which has no data.split \(found 'test'\)"):
+        read(tmp_path, split="test", prompt="a TOK")
+    with pytest.raises(data.DataError, match=r"has no data.config \(found 'small'\); take that key out"):
+        read(tmp_path, config="small", prompt="a TOK")
+    with pytest.raises(data.DataError, match="so no column 'img'; add one of them, or take data.image_column out"):
+        read(tmp_path, image_column="img", prompt="a TOK")
+    write_metadata(tmp_path, "jsonl")
+    with pytest.raises(data.DataError, match=r"metadata.jsonl:1: names no file in 'img'; wanted is a column file_name"):
+        read(tmp_path, image_column="img", prompt="a TOK")
+
+
+def test_text_as_other_systems_write_it(tmp_path: Path) -> None:
+    """A byte-order mark, and a line separator inside a JSON text."""
+    folder(tmp_path)
+    (tmp_path / "0.txt").write_text("\ufeffa TOK", encoding="utf-8")
+    assert read(tmp_path, prompt="a hill").captions == ("a TOK", "a hill")
+    (tmp_path / "metadata.jsonl").write_text('\ufeff{"file_name": "0.png", "text": "a\u2028TOK"}\r\n', encoding="utf-8")
+    assert read(tmp_path, caption_column="text").captions == ("a\u2028TOK",)
+    (tmp_path / "metadata.jsonl").unlink()
+    (tmp_path / "metadata.csv").write_text("\ufefffile_name,text\r\n0.png,a TOK\r\n", encoding="utf-8", newline="")
+    assert read(tmp_path, caption_column="text").captions == ("a TOK",)
+
+
 def test_an_image_listed_twice_is_refused(tmp_path: Path) -> None:
     folder(tmp_path)
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, [*ROWS, {**ROWS[0], "text": "other"}])))

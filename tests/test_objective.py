@@ -207,6 +207,17 @@ def test_a_token_behind_what_the_encoder_reads_is_told(house: House) -> None:
     ]
 
 
+def test_an_initializer_longer_than_its_vectors_is_told(house: House) -> None:
+    desk = desk_of(spec_of(house, name='name = "TOK"\ninitializer = "a red heart"'))
+    told: list[str] = []
+    object.__setattr__(desk.say, "line", told.append)
+    objective_of(desk)
+    assert [line for line in told if "initializer" in line] == [
+        f"tokens.initializer 'a red heart' has 3 pieces in {encoder}: its first 2 are used; tokens.vectors = 3 would use all"
+        for encoder in ("clip", "t5")
+    ]
+
+
 def test_a_live_encoder_is_never_replaced_by_the_cache(house: House) -> None:
     desk = desk_of(spec_of(house, encoders='encoders = ["clip"]'))
     objective, _ = objective_of(desk)

@@ -10,6 +10,7 @@ import pytest
 from conftest import PROJECT, House
 
 from runner import plan as planning
+from runner.basefiles import FLUX1
 from runner.plan import Facts, PlanError, make_plan
 from runner.spec import Spec
 from runner.specload import load
@@ -80,6 +81,13 @@ def test_pure_inversion_of_half_the_steps_says_so(tmp_path: Path) -> None:
         "nothing is left to train after step 4 (lora.until = 0, inversion.until = 0.5): the run ends there, not at the 7 steps asked for"
     )
     assert make_plan(spec_of(tmp_path, TOKENS + "[lora]\nuntil = 0\n"), FACTS).steps == 7
+
+
+def test_a_base_that_is_told_no_guidance(tmp_path: Path) -> None:
+    for embeds in (True, False):
+        facts = Facts(("a TOK",), 8, "data", "base", {**FLUX1, "guidance_embeds": embeds})
+        told = [note for note in make_plan(spec_of(tmp_path), facts).notes if "train.guidance has no effect" in note]
+        assert len(told) == (not embeds)
 
 
 def test_captions_without_the_token_are_counted(tmp_path: Path) -> None:
