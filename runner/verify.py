@@ -65,8 +65,8 @@ def _error(stored: Factors, trained: Factors | None, dtype: torch.dtype) -> floa
 def _same(one: Factors, other: Factors) -> bool:
     return (
         math.isclose(one.scale, other.scale, rel_tol=1e-6)
-        and torch.equal(one.down, other.down)
-        and torch.equal(one.up, other.up)
+        and torch.equal(one.down.float(), other.down.float())
+        and torch.equal(one.up.float(), other.up.float())
     )
 
 
@@ -83,7 +83,10 @@ def embeddings(path: Path, weights: Weights, dtype: torch.dtype) -> float:
         trained = weights.rows[owners[key]].cpu()
         if not torch.equal(rows, trained.to(dtype)):
             raise BadFile(f"{path.name}: {key} holds other rows than were learned")
-        largest = max(largest, _largest(rows.float() - trained))
+        error = _largest(rows.float() - trained)
+        if not math.isfinite(error):
+            raise BadFile(f"{path.name}: {key} has values that {dtype} cannot hold; use another export.dtype")
+        largest = max(largest, error)
     return largest
 
 

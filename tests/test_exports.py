@@ -386,6 +386,12 @@ def test_the_cards_code_works_as_pasted(done: House, house: House, kind: str, mo
         name.split("_")[0] for name, _ in places["pipe"].transformer.named_modules() for name in name.split(".")
     }
     assert ("rows" in places) == (kind == "pivotal")
+    if kind == "pivotal":
+        stored = load_file("a_emb.safetensors")
+        pipe = places["pipe"]
+        verify.loaded_embeddings(
+            pipe, Weights(rows={"clip": stored["clip_l"], "t5": stored["t5xxl"]}), ["<s0>", "<s1>"]
+        )
 
 
 @pytest.mark.parametrize(
