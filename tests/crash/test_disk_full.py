@@ -72,7 +72,7 @@ def test_a_full_tmpfs(mounts: Callable[..., Path], limit: str) -> None:
     said: list[str] = []
     saving = writer(run, keep=9, disk=Roomy(), log=said.append)
     size = 5000
-    last = {"size=64k": 30, "nr_inodes=7": 20}[limit]
+    last = {"size=64k": 20, "nr_inodes=7": 30}[limit]
     for step in range(10, last + 1, 10):
         saving.write(made(step, size))
     before = content(run.checkpoints)

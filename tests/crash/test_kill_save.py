@@ -1,7 +1,7 @@
 """kill -9 at every operation of every save.
 
-A forked child saves five steps with pruning, on a disk that kills its process before, in the middle of or after its
-N-th operation, for every N; so the child dies at the first, the middle and the last save alike. Then the real loader
+A forked child saves five steps with pruning, on a disk that kills its process before its N-th operation, with half of it
+done (a write), or after the last one, for every N; so the child dies at the first, the middle and the last save alike. Then the real loader
 must find the last acknowledged step (the writer's log said so) or a later whole one, what was left aside is swept, and
 the next save works. The slow half does the same from outside, by strace at every system call, in a real process.
 """
@@ -123,7 +123,7 @@ def faults(run: Run, load: Load) -> tuple[int, int]:
 
 def kill_everywhere(
     keep: int, around: Callable[[files.Disk], files.Disk] = lambda disk: disk, kind: type[Writer] = Writer,
-    load: Load = newest, moments: tuple[str, ...] = ("before", "half", "after"),
+    load: Load = newest, moments: tuple[str, ...] = ("before", "half"),
 ) -> tuple[int, int, int]:  # fmt: skip
     """(cases, lost, wrong)"""
     counting = Deadly()
@@ -132,7 +132,9 @@ def kill_everywhere(
     shutil.rmtree(run.runs)
     cases = lost = wrong = 0
     for at, name in enumerate(counting.log, 1):
-        for moment in moments if name == "write" else [one for one in moments if one != "half"]:
+        for moment in [*moments, *(["after"] if at == len(counting.log) else [])]:  # else "before" the one behind it
+            if moment == "half" and name != "write":
+                continue
             run = new_run()
             assert killed(lambda: save_all(run, keep, around(Deadly(at, moment)), kind)), (at, moment)  # noqa: B023
             gone, bad = faults(run, load)
@@ -158,7 +160,7 @@ def the_next_save_works(run: Run, keep: int) -> None:
 def test_killed_at_every_operation(keep: int) -> None:
     cases, lost, wrong = kill_everywhere(keep)
     print(f"kill, keep={keep}: {cases} cases, {lost} lost, {wrong} wrong")
-    assert cases > 100
+    assert cases > 80
     assert (lost, wrong) == (0, 0)
 
 
