@@ -194,12 +194,15 @@ class Run:
             changed = self.differences(spec)
         except tomllib.TOMLDecodeError as error:
             return Verdict("changed", f"its spec.toml cannot be read ({error})")
+        stops = {phase.key: phase.stop for phase in plan.training}
+        fits = step <= stops.get(key, -1)
         if not changed:
+            if fits or not (known or step):  # a queue died while it wrote plan.json, or it was lost since
+                return Verdict("resume", f"its plan.json is lost; last checkpoint at step {step} of {plan.steps}")
             return Verdict("changed", "the images, the captions or the base model are not the ones it was trained on")
         told = "; ".join(changed.values())
         if changed.keys() <= set(SPAN_KEYS):
-            stops = {phase.key: phase.stop for phase in plan.training}
-            if step <= stops.get(key, -1):
+            if fits:
                 return Verdict("resume", f"{told}; goes on from step {step} of {plan.steps}")
             told += f"; step {step} of the old run is on no way to the new one, whose phases end elsewhere"
         return Verdict("changed", told)
@@ -230,9 +233,9 @@ class Run:
         if (verdict := self.verdict(spec, plan)).state == "changed":
             raise Refused(f"{self.folder} holds another run ({verdict.reason}); {WAYS_OUT}")
         resolved = {**dump(spec), VERSION_TABLE: {"version": version}}
-        files.write_text(self.spec_file, tomli_w.dumps(resolved))
         keys = {"key": plan.key, "training_key": plan.training_key}
         files.write_json(self.plan_file, {"format": FORMAT, **as_json(plan), **keys})
+        files.write_text(self.spec_file, tomli_w.dumps(resolved))  # after the plan: with a spec there is a run
         digest = key_of(str(sorted(map(str, dump(spec).items()))))
         facts = {key: value for key, value in _read_json(self.state_file).items() if key in PROGRESS}
         self.write_state(

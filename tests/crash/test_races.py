@@ -15,7 +15,7 @@ from conftest import House
 from night import assert_same, failing, go_on, lora, state, unbroken
 
 from runner import files, rundir
-from runner.errors import Held
+from runner.errors import FluxrunError, Held
 from runner.prepare import Job, prepare
 from runner.processes import Process
 from runner.rundir import FORMAT, Run
@@ -39,7 +39,7 @@ def race(job: Job, start: Any, out: Any, go: Any, locked: bool) -> None:
     start.wait()
     try:
         out.put((os.getpid(), job.run.enlist(job.spec, job.plan, "0"), ""))
-    except Held as error:
+    except FluxrunError as error:
         out.put((os.getpid(), 0, str(error)))
     go.wait(60)
 
