@@ -16,7 +16,7 @@ from night import assert_same, go_on, lora, state, unbroken
 
 from runner.rundir import Run
 
-LONG = "steps = 60"
+LONG = "steps = 40"
 HASTY = "import sys; from runner.engine import local; local.HANG_FLOOR = 3.0; local.HANG_STEPS = 1; "
 # For the control: no death signal (prctl refuses 0), and a trainer that does not notice its broken pipe either.
 ORPHAN = (
@@ -137,6 +137,7 @@ def test_control_without_a_death_signal_an_orphan_trains_on(house: House, spec: 
         os.kill(orphan, signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_a_trainer_that_hangs_is_replaced(house: House, spec: Path, long_night: Path) -> None:
     night = Night(house, before=HASTY)
     night.until_step(4)
@@ -147,6 +148,7 @@ def test_a_trainer_that_hangs_is_replaced(house: House, spec: Path, long_night: 
     assert_same(house, other=long_night)
 
 
+@pytest.mark.slow
 def test_asked_once_and_asked_twice(house: House, spec: Path, long_night: Path) -> None:
     """SIGTERM: saved at the next step. A second one: at once. During the start: before a run has begun. Then to the end."""
     once = Night(house)
@@ -192,6 +194,7 @@ def test_ctrl_c_in_a_terminal_is_one_request(house: House, spec: Path, long_nigh
     assert_same(house, other=long_night)
 
 
+@pytest.mark.slow
 def test_a_hangup_is_a_request_unless_it_is_ignored(house: House, spec: Path, long_night: Path) -> None:
     night = Night(house)
     night.until_step(4)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from conftest import House
-from night import assert_same, failing, go_on, lora, state, unbroken
+from night import assert_same, failing, go_on, lora, unbroken
 
 from runner import files, rundir
 from runner.errors import FluxrunError, Held
@@ -157,8 +157,7 @@ def test_a_trainer_whose_attempt_is_over_writes_nothing(house: House, step: int)
     after = tree(run)
     assert {path for path in after if path not in before} == set()
     changed = {path for path in before if after.get(path) != before[path]}
-    assert changed <= {"run.log", "state.json"}, changed
-    assert state(house)["state"] == "running"  # as the heartbeat left it
+    assert changed <= {"run.log"}, changed
     assert run.lease().attempt == 9
     run.lease_file.unlink()
     go_on(house, "a.toml")
@@ -198,6 +197,30 @@ def test_an_attempt_that_is_over_before_it_begins(house: House) -> None:
     assert train_run(job.run.folder, 1, "cpu", told.append, StopRequest()) == Code.HELD
     assert told[-1]["reason"] == f"{job.run.folder}: attempt 2 has begun, this is attempt 1; nothing was written"
     assert tree(job.run) == before
+
+
+@pytest.mark.parametrize("kept", range(6))
+def test_a_queue_that_dies_while_it_enlists(house: House, monkeypatch: pytest.MonkeyPatch, kept: int) -> None:
+    """After so many of the four files that it writes; the same command goes on, as if nothing had been there."""
+    job, write, written = job_of(house), files.write_bytes, list[Path]()
+
+    def dying(path: Path, *arguments: Any, **named: Any) -> None:
+        if len(written) == kept:
+            raise KeyboardInterrupt
+        written.append(path)
+        write(path, *arguments, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "write_bytes", dying)
+        for _ in range(2 if kept < 4 else 1):  # dies once more at the same place
+            written.clear()
+            try:
+                job.run.enlist(job.spec, job.plan, "0")
+            except KeyboardInterrupt:
+                assert kept < 4
+    [again] = prepare([house.folder / "a.toml"], house.folder / "runs", fetch=False, fresh=False)
+    assert again.verdict.state == ("resume" if kept > 1 else "new")
+    assert again.run.enlist(again.spec, again.plan, "0") > 0
 
 
 def test_racing_commands_make_one_trainer(house: House) -> None:
