@@ -101,11 +101,13 @@ def unbroken(house: House, *specs: Path) -> Path:
     return house.folder / "unbroken"
 
 
-def assert_same(house: House, name: str = "a", other: Path | None = None) -> None:
-    """The run's exports have the bytes of the unbroken run's."""
+def assert_same(house: House, name: str = "a", other: Path | None = None, *, suffix: str = "") -> None:
+    """The run's exports have the bytes of the unbroken run's. `suffix`: of the files that must."""
     ours = export_bytes(house.folder / "runs" / name)
     theirs = export_bytes((other or house.folder / "unbroken") / name)
-    different = [file for file in {**ours, **theirs} if ours.get(file) != theirs.get(file)]
+    names = [file for file in {**ours, **theirs} if file.endswith(suffix)]
+    different = [file for file in names if ours.get(file) != theirs.get(file)]
+    assert names
     assert not different, f"{name}: other bytes in {different}"
 
 

@@ -33,7 +33,7 @@ def test_more_steps_give_the_bytes_of_the_longer_run(house: House, kind: str, un
     longer = spec_of(house, kind, 8, until[1])
     plan = house.fluxrun("plan", longer)
     assert plan.code == 0
-    changed = "train.steps: 4 -> 8" + ("; inversion.until: 0.5 -> 0.25" if kind == "pivotal" else "")
+    changed = ("inversion.until: 0.5 -> 0.25; " if kind == "pivotal" else "") + "train.steps: 4 -> 8"
     assert f"resume: {changed}; goes on from step 4 of 8" in plan.out
     said = go_on(house, longer)
     assert "a: resuming at step 4 of 8\n" in said.err

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -35,7 +34,7 @@ class Night:
             [sys.executable, "-c", f"{before}{CLI}", "queue", "a.toml", "--gpus", "cpu"],
             cwd=house.folder, stderr=subprocess.PIPE, text=True, start_new_session=group,
             env={**os.environ, "PYTHONPATH": str(PROJECT), "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"},
-            preexec_fn=lambda: [signal.signal(number, signal.SIG_IGN) for number in ignored] and None,  # noqa: PLW1509
+            preexec_fn=lambda: [signal.signal(number, signal.SIG_IGN) for number in ignored] and None,
         )  # fmt: skip
         self.said = ""
 
@@ -91,8 +90,8 @@ def long_night(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def spec(house: House) -> Iterator[Path]:
-    yield lora(house, steps=LONG)
+def spec(house: House) -> Path:
+    return lora(house, steps=LONG)
 
 
 def test_killed_queue_and_killed_trainer(house: House, spec: Path, long_night: Path) -> None:

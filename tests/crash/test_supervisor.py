@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -50,6 +53,50 @@ def test_control_a_resume_that_forgets_the_optimizer_is_seen(
         assert_same(house, other=whole)
 
 
+def twice() -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):  # two of one kind may arrive as one
+        os.kill(os.getpid(), number)
+
+
+def test_two_signals_stop_at_once(house: House, whole: Path) -> None:
+    """In the middle of a step, which is lost with those since the last save."""
+
+    def asked(_: str, step: int, *__: int) -> bool:
+        if step == 3:
+            twice()
+        return False
+
+    with failing(ray, asked):
+        said = house.fluxrun("queue", lora(house))
+    assert said.code == 3
+    reason = "stopped at once; the last checkpoint stands"
+    assert said.err.endswith(f"a: {reason}\n")
+    assert (state(house)["state"], state(house)["error"]) == ("stopped", reason)
+    assert log(house).splitlines()[-1].endswith(reason)
+    assert "a: resuming at step 2 of 4\n" in go_on(house, "a.toml").err
+    assert_same(house, other=whole)
+
+
+def test_two_signals_during_a_save_leave_it_whole(house: House, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from runner import checkpoint
+
+    write = checkpoint.write
+
+    def asked(path: Path, made: checkpoint.Checkpoint, **named: Any) -> None:
+        twice()
+        time.sleep(0.3)
+        write(path, made, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write", asked)
+        assert house.fluxrun("queue", lora(house)).code == 3
+    folder = house.folder / "runs" / "a"
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-000002.safetensors"]
+    assert "checkpoint at step 2" in log(house)
+    assert "a: resuming at step 2 of 4\n" in go_on(house, "a.toml").err
+    assert_same(house, other=whole)
+
+
 def test_a_run_that_crashes_on_its_way_comes_through_as_long_as_steps_are_saved(house: House) -> None:
     spec = lora(house, every="every = 1")
     met: set[int] = set()
@@ -63,6 +110,46 @@ def test_a_run_that_crashes_on_its_way_comes_through_as_long_as_steps_are_saved(
     assert state(house)["attempts"] == 5
     unbroken(house, spec)
     assert_same(house)
+
+
+def test_a_trainer_that_falls_silent_between_steps_is_replaced(
+    house: House, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Silence before the first step, or after the last one of a phase, is no sign: loading takes as long as it takes."""
+    from runner.engine import local
+
+    starts: list[Any] = []
+
+    class Silent:
+        """Takes one step, and then stands still until it is killed."""
+
+        def __init__(self, *_: object) -> None:
+            starts.append(self)
+            self.code: int | None = None
+            self.polls = 0
+
+        def poll(self) -> list[Any]:
+            self.polls += 1
+            step = {"say": "step", "number": 1, "loss": None, "seconds": 0.01, "stop": 4, "steps": 4}
+            return [step] if self.polls == 5 else []
+
+        def kill(self) -> None:
+            assert self.polls > 5
+            self.code = -signal.SIGKILL
+
+        def dismiss(self) -> None:
+            pass
+
+    inline = local.Trainer
+    monkeypatch.setattr(local, "Trainer", lambda *told: inline(*told) if starts else Silent(*told))
+    monkeypatch.setattr(local, "HANG_FLOOR", 0.2)
+    monkeypatch.setattr(local, "HANG_STEPS", 1)
+    said = go_on(house, lora(house))
+    assert said.err.startswith(
+        "a: no sign of life for 0 s; the trainer is killed\n"
+        "a: no sign of life from the trainer, which was killed; trying again from step 0 (retry 1 of 2)\n"
+    )
+    assert_same(house, other=whole)
 
 
 def test_given_up_after_the_retries(house: House) -> None:
