@@ -16,7 +16,7 @@ import tomli_w
 from runner import files
 from runner.digest import key_of
 from runner.errors import BadFile, Held, Refused
-from runner.plan import NOT_IN_KEY, SPAN_KEYS, Plan, as_json
+from runner.plan import NOT_IN_KEY, OPEN_ENDED, SPAN_KEYS, Plan, as_json
 from runner.processes import Process
 from runner.spec import Spec, dump
 from runner.stepfiles import steps_in
@@ -98,9 +98,9 @@ class Run:
 
         The spec that stands there already must give the same training. Raises Held, Refused.
         """
+        self._no_links()
         try:
             with self.locked():
-                self._no_links()
                 if (holder := self.holder()) and holder != Process.own():
                     raise self._held()
                 self.told_to_stop()  # what an earlier queue was told is not meant for this one
@@ -164,11 +164,15 @@ class Run:
 
     def state(self) -> dict[str, Any]:
         """state.json, or what the other files tell where there is none. A run whose process died reads as stopped."""
-        state = _read_json(self.state_file)
+        state = _read_state(self.state_file)
         if not state:
             state = {"state": "stopped", "step": max((step for step, _ in self.checkpoint_files()), default=0)}
             steps = _read_json(self.plan_file).get("steps")
-            return {**state, "steps": steps, "error": "its state.json is missing or damaged; the same command goes on"}
+            return {
+                **state,
+                "steps": steps if _fits(steps, float) else None,
+                "error": "its state.json is missing or damaged; the same command goes on",
+            }
         if state.get("state") in ("running", "waiting") and not (files.is_locked(self.lock_file) or self.holder()):
             state["state"] = "stopped"
             state["error"] = "its process is gone"
@@ -177,13 +181,13 @@ class Run:
     def write_state(self, state: str, *, durable: bool = True, **more: Any) -> None:
         """Replace the state; keys given as None are left out, so that it holds only what is true now."""
         kept = {"attempts", "started", "plan_key", "spec_digest", "steps", "base", "versions", "split"}
-        before = {key: value for key, value in _read_json(self.state_file).items() if key in kept}
+        before = {key: value for key, value in _read_state(self.state_file).items() if key in kept}
         now = {"format": FORMAT, **before, "state": state, "name": self.name, "updated": time.time(), **more}
         files.write_json(self.state_file, {k: v for k, v in now.items() if v is not None}, durable=durable)
 
     def end(self, state: str, reason: str, **more: Any) -> None:
         """Keep what the state says of progress; replace what it says of the present."""
-        facts = {key: value for key, value in _read_json(self.state_file).items() if key in PROGRESS}
+        facts = {key: value for key, value in _read_state(self.state_file).items() if key in PROGRESS}
         self.write_state(state, **facts, error=reason, **more)
 
     def amend(self, **more: Any) -> None:
@@ -200,7 +204,7 @@ class Run:
 
     def verdict(self, spec: Spec, plan: Plan) -> Verdict:
         """Done means: the same key, and the outputs exist."""
-        state = _read_json(self.state_file)
+        state = _read_state(self.state_file)
         if not self.spec_file.is_file():
             return Verdict("new", "no run folder yet")
         if state.get("state") == "done" and state.get("plan_key") == plan.key and self._exports_exist(state):
@@ -214,16 +218,22 @@ class Run:
             return Verdict("resume", at if step else "no checkpoint yet")
         try:
             changed = self.differences(spec)
-        except tomllib.TOMLDecodeError as error:
+        except (ValueError, RecursionError) as error:
             return Verdict("changed", f"its spec.toml cannot be read ({error})")
+        stops = {phase.key: phase.stop for phase in plan.training}
+        fits = step <= stops.get(key, -1)
         if not changed:
+            if fits or not (known or step):  # a queue died while it wrote plan.json, or it was lost since
+                return Verdict("resume", f"its plan.json is lost; last checkpoint at step {step} of {plan.steps}")
             return Verdict("changed", "the images, the captions or the base model are not the ones it was trained on")
         told = "; ".join(changed.values())
         if changed.keys() <= set(SPAN_KEYS):
-            stops = {phase.key: phase.stop for phase in plan.training}
-            if step <= stops.get(key, -1):
+            if fits:
                 return Verdict("resume", f"{told}; goes on from step {step} of {plan.steps}")
-            told += f"; step {step} of the old run is on no way to the new one, whose phases end elsewhere"
+            if spec.schedule.name in OPEN_ENDED:
+                told += f"; step {step} of the old run is on no way to the new one, whose phases end elsewhere"
+            else:
+                told += f"; the {spec.schedule.name} schedule depends on where it ends"
         return Verdict("changed", told)
 
     def _exports_exist(self, state: Mapping[str, Any]) -> bool:
@@ -252,11 +262,11 @@ class Run:
         if (verdict := self.verdict(spec, plan)).state == "changed":
             raise Refused(f"{self.folder} holds another run ({verdict.reason}); {WAYS_OUT}")
         resolved = {**dump(spec), VERSION_TABLE: {"version": version}}
-        files.write_text(self.spec_file, tomli_w.dumps(resolved))
         keys = {"key": plan.key, "training_key": plan.training_key}
         files.write_json(self.plan_file, {"format": FORMAT, **as_json(plan), **keys})
+        files.write_text(self.spec_file, tomli_w.dumps(resolved))  # after the plan: with a spec there is a run
         digest = key_of(str(sorted(map(str, dump(spec).items()))))
-        facts = {key: value for key, value in _read_json(self.state_file).items() if key in PROGRESS}
+        facts = {key: value for key, value in _read_state(self.state_file).items() if key in PROGRESS}
         self.write_state(
             "waiting", **facts, plan_key=plan.key, spec_digest=digest, steps=plan.steps, base=spec.model.base
         )
@@ -319,9 +329,35 @@ def _read_json(path: Path) -> dict[str, Any]:
     empty; and a run folder may come from anywhere."""
     try:
         found = json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError, RecursionError):
+    except (FileNotFoundError, IsADirectoryError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    """state.json, less what is not of the kind that belongs there; {} where it does not even say the state."""
+    found = {key: value for key, value in _read_json(path).items() if key in KINDS and _fits(value, KINDS[key])}
+    return found if "state" in found else {}
+
+
+def _fits(value: object, kind: type) -> bool:
+    match value:
+        case dict() if kind is dict:
+            return all(isinstance(each, str) for each in value.values())
+        case list() if kind is list:
+            return all(isinstance(each, str) for each in value)
+        case int() | float() if kind is float:
+            return abs(value) < 2**63  # no NaN either
+    return kind is str and isinstance(value, str)
+
+
+KINDS: dict[str, type] = {
+    **dict.fromkeys(("state", "name", "phase", "error", "plan_key", "spec_digest", "base"), str),
+    **dict.fromkeys(("format", "attempts", "split", "step", "steps", "skipped_steps", "peak_memory_bytes"), float),
+    **dict.fromkeys(("started", "finished", "updated", "wall_s", "s_per_step", "train_loss", "eval_loss"), float),
+    "exports": list,
+    "versions": dict,
+}
 
 
 def _changed(*paths: Path) -> float:
