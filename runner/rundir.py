@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -19,6 +18,7 @@ from runner.errors import BadFile, Held, Refused
 from runner.plan import NOT_IN_KEY, OPEN_ENDED, SPAN_KEYS, Plan, as_json
 from runner.processes import Process
 from runner.spec import Spec, dump
+from runner.statefile import PROGRESS, is_number, read_json, read_state, writable
 from runner.stepfiles import steps_in
 
 FORMAT = 1  # of state.json, plan.json and lease.json; older ones are read as long as they can be
@@ -80,7 +80,7 @@ class Run:
         return files.locked(self.lock_file)
 
     def lease(self) -> Lease:
-        found = _read_json(self.lease_file)
+        found = read_json(self.lease_file)
         attempt = found.get("attempt")
         return Lease(attempt if isinstance(attempt, int) else 0, Process.read(found.get("holder")))
 
@@ -164,13 +164,13 @@ class Run:
 
     def state(self) -> dict[str, Any]:
         """state.json, or what the other files tell where there is none. A run whose process died reads as stopped."""
-        state = _read_state(self.state_file)
+        state = read_state(self.state_file)
         if not state:
             state = {"state": "stopped", "step": max((step for step, _ in self.checkpoint_files()), default=0)}
-            steps = _read_json(self.plan_file).get("steps")
+            steps = read_json(self.plan_file).get("steps")
             return {
                 **state,
-                "steps": steps if _fits(steps, float) else None,
+                "steps": steps if is_number(steps) else None,
                 "error": "its state.json is missing or damaged; the same command goes on",
             }
         if state.get("state") in ("running", "waiting") and not (files.is_locked(self.lock_file) or self.holder()):
@@ -181,36 +181,36 @@ class Run:
     def write_state(self, state: str, *, durable: bool = True, **more: Any) -> None:
         """Replace the state; keys given as None are left out, so that it holds only what is true now."""
         kept = {"attempts", "started", "plan_key", "spec_digest", "steps", "base", "versions", "split"}
-        before = {key: value for key, value in _read_state(self.state_file).items() if key in kept}
+        before = {key: value for key, value in read_state(self.state_file).items() if key in kept}
         now = {"format": FORMAT, **before, "state": state, "name": self.name, "updated": time.time(), **more}
-        files.write_json(self.state_file, {k: v for k, v in now.items() if v is not None}, durable=durable)
+        files.write_json(self.state_file, writable(now), durable=durable)
 
     def end(self, state: str, reason: str, **more: Any) -> None:
         """Keep what the state says of progress; replace what it says of the present."""
-        facts = {key: value for key, value in _read_state(self.state_file).items() if key in PROGRESS}
+        facts = {key: value for key, value in read_state(self.state_file).items() if key in PROGRESS}
         self.write_state(state, **facts, error=reason, **more)
 
     def amend(self, **more: Any) -> None:
         """Change single values of the state, whatever it is; None takes one out."""
-        now = {**_read_json(self.state_file), **more}
-        files.write_json(self.state_file, {key: value for key, value in now.items() if value is not None})
+        now = {**read_json(self.state_file), **more}
+        files.write_json(self.state_file, writable(now))
 
     def began(self) -> float | None:
         """When it was first started, in seconds since 1970."""
-        started: float | None = _read_json(self.state_file).get("started")
+        started: float | None = read_json(self.state_file).get("started")
         return started
 
     # ---- done, and why ---------------------------------------------------------------------------------------------
 
     def verdict(self, spec: Spec, plan: Plan) -> Verdict:
         """Done means: the same key, and the outputs exist."""
-        state = _read_state(self.state_file)
+        state = read_state(self.state_file)
         if not self.spec_file.is_file():
             return Verdict("new", "no run folder yet")
         if state.get("state") == "done" and state.get("plan_key") == plan.key and self._exports_exist(state):
             return Verdict("done", "same spec, data and base; its exports are there")
         step, key = self._newest()
-        known = _read_json(self.plan_file)
+        known = read_json(self.plan_file)
         if known.get("training_key") == plan.training_key:
             if known.get("key") != plan.key:
                 return Verdict("resume", "what is exported or shown changed; the training is kept")
@@ -266,18 +266,18 @@ class Run:
         files.write_json(self.plan_file, {"format": FORMAT, **as_json(plan), **keys})
         files.write_text(self.spec_file, tomli_w.dumps(resolved))  # after the plan: with a spec there is a run
         digest = key_of(str(sorted(map(str, dump(spec).items()))))
-        facts = {key: value for key, value in _read_state(self.state_file).items() if key in PROGRESS}
+        facts = {key: value for key, value in read_state(self.state_file).items() if key in PROGRESS}
         self.write_state(
             "waiting", **facts, plan_key=plan.key, spec_digest=digest, steps=plan.steps, base=spec.model.base
         )
 
     def planned_key(self) -> str | None:
-        found = _read_json(self.plan_file).get("key")
+        found = read_json(self.plan_file).get("key")
         return found if isinstance(found, str) else None
 
     def pin(self, what: str, digest: str) -> None:
         """Remember what the training saw that no key could know beforehand. Raises Refused where it is another now."""
-        pinned = _read_json(self.pins_file)
+        pinned = read_json(self.pins_file)
         if pinned.setdefault(what, digest) != digest:
             raise Refused(
                 f"the {what} are not those that {self.folder} was begun with; put them back, or give this spec another `name`"
@@ -309,10 +309,6 @@ class Run:
         return target
 
 
-PROGRESS = (
-    "phase", "step", "wall_s", "s_per_step", "peak_memory_bytes", "train_loss", "eval_loss", "best_step", "skipped_steps", "exports",
-    "exported_step", "export_errors", "export_error",
-)  # fmt: skip
 WAYS_OUT = "give this spec another `name`, undo the change, or add --fresh to move the old folder aside"
 
 
@@ -322,42 +318,6 @@ def _free_name(wanted: Path) -> Path:
     while (target := wanted.with_name(f"{wanted.name}-{number}")).exists():
         number += 1
     return target
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """{} where there is no such file, or no JSON object in it: a heartbeat is not synced, so a power cut may leave it
-    empty; and a run folder may come from anywhere."""
-    try:
-        found = json.loads(path.read_bytes())
-    except (FileNotFoundError, IsADirectoryError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _read_state(path: Path) -> dict[str, Any]:
-    """state.json, less what is not of the kind that belongs there; {} where it does not even say the state."""
-    found = {key: value for key, value in _read_json(path).items() if key in KINDS and _fits(value, KINDS[key])}
-    return found if "state" in found else {}
-
-
-def _fits(value: object, kind: type) -> bool:
-    match value:
-        case dict() if kind is dict:
-            return all(isinstance(each, str) for each in value.values())
-        case list() if kind is list:
-            return all(isinstance(each, str) for each in value)
-        case int() | float() if kind is float:
-            return abs(value) < 2**63  # no NaN either
-    return kind is str and isinstance(value, str)
-
-
-KINDS: dict[str, type] = {
-    **dict.fromkeys(("state", "name", "phase", "error", "plan_key", "spec_digest", "base"), str),
-    **dict.fromkeys(("format", "attempts", "split", "step", "steps", "skipped_steps", "peak_memory_bytes"), float),
-    **dict.fromkeys(("started", "finished", "updated", "wall_s", "s_per_step", "train_loss", "eval_loss"), float),
-    "exports": list,
-    "versions": dict,
-}
 
 
 def _changed(*paths: Path) -> float:
