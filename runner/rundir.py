@@ -275,12 +275,13 @@ class Run:
         found = read_json(self.plan_file).get("key")
         return found if isinstance(found, str) else None
 
-    def pin(self, what: str, digest: str) -> None:
-        """Remember what the training saw that no key could know beforehand. Raises Refused where it is another now."""
+    def pin(self, what: str, value: str, way_out: str) -> None:
+        """Remember what the training sees that no key could know beforehand. Raises Refused where it is another now."""
         pinned = read_json(self.pins_file)
-        if pinned.setdefault(what, digest) != digest:
+        if pinned.setdefault(what, value) != value:
+            then, now = (str(one) if len(str(one)) < 40 else f"{one[:12]}..." for one in (pinned[what], value))
             raise Refused(
-                f"the {what} are not those that {self.folder} was begun with; put them back, or give this spec another `name`"
+                f"{what}: {self.folder} was begun with {then}, now it is {now}; {way_out}, or give this spec another `name`"
             )
         files.write_json(self.pins_file, pinned)
 
