@@ -43,6 +43,7 @@ def test_more_steps_give_the_bytes_of_the_longer_run(house: House, kind: str, un
     assert export_bytes(house.folder / "runs" / "a") != short
 
 
+@pytest.mark.slow
 def test_twice_longer_and_stopped_on_the_way(house: House) -> None:
     with stopping_after(1):
         assert house.fluxrun("queue", spec_of(house, "lora", 4)).code == 3
@@ -54,6 +55,7 @@ def test_twice_longer_and_stopped_on_the_way(house: House) -> None:
     assert_same(house)
 
 
+@pytest.mark.slow
 def test_control_a_schedule_that_asks_how_long_the_run_is_would_differ(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -156,6 +156,7 @@ def test_garbage_in_a_run_folder_gives_no_traceback(again: House, name: str) -> 
     assert tree(again.folder / "pictures") == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "kind"),
     [*((name, "wrong kinds") for name in FILES[:4]), ("state.json", "deep"), ("lease.json", "strange holder"),

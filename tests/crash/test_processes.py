@@ -180,6 +180,7 @@ def test_asked_once_and_asked_twice(house: House, spec: Path, long_night: Path) 
     assert_same(house, other=long_night)
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_a_terminal_is_one_request(house: House, spec: Path, long_night: Path) -> None:
     """It goes to the whole foreground group. The trainer hears of it from the queue alone, once: so it saves."""
     night = Night(house, group=True)

@@ -214,6 +214,7 @@ def test_out_of_memory_halves_the_micro_batch_once(house: House, whole: Path) ->
     assert max(float(theirs[key].abs().max()) for key in ours) > 1e-3
 
 
+@pytest.mark.slow
 def test_control_half_the_batch_without_twice_the_accumulation_is_seen(
     house: House, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -255,6 +256,7 @@ def test_three_runs_in_a_row_that_fail_alike_stop_the_queue(house: House) -> Non
     assert not (house.folder / "runs" / "d" / "run.log").exists()
 
 
+@pytest.mark.slow
 def test_three_that_fail_each_in_its_own_way_stop_nothing(house: House, whole: Path) -> None:
     """A done run between them starts the count again; a different reason does too."""
     reasons = {"x": "the disk smells", "y": "the fan sings", "z": "the disk smells"}
