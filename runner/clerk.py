@@ -124,7 +124,7 @@ class Clerk:
     def close(self) -> None:
         """However the run ends: what is being written is finished, and the state says how far it came."""
         self.writer.close()
-        if self.run.state().get("state") == "running":
+        if self.run.lease().attempt == self.run.attempt and self.run.state().get("state") == "running":
             with files.if_there_is_room():
                 self.run.write_state("running", durable=False, **self.facts())
         for tracker in self.trackers:

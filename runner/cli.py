@@ -105,7 +105,7 @@ def queue(
             if job.verdict.state == "changed":
                 screen.line(f"{job.plan.name}: the old run now is {job.run.put_aside()}")
         make_folder(runs)
-        code = run_queue(todo, runs, places, screen, stop, retries=retries, fail_fast=fail_fast) if todo else 0
+        code = run_queue(todo, runs, places, screen, stop, retries=retries, fail_fast=fail_fast)
     if as_json:
         _print_records(runs, {job.plan.name for job in jobs})
     ctx.exit(code)

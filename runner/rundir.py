@@ -109,6 +109,11 @@ class Run:
         except Held:  # by the lock: name who started its holder
             raise self._held() from None
 
+    def refuse_if_held(self) -> None:
+        """Raises Held where a queue has it, perhaps without having begun."""
+        if self.holder():
+            raise self._held()
+
     def _held(self) -> Held:
         holder = self.lease().holder
         who = f"process {holder.pid}{'' if holder.here else f' on {holder.host}'}" if holder else "another process"
@@ -271,6 +276,11 @@ class Run:
             "waiting", **facts, plan_key=plan.key, spec_digest=digest, steps=plan.steps, base=spec.model.base
         )
 
+    def split(self, batch_size: int) -> int:
+        """Into how many parts a micro-batch is cut, as an earlier attempt found out."""
+        found = int(read_state(self.state_file).get("split", 1))
+        return found if found > 0 and batch_size % found == 0 else 1
+
     def planned_key(self) -> str | None:
         found = read_json(self.plan_file).get("key")
         return found if isinstance(found, str) else None
@@ -288,8 +298,7 @@ class Run:
     def put_aside(self) -> Path:
         """Move the whole folder out of the way, for --fresh; nothing trained is deleted. Raises Held."""
         with self.locked():
-            if self.holder():
-                raise self._held()
+            self.refuse_if_held()
             target = _free_name(self.folder.with_name(f"{self.folder.name}.old"))
             self.folder.rename(target)
         files.DISK.sync_folder(target.parent)
