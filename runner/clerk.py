@@ -16,9 +16,11 @@ from PIL import Image
 from runner import device, files
 from runner.checkpoint import Checkpoint
 from runner.deliver import sample_file
+from runner.history import History
 from runner.plan import Inversion, Joint, Lora, Phase, Plan
 from runner.preview import Look
 from runner.rundir import Run, flat
+from runner.shots import shot_tag, shots
 from runner.say import Say
 from runner.spec import Spec, dump
 from runner.track import trackers
@@ -43,7 +45,10 @@ class Clerk:
         self.loss = self.meters.smoothed
         self.before = run.state()
         device.reset_peak(where)
-        self.trackers = trackers(run.folder, run.name, spec.track.to, self.at_step, flat(dump(spec)))
+        self.trackers = [
+            History(run.history_file, self.at_step),
+            *trackers(run.folder, run.name, spec.track.to, self.at_step, flat(dump(spec))),
+        ]
         pivots = {phase.stop for phase in plan.training}
         self.writer = Writer(run.checkpoints, spec.checkpoint.keep, pivots, run.fence, say.log)
         run.write_state(
@@ -81,7 +86,7 @@ class Clerk:
         for tracker in self.trackers:
             tracker.scalars(
                 {"train/loss": step.loss, "train/lr": step.lr, "train/grad_norm": step.grad_norm,
-                 "train/step_seconds": step.seconds},
+                 "train/step_seconds": step.seconds, **step.rows},
                 step.number,
             )  # fmt: skip
         if step.skipped:
@@ -110,9 +115,21 @@ class Clerk:
         self.show_pictures(step, look.pictures)
 
     def show_pictures(self, step: int, pictures: Sequence[Image.Image]) -> None:
-        for index, picture in enumerate(pictures):
+        own = self.spec.validation
+        for picture, shot in zip(pictures, shots(own.prompts, own.count, self.spec.seed), strict=False):
             for tracker in self.trackers:
-                tracker.picture(f"samples/{index}", picture, step)
+                tracker.picture(shot_tag(*shot), picture, step)
+
+    def sum_up(self) -> None:
+        """What HParams shows of a run beside its eval loss."""
+        found = self.facts()
+        values = {
+            "run/train_loss": found["train_loss"],
+            "run/s_per_step": found["s_per_step"],
+            "run/peak_memory_GiB": found["peak_memory_bytes"] / 2**30,
+        }
+        for tracker in self.trackers:
+            tracker.scalars({name: value for name, value in values.items() if value is not None}, self.at_step)
 
     def close(self) -> None:
         self.writer.close()
@@ -122,6 +139,7 @@ class Clerk:
     def save(self, made: Checkpoint) -> None:
         """Begin to write it; whatever comes of that is raised by the next step, save or `settle`."""
         self.writer.save(made)
+        self.sum_up()
 
     def settle(self) -> None:
         """Wait until all that was saved is on the disk."""
@@ -132,6 +150,7 @@ class Clerk:
             path.relative_to(self.run.folder).as_posix() for path in self.run.export.iterdir() if path.is_file()
         )
         self.run.fence()
+        self.sum_up()
         self.run.write_state("done", **self.facts(), finished=time.time(), exports=exports)
         self.say.line(f"done: {self.run.export}")
 

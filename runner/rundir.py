@@ -54,6 +54,7 @@ class Run:
         self.lease_file = self.folder / "lease.json"
         self.pins_file = self.folder / "pins.json"
         self.log_file = self.folder / "run.log"
+        self.history_file = self.folder / "history.jsonl"
         self.checkpoints = self.folder / "checkpoints"
         self.quarantine = self.folder / "quarantine"
         self.samples = self.folder / "samples"
@@ -238,6 +239,15 @@ class Run:
         self.write_state(
             "waiting", **facts, plan_key=plan.key, spec_digest=digest, steps=plan.steps, base=spec.model.base
         )
+
+    def sample_files(self) -> dict[int, dict[int, Path]]:
+        """The sample pictures: by step, then by their number among the run's prompts and seeds."""
+        found: dict[int, dict[int, Path]] = {}
+        for path in sorted(self.samples.glob("step-*.png")):
+            step, _, number = path.stem.removeprefix("step-").partition("-")
+            if step.isdecimal() and number.isdecimal():
+                found.setdefault(int(step), {})[int(number)] = path
+        return found
 
     def planned_key(self) -> str | None:
         found = _read_json(self.plan_file).get("key")
