@@ -14,9 +14,10 @@ import torch
 from PIL import Image
 
 from runner import device, files
+from runner.board import write_session
 from runner.checkpoint import Checkpoint
 from runner.deliver import sample_file
-from runner.history import History
+from runner.series import History
 from runner.plan import Inversion, Joint, Lora, Phase, Plan
 from runner.preview import Look
 from runner.rundir import Run, flat
@@ -49,6 +50,8 @@ class Clerk:
             History(run.history_file, self.at_step),
             *trackers(run.folder, run.name, spec.track.to, self.at_step, flat(dump(spec))),
         ]
+        if "tensorboard" in spec.track.to:
+            write_session(run)
         pivots = {phase.stop for phase in plan.training}
         self.writer = Writer(run.checkpoints, spec.checkpoint.keep, pivots, run.fence, say.log)
         run.write_state(

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
-from dataclasses import asdict, dataclass, field
+import math
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from runner import files
-from runner.rundir import find_runs
+from runner.rundir import Run, find_runs, flat
 
 
 @dataclass(frozen=True)
 class Record:
     """One run. Times: seconds since 1970; wall_s: all attempts together; losses: smoothed; memory in bytes; split: parts
-    that a micro-batch was cut into because it did not fit into the memory."""
+    that a micro-batch was cut into because it did not fit into the memory; spec: every key of it, dotted."""
 
     name: str
     state: str
@@ -32,18 +38,111 @@ class Record:
     error: str | None = None
     attempts: int | None = None
     split: int | None = None
+    spec: dict[str, Any] = field(default_factory=dict)
 
 
-def results(runs: Path) -> list[Record]:
-    """Every run below `runs`, by name."""
-    records = []
-    for run in find_runs(runs):
-        state = run.state()
-        known = {key: value for key, value in state.items() if key in Record.__dataclass_fields__}
-        records.append(Record(**{**known, "name": run.name}))
-    return records
+def results(runs: Path | str) -> list[Record]:
+    """Every run below the folder `runs`, by name."""
+    return [record_of(run) for run in find_runs(Path(runs))]
+
+
+def record_of(run: Run) -> Record:
+    state = run.state()
+    known = {key: state[key] for key, fits in FITS.items() if key in state and fits(state[key])}
+    return Record(**{"state": "unknown", **known, "name": run.name, "spec": spec_values(run)})
+
+
+def sort_records(records: Iterable[Record], key: str) -> list[Record]:
+    """By a field or a spec key, smallest first; runs that have no such value come last."""
+
+    def place(record: Record) -> tuple[bool, bool, Any]:
+        value = record.spec.get(key) if key in record.spec else getattr(record, key, None)
+        number = isinstance(value, int | float)
+        return value is None, not number, value if number else str(value)
+
+    return sorted(records, key=place)
 
 
 def write_index(runs: Path) -> None:
-    lines = [json.dumps(asdict(record), sort_keys=True) for record in results(runs)]
-    files.write_text(runs / "index.jsonl", "".join(line + "\n" for line in lines))
+    rows = [{key: value for key, value in asdict(record).items() if key != "spec"} for record in results(runs)]
+    files.write_text(runs / "index.jsonl", "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows))
+
+
+def table(records: Iterable[Record]) -> list[dict[str, Any]]:
+    """Flat rows with the same columns each ("eval_loss", "spec.lora.rank", ...), None where a run has no such value.
+
+    Every column holds one kind of value, as data frames and Parquet want it: numbers, booleans or text. Lists, and a
+    column that would mix kinds, are JSON text.
+    """
+    rows = [_flat_row(record) for record in records]
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    for key in columns:
+        kinds = {float if type(row[key]) is int else type(row[key]) for row in rows if row.get(key) is not None}
+        if len(kinds) > 1 or kinds & {list, dict}:
+            for row in rows:
+                row[key] = None if row.get(key) is None else json.dumps(row[key])
+    return [{key: row.get(key) for key in columns} for row in rows]
+
+
+def _flat_row(record: Record) -> dict[str, Any]:
+    row = asdict(record)
+    for key in ("versions", "spec"):
+        row |= {f"{key}.{name}": value for name, value in row.pop(key).items()}
+    return row
+
+
+def as_csv(records: Iterable[Record]) -> str:
+    """One line per run, with every spec key that some run has as a column of its own."""
+    rows = table(records)
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(rows[0]) if rows else [one.name for one in fields(Record)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
+
+
+def spec_values(run: Run) -> dict[str, Any]:
+    """{"lora.rank": 16, ...}, without the name, which is the run's; {} where the file cannot be read."""
+    try:
+        tables = tomllib.loads(run.spec_file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    found = flat({key: value for key, value in tables.items() if key not in ("name", "fluxrun")})
+    for number, token in enumerate(found.pop("tokens", [])):
+        found |= {f"tokens.{number}.{key}": value for key, value in token.items()} if isinstance(token, dict) else {}
+    return {key: value for key, value in found.items() if not isinstance(value, list) or value}
+
+
+def differing(specs: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The keys whose values are not the same in all of them, in the spec's order."""
+    known = [spec for spec in specs if spec]
+    keys = dict.fromkeys(key for spec in known for key in spec)
+    return [key for key in keys if any(spec.get(key) != known[0].get(key) for spec in known)]
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _whole(value: Any) -> bool:
+    return type(value) is int
+
+
+def _number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_text, value))
+
+
+def _named_texts(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_text, value.values()))
+
+
+# What a state may tell: a run folder can come from anywhere, and a value of another kind is left out.
+FITS = {
+    "state": _text, "spec_digest": _text, "base": _text, "error": _text, "started": _number, "finished": _number,
+    "wall_s": _number, "s_per_step": _number, "train_loss": _number, "eval_loss": _number, "steps": _whole,
+    "peak_memory_bytes": _whole, "attempts": _whole, "split": _whole, "exports": _texts, "versions": _named_texts,
+}  # fmt: skip
