@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from runner import files
-from runner.index import differing, spec_values
+from runner.index import spec_values, telling
 from runner.rundir import Run, find_runs
 
 FILE = "events.out.tfevents.0.fluxrun"
@@ -40,7 +40,7 @@ LAYOUT: Mapping[str, Mapping[str, Sequence[str]]] = {
 def write_board(runs: Path) -> None:
     """For every run that TensorBoard has something of."""
     specs = {run.name: spec_values(run) for run in find_runs(runs)}
-    keys = differing(specs.values())
+    keys = telling(specs.values())
     for run in find_runs(runs):
         if any(path.name != FILE for path in run.folder.glob("events.out.tfevents.*")):
             _write(run, specs, keys)
@@ -49,7 +49,7 @@ def write_board(runs: Path) -> None:
 def write_session(run: Run) -> None:
     """For one run, as it begins; the keys that differ are those of all runs that are there."""
     specs = {other.name: spec_values(other) for other in find_runs(run.runs)}
-    _write(run, specs, differing(specs.values()))
+    _write(run, specs, telling(specs.values()))
 
 
 def _write(run: Run, specs: Mapping[str, Mapping[str, Any]], keys: Sequence[str]) -> None:

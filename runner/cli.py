@@ -235,7 +235,7 @@ def status(names: tuple[str, ...], runs: Path, as_json: bool, watch: bool) -> No
 @click.option("--sort", default="name", show_default=True, metavar="KEY", help="A column, or a key of the spec.")
 def results(runs: Path, as_json: bool, as_comma: bool, sort: str) -> None:
     """The results index as a table: runs, the spec keys in which they differ, and how they did."""
-    from runner.index import Record, as_csv, differing, sort_records
+    from runner.index import Record, as_csv, sort_records, telling
     from runner.index import results as read
 
     records = read(runs)
@@ -247,7 +247,7 @@ def results(runs: Path, as_json: bool, as_comma: bool, sort: str) -> None:
     elif as_json:
         click.echo(json.dumps([asdict(record) for record in records], indent=1))
     else:
-        keys = {key: _spec_cell(key) for key in differing(record.spec for record in records)[:SPEC_COLUMNS]}
+        keys = {key: _spec_cell(key) for key in telling(record.spec for record in records)[:SPEC_COLUMNS]}
         [run, state, *others] = RESULTS.items()
         _console().print(_table([asdict(record) for record in records], dict([run, state, *keys.items(), *others])))
 
@@ -353,6 +353,9 @@ def board(runs: Path, port: int) -> None:
     """TensorBoard on the runs folder."""
     import subprocess
 
+    from runner.board import write_board
+
+    write_board(runs)
     sys.exit(subprocess.call([sys.executable, "-m", "tensorboard.main", "--logdir", str(runs), "--port", str(port)]))
 
 

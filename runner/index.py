@@ -120,6 +120,25 @@ def differing(specs: Iterable[Mapping[str, Any]]) -> list[str]:
     return [key for key in keys if any(spec.get(key) != known[0].get(key) for spec in known)]
 
 
+def telling(specs: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The differing keys without those that only repeat another one's values, as lora.alpha does lora.rank's."""
+    known = [spec for spec in specs if spec]
+    out: dict[str, list[Any]] = {}
+    for key in differing(known):
+        values = [spec.get(key) for spec in known]
+        if values not in out.values():
+            out[key] = values
+    return list(out)
+
+
+EVALUATED_ON = ("model.base", "data.source", "data.holdout", "data.resolution", "data.prompt", "train.guidance")
+
+
+def comparable(specs: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether the eval losses are of the same pictures under the same base."""
+    return not set(differing(specs)) & set(EVALUATED_ON)
+
+
 def _text(value: Any) -> bool:
     return isinstance(value, str)
 

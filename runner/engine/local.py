@@ -16,6 +16,7 @@ from pathlib import Path
 from runner.engine.process import Trainer
 from runner.errors import Code, FluxrunError, Held, Paused, disk_trouble
 from runner.index import write_index
+from runner.morning import prepare_morning
 from runner.prepare import Job
 from runner.say import Event
 from runner.screen import Screen
@@ -104,6 +105,7 @@ def run_queue(
         for slot in slots:
             _clear(slot)
         _leave(queue)
+    prepare_morning(runs, screen.line)
     return 1 if queue.failed else 3 if queue.left else 0
 
 
