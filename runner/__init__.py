@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from runner.series import Series
     from runner.index import Record as Record
+    from runner.series import Series
 
 __all__ = ["Record", "history", "results", "table"]
 
@@ -42,8 +42,8 @@ def history(path: Path | str, name: str) -> dict[str, Series]:
     """One run's numbers by TensorBoard's names, each {step: value}; {} where nothing was written yet."""
     from pathlib import Path
 
-    from runner.series import read_history
     from runner.rundir import Run
+    from runner.series import read_history
 
     return read_history(Run(Path(path), name).history_file)
 

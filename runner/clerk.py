@@ -17,12 +17,12 @@ from runner import device, files
 from runner.board import write_session
 from runner.checkpoint import Checkpoint
 from runner.deliver import sample_file
-from runner.series import History
 from runner.plan import Inversion, Joint, Lora, Phase, Plan
 from runner.preview import Look
 from runner.rundir import Run, flat
-from runner.shots import shot_tag, shots
 from runner.say import Say
+from runner.series import History
+from runner.shots import shot_tag, shots
 from runner.spec import Spec, dump
 from runner.track import trackers
 from runner.train import Meters, Step
