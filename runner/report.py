@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 import shlex
 import time
 from collections.abc import Mapping, Sequence
@@ -85,19 +86,30 @@ def _hash(script: str) -> str:
 
 def _folders(runs: Path) -> list[Folder]:
     found = list(find_runs(runs))
-    parents = {run.name.rpartition("/")[0] for run in found}
-    shared = f"{parents.pop()}/" if len(parents) == 1 and "" not in parents else ""
+    labels = short_labels([run.name for run in found])
     out = []
-    for run in found:
+    for run, label in zip(found, labels, strict=True):
         state = run.state()
         step, phase = state.get("step"), state.get("phase")
         out.append(
             Folder(
-                run, record_of(run), run.name.removeprefix(shared), step if type(step) is int else 0,
+                run, record_of(run), label, step if type(step) is int else 0,
                 phase if isinstance(phase, str) else "", read_history(run.history_file),
             )
         )  # fmt: skip
     return out
+
+
+def short_labels(names: Sequence[str]) -> list[str]:
+    """ "SWEEP/lora.rank=4,train.lr=0.001" -> "rank=4, lr=0.001", with SWEEP before it where there are several; the names as
+    they are where that would make two alike."""
+    sweeps = {name.partition("/")[0] for name in names if "/" in name}
+    labels = []
+    for name in names:
+        sweep, _, values = name.partition("/")
+        short = re.sub(r"(^|,)(?:[a-z_0-9]+\.)+(?=[a-z_0-9]+=)", r"\1", values).replace(",", ", ")
+        labels.append(name if not values else f"{sweep}: {short}" if len(sweeps) > 1 else short)
+    return labels if len(set(labels)) == len(labels) else list(names)
 
 
 def _summary(found: Sequence[Folder]) -> dict[str, Any]:
@@ -111,7 +123,7 @@ def _summary(found: Sequence[Folder]) -> dict[str, Any]:
         "count": len(found),
         "states": sorted(states.items(), key=lambda item: order.index(item[0]) if item[0] in order else 9),
         "wall": clock(sum(one.record.wall_s or 0.0 for one in found)),
-        "best": best and {"label": best.label, "name": best.run.name, "loss": f"{best.record.eval_loss:.4f}"},
+        "best": best and {"label": best.label, "at": found.index(best), "loss": f"{best.record.eval_loss:.4f}"},
         "failed": [one.run.name for one in found if one.record.state == "failed"],
     }
 

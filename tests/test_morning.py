@@ -102,7 +102,9 @@ def hparams(folder: Path) -> dict[str, Any]:
     return {
         "experiment": found[metadata.EXPERIMENT_TAG].experiment,
         "start": found[metadata.SESSION_START_INFO_TAG].session_start_info,
-        "end": found[metadata.SESSION_END_INFO_TAG].session_end_info if metadata.SESSION_END_INFO_TAG in found else None,
+        "end": found[metadata.SESSION_END_INFO_TAG].session_end_info
+        if metadata.SESSION_END_INFO_TAG in found
+        else None,
     }
 
 
@@ -191,7 +193,11 @@ def test_results_show_the_keys_that_differ(night: House) -> None:
     said = night.fluxrun("results", "--sort", "eval_loss")
     header, *rows = [line.split() for line in said.out.splitlines() if len(line.split()) > 3]
     assert header[:4] == ["run", "state", "lora.rank", "steps"]
-    assert [row[:4] for row in rows] == [["b", "done", "8", "100"], ["c", "done", "16", "100"], ["a", "done", "4", "100"]]
+    assert [row[:4] for row in rows] == [
+        ["b", "done", "8", "100"],
+        ["c", "done", "16", "100"],
+        ["a", "done", "4", "100"],
+    ]
     by_rank = json.loads(night.fluxrun("results", "--json", "--sort", "lora.rank").out)
     assert [row["name"] for row in by_rank] == ["a", "b", "c"]
     assert by_rank[0]["spec"]["train.lr"] == 1e-3

@@ -28,7 +28,10 @@
 
   const MOST = 12, BEST = 8;
   const dark = matchMedia("(prefers-color-scheme: dark)");
-  const colour = place => {  // golden-angle hues: neighbours differ however many there are
+  const LIGHT = ["#2f6fde", "#e0731d", "#1b9e62", "#c9308f", "#8357e8", "#a97f00", "#0a97a8", "#d23b3b"];
+  const DARK = ["#6ea8ff", "#ffa057", "#4cd694", "#ff7ac6", "#b69cff", "#e6c34a", "#45d0e0", "#ff7d7d"];
+  const colour = place => {  // beyond these, golden-angle hues: neighbours differ however many there are
+    if (place < LIGHT.length) return (dark.matches ? DARK : LIGHT)[place];
     const hue = (place * 137.508 + 222) % 360;
     return `hsl(${hue.toFixed(1)} ${dark.matches ? 75 : 68}% ${dark.matches ? 66 : 42}%)`;
   };
@@ -174,6 +177,8 @@
       }
       lines.push(line);
     }
+    const room = at("pictures").clientWidth - (innerWidth < 640 ? 110 : 260);
+    at("grid").style.setProperty("--side", `${Math.round(Math.min(160, Math.max(92, room / steps.length - 6)))}px`);
     document.querySelector("#grid thead").replaceChildren(head);
     document.querySelector("#grid tbody").replaceChildren(...lines);
     at("pictures").querySelector(".scroll").hidden = !lines.length;
@@ -198,7 +203,9 @@
     },
     sigmas: index => [["", runs[index].sigmas]],
     drift: index => Object.entries(runs[index].rows.drift),
-    norm: index => Object.entries(runs[index].rows.norm),
+    // encoders differ fifty-fold in the size of their rows, so that only what became of it can share an axis
+    norm: index => Object.entries(runs[index].rows.norm).map(
+      ([name, [steps, values]]) => [name, [steps, values.map(value => value / (values[0] || 1))]]),
   };
   const plots = {};
   const css = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
@@ -239,7 +246,7 @@
     const options = {
       width: box.clientWidth, height: box.clientHeight, legend: { show: false },
       scales: { x: { time: false } },
-      axes: [{ ...axis }, { ...axis, size: 56, values: (u, splits) => splits.map(number) }],
+      axes: [{ ...axis, size: 30 }, { ...axis, size: 56, values: (u, splits) => splits.map(number) }],
       cursor: { y: false, points: { size: 7 }, drag: { x: true, y: false } },
       series: [{}, ...found.map(line => ({
         label: `${runs[line.index].label} ${line.name}`, stroke: colour(places.get(line.index)), width: 1.75, dash: line.dash, spanGaps: true,
@@ -299,6 +306,8 @@
   addEventListener("hashchange", reveal);
   reveal();
   filter();
+  const losses = [...document.querySelectorAll("#table thead th")].findIndex(head => head.textContent.trim() === "eval loss");
+  if (runs.some(run => run.loss !== null)) sort(losses, false);
   const telling = runs.map((_, index) => index).filter(index => runs[index].train[0].length || runs[index].eval[0].length);
   const first = telling.length ? telling : runs.map((_, index) => index);
   choose(first.length <= MOST ? first : byLoss(first).slice(0, BEST));
