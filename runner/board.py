@@ -27,8 +27,10 @@ METRICS = (
 )
 LAYOUT: Mapping[str, Mapping[str, Sequence[str]]] = {
     "Losses": {"eval loss": ["eval/loss"], "train loss": ["train/loss"]},
-    "Held-out loss by timestep": {"eval loss at each sigma": [r"eval/sigma 0\..*"]},
-    "Token rows": {"norm": ["rows/norm .*"], "drift": ["rows/drift .*"]},
+    "Held-out loss by timestep": {f"sigma 0.{k}": [rf"eval/sigma 0\.{k}"] for k in (1, 3, 5, 7, 9)},
+    "Token rows": {
+        f"{what}, {encoder}": [f"rows/{what} .* {encoder}"] for encoder in ("clip", "t5") for what in ("norm", "drift")
+    },
     "Going": {
         "s/step": ["train/step_seconds"],
         "learning rate": ["train/lr"],
