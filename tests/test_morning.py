@@ -163,7 +163,7 @@ def test_layout_and_spec_are_there_for_their_plugins(night: House) -> None:
 
 
 def test_a_real_run_and_its_resume_are_one_session(house: House) -> None:
-    spec = house.spec(steps="steps = 2", every="every = 2\nminutes = 100.0")
+    spec = house.spec(steps="steps = 2", lr="lr = 1e-2\nuntil = 1.0")
     assert house.fluxrun("queue", spec).code == 0
     folder = house.folder / "runs" / "a"
     spec.write_text(spec.read_text().replace("steps = 2\nbatch", "steps = 4\nbatch"))  # goes on

@@ -216,6 +216,8 @@ def test_hovering_a_curve_names_the_run(driver: Any, runs: Path) -> None:
 def test_failures_come_first_with_their_log(driver: Any, runs: Path) -> None:
     opened(driver, runs)
     failures = driver.find_element("id", "failures")
+    assert f"OSError: {LINE}" in failures.find_element("css selector", "summary").text
+    click(driver, "#failures summary")
     assert failures.find_element("css selector", "h2").text == "1 failed"
     assert f"OSError: {LINE}" in failures.find_element("css selector", "pre").text
     assert "queue" in failures.find_element("css selector", "code").text

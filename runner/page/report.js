@@ -22,6 +22,11 @@
       setTimeout(() => (button.textContent = "Copy"), 1500);
     });
   }
+  for (const box of document.querySelectorAll("details")) {
+    box.addEventListener("toggle", () => {
+      for (const log of box.querySelectorAll(".log")) log.scrollTop = log.scrollHeight;  // its end says why
+    });
+  }
   if (!runs.length) return;
 
   // ---- which runs are compared, and their colours -----------------------------------------------------------------
