@@ -16,7 +16,7 @@ from PIL import Image
 from runner import device, files
 from runner.board import write_session
 from runner.checkpoint import Checkpoint
-from runner.deliver import sample_file
+from runner.deliver import Delivered, sample_file
 from runner.plan import Inversion, Joint, Lora, Phase, Plan
 from runner.preview import Look
 from runner.rundir import Run, flat
@@ -25,7 +25,7 @@ from runner.series import History
 from runner.shots import shot_tag, shots
 from runner.spec import Spec, dump
 from runner.track import trackers
-from runner.train import Meters, Step
+from runner.train import Meters, Step, looked
 from runner.writer import Writer
 
 HEARTBEAT = 1.0  # seconds between writes of the step into state.json
@@ -51,7 +51,8 @@ class Clerk:
             *trackers(run.folder, run.name, spec.track.to, self.at_step, flat(dump(spec))),
         ]
         if "tensorboard" in spec.track.to:
-            write_session(run)
+            with files.if_there_is_room():
+                write_session(run)
         pivots = {phase.stop for phase in plan.training}
         self.writer = Writer(run.checkpoints, spec.checkpoint.keep, pivots, run.fence, say.log)
         run.write_state(
@@ -66,6 +67,8 @@ class Clerk:
             "step": self.at_step,
             "train_loss": self.loss,
             "eval_loss": self.meters.eval_loss,
+            "best_step": self.meters.best_step,
+            "ended": self.meters.ended or None,
             "skipped_steps": self.meters.skipped or None,
             "wall_s": round(self.before.get("wall_s", 0.0) + time.monotonic() - self.began, 3),
             "s_per_step": statistics.median(self.seconds) if self.seconds else self.before.get("s_per_step"),
@@ -105,7 +108,7 @@ class Clerk:
 
     def show(self, step: int, look: Look) -> None:
         """The eval loss, and pictures where there are any."""
-        self.meters = replace(self.meters, eval_loss=look.eval_loss)
+        self.meters = looked(self.meters, step, look.eval_loss)
         values = {
             "eval/loss": look.eval_loss,
             **{f"eval/sigma {sigma:.1f}": loss for sigma, loss in look.by_sigma.items()},
@@ -135,7 +138,11 @@ class Clerk:
             tracker.scalars({name: value for name, value in values.items() if value is not None}, self.at_step)
 
     def close(self) -> None:
+        """However the run ends: what is being written is finished, and the state says how far it came."""
         self.writer.close()
+        if self.run.state().get("state") == "running":
+            with files.if_there_is_room():
+                self.run.write_state("running", durable=False, **self.facts())
         for tracker in self.trackers:
             tracker.close()
 
@@ -148,14 +155,27 @@ class Clerk:
         """Wait until all that was saved is on the disk."""
         self.writer.wait()
 
-    def finish(self) -> None:
-        exports = sorted(
-            path.relative_to(self.run.folder).as_posix() for path in self.run.export.iterdir() if path.is_file()
-        )
+    def end_training(self, progress: Checkpoint) -> None:
+        if ended := progress.scalars["meters"]["ended"]:
+            self.meters = replace(self.meters, ended=ended)
+            self.say.line(f"training ends early: {ended}")
+
+    def finish(self, delivered: Delivered) -> None:
+        more = export_facts(self.run, delivered)
+        if self.spec.hub.push:  # true until the push is through, also if this process ends before it
+            more["warning"] = f"not pushed yet; `fluxrun export {self.run.name} --push` does it"
         self.run.fence()
         self.sum_up()
-        self.run.write_state("done", **self.facts(), finished=time.time(), exports=exports)
+        self.run.write_state("done", **self.facts(), finished=time.time(), **more)
         self.say.line(f"done: {self.run.export}")
+
+
+def export_facts(run: Run, delivered: Delivered) -> dict[str, Any]:
+    """What the state holds of an export."""
+    exports = sorted(path.relative_to(run.folder).as_posix() for path in run.export.iterdir() if path.is_file())
+    worst = max(delivered.errors.values(), default=None)
+    errors = {"export_errors": dict(delivered.errors), "export_error": worst}
+    return {"exports": exports, "exported_step": delivered.step, **errors}
 
 
 def versions() -> dict[str, str]:

@@ -7,6 +7,7 @@ The only file that knows the model library. Shapes: B batch, C = 16 latent chann
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,13 +43,14 @@ def open_base(text: str, revision: str | None, variant: str | None, device: torc
 
 
 def quiet() -> None:
-    """The libraries' progress bars would tear ours."""
+    """The libraries' progress bars would tear ours; bitsandbytes, where it is installed, warns of kernels nobody asked for."""
     import diffusers
     import transformers
 
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def load_clip(base: Base) -> nn.Module:

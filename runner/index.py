@@ -18,8 +18,10 @@ from runner.rundir import Run, find_runs, flat
 
 @dataclass(frozen=True)
 class Record:
-    """One run. Times: seconds since 1970; wall_s: all attempts together; losses: smoothed; memory in bytes; split: parts
-    that a micro-batch was cut into because it did not fit into the memory; spec: every key of it, dotted."""
+    """One run. Times: seconds since 1970; wall_s: all attempts together; losses: smoothed; memory in bytes;
+    export_error: the largest of any exported file (state.json has each); warning: what went wrong and cost nothing;
+    ended: by which rule training ended early; split: parts that a micro-batch was cut into because it did not fit into
+    the memory; spec: every key of it, dotted."""
 
     name: str
     state: str
@@ -36,8 +38,12 @@ class Record:
     base: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
     error: str | None = None
+    best_step: int | None = None
+    ended: str | None = None
     attempts: int | None = None
     split: int | None = None
+    export_error: float | None = None
+    warning: str | None = None
     spec: dict[str, Any] = field(default_factory=dict)
 
 
@@ -163,5 +169,6 @@ def _named_texts(value: Any) -> bool:
 FITS = {
     "state": _text, "spec_digest": _text, "base": _text, "error": _text, "started": _number, "finished": _number,
     "wall_s": _number, "s_per_step": _number, "train_loss": _number, "eval_loss": _number, "steps": _whole,
-    "peak_memory_bytes": _whole, "attempts": _whole, "split": _whole, "exports": _texts, "versions": _named_texts,
+    "peak_memory_bytes": _whole, "attempts": _whole, "split": _whole, "best_step": _whole, "ended": _text,
+    "export_error": _number, "warning": _text, "exports": _texts, "versions": _named_texts,
 }  # fmt: skip

@@ -51,6 +51,7 @@ class Run:
         self.plan_file = self.folder / "plan.json"
         self.state_file = self.folder / "state.json"
         self.lock_file = self.folder / ".lock"
+        self.stop_file = self.folder / "stop"
         self.lease_file = self.folder / "lease.json"
         self.pins_file = self.folder / "pins.json"
         self.log_file = self.folder / "run.log"
@@ -103,6 +104,7 @@ class Run:
                 self._no_links()
                 if (holder := self.holder()) and holder != Process.own():
                     raise self._held()
+                self.told_to_stop()  # what an earlier queue was told is not meant for this one
                 self._claim(spec, plan, version)
                 return self._lease(self.lease().attempt + 1)
         except Held:  # by the lock: name who started its holder
@@ -132,6 +134,16 @@ class Run:
             files.make_folder(folder)
         for folder in (self.folder, self.checkpoints, self.samples):
             files.sweep_aside(folder)
+
+    def tell_to_stop(self) -> None:
+        """For a queue that has not begun it yet; of one that trains, the trainer is told by a signal."""
+        self.stop_file.touch()
+
+    def told_to_stop(self) -> bool:
+        """Asked once for each time it was told."""
+        told = self.stop_file.is_file()
+        self.stop_file.unlink(missing_ok=True)
+        return told
 
     def fence(self) -> None:
         """To be asked before anything is committed: a process that lost its run unknowingly must not write."""
@@ -174,6 +186,16 @@ class Run:
         """Keep what the state says of progress; replace what it says of the present."""
         facts = {key: value for key, value in _read_json(self.state_file).items() if key in PROGRESS}
         self.write_state(state, **facts, error=reason, **more)
+
+    def amend(self, **more: Any) -> None:
+        """Change single values of the state, whatever it is; None takes one out."""
+        now = {**_read_json(self.state_file), **more}
+        files.write_json(self.state_file, {key: value for key, value in now.items() if value is not None})
+
+    def began(self) -> float | None:
+        """When it was first started, in seconds since 1970."""
+        started: float | None = _read_json(self.state_file).get("started")
+        return started
 
     # ---- done, and why ---------------------------------------------------------------------------------------------
 
@@ -288,7 +310,8 @@ class Run:
 
 
 PROGRESS = (
-    "phase", "step", "wall_s", "s_per_step", "peak_memory_bytes", "train_loss", "eval_loss", "skipped_steps", "exports",
+    "phase", "step", "wall_s", "s_per_step", "peak_memory_bytes", "train_loss", "eval_loss", "best_step", "skipped_steps", "exports",
+    "exported_step", "export_errors", "export_error",
 )  # fmt: skip
 WAYS_OUT = "give this spec another `name`, undo the change, or add --fresh to move the old folder aside"
 

@@ -75,9 +75,14 @@ def load_text_lora(pipe: Any, file: Path) -> None:
         )
 
 
-def read_prompts(pipe: Any, prompts: Sequence[str], length: int) -> list[Read]:
+def read_prompts(pipe: Any, prompts: Sequence[str], length: int, scale: float = 1.0) -> list[Read]:
+    """`scale`: strength of the CLIP encoder's LoRA, where it has one."""
+    more = {} if scale == 1.0 else {"lora_scale": scale}
     with torch.no_grad():
-        pairs = [pipe.encode_prompt(prompt=prompt, prompt_2=None, max_sequence_length=length)[:2] for prompt in prompts]
+        pairs = [
+            pipe.encode_prompt(prompt=prompt, prompt_2=None, max_sequence_length=length, **more)[:2]
+            for prompt in prompts
+        ]
     return [Read(txt.cpu(), vec.cpu()) for txt, vec in pairs]
 
 
@@ -145,7 +150,7 @@ def sample(
     """(prompt, seed) each -> pictures. Encoders and transformer are on the device one after the other."""
     pipe = text_pipeline(base, exported)
     placeholders = exported.placeholders if exported else ()
-    reads = read_prompts(pipe, [tokens.expand(prompt, placeholders) for prompt, _ in prompts], length)
+    reads = read_prompts(pipe, [tokens.expand(prompt, placeholders) for prompt, _ in prompts], length, scale)
     del pipe
     release(base.device)
     pipe = image_pipeline(base)

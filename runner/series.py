@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from runner import files
-from runner.errors import disk_trouble
 
 Series = dict[int, float]  # by step, in their order
 
@@ -29,19 +28,17 @@ class History:
         self.path = path
         if path.is_file() and not path.is_symlink():
             kept = [line for line in _lines(path) if line["step"] <= start]
-            files.write_text(path, "".join(f"{json.dumps(line)}\n" for line in kept))
+            with files.if_there_is_room():
+                files.write_text(path, "".join(f"{json.dumps(line)}\n" for line in kept))
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         line = json.dumps({"step": step, **{name: _short(value) for name, value in values.items()}})
-        try:
+        with files.if_there_is_room():  # a gap in a curve is no reason to stop; a checkpoint that fails is
             handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
             try:
                 os.write(handle, f"{line}\n".encode())
             finally:
                 os.close(handle)
-        except OSError as error:
-            if not disk_trouble(error):  # a gap in a curve is no reason to stop; a checkpoint that fails is
-                raise
 
     def picture(self, name: str, image: Any, step: int) -> None:
         """Pictures are files of their own."""

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+IMAGE_COLUMN = "image"  # the default, which no metadata file need have
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 COLUMNAR = {".parquet", ".arrow"}
 
@@ -38,6 +39,11 @@ def read(source: Source) -> Pictures:
     """Raises DataError with everything that is wrong. A hub id is fetched."""
     path = Path(source.text)
     if path.is_dir() and not _is_columnar(path):
+        for key, found, default in (("config", source.config, None), ("split", source.split, "train")):
+            if found != default:
+                raise DataError(
+                    f"{path} is a folder of images, which has no data.{key} (found {found!r}); take that key out"
+                )
         return read_folder(path, source.image_column, source.caption_column, source.prompt)
     return read_datasets(source)
 
@@ -52,6 +58,12 @@ def read_folder(folder: Path, image_column: str, caption_column: str | None, pro
     names no file, and so on. Order is by name, or the metadata's, so it does not depend on the file system.
     """
     metadata = next((folder / name for name in METADATA if (folder / name).is_file()), None)
+    column = caption_column or (image_column if image_column != IMAGE_COLUMN else None)
+    if column and not metadata:
+        raise DataError(
+            f"{folder} has no {', '.join(METADATA)}, so no column {column!r}; add one of them, or take "
+            f"data.{'caption' if caption_column else 'image'}_column out (captions then come from a NAME.txt beside each image)"
+        )
     captions = (
         _metadata_captions(metadata, image_column, caption_column)
         if metadata
@@ -80,7 +92,7 @@ def _is_image(path: Path, folder: Path) -> bool:
 
 def _side_caption(path: Path) -> str | None:
     side = path.with_suffix(".txt")
-    return " ".join(side.read_text(encoding="utf-8").split()) if side.is_file() else None
+    return " ".join(side.read_text(encoding="utf-8-sig").split()) if side.is_file() else None
 
 
 def _opener(path: Path) -> Callable[[], Image]:
@@ -103,7 +115,7 @@ def _rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             raise DataError(f"{file}: not a parquet file ({error})") from error
         yield from ((f"{file} row {index}", row) for index, row in enumerate(rows))
     elif file.suffix == ".csv":
-        with file.open(newline="", encoding="utf-8") as opened:
+        with file.open(newline="", encoding="utf-8-sig") as opened:
             reader = csv.DictReader(opened)
             try:
                 for row in reader:
@@ -111,7 +123,7 @@ def _rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             except csv.Error as error:
                 raise DataError(f"{file}:{reader.line_num}: not CSV ({error})") from error
     else:
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(file.read_text(encoding="utf-8-sig").split("\n"), 1):
             if not line.strip():
                 continue
             try:
@@ -133,14 +145,18 @@ def _metadata_captions(file: Path, image_column: str, column: str | None) -> dic
     out: dict[Path, str | None] = {}
     faults = []
     for where, row in _rows(file):
-        name = row.get(image_column) or row.get("file_name")
+        name = row.get(image_column) or (row.get("file_name") if image_column == IMAGE_COLUMN else None)
         if not isinstance(name, str):
-            faults.append(f"{where}: names no file; wanted is a column file_name, or data.image_column")
+            faults.append(
+                f"{where}: names no file in {image_column!r}; wanted is a column file_name, or data.image_column"
+            )
             continue
         path = folder / name
         if not path.resolve().is_relative_to(folder.resolve()) or not path.is_file():
             faults.append(f"{where}: no such file in the folder ({name!r})")
             continue
+        if path in out:
+            faults.append(f"{where}: names {name!r} a second time; give each image one row")
         caption = row.get(column) if column else None
         if column and column not in row:
             faults.append(f"{where}: no column {column!r}; there are {', '.join(sorted(map(str, row)))}")
