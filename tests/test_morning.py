@@ -77,7 +77,7 @@ def test_a_real_run_writes_its_history(done: House) -> None:
     from safetensors.torch import load_file
 
     rows = load_file(done.folder / "runs" / "a" / "export" / "a_emb.safetensors")["clip_l"]
-    assert found["rows/norm TOK clip"][3] == pytest.approx(float(rows.norm(dim=1).mean()), rel=1e-5)
+    assert found["rows/norm TOK clip"][3] == pytest.approx(float(rows.norm(dim=1).mean()), rel=2e-3)  # exported in bf16
     [record] = [one for one in runner.results(done.folder / "runs") if one.name == "a"]
     assert found["eval/loss"][6] == pytest.approx(record.eval_loss, rel=1e-5)
 
