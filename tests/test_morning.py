@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -80,6 +81,27 @@ def test_a_real_run_writes_its_history(done: House) -> None:
     assert found["rows/norm TOK clip"][3] == pytest.approx(float(rows.norm(dim=1).mean()), rel=2e-3)  # exported in bf16
     [record] = [one for one in runner.results(done.folder / "runs") if one.name == "a"]
     assert found["eval/loss"][6] == pytest.approx(record.eval_loss, rel=1e-5)
+
+
+def test_norm_and_drift_are_a_tokens_own_and_a_mean_over_its_vectors() -> None:
+    import torch
+
+    from runner.encode import LiveEncoder
+    from runner.learn import row_sizes
+    from runner.tokens import placeholders
+
+    encoder = LiveEncoder("clip", torch.nn.Identity(), None, 1.0)
+    encoder.first_rows = torch.tensor([[4.0, 0.0], [0.0, 4.0], [2.0, 0.0]])
+    encoder.rows = torch.nn.Parameter(torch.tensor([[4.0, 3.0], [0.0, 5.0], [2.0, 0.0]]))
+    desk: Any = SimpleNamespace(plan=SimpleNamespace(placeholders=placeholders([("CAT", 2, None), ("DOG", 1, None)])))
+    assert row_sizes(desk, {"clip": encoder}) == {
+        "rows/norm CAT clip": 5.0,
+        "rows/drift CAT clip": 0.5,  # 3 and 1, of a length of 4
+        "rows/norm DOG clip": 2.0,
+        "rows/drift DOG clip": 0.0,
+    }
+    encoder.rows.requires_grad_(False)
+    assert row_sizes(desk, {"clip": encoder}) == {}
 
 
 # ---- TensorBoard ---------------------------------------------------------------------------------------------------
@@ -162,10 +184,13 @@ def test_layout_and_spec_are_there_for_their_plugins(night: House) -> None:
     assert list(events.Scalars("eval/loss"))  # the board's own file hides nothing of the trainer's
 
 
-def test_a_real_run_and_its_resume_are_one_session(house: House) -> None:
+def test_a_real_run_and_its_resume_are_one_session(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = house.spec(steps="steps = 2", lr="lr = 1e-2\nuntil = 1.0")
-    assert house.fluxrun("queue", spec).code == 0
+    with monkeypatch.context() as night:
+        night.setattr("runner.engine.local.prepare_morning", lambda *_: None)
+        assert house.fluxrun("queue", spec).code == 0
     folder = house.folder / "runs" / "a"
+    assert hparams(folder)["start"].hparams["train.steps"].number_value == 2  # before there is a morning
     spec.write_text(spec.read_text().replace("steps = 2\nbatch", "steps = 4\nbatch"))  # goes on
     said = house.fluxrun("queue", spec)
     assert said.code == 0, said.err
@@ -220,6 +245,14 @@ def test_results_as_csv_load_into_pandas_and_parquet(night: House) -> None:
     back = pandas.read_parquet(night.folder / "results.parquet")
     assert list(back["spec.lora.rank"]) == [4, 8, 16, 8]
     assert list(back["name"]) == ["a", "b", "c", "odd"]
+
+
+def test_a_column_of_a_table_holds_one_kind_of_value() -> None:
+    records = [
+        runner.Record("a", "done", spec={"x": 1, "y": 1}),
+        runner.Record("b", "done", spec={"x": "one", "y": 0.5}),
+    ]
+    assert [(row["spec.x"], row["spec.y"]) for row in runner.table(records)] == [("1", 1), ('"one"', 0.5)]
 
 
 def test_compare_two_runs(night: House) -> None:

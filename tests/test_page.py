@@ -78,12 +78,13 @@ def test_the_page_is_one_file_that_asks_nobody(runs: Path) -> None:
 
 
 def test_words_of_specs_captions_and_logs_are_no_html(runs: Path) -> None:
-    write_run(runs, "evil", prompts=[EVIL], state="failed", error=EVIL, exports=["../../../etc/passwd", "javascript:1"])
+    (runs / "secret").touch()
+    write_run(runs, "evil", prompts=[EVIL], state="failed", error=EVIL, exports=["../secret", "javascript:1"])
     html = render(runs)
     assert "<img src=x" not in html
     assert "<b onclick" not in html
     assert html.count("<script") == 3  # the data and the two scripts that the policy names by their digests
-    assert "passwd" not in html
+    assert "secret" not in html
     data = json.loads(re.search(r'id="data">(.*?)</script>', html, re.S)[1])  # type: ignore[index]
     assert EVIL in [shot["prompt"] for shot in data["shots"]]
 
@@ -197,6 +198,19 @@ def test_curves_and_pictures_are_of_the_chosen_runs(driver: Any, runs: Path) -> 
     )
     assert "a TOK & a <cup>" in driver.find_element("css selector", "#grid img").get_attribute("alt")
     assert complaints(driver) == []
+
+
+@needs_browser
+def test_the_grid_has_the_steps_of_the_chosen_runs_alone(driver: Any, runs: Path) -> None:
+    write_run(runs, "often", look_every=10, loss=0.95)
+
+    def columns() -> list[str]:
+        return [head.text for head in driver.find_elements("css selector", "#grid thead th")][1:]
+
+    opened(driver, runs)
+    assert columns()[:3] == ["step 10", "step 20", "step 25"]
+    driver.execute_script("[...document.querySelectorAll('#table tbody input')].at(-1).click()")
+    assert columns() == ["step 25", "step 50", "step 75", "step 100"]
 
 
 @needs_browser
