@@ -14,12 +14,15 @@ import torch
 from PIL import Image
 
 from runner import device, files
+from runner.board import write_session
 from runner.checkpoint import Checkpoint
 from runner.deliver import Delivered, sample_file
 from runner.plan import Inversion, Joint, Lora, Phase, Plan
 from runner.preview import Look
 from runner.rundir import Run, flat
 from runner.say import Say
+from runner.series import History
+from runner.shots import shot_tag, shots
 from runner.spec import Spec, dump
 from runner.track import trackers
 from runner.train import Meters, Step, looked
@@ -43,7 +46,13 @@ class Clerk:
         self.loss = self.meters.smoothed
         self.before = run.state()
         device.reset_peak(where)
-        self.trackers = trackers(run.folder, run.name, spec.track.to, self.at_step, flat(dump(spec)))
+        self.trackers = [
+            History(run.history_file, self.at_step),
+            *trackers(run.folder, run.name, spec.track.to, self.at_step, flat(dump(spec))),
+        ]
+        if "tensorboard" in spec.track.to:
+            with files.if_there_is_room():
+                write_session(run)
         pivots = {phase.stop for phase in plan.training}
         self.writer = Writer(run.checkpoints, spec.checkpoint.keep, pivots, run.fence, say.log)
         run.write_state(
@@ -83,7 +92,7 @@ class Clerk:
         for tracker in self.trackers:
             tracker.scalars(
                 {"train/loss": step.loss, "train/lr": step.lr, "train/grad_norm": step.grad_norm,
-                 "train/step_seconds": step.seconds},
+                 "train/step_seconds": step.seconds, **step.rows},
                 step.number,
             )  # fmt: skip
         if step.skipped:
@@ -117,9 +126,21 @@ class Clerk:
         self.show_pictures(step, look.pictures)
 
     def show_pictures(self, step: int, pictures: Sequence[Image.Image]) -> None:
-        for index, picture in enumerate(pictures):
+        own = self.spec.validation
+        for picture, shot in zip(pictures, shots(own.prompts, own.count, self.spec.seed), strict=False):
             for tracker in self.trackers:
-                tracker.picture(f"samples/{index}", picture, step)
+                tracker.picture(shot_tag(*shot), picture, step)
+
+    def sum_up(self) -> None:
+        """What HParams shows of a run beside its eval loss."""
+        found = self.facts()
+        values = {
+            "run/train_loss": found["train_loss"],
+            "run/s_per_step": found["s_per_step"],
+            "run/peak_memory_GiB": found["peak_memory_bytes"] / 2**30,
+        }
+        for tracker in self.trackers:
+            tracker.scalars({name: value for name, value in values.items() if value is not None}, self.at_step)
 
     def close(self) -> None:
         """However the run ends: what is being written is finished, and the state says how far it came."""
@@ -134,6 +155,7 @@ class Clerk:
         """Begin to write it; whatever comes of that is raised by the next step, save or `settle`."""
         self.writer.save(made)
         self.heartbeat()  # what is saved is what a run that stops here says it has done
+        self.sum_up()
 
     def settle(self) -> None:
         """Wait until all that was saved is on the disk."""
@@ -149,6 +171,7 @@ class Clerk:
         if self.spec.hub.push:  # true until the push is through, also if this process ends before it
             more["warning"] = f"not pushed yet; `fluxrun export {self.run.name} --push` does it"
         self.run.fence()
+        self.sum_up()
         self.run.write_state("done", **self.facts(), finished=time.time(), **more)
         self.say.line(f"done: {self.run.export}")
 

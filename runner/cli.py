@@ -247,20 +247,32 @@ def status(names: tuple[str, ...], runs: Path, as_json: bool, watch: bool) -> No
 @main.command()
 @runs_option
 @json_option
-@click.option("--sort", default="name", show_default=True, metavar="KEY", help="A column to sort by.")
-def results(runs: Path, as_json: bool, sort: str) -> None:
-    """The results index as a table."""
-    from runner.index import Record
+@click.option("--csv", "as_comma", is_flag=True, help="CSV on stdout, with a column for every spec key.")
+@click.option("--sort", default="name", show_default=True, metavar="KEY", help="A column, or a key of the spec.")
+def results(runs: Path, as_json: bool, as_comma: bool, sort: str) -> None:
+    """The results index as a table: runs, the spec keys in which they differ, and how they did."""
+    from runner.index import Record, as_csv, sort_records, telling
     from runner.index import results as read
 
-    if sort not in Record.__dataclass_fields__:
+    records = read(runs)
+    if sort not in {*Record.__dataclass_fields__, *(key for record in records for key in record.spec)}:
         raise click.BadParameter(f"{sort!r}; there are {', '.join(Record.__dataclass_fields__)}", param_hint="--sort")
-    rows = [asdict(record) for record in read(runs)]
-    rows.sort(key=lambda row: (row[sort] is None, row[sort] if isinstance(row[sort], int | float) else str(row[sort])))
-    if as_json:
-        click.echo(json.dumps(rows, indent=1))
+    records = sort_records(records, sort)
+    if as_comma:
+        click.echo(as_csv(records), nl=False)
+    elif as_json:
+        click.echo(json.dumps([asdict(record) for record in records], indent=1))
     else:
-        _console().print(_table(rows, RESULTS))
+        keys = {key: _spec_cell(key) for key in telling(record.spec for record in records)[:SPEC_COLUMNS]}
+        [run, state, *others] = RESULTS.items()
+        _console().print(_table([asdict(record) for record in records], dict([run, state, *keys.items(), *others])))
+
+
+SPEC_COLUMNS = 6  # of a terminal's table; --csv and the page have all
+
+
+def _spec_cell(key: str) -> Cell:
+    return lambda row: "" if row["spec"].get(key) is None else str(row["spec"][key])
 
 
 def _print_records(runs: Path, names: set[str]) -> None:
@@ -360,6 +372,9 @@ def board(runs: Path, port: int) -> None:
     """TensorBoard on the runs folder."""
     import subprocess
 
+    from runner.board import write_board
+
+    write_board(runs)
     sys.exit(subprocess.call([sys.executable, "-m", "tensorboard.main", "--logdir", str(runs), "--port", str(port)]))
 
 
@@ -397,6 +412,36 @@ def schema() -> None:
     from runner.spec import json_schema
 
     click.echo(json.dumps(json_schema(), indent=1))
+
+
+@main.command()
+@click.argument("names", nargs=-1, required=True, metavar="RUN RUN...")
+@runs_option
+@json_option
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="A PNG: the runs' pictures side by side.")
+def compare(names: tuple[str, ...], runs: Path, as_json: bool, out: Path | None) -> None:
+    """Runs side by side: the spec keys that differ, how they did, the held-out loss at each noise level, pictures."""
+    from runner import compare as comparing
+
+    found = comparing.compare(runs, names)
+    if out is not None:
+        comparing.write_sheet(runs, names, out)
+    if as_json:
+        click.echo(json.dumps(found, indent=1))
+    else:
+        for part in comparing.as_tables(found):
+            _console().print(part)
+    if out is not None:
+        click.echo(str(out), err=True)
+
+
+@main.command()
+@runs_option
+def report(runs: Path) -> None:
+    """Write the results page, RUNS/index.html: one file that opens without a network."""
+    from runner.report import write_report
+
+    click.echo(write_report(runs))
 
 
 @main.command("export")

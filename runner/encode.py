@@ -86,6 +86,7 @@ class LiveEncoder:
         self.encoder, self.model, self.tokenizer, self.std = encoder, model, tokenizer, std
         self.ids: dict[str, Tensor] = {}
         self.rows: nn.Parameter | None = None
+        self.first_rows: Tensor | None = None  # what they began as
         self.adapter: Mapping[str, nn.Parameter] = {}
 
     @classmethod
@@ -97,10 +98,9 @@ class LiveEncoder:
         tokenizer, model = flux.load_tokenizer(desk.base, encoder), LOADERS[encoder](desk.base)
         made = cls(encoder, model, tokenizer, text.table_std(model))
         if encoder in weights.rows or learn_rows:
-            first = weights.rows.get(encoder)
-            if first is None:
-                counts = [(len(placeholder.pieces), placeholder.initializer) for placeholder in desk.plan.placeholders]
-                first = text.initial_rows(model, tokenizer, counts, desk.spec.seed, encoder)
+            counts = [(len(placeholder.pieces), placeholder.initializer) for placeholder in desk.plan.placeholders]
+            made.first_rows = text.initial_rows(model, tokenizer, counts, desk.spec.seed, encoder).to(desk.base.device)
+            if encoder not in weights.rows:
                 for vectors, phrase in counts:
                     pieces = len(tokenizer(phrase, add_special_tokens=False).input_ids) if phrase else 0
                     if pieces > vectors:
@@ -108,7 +108,8 @@ class LiveEncoder:
                             f"tokens.initializer {phrase!r} has {pieces} pieces in {encoder}: its first {vectors} are used; "
                             f"tokens.vectors = {pieces} would use all"
                         )
-            made.rows = nn.Parameter(first.clone().to(desk.base.device), requires_grad=learn_rows)
+            rows = weights.rows.get(encoder, made.first_rows)
+            made.rows = nn.Parameter(rows.clone().to(desk.base.device), requires_grad=learn_rows)
             text.attach_rows(model, tokenizer, desk.pieces, made.rows)
         if encoder == "clip" and (weights.text_lora or learn_lora):
             made.adapter = lora.attach_lora(model, text_lora_shape(desk.spec, desk.base), desk.spec.seed)

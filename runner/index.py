@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
-from dataclasses import asdict, dataclass, field
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from runner import files
-from runner.rundir import find_runs
+from runner.rundir import Run, find_runs, flat
 
 
 @dataclass(frozen=True)
 class Record:
     """One run. Times: seconds since 1970; wall_s: all attempts together; losses: smoothed; memory in bytes;
     export_error: the largest of any exported file (state.json has each); warning: what went wrong and cost nothing;
-    ended: by which rule training ended early; split: parts that a micro-batch was cut into because it did not fit into the memory."""
+    ended: by which rule training ended early; split: parts that a micro-batch was cut into because it did not fit into
+    the memory; spec: every key of it, dotted."""
 
     name: str
     state: str
@@ -37,18 +43,102 @@ class Record:
     split: int | None = None
     export_error: float | None = None
     warning: str | None = None
+    spec: dict[str, Any] = field(default_factory=dict)
 
 
-def results(runs: Path) -> list[Record]:
-    """Every run below `runs`, by name."""
-    records = []
-    for run in find_runs(runs):
-        state = run.state()
-        known = {key: value for key, value in state.items() if key in Record.__dataclass_fields__}
-        records.append(Record(**{**known, "name": run.name}))
-    return records
+def results(runs: Path | str) -> list[Record]:
+    """Every run below the folder `runs`, by name."""
+    return [record_of(run) for run in find_runs(Path(runs))]
+
+
+def record_of(run: Run) -> Record:
+    state = run.state()
+    known = {key: value for key, value in state.items() if key in Record.__dataclass_fields__}
+    return Record(**{"state": "unknown", **known, "name": run.name, "spec": spec_values(run)})
+
+
+def sort_records(records: Iterable[Record], key: str) -> list[Record]:
+    """By a field or a spec key, smallest first; runs that have no such value come last."""
+
+    def place(record: Record) -> tuple[bool, bool, Any]:
+        value = record.spec.get(key) if key in record.spec else getattr(record, key, None)
+        number = isinstance(value, int | float)
+        return value is None, not number, value if number else str(value)
+
+    return sorted(records, key=place)
 
 
 def write_index(runs: Path) -> None:
-    lines = [json.dumps(asdict(record), sort_keys=True) for record in results(runs)]
-    files.write_text(runs / "index.jsonl", "".join(line + "\n" for line in lines))
+    rows = [{key: value for key, value in asdict(record).items() if key != "spec"} for record in results(runs)]
+    files.write_text(runs / "index.jsonl", "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows))
+
+
+def table(records: Iterable[Record]) -> list[dict[str, Any]]:
+    """Flat rows with the same columns each ("eval_loss", "spec.lora.rank", ...), None where a run has no such value.
+
+    Every column holds one kind of value, as data frames and Parquet want it: numbers, booleans or text. Lists, and a
+    column that would mix kinds, are JSON text.
+    """
+    rows = [_flat_row(record) for record in records]
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    for key in columns:
+        kinds = {float if type(row[key]) is int else type(row[key]) for row in rows if row.get(key) is not None}
+        if len(kinds) > 1 or kinds & {list, dict}:
+            for row in rows:
+                row[key] = None if row.get(key) is None else json.dumps(row[key])
+    return [{key: row.get(key) for key in columns} for row in rows]
+
+
+def _flat_row(record: Record) -> dict[str, Any]:
+    row = asdict(record)
+    for key in ("versions", "spec"):
+        row |= {f"{key}.{name}": value for name, value in row.pop(key).items()}
+    return row
+
+
+def as_csv(records: Iterable[Record]) -> str:
+    """One line per run, with every spec key that some run has as a column of its own."""
+    rows = table(records)
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(rows[0]) if rows else [one.name for one in fields(Record)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
+
+
+def spec_values(run: Run) -> dict[str, Any]:
+    """{"lora.rank": 16, ...}, without the name, which is the run's; {} where the file cannot be read."""
+    try:
+        tables = tomllib.loads(run.spec_file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    found = flat({key: value for key, value in tables.items() if key not in ("name", "fluxrun")})
+    for number, token in enumerate(found.pop("tokens", [])):
+        found |= {f"tokens.{number}.{key}": value for key, value in token.items()} if isinstance(token, dict) else {}
+    return {key: value for key, value in found.items() if not isinstance(value, list) or value}
+
+
+def differing(specs: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The keys whose values are not the same in all of them, in the spec's order."""
+    known = [spec for spec in specs if spec]
+    keys = dict.fromkeys(key for spec in known for key in spec)
+    return [key for key in keys if any(spec.get(key) != known[0].get(key) for spec in known)]
+
+
+def telling(specs: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The differing keys without those that only repeat another one's values, as lora.alpha does lora.rank's."""
+    known = [spec for spec in specs if spec]
+    out: dict[str, list[Any]] = {}
+    for key in differing(known):
+        values = [spec.get(key) for spec in known]
+        if values not in out.values():
+            out[key] = values
+    return list(out)
+
+
+EVALUATED_ON = ("model.base", "data.source", "data.holdout", "data.resolution", "data.prompt", "train.guidance")
+
+
+def comparable(specs: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether the eval losses are of the same pictures under the same base."""
+    return not set(differing(specs)) & set(EVALUATED_ON)

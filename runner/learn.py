@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -21,6 +22,7 @@ from runner.spec import Spec, Stop
 from runner.train import Early, Loop, Meters, Step, train
 
 TrainPhase = Joint | Inversion | Lora
+ROW_POINTS = 100  # of norm and drift over a run: each waits for the device
 
 
 def train_phase(
@@ -57,6 +59,10 @@ def train_phase(
         show(step, found)
         return found.eval_loss
 
+    def tell(step: Step) -> None:
+        measured = step.number % max(1, desk.plan.steps // ROW_POINTS) == 0 or step.number == phase.stop
+        report(replace(step, rows=row_sizes(desk, encoders)) if measured and desk.ranks.leads else step)
+
     own = desk.spec
     loop = Loop(
         before.step if before else phase.start, phase.stop, desk.plan.steps, own.train.accumulate * desk.split,
@@ -68,7 +74,7 @@ def train_phase(
         train(
             objective, optimizer, build_schedule(desk), loop, meters, desk.ranks,
             torch.amp.GradScaler(desk.base.device.type, enabled=desk.base.dtype == torch.float16),
-            save=keep, report=report, look=look, stop_requested=desk.stop_requested,
+            save=keep, report=tell, look=look, stop_requested=desk.stop_requested,
         )  # fmt: skip
     finally:
         settle()
@@ -123,6 +129,25 @@ def weights_now(past: Weights, adapter: Mapping[str, nn.Parameter], encoders: En
                 rows[name] = encoder.rows.detach()
             text_lora |= {key: value.detach() for key, value in encoder.adapter.items()}
     return Weights({name: value.detach() for name, value in adapter.items()}, rows, text_lora)
+
+
+def row_sizes(desk: Desk, encoders: Encoders) -> dict[str, float]:
+    """Of every token in every encoder that learns it: "rows/norm TOK clip", the mean length of its vectors; and
+    "rows/drift TOK clip", their mean way from where they began, as a part of the length that they began with."""
+    found = {}
+    for name, encoder in encoders.items():
+        if not isinstance(encoder, LiveEncoder) or encoder.rows is None or not encoder.rows.requires_grad:
+            continue
+        assert encoder.first_rows is not None  # set where rows are
+        now, first = encoder.rows.detach(), encoder.first_rows
+        sizes = torch.stack([now.norm(dim=1), (now - first).norm(dim=1), first.norm(dim=1)]).cpu()
+        start = 0
+        for placeholder in desk.plan.placeholders:
+            norm, way, began = sizes[:, start : start + len(placeholder.pieces)].mean(1).tolist()
+            found[f"rows/norm {placeholder.name} {name}"] = norm
+            found[f"rows/drift {placeholder.name} {name}"] = way / began
+            start += len(placeholder.pieces)
+    return found
 
 
 def lora_shape(spec: Spec, base: flux.Base) -> lora.LoraShape:

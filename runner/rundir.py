@@ -55,6 +55,7 @@ class Run:
         self.lease_file = self.folder / "lease.json"
         self.pins_file = self.folder / "pins.json"
         self.log_file = self.folder / "run.log"
+        self.history_file = self.folder / "history.jsonl"
         self.checkpoints = self.folder / "checkpoints"
         self.quarantine = self.folder / "quarantine"
         self.samples = self.folder / "samples"
@@ -280,6 +281,15 @@ class Run:
         """Into how many parts a micro-batch is cut, as an earlier attempt found out."""
         found = int(read_state(self.state_file).get("split", 1))
         return found if found > 0 and batch_size % found == 0 else 1
+
+    def sample_files(self) -> dict[int, dict[int, Path]]:
+        """The sample pictures: by step, then by their number among the run's prompts and seeds."""
+        found: dict[int, dict[int, Path]] = {}
+        for path in sorted(self.samples.glob("step-*.png")):
+            step, _, number = path.stem.removeprefix("step-").partition("-")
+            if step.isdecimal() and number.isdecimal():
+                found.setdefault(int(step), {})[int(number)] = path
+        return found
 
     def planned_key(self) -> str | None:
         found = read_json(self.plan_file).get("key")

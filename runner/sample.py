@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
 from runner import tokens
 from runner.device import release
 from runner.flux import Base
+from runner.sheet import sheet as sheet
+from runner.shots import shots as shots
 from runner.spec import Spec
 
 GUIDANCE = 3.5  # FluxPipeline's default; a training guidance of 1 is still sampled at this
@@ -111,11 +113,6 @@ def size_of(spec: Spec) -> int:
     return spec.validation.size
 
 
-def shots(prompts: Sequence[str], count: int, first: int) -> list[tuple[str, int]]:
-    """(prompt, seed) of every picture: `count` of each prompt, with seeds counting up from `first`."""
-    return [(prompt, first + number) for prompt in prompts for number in range(count)]
-
-
 def draw(
     pipe: Any, read: Read, seed: int, *, steps: int, size: int, guidance: float = GUIDANCE, scale: float = 1.0
 ) -> Image.Image:
@@ -165,19 +162,3 @@ def sample(
         draw(pipe, read, seed, steps=steps, size=size, guidance=guidance, scale=scale)
         for read, (_, seed) in zip(reads, prompts, strict=True)
     ]
-
-
-def sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]], columns: Sequence[str], cell: int = 192) -> Image.Image:
-    """A contact sheet: a caption and a row of pictures each, under the columns' titles."""
-    bar, width = 22, len(columns) * (cell + 8) + 8
-    out = Image.new("RGB", (width, bar + len(rows) * (cell + bar + 8)), "white")
-    pen = ImageDraw.Draw(out)
-    for column, title in enumerate(columns):
-        pen.text((8 + column * (cell + 8), 5), title, fill="black", font_size=14)
-    for index, (caption, pictures) in enumerate(rows):
-        top = bar + index * (cell + bar + 8)
-        for column, picture in enumerate(pictures):
-            sharp = picture.resize((cell, cell), Image.Resampling.BICUBIC)
-            out.paste(sharp, (8 + column * (cell + 8), top))
-        pen.text((8, top + cell + 3), caption, fill="black", font_size=13)
-    return out

@@ -121,6 +121,7 @@ def _variants(file: Path, faults: list[Fault]) -> Iterator[tuple[dict[str, Any],
         return
     source = Source(file, key_lines(text))
     tables.setdefault("name", file.stem)
+    tables.pop("fluxrun", None)  # in a run folder's own spec, which is a spec like any other
     sweep = _flat_sweep(tables.pop("sweep", {}))
     bad = [
         Fault(file, line_of(source.lines, ("sweep", key)), f"sweep.{key}", message)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -30,7 +30,8 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class Step:
-    """What one optimisation step did; `number` counts from 1 over the whole run. `skipped`: it updated nothing."""
+    """What one optimisation step did; `number` counts from 1 over the whole run. `skipped`: it updated nothing.
+    rows: norm and drift of the learned rows, by TensorBoard's names, where they were measured."""
 
     number: int
     loss: float
@@ -39,6 +40,7 @@ class Step:
     lr: float
     seconds: float
     skipped: bool
+    rows: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

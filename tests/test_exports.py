@@ -433,6 +433,8 @@ def test_tensorboard_events_read_back(done: House) -> None:
     events.Reload()
     train = {"train/loss", "train/lr", "train/grad_norm", "train/step_seconds"}
     evaluation = {"eval/loss", *(f"eval/sigma 0.{k}" for k in range(1, 10))}
-    assert set(events.Tags()["scalars"]) == train | evaluation
+    rows = {f"rows/{what} TOK {encoder}" for what in ("norm", "drift") for encoder in ("clip", "t5")}
+    run = {"run/train_loss", "run/s_per_step", "run/peak_memory_GiB"}
+    assert set(events.Tags()["scalars"]) == train | evaluation | rows | run
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
-    assert events.Tags()["images"] == ["samples/0"]
+    assert events.Tags()["images"] == ["samples/a-TOK-on-a-white-background/0"]

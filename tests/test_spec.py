@@ -264,10 +264,11 @@ w = '[['
     assert line_of(lines, ("nowhere",)) == 1
 
 
-def test_light_commands_import_nothing_heavy() -> None:
+def test_light_commands_import_nothing_heavy(tmp_path: Path) -> None:
     """`--help`, `plan`, `status` and `results` start at once because of this."""
     heavy = {"torch", "diffusers", "transformers", "peft", "datasets", "tensorboard"}
-    for arguments in (["--help"], ["plan", "specs"], ["status"], ["results"]):
+    report = ["report", "--runs", str(tmp_path)]
+    for arguments in (["--help"], ["plan", "specs"], ["status"], ["results"], ["results", "--csv"], report):
         code = (
             "import sys\nfrom click.testing import CliRunner\nfrom runner.cli import main\n"
             f"result = CliRunner().invoke(main, {arguments!r})\nassert result.exit_code == 0, result.output\n"

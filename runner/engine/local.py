@@ -18,6 +18,7 @@ from runner.engine.process import Trainer
 from runner.engine.slots import Slot
 from runner.errors import Code, FluxrunError, Held, Paused, disk_trouble
 from runner.index import write_index
+from runner.morning import prepare_morning
 from runner.notify import Target, tell
 from runner.prepare import Job
 from runner.say import Event
@@ -111,6 +112,7 @@ def run_queue(
         for place in places:
             _clear(place)
         _leave(queue)
+        prepare_morning(runs, screen.line)
         _tell_the_end(queue)
     return 1 if queue.failed else 3 if queue.left else 0
 
