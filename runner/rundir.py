@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 import time
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tomli_w
-
 from runner import files
 from runner.digest import key_of
 from runner.errors import BadFile, Held, Refused
+from runner.origins import annotated
 from runner.plan import NOT_IN_KEY, SPAN_KEYS, Plan, as_json
 from runner.processes import Process
 from runner.spec import Spec, dump
@@ -92,17 +91,18 @@ class Run:
             return None
         return holder
 
-    def enlist(self, spec: Spec, plan: Plan, version: str) -> int:
+    def enlist(self, spec: Spec, plan: Plan, version: str, origin: Callable[[str], str]) -> int:
         """Make the run this process's to start, and write what it is. The number of the attempt to come.
 
-        The spec that stands there already must give the same training. Raises Held, Refused.
+        `origin`: where a dotted key's value came from. The spec that stands there already must give the same training.
+        Raises Held, Refused.
         """
         try:
             with self.locked():
                 self._no_links()
                 if (holder := self.holder()) and holder != Process.own():
                     raise self._held()
-                self._claim(spec, plan, version)
+                self._claim(spec, plan, version, origin)
                 return self._lease(self.lease().attempt + 1)
         except Held:  # by the lock: name who started its holder
             raise self._held() from None
@@ -226,11 +226,15 @@ class Run:
         ]
         return {key: f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in keys if old.get(key) != new.get(key)}
 
-    def _claim(self, spec: Spec, plan: Plan, version: str) -> None:
+    def _claim(self, spec: Spec, plan: Plan, version: str, origin: Callable[[str], str]) -> None:
         if (verdict := self.verdict(spec, plan)).state == "changed":
             raise Refused(f"{self.folder} holds another run ({verdict.reason}); {WAYS_OUT}")
         resolved = {**dump(spec), VERSION_TABLE: {"version": version}}
-        files.write_text(self.spec_file, tomli_w.dumps(resolved))
+
+        def told(key: str) -> str:
+            return "what wrote this file" if key.startswith(f"{VERSION_TABLE}.") else origin(key)
+
+        files.write_text(self.spec_file, annotated(resolved, told))
         keys = {"key": plan.key, "training_key": plan.training_key}
         files.write_json(self.plan_file, {"format": FORMAT, **as_json(plan), **keys})
         digest = key_of(str(sorted(map(str, dump(spec).items()))))

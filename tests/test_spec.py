@@ -263,4 +263,4 @@ def test_light_commands_import_nothing_heavy() -> None:
 def test_the_schema_names_the_keys() -> None:
     schema = json_schema()
     assert {"model", "data", "tokens", "validate", "sweep", "optimizer"} <= schema["properties"].keys()
-    assert schema["required"] == ["model", "data", "train"]
+    assert schema["then"]["required"] == ["model", "data", "train"]
