@@ -7,7 +7,7 @@ from pathlib import Path
 
 from runner import classfolder
 from runner.data import Picture, some
-from runner.finding import Finding, at
+from runner.finding import Finding, at, count
 from runner.looking import Look, copies
 from runner.plan import resolutions
 from runner.prepare import Seen
@@ -65,19 +65,19 @@ def _twice(seen: Seen, looks: Looks) -> Iterator[Finding]:
     if leaks:
         yield at(
             seen.source, "error", "data.holdout",
-            f"{_count(len(leaks), 'pair')} of a training and a held-out picture {_are(leaks)} the same picture, so the "
+            f"{count(len(leaks), 'pair')} of a training and a held-out picture {_are(leaks)} the same picture, so the "
             "eval loss would be of what was trained on; take one of each out of the data", leaks,
         )  # fmt: skip
     if near:
         yield at(
             seen.source, "warning", "data.holdout",
-            f"{_count(len(near), 'pair')} of a training and a held-out picture look alike, so the eval loss would "
+            f"{count(len(near), 'pair')} of a training and a held-out picture look alike, so the eval loss would "
             "flatter the run; take one of each out of the data", near,
         )  # fmt: skip
     if twins:
         yield at(
             seen.source, "warning", "data.source",
-            f"{_count(len(twins), 'pair')} of pictures {_are(twins)} the same picture, which is then shown twice as "
+            f"{count(len(twins), 'pair')} of pictures {_are(twins)} the same picture, which is then shown twice as "
             "often; take one of each out of the data, or leave it so on purpose", twins,
         )  # fmt: skip
 
@@ -100,14 +100,14 @@ def _sizes(seen: Seen, looks: Looks) -> Iterator[Finding]:
     if small:
         yield at(
             seen.source, "warning", "data.resolution",
-            f"{_count(len(small), 'picture')} smaller than trained at, so enlarged and blurred (found "
+            f"{count(len(small), 'picture')} smaller than trained at, so enlarged and blurred (found "
             f"{own.resolution!r}); lower data.resolution, or take larger pictures", small,
         )  # fmt: skip
     if hidden:
         way = "" if own.buckets else "; data.buckets = true trains each in its shape"
         yield at(
             seen.source, "warning", "data.buckets" if own.buckets else "data.resolution",
-            f"{_count(len(hidden), 'picture')} of which a crop shows less than half{way}", hidden,
+            f"{count(len(hidden), 'picture')} of which a crop shows less than half{way}", hidden,
         )  # fmt: skip
     if grouped:
         yield _table(seen, {size: len(chosen) for size, chosen in grouped.items()})
@@ -116,8 +116,8 @@ def _sizes(seen: Seen, looks: Looks) -> Iterator[Finding]:
 def _table(seen: Seen, counts: Mapping[Size, int]) -> Finding:
     """The bucket table; and what batches make of it."""
     train = seen.spec.train
-    table = [f"{count} at {_by(size)}" for size, count in counts.items()]
-    few = [_by(size) for size, count in counts.items() if count < train.batch_size]
+    table = [f"{number} at {_by(size)}" for size, number in counts.items()]
+    few = [_by(size) for size, number in counts.items() if number < train.batch_size]
     said = f"training pictures: {', '.join(table)}"
     if few:
         said += f"; batches of {train.batch_size} at {some(few)} repeat pictures, for there are fewer"
@@ -135,23 +135,23 @@ def _side_files(seen: Seen) -> Iterator[Finding]:
     if not folder.is_dir() or any((folder / name).is_file() for name in METADATA):
         return
     texts = [path for path in sorted(folder.rglob("*.txt")) if not path.name.startswith(".")]
-    images = {path.with_suffix("") for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES}
+    images = {path.with_suffix(""): path.name for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES}
     empty = [path.relative_to(folder).as_posix() for path in texts if not path.read_bytes().strip()]
     alone = [path.relative_to(folder).as_posix() for path in texts if path.with_suffix("") not in images]
     if empty:
         yield at(
             seen.source, "warning", "data.source",
-            f"{_count(len(empty), 'caption file')} empty ({some(empty)}), so data.prompt is read instead; write the "
+            f"{count(len(empty), 'caption file')} empty ({some(empty)}), so data.prompt is read instead; write the "
             "captions, or delete the files",
         )  # fmt: skip
     if alone:
         yield at(
             seen.source, "warning", "data.source",
-            f"{_count(len(alone), 'caption file')} without a picture beside it ({some(alone)}); a picture's caption is "
+            f"{count(len(alone), 'caption file')} without a picture beside it ({some(alone)}); a picture's caption is "
             "NAME.txt beside NAME.png",
         )  # fmt: skip
-    images_with = {path.with_suffix("") for path in texts if path.read_bytes().strip()} & images
-    if images_with and (bare := sorted(path.name for path in images - images_with)):
+    told = {path.with_suffix("") for path in texts if path.read_bytes().strip()} & images.keys()
+    if told and (bare := sorted(name for stem, name in images.items() if stem not in told)):
         yield at(
             seen.source, "note", "data.prompt",
             f"{len(bare)} of {len(images)} pictures have no caption of their own and read data.prompt ({some(bare)})",
@@ -173,10 +173,6 @@ def _classes(seen: Seen) -> Iterator[Finding]:
 
 def _by(size: Size) -> str:
     return f"{size[0]}x{size[1]}"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _are(told: Sequence[str]) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 
 from runner.basefiles import BUILTIN, KNOWN, linear_layers
 from runner.engine.slots import NVIDIA, make_slots
-from runner.finding import Finding, at, here, size
+from runner.finding import Finding, at, count, here, size
 from runner.plan import MOMENTS, Plan, Train, resident, resolutions
 from runner.prepare import Seen
 from runner.spec import Spec
@@ -183,13 +183,31 @@ def _half(seen: Seen) -> Iterator[Finding]:
 
 
 def memory_available() -> int | None:
-    """Bytes of RAM and swap that are free, or None where the kernel does not say."""
+    """Bytes of RAM and swap that are free to this process, or None where the kernel does not say."""
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = MEMINFO.read_text().splitlines()
     except OSError:
         return None
     facts = {name: int(rest.split()[0]) << 10 for name, _, rest in (line.partition(":") for line in lines)}
-    return facts["MemAvailable"] + facts.get("SwapFree", 0) if "MemAvailable" in facts else None
+    if "MemAvailable" not in facts:
+        return None
+    free = facts["MemAvailable"] + facts.get("SwapFree", 0)
+    return min(free, *(limit - used for limit, used in _container())) if _container() else free
+
+
+MEMINFO = Path("/proc/meminfo")
+
+
+def _container() -> list[tuple[int, int]]:
+    """(limit, used without what can be dropped) of the control group, where it has a limit."""
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = (group / "memory.max").read_text().strip(), int((group / "memory.current").read_text())
+        lines = (group / "memory.stat").read_text().splitlines()
+    except (OSError, ValueError):
+        return []
+    files = sum(int(line.split()[1]) for line in lines if line.split()[0] in ("active_file", "inactive_file"))
+    return [(int(limit), max(0, used - files))] if limit.isdecimal() else []
 
 
 # ---- disk ----------------------------------------------------------------------------------------------------------
@@ -207,7 +225,7 @@ def check_disk(seen: Sequence[Seen], runs: Path, download: int = 0, hub_cache: P
         base = f", {size(with_base)} for the base's files" if with_base else ""
         yield here(
             "error",
-            f"disk: the night writes about {size(need + with_base)} ({size(sum(want.values()))} in {len(want)} run folders, "
+            f"disk: the night writes about {size(need + with_base)} ({size(sum(want.values()))} in {count(len(want), 'run folder')}, "
             f"{size(caches)} in the cache{base}), and {runs} has room for {size(free)}; free some space, lower "
             "checkpoint.keep, or queue fewer specs",
         )

@@ -69,12 +69,18 @@ def check_access(seen: Seen, folder: Path | None) -> tuple[list[Finding], int]:
         api.auth_check(own.base)
         info = api.model_info(own.base, revision=own.revision, files_metadata=True, timeout=PATIENCE)
     except GatedRepoError:
-        way = "accept its licence" if logged_in() else "accept its licence, log in (`hf auth login` or HF_TOKEN)"
+        way = (
+            "and accept its licence" if logged_in() else "accept its licence, and log in (`hf auth login` or HF_TOKEN)"
+        )
         return said(
             "error", f"{own.base} is gated, and this login may not read it; open {api.endpoint}/{own.base}, {way}"
         )
     except RevisionNotFoundError:
-        return said("error", f"{own.base} has no such revision (found {own.revision!r})", "model.revision")
+        return said(
+            "error",
+            f"{own.base} has no such revision (found {own.revision!r}); name a branch, tag or commit of it",
+            "model.revision",
+        )
     except RepositoryNotFoundError:
         return said(
             "error",
@@ -144,7 +150,7 @@ def check_push(seen: Seen, login: Login | None) -> Iterator[Finding]:
     elif login.refused:
         yield at(
             seen.source, "error", "hub.push",
-            f"the hub does not accept this login ({login.error}); run `hf auth login` again, or mend HF_TOKEN",
+            "the hub does not accept this login; run `hf auth login` again, or mend HF_TOKEN",
         )  # fmt: skip
     elif login.error:
         yield at(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from runner import tokens
 from runner.data import Picture, some
-from runner.finding import Finding, at
+from runner.finding import Finding, at, count
 from runner.prepare import Seen
 from runner.readers import CLIP_READS, NAMES, Reader
 from runner.tokens import Placeholder
@@ -34,11 +34,11 @@ def _unnamed(seen: Seen, pictures: Sequence[Picture], known: Sequence[Placeholde
         without = [picture for picture in pictures if one.name not in tokens.named(picture.caption, known)]
         if 0 < len(without) < len(pictures):  # all of them: the plan refuses it
             other = [picture for picture in without if one.name.lower() in picture.caption.lower()]
-            hint = f"; {len(other)} of them spell it otherwise, and it is found only as it is written" if other else ""
+            hint = f" ({len(other)} in other letters: it counts only as it is written)" if other else ""
             yield at(
                 seen.source, "warning", f"tokens.{index}.name",
-                f"{len(without)} of {len(pictures)} captions do not name {one.name!r}{hint}; they teach it nothing, "
-                "write it into them", [f"{picture.name}: {_short(picture.caption)!r}" for picture in without],
+                f"{len(without)} of {len(pictures)} captions without {one.name!r}{hint}; they teach it nothing, write it into "
+                "them", [f"{picture.name}: {_short(picture.caption)!r}" for picture in without],
             )  # fmt: skip
 
 
@@ -60,8 +60,8 @@ def _too_long(
         lost = [picture.name for picture, found in cut if any(piece in found.unread for piece in pieces)]
         if lost:
             yield at(
-                seen.source, "error", "tokens",
-                f"in {len(lost)} captions a token stands behind the {limit} tokens that {NAMES[encoder]} reads "
+                seen.source, "error", "data.source",
+                f"in {count(len(lost), 'caption')} a token stands behind the {limit} tokens that {NAMES[encoder]} reads "
                 f"({some(lost)}), so it learns nothing from them; name it earlier in the caption",
             )  # fmt: skip
         if cut:
@@ -69,9 +69,9 @@ def _too_long(
             key = "data.source" if encoder == "clip" else "model.max_sequence_length"
             yield at(
                 seen.source, "warning", key,
-                f"{len(cut)} captions are longer than the {limit} tokens that {NAMES[encoder]} reads; {way}, or live "
+                f"{count(len(cut), 'caption')} longer than the {limit} tokens that {NAMES[encoder]} reads; {way}, or live "
                 "with what is cut off",
-                [f"{picture.name} has {found.count}; cut off: {_short(found.unread)!r}" for picture, found in cut],
+                [f"{picture.name} has {found.count}; cut off: {_written(found.unread, known)!r}" for picture, found in cut],
             )  # fmt: skip
 
 
@@ -90,6 +90,13 @@ def _prompts(seen: Seen, known: Sequence[Placeholder]) -> Iterator[Finding]:
             seen.source, "warning", "validate.prompts",
             f"no prompt names a token that is learned ({names}), so the pictures would not show it; write it into one",
         )  # fmt: skip
+
+
+def _written(text: str, known: Sequence[Placeholder]) -> str:
+    """With the tokens' names as in the caption."""
+    for one in known:
+        text = text.replace(one.text, one.name)
+    return _short(text)
 
 
 def _short(text: str) -> str:

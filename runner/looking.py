@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 HASH_APART = 4  # bits of 64 by which the hashes of two copies of a picture differ at most
-THUMB_APART = 3.0  # levels of 255, their thumbnails' mean difference: hashes of flat pictures alone say too little
+THUMB_APART = 40  # levels of 255 that no cell of their thumbnails exceeds: hashes of flat pictures alone say too little
 THUMB = 16
 
 
@@ -68,6 +68,6 @@ def copies(looks: Sequence[Look]) -> list[tuple[int, int, bool]]:
         for second in first + 1 + np.flatnonzero(apart <= HASH_APART):
             one, other = looks[first], looks[int(second)]
             same = one.pixels == other.pixels
-            if same or float(np.abs(one.thumb - other.thumb).mean()) <= THUMB_APART:
+            if same or int(np.abs(one.thumb - other.thumb).max()) <= THUMB_APART:
                 found.append((first, int(second), same))
     return found

@@ -27,9 +27,8 @@ STATES = {"done": "green", "resume": "yellow", "new": "bold", "changed": "red"}
 def draw(console: Console, jobs: Sequence[Job], times: Sequence[Time], now: float) -> None:
     """`now`: when the night begins, seconds since 1970. Runs are taken to go one after the other."""
     console.print(_table(jobs, times, now))
-    for line in (*_sweeps(jobs), *_images(jobs), *_notes(jobs)):
-        console.print(Text(line), soft_wrap=True)
-    for line in _sum(jobs, times, now):
+    told = (Text(line) for line in (*_sweeps(jobs), *_images(jobs), *_notes(jobs)))
+    for line in (*told, *_sum(jobs, times, now)):
         console.print(line, soft_wrap=True)
 
 
@@ -38,26 +37,33 @@ def _table(jobs: Sequence[Job], times: Sequence[Time], now: float) -> Table:
     table.add_column("run", overflow="fold")
     table.add_column("state", overflow="fold", max_width=36)
     table.add_column("phases", no_wrap=True)
-    for title in ("steps", "disk", "memory", "s/step", "takes", "ends"):
-        table.add_column(title, justify="right", no_wrap=True)
     longest = max((job.plan.steps for job in jobs), default=1)
+    rows = []
     end: float | None = now
     for job, own in zip(jobs, times, strict=True):
         end = None if end is None or own.seconds is None else end + own.seconds
-        todo = own.left > 0
-        about = "~" if own.about else ""
-        table.add_row(
-            Text(job.plan.name),
-            _state(job),
-            _phases(job, own, longest),
-            f"{own.left}" if own.left in (0, job.plan.steps) else f"{own.left} of {job.plan.steps}",
-            size(job.plan.disk_bytes) if todo else "",
-            size(own.peak) if own.peak else "",
-            f"{about}{own.s_per_step:.3g}" if own.s_per_step else "",
-            "" if not todo else "?" if own.seconds is None else about + clock(own.seconds),
-            "" if not todo else "?" if end is None else _when(end, now),
-        )
+        rows.append(_numbers(job, own, end, now))
+    shown = [title for title in rows[0] if any(row[title] for row in rows)]
+    for title in shown:
+        table.add_column(title, justify="right", no_wrap=True)
+    for job, own, row in zip(jobs, times, rows, strict=True):
+        cells = [row[title] for title in shown]
+        table.add_row(Text(job.plan.name), _state(job), _phases(job, own, longest), *cells)
     return table
+
+
+def _numbers(job: Job, own: Time, end: float | None, now: float) -> dict[str, str]:
+    """The cells of one row; a column without any is left out. "?" is what no earlier run tells."""
+    todo, about = own.left > 0, "~" if own.about else ""
+    left = f"{own.left}" if own.left in (0, job.plan.steps) else f"{own.left} of {job.plan.steps}"
+    return {
+        "steps": left,
+        "disk": size(job.plan.disk_bytes) if todo else "",
+        "memory": size(own.peak) if own.peak and todo else "",
+        "s/step": f"{about}{own.s_per_step:.3g}" if own.s_per_step else "",
+        "takes": "" if not todo else "?" if own.seconds is None else about + clock(own.seconds),
+        "ends": "" if not todo else "?" if end is None else _when(end, now),
+    }
 
 
 def _state(job: Job) -> Text:

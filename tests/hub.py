@@ -14,12 +14,15 @@ from typing import Any
 
 @dataclass
 class Hub:
-    """What was asked of it: repositories as created, files by repository and path, the tokens that came."""
+    """What was asked of it: repositories as created, files by repository and path, the tokens that came. `refusals`: what
+    to answer to a GET whose path ends so, as (status, the hub's error code)."""
 
     address: str = ""
     created: list[dict[str, Any]] = field(default_factory=list)
     files: dict[str, dict[str, bytes]] = field(default_factory=dict)
     tokens: set[str] = field(default_factory=set)
+    refusals: dict[str, tuple[int, str]] = field(default_factory=dict)
+    role: str = "write"
 
 
 @contextmanager
@@ -36,7 +39,22 @@ def hub(owner: str) -> Iterator[Hub]:
             self.wfile.write(body)
 
         def do_GET(self) -> None:
-            self.answer({"name": owner, "type": "user", "orgs": []})
+            for end, (status, code) in seen.refusals.items():
+                if self.path.split("?")[0].endswith(end):
+                    self.send_response(status)
+                    self.send_header("X-Error-Code", code)
+                    self.send_header("Content-Length", "0")
+                    self.end_headers()
+                    return
+            if "/api/models/" in self.path:
+                files = [
+                    {"rfilename": "transformer/a.safetensors", "size": 3 << 30},
+                    {"rfilename": "x", "size": 9 << 40},
+                ]
+                self.answer({"id": "some/model", "sha": "0" * 40, "siblings": files})
+                return
+            auth = {"accessToken": {"role": seen.role}}
+            self.answer({"name": owner, "type": "user", "orgs": [{"name": "me"}], "auth": auth})
 
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))
