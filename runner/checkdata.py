@@ -134,7 +134,7 @@ def _side_files(seen: Seen) -> Iterator[Finding]:
     folder = Path(seen.spec.data.source)
     if not folder.is_dir() or any((folder / name).is_file() for name in METADATA):
         return
-    texts = [path for path in sorted(folder.rglob("*.txt")) if not path.name.startswith(".")]
+    texts = [path for path in sorted(folder.rglob("*.txt")) if "/." not in f"/{path.relative_to(folder).as_posix()}"]
     images = {path.with_suffix(""): path.name for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES}
     empty = [path.relative_to(folder).as_posix() for path in texts if not path.read_bytes().strip()]
     alone = [path.relative_to(folder).as_posix() for path in texts if path.with_suffix("") not in images]

@@ -19,36 +19,38 @@ from runner.plan import Inversion, Joint, Lora
 from runner.prepare import Job
 from runner.views import Size
 
-BAR = 24
+BAR, NARROW_BAR = 24, 16
+WIDE = 118  # columns from which a terminal has room for everything
+ONLY_WIDE = ("disk", "memory", "s/step")
 COLOURS = {Joint: "magenta", Lora: "cyan", Inversion: "yellow"}
 STATES = {"done": "green", "resume": "yellow", "new": "bold", "changed": "red"}
 
 
 def draw(console: Console, jobs: Sequence[Job], times: Sequence[Time], now: float) -> None:
     """`now`: when the night begins, seconds since 1970. Runs are taken to go one after the other."""
-    console.print(_table(jobs, times, now))
+    console.print(_table(jobs, times, now, console.width))
     told = (Text(line) for line in (*_sweeps(jobs), *_images(jobs), *_notes(jobs)))
     for line in (*told, *_sum(jobs, times, now)):
         console.print(line, soft_wrap=True)
 
 
-def _table(jobs: Sequence[Job], times: Sequence[Time], now: float) -> Table:
+def _table(jobs: Sequence[Job], times: Sequence[Time], now: float, width: int) -> Table:
+    wide = width >= WIDE
     table = Table(box=box.SIMPLE, pad_edge=False)
-    table.add_column("run", overflow="fold")
-    table.add_column("state", overflow="fold", max_width=36)
-    table.add_column("phases", no_wrap=True)
+    table.add_column("run", overflow="fold", min_width=32 if wide else 22)
+    table.add_column("phases", overflow="fold", min_width=BAR if wide else NARROW_BAR)
     longest = max((job.plan.steps for job in jobs), default=1)
     rows = []
     end: float | None = now
     for job, own in zip(jobs, times, strict=True):
         end = None if end is None or own.seconds is None else end + own.seconds
         rows.append(_numbers(job, own, end, now))
-    shown = [title for title in rows[0] if any(row[title] for row in rows)]
+    shown = [title for title in rows[0] if any(row[title] for row in rows) and (wide or title not in ONLY_WIDE)]
     for title in shown:
         table.add_column(title, justify="right", no_wrap=True)
     for job, own, row in zip(jobs, times, rows, strict=True):
-        cells = [row[title] for title in shown]
-        table.add_row(Text(job.plan.name), _state(job), _phases(job, own, longest), *cells)
+        bar = _phases(job, own, longest, BAR if wide else NARROW_BAR)
+        table.add_row(_run(job, own), bar, *(row[title] for title in shown))
     return table
 
 
@@ -66,15 +68,19 @@ def _numbers(job: Job, own: Time, end: float | None, now: float) -> dict[str, st
     }
 
 
-def _state(job: Job) -> Text:
-    said = Text(job.verdict.state, style=STATES.get(job.verdict.state, ""))
-    return said.append(f"\n{job.verdict.reason}", style="not bold dim")
+def _run(job: Job, own: Time) -> Text:
+    """Name; state; why."""
+    at = job.plan.steps - own.left
+    where = f" at step {at}" if job.verdict.state == "resume" else ""
+    said = Text(job.plan.name)
+    said.append(f"\n  {job.verdict.state}{where}", style=STATES.get(job.verdict.state, ""))
+    return said.append(f": {job.verdict.reason}", style="not bold dim")
 
 
-def _phases(job: Job, own: Time, longest: int) -> Group:
+def _phases(job: Job, own: Time, longest: int, most: int) -> Group:
     """A bar as long as the run's share of the longest one's steps, shaded where it is done; names and steps below."""
     at, bar, words = job.plan.steps - own.left, Text(), Text()
-    cells = max(len(job.plan.training), round(BAR * job.plan.steps / longest))
+    cells = max(len(job.plan.training), round(most * job.plan.steps / longest))
     for phase in job.plan.training:
         colour = COLOURS[type(phase)]
         first, last = (round(cells * step / job.plan.steps) for step in (phase.start, phase.stop))

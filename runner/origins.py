@@ -12,7 +12,10 @@ from runner.tomllines import key_lines
 
 def annotated(tables: Mapping[str, Any], origin: Callable[[str], str]) -> str:
     """TOML text of `tables`; `origin` of a dotted key ("tokens.0.name") is its comment."""
-    text = tomli_w.dumps(tables)
+    arrays = {key: value for key, value in tables.items() if isinstance(value, list) and value and _tables(value)}
+    text = tomli_w.dumps({key: value for key, value in tables.items() if key not in arrays})
+    for key, each in arrays.items():  # on lines of their own, where tomli_w puts short ones into one
+        text += "".join(f"\n[[{key}]]\n{tomli_w.dumps(one)}" for one in each)
     lines = text.split("\n")
     for where, number in key_lines(text).items():
         inner: Any = tables
@@ -22,3 +25,7 @@ def annotated(tables: Mapping[str, Any], origin: Callable[[str], str]) -> str:
             said = origin(".".join(map(str, where)))
             lines[number - 1] += "  # " + "".join(c if c.isprintable() else "?" for c in said)
     return "\n".join(lines)
+
+
+def _tables(value: list[Any]) -> bool:
+    return all(isinstance(one, dict) for one in value)
