@@ -16,6 +16,10 @@ test *ARGS:
 slow:
     {{venv}}pytest -m slow
 
+# every test of crash safety, with its figures (tests/crash/README.md); as root it cuts the power of a file system, too
+crash *ARGS:
+    {{venv}}pytest tests/crash -s -m "slow or not slow" {{ARGS}}
+
 # lint, format and types
 lint:
     {{venv}}ruff check --fix .

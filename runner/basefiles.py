@@ -28,6 +28,36 @@ KNOWN = {
     f"black-forest-labs/FLUX.1-{kind}": {**FLUX1, "guidance_embeds": kind != "schnell"}
     for kind in ("dev", "schnell", "Krea-dev")
 }
+# As their hub pages state it, for bases whose README is not on this disk.
+DEV_LICENCE = {
+    "license": "other",
+    "license_name": "flux-1-dev-non-commercial-license",
+    "license_link": "https://huggingface.co/black-forest-labs/FLUX.1-dev/blob/main/LICENSE.md",
+}
+LICENCES = {
+    "black-forest-labs/FLUX.1-dev": DEV_LICENCE,
+    "black-forest-labs/FLUX.1-Krea-dev": DEV_LICENCE,
+    "black-forest-labs/FLUX.1-schnell": {"license": "apache-2.0"},
+}
+
+
+def licence(text: str, folder: Path) -> dict[str, str]:
+    """The base's licence as the front matter of its README has it (`license`, `license_name`, `license_link`); {} where
+    nothing is known. A link into the base's own repository is made whole."""
+    readme = folder / "README.md"
+    lines = readme.read_text(encoding="utf-8").splitlines() if readme.is_file() else []
+    found: dict[str, str] = {}
+    if lines[:1] == ["---"] and "---" in lines[1:]:
+        for line in lines[1 : lines.index("---", 1)]:
+            key, colon, value = line.partition(":")
+            if colon and key in ("license", "license_name", "license_link"):
+                found[key] = value.strip().strip("\"'")
+    link = found.get("license_link", "")
+    if link and "://" not in link:
+        found.pop("license_link")
+        if local_folder(text) is None:
+            found["license_link"] = f"https://huggingface.co/{text}/blob/main/{link}"
+    return found or dict(LICENCES.get(text, {}))
 
 
 def local_folder(text: str) -> Path | None:

@@ -26,12 +26,15 @@ class Cache:
         return self.path(kind, key).is_file()
 
     def get(self, kind: str, key: str) -> Tensor | None:
-        """The entry, or None where there is none or it is damaged (it can be made again; the bad file goes)."""
+        """The entry, or None where there is none or it is damaged or another's (it can be made again; the bad file goes)."""
         path = self.path(kind, key)
         if not path.is_file():
             return None
         try:
-            return tensors.load(path)[0]["value"]
+            found, about = tensors.load(path)
+            if (about.get("kind"), about.get("key", key)) != (kind, key):  # early entries do not know their key
+                raise BadFile(f"{path}: the header says {about.get('kind')} {about.get('key')}")
+            return found["value"]
         except BadFile:
             path.unlink(missing_ok=True)
             return None
@@ -39,4 +42,4 @@ class Cache:
     def put(self, kind: str, key: str, value: Tensor, about: Mapping[str, str]) -> None:
         path = self.path(kind, key)
         files.make_folder(path.parent)
-        tensors.save(path, {"value": value}, {"kind": kind, **about})
+        tensors.save(path, {"value": value}, {**about, "kind": kind, "key": key})

@@ -9,7 +9,7 @@ from pathlib import Path
 from runner.checkbase import check_base
 from runner.checkdata import check_data, pictures_of
 from runner.checkhere import check_devices, check_disk, check_libraries, numbers_of
-from runner.checkhub import Login, cached_base, check_access, check_push, check_wandb, hub_cache, logged_in, offline
+from runner.checkhub import cached_base, check_access, check_push, check_wandb, hub_cache, writable_names
 from runner.checktext import check_text
 from runner.errors import Fault
 from runner.finding import Finding, at, in_order
@@ -29,7 +29,7 @@ def check(seen: Sequence[Seen], faults: Sequence[Fault], runs: Path, gpus: str |
         found += check_text(one, bases.get(_base(one)), reader)
         found += check_wandb(one)
     found += _pushes(seen)
-    found += check_devices(seen, numbers, gpus)
+    found += check_devices(seen, numbers, gpus, runs)
     found += check_disk(seen, runs, download, hub_cache() if download else None)
     found += check_libraries(seen)
     return in_order(found)
@@ -79,11 +79,10 @@ def _repeat(found: Sequence[Finding]) -> Callable[[Seen], list[Finding]]:
 
 
 def _pushes(seen: Sequence[Seen]) -> Iterator[Finding]:
-    pushing = [one for one in seen if one.spec.hub.push]
-    if pushing:
-        login = Login() if logged_in() and not offline() else None
-        for one in pushing:
-            yield from check_push(one, login)
+    pushing = [one for one in seen if one.spec.hub.push and one.spec.hub.repo and "hub.push" not in one.bad]
+    names = writable_names() if pushing else set()
+    for one in pushing:
+        yield from check_push(one, names)
 
 
 def seen_of(jobs: Sequence[Job]) -> list[Seen]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.basefiles import BUILTIN, KNOWN, linear_layers
-from runner.engine.slots import NVIDIA, make_slots
+from runner.engine import slots
 from runner.finding import Finding, at, count, here, size
 from runner.plan import MOMENTS, Plan, Train, resident, resolutions
 from runner.prepare import Seen
@@ -33,6 +33,7 @@ class Gpu:
     """Memory in bytes; capability: CUDA's compute capability, e.g. 9.0."""
 
     name: str
+    uuid: str
     model: str
     total: int
     free: int
@@ -40,18 +41,23 @@ class Gpu:
 
 
 def gpus_here() -> dict[str, Gpu] | None:
-    """By number; None where `nvidia-smi` cannot be asked."""
-    ask = ["nvidia-smi", "--query-gpu=index,name,memory.total,memory.free,compute_cap", "--format=csv,noheader,nounits"]
+    """By number and by id; None where `nvidia-smi` cannot be asked."""
+    ask = [
+        "nvidia-smi",
+        "--query-gpu=index,uuid,name,memory.total,memory.free,compute_cap",
+        "--format=csv,noheader,nounits",
+    ]
     try:
         said = subprocess.run(ask, capture_output=True, text=True, timeout=20, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return None
-    found = {}
+    found: dict[str, Gpu] = {}
     for line in said.splitlines():
         cells = [cell.strip() for cell in line.split(",")]
-        if len(cells) == 5 and cells[2].isdecimal() and cells[3].isdecimal():
-            capability = float(cells[4]) if re.fullmatch(r"\d+\.\d+", cells[4]) else None
-            found[cells[0]] = Gpu(cells[0], cells[1], int(cells[2]) << 20, int(cells[3]) << 20, capability)
+        if len(cells) == 6 and cells[3].isdecimal() and cells[4].isdecimal():
+            capability = float(cells[5]) if re.fullmatch(r"\d+\.\d+", cells[5]) else None
+            gpu = Gpu(cells[0], cells[1], cells[2], int(cells[3]) << 20, int(cells[4]) << 20, capability)
+            found |= {gpu.name: gpu, gpu.uuid: gpu}  # CUDA_VISIBLE_DEVICES may name either
     return found
 
 
@@ -77,7 +83,7 @@ def needed(spec: Spec, plan: Plan, numbers: Mapping[str, int], on_gpu: bool) -> 
 
 
 def check_devices(
-    seen: Sequence[Seen], numbers: Mapping[str, Mapping[str, int]], asked: str | None
+    seen: Sequence[Seen], numbers: Mapping[str, Mapping[str, int]], asked: str | None, runs: Path
 ) -> Iterator[Finding]:
     """`numbers`: of each base's parts; `asked`: what --gpus says."""
     planned = [(one, one.plan) for one in seen if one.plan]
@@ -85,21 +91,21 @@ def check_devices(
         return
     most = max(one.spec.compute.gpus for one, _ in planned)
     try:
-        slots = make_slots(asked, 1, most)
+        places = slots.make_slots(asked, 1, most, runs)
     except ValueError as error:
         yield here("error", f"--gpus: {error}")
         return
-    names = [name for slot in slots if slot.gpus not in (None, "cpu") for name in str(slot.gpus).split(",")]
+    names = [name for place in places if place.gpus not in (None, "cpu") for name in str(place.gpus).split(",")]
     if not names:
         yield from _on_the_cpu(planned, numbers, told=asked == "cpu")
         return
     there = gpus_here()
     if there is None:
-        word = "is" if NVIDIA.is_dir() else "neither it nor a GPU's driver is"
+        word = "is" if slots.NVIDIA.is_dir() else "neither it nor a GPU's driver is"
         yield here("warning", f"what the GPUs have cannot be told: nvidia-smi does not answer ({word} here)")
         return
-    if absent := [name for name in names if name not in there]:
-        have = ", ".join(there) or "none"
+    if absent := [name for name in names if slots.seen(name) not in there]:
+        have = ", ".join(sorted({gpu.name for gpu in there.values()})) or "none"
         yield here(
             "error", f"--gpus: no such GPU (found {', '.join(absent)}; this machine has {have}); or use --gpus cpu"
         )
@@ -109,7 +115,7 @@ def check_devices(
             "error",
             f"torch {_version('torch')} cannot use the GPU that is here; install torch with CUDA, or use --gpus cpu",
         )
-    chosen = [there[name] for name in names]
+    chosen = [there[slots.seen(name)] for name in names]
     for one, plan in planned:
         yield from _on_gpus(one, plan, chosen, numbers.get(one.spec.model.base, {}))
     yield here(

@@ -104,69 +104,26 @@ def logged_in() -> bool:
     return bool(get_token())
 
 
-class Login:
-    """Who this login is on the hub, asked once; `error`: why that is not known."""
+def writable_names() -> set[str]:
+    """The user of this login and its organisations; none where the hub does not say."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-    def __init__(self) -> None:
-        from huggingface_hub import HfApi
-        from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-
-        self.facts: dict[str, Any] = {}
-        self.error = ""
-        self.refused = False
-        try:
-            self.facts = HfApi().whoami()
-        except HfHubHTTPError as error:
-            self.refused = error.response is not None and error.response.status_code in (401, 403)
-            self.error = str(error).splitlines()[0]
-        except (OfflineModeIsEnabled, OSError) as error:
-            self.error = str(error).splitlines()[0]
-
-    @property
-    def names(self) -> set[str]:
-        own = self.facts.get("name")
-        return {str(one["name"]) for one in self.facts.get("orgs", ()) if "name" in one} | (
-            {str(own)} if own else set()
-        )
-
-    @property
-    def reads_only(self) -> bool:
-        return bool((self.facts.get("auth") or {}).get("accessToken", {}).get("role") == "read")
+    try:
+        facts = HfApi().whoami()
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError):
+        return set()
+    return {str(one["name"]) for one in (facts, *facts.get("orgs", ())) if one.get("name")}
 
 
-def check_push(seen: Seen, login: Login | None) -> Iterator[Finding]:
-    """`login`: None where there is no token."""
-    own = seen.spec.hub
-    if offline():
-        yield at(
-            seen.source, "error", "hub.push",
-            "a push is asked for, and HF_HUB_OFFLINE forbids it; take that variable away, or set hub.push = false",
-        )  # fmt: skip
-    elif login is None:
-        yield at(
-            seen.source, "error", "hub.push",
-            "a push is asked for, and there is no login; run `hf auth login`, or set HF_TOKEN",
-        )  # fmt: skip
-    elif login.refused:
-        yield at(
-            seen.source, "error", "hub.push",
-            "the hub does not accept this login; run `hf auth login` again, or mend HF_TOKEN",
-        )  # fmt: skip
-    elif login.error:
-        yield at(
-            seen.source, "warning", "hub.push",
-            f"whether a push will be accepted is unknown: the hub does not answer ({login.error})",
-        )  # fmt: skip
-    elif login.reads_only:
-        yield at(
-            seen.source, "error", "hub.push",
-            "this login's token may only read; make one that may write, then `hf auth login`, or set HF_TOKEN",
-        )  # fmt: skip
-    elif own.repo and "/" in own.repo and own.repo.split("/")[0] not in login.names:
+def check_push(seen: Seen, names: set[str]) -> Iterator[Finding]:
+    """Whether the login itself is good has been asked before (`runner.hub`)."""
+    repo = seen.spec.hub.repo or ""
+    if names and "/" in repo and repo.split("/")[0] not in names:
         yield at(
             seen.source, "error", "hub.repo",
-            f"this login may not write there (found {own.repo!r}; it is {', '.join(sorted(login.names))}); name a repository "
-            "of its own",
+            f"this login may not write there (found {repo!r}; it is {', '.join(sorted(names))}); name a repository of its "
+            "own",
         )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,6 +17,9 @@ from runner.errors import BadFile
 from runner.stepfiles import file_name
 
 FORMAT = 1
+NOT_THE_FILES = {
+    errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT, errno.EINTR,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -71,8 +75,14 @@ def write(path: Path, checkpoint: Checkpoint, *, disk: files.Disk = files.DISK) 
 
 
 def read(path: Path) -> Checkpoint:
-    """Read and verify; the name must agree with the header. Raises BadFile."""
-    found, header = tensors.load(path)
+    """Read and verify; the name must agree with the header. Raises BadFile, and OSError where it could not be read for a
+    reason that is not the file's own: that tells nothing against it."""
+    try:
+        found, header = tensors.load(path)
+    except BadFile as error:
+        if isinstance(error.__cause__, OSError) and error.__cause__.errno in NOT_THE_FILES:
+            raise error.__cause__ from error
+        raise
     if header.get("format") != str(FORMAT):
         raise BadFile(f"{path}: checkpoint format {header.get('format')}, this fluxrun reads {FORMAT}")
     try:

@@ -15,14 +15,14 @@ from PIL import Image
 
 from runner import device, files
 from runner.checkpoint import Checkpoint
-from runner.deliver import sample_file
+from runner.deliver import Delivered, sample_file
 from runner.plan import Inversion, Joint, Lora, Phase, Plan
 from runner.preview import Look
 from runner.rundir import Run, flat
 from runner.say import Say
 from runner.spec import Spec, dump
 from runner.track import trackers
-from runner.train import Meters, Step
+from runner.train import Meters, Step, looked
 from runner.writer import Writer
 
 HEARTBEAT = 1.0  # seconds between writes of the step into state.json
@@ -58,6 +58,8 @@ class Clerk:
             "step": self.at_step,
             "train_loss": self.loss,
             "eval_loss": self.meters.eval_loss,
+            "best_step": self.meters.best_step,
+            "ended": self.meters.ended or None,
             "skipped_steps": self.meters.skipped or None,
             "wall_s": round(self.before.get("wall_s", 0.0) + time.monotonic() - self.began, 3),
             "s_per_step": statistics.median(self.seconds) if self.seconds else self.before.get("s_per_step"),
@@ -66,7 +68,7 @@ class Clerk:
 
     def begin(self, phase: Phase, progress: Checkpoint | None) -> None:
         self.phase = phase
-        self.run.write_state("running", **self.facts())
+        self.heartbeat(durable=True)
         if isinstance(phase, Joint | Inversion | Lora):
             done = progress.step if progress else phase.start
             self.say.line(f"{phase.name}: steps {done + 1} to {phase.stop}")
@@ -92,12 +94,17 @@ class Clerk:
         stop = self.phase.stop if isinstance(self.phase, Joint | Inversion | Lora) else self.plan.steps
         self.say.step(step.number, step.smoothed, step.seconds, stop, self.plan.steps)
         if time.monotonic() - self.beat > HEARTBEAT:
-            self.beat = time.monotonic()
-            self.run.write_state("running", durable=False, **self.facts())
+            self.heartbeat()
+
+    def heartbeat(self, *, durable: bool = False) -> None:
+        """Into the state, as long as the run is this attempt's."""
+        self.beat = time.monotonic()
+        self.run.fence()
+        self.run.write_state("running", durable=durable, **self.facts())
 
     def show(self, step: int, look: Look) -> None:
         """The eval loss, and pictures where there are any."""
-        self.meters = replace(self.meters, eval_loss=look.eval_loss)
+        self.meters = looked(self.meters, step, look.eval_loss)
         values = {
             "eval/loss": look.eval_loss,
             **{f"eval/sigma {sigma:.1f}": loss for sigma, loss in look.by_sigma.items()},
@@ -115,25 +122,43 @@ class Clerk:
                 tracker.picture(f"samples/{index}", picture, step)
 
     def close(self) -> None:
+        """However the run ends: what is being written is finished, and the state says how far it came."""
         self.writer.close()
+        if self.run.state().get("state") == "running":
+            with files.if_there_is_room():
+                self.run.write_state("running", durable=False, **self.facts())
         for tracker in self.trackers:
             tracker.close()
 
     def save(self, made: Checkpoint) -> None:
         """Begin to write it; whatever comes of that is raised by the next step, save or `settle`."""
         self.writer.save(made)
+        self.heartbeat()  # what is saved is what a run that stops here says it has done
 
     def settle(self) -> None:
         """Wait until all that was saved is on the disk."""
         self.writer.wait()
 
-    def finish(self) -> None:
-        exports = sorted(
-            path.relative_to(self.run.folder).as_posix() for path in self.run.export.iterdir() if path.is_file()
-        )
+    def end_training(self, progress: Checkpoint) -> None:
+        if ended := progress.scalars["meters"]["ended"]:
+            self.meters = replace(self.meters, ended=ended)
+            self.say.line(f"training ends early: {ended}")
+
+    def finish(self, delivered: Delivered) -> None:
+        more = export_facts(self.run, delivered)
+        if self.spec.hub.push:  # true until the push is through, also if this process ends before it
+            more["warning"] = f"not pushed yet; `fluxrun export {self.run.name} --push` does it"
         self.run.fence()
-        self.run.write_state("done", **self.facts(), finished=time.time(), exports=exports)
+        self.run.write_state("done", **self.facts(), finished=time.time(), **more)
         self.say.line(f"done: {self.run.export}")
+
+
+def export_facts(run: Run, delivered: Delivered) -> dict[str, Any]:
+    """What the state holds of an export."""
+    exports = sorted(path.relative_to(run.folder).as_posix() for path in run.export.iterdir() if path.is_file())
+    worst = max(delivered.errors.values(), default=None)
+    errors = {"export_errors": dict(delivered.errors), "export_error": worst}
+    return {"exports": exports, "exported_step": delivered.step, **errors}
 
 
 def versions() -> dict[str, str]:

@@ -75,6 +75,7 @@ specs_argument = click.argument("specs", nargs=-1, required=True, type=click.Pat
 @click.option("--retries", type=click.IntRange(0), default=2, show_default=True, help="Tries after a crash, per run.")
 @click.option("--stop-at", metavar="HH:MM", help="Save and stop at this time; the same command goes on.")
 @click.option("--fail-fast", is_flag=True, help="Stop the queue at the first run that fails.")
+@click.option("--allow-commands", is_flag=True, help="Run what a spec's notify.command says.")
 @click.option("--dry-run", is_flag=True, help="The same as `fluxrun plan`.")
 @click.option("--fresh", is_flag=True, help="Move an existing run folder of another spec aside.")
 @click.option(
@@ -83,7 +84,7 @@ specs_argument = click.argument("specs", nargs=-1, required=True, type=click.Pat
 @click.pass_context
 def queue(
     ctx: click.Context, specs: tuple[Path, ...], runs: Path, as_json: bool, gpus: str | None, slots: int, retries: int,
-    stop_at: str | None, fail_fast: bool, dry_run: bool, fresh: bool, no_check: bool,
+    stop_at: str | None, fail_fast: bool, allow_commands: bool, dry_run: bool, fresh: bool, no_check: bool,
 ) -> None:  # fmt: skip
     """Run a batch: validate all, plan all, then run what is not done.
 
@@ -95,6 +96,7 @@ def queue(
     from runner.engine.local import run_queue
     from runner.engine.slots import make_slots
     from runner.files import make_folder
+    from runner.notify import Target, refusal
     from runner.prepare import prepare
     from runner.screen import Screen
     from runner.stop import StopRequest, next_time
@@ -105,8 +107,11 @@ def queue(
         raise click.BadParameter(f"{stop_at!r} is no time of day; write HH:MM", param_hint="--stop-at") from None
     with StopRequest(deadline, at_once=False) as stop:
         jobs = prepare(list(specs), runs, fetch=True, fresh=fresh)
+        for job in jobs:
+            if wrong := refusal(Target(**job.spec.notify.model_dump()), allow_commands):
+                raise click.UsageError(f"{job.file}: {wrong}")
         try:
-            places = make_slots(gpus, slots, max((job.spec.compute.gpus for job in jobs), default=1))
+            places = make_slots(gpus, slots, max((job.spec.compute.gpus for job in jobs), default=1), runs)
         except ValueError as error:
             raise click.BadParameter(str(error), param_hint="--gpus") from None
         screen = Screen()
@@ -139,6 +144,17 @@ def _echo_findings(found: Iterable[Finding], *, err: bool) -> None:
     for one in found:
         for line in one.lines():
             click.echo(line, err=err)
+
+
+@main.command()
+@click.argument("names", nargs=-1, metavar="[RUN]...", shell_complete=run_names)
+@runs_option
+def stop(names: tuple[str, ...], runs: Path) -> None:
+    """Stop runs, or with none named every queue on this runs folder: each saves at its next step; `queue` goes on."""
+    from runner.stopping import stop_queues, stop_run
+
+    for line in [stop_run(runs, name) for name in names] if names else stop_queues(runs):
+        click.echo(line)
 
 
 @main.command("_run-one", hidden=True)
@@ -355,23 +371,26 @@ def _console() -> Any:
 
 
 @main.command()
-@click.argument("name", metavar="RUN", shell_complete=run_names)
+@click.argument("names", nargs=-1, required=True, metavar="RUN...", shell_complete=run_names)
 @runs_option
 @click.option("--prompt", "prompts", multiple=True, help="With the tokens' names as in the spec. Default: the spec's.")
-@click.option("--count", default=1, show_default=True, help="Pictures per prompt.")
+@click.option("--count", type=click.IntRange(min=1), default=1, show_default=True, help="Pictures per prompt.")
 @click.option("--seed", type=int, help="Of the first picture; the next ones count up. Default: the spec's.")
-@click.option("--steps", type=int, help="Sampling steps. Default: the spec's.")
+@click.option("--steps", type=click.IntRange(min=1), help="Sampling steps. Default: the spec's.")
 @click.option("--scale", default=1.0, show_default=True, help="Strength of the LoRA.")
 @click.option("--gpus", help="A GPU's number, or `cpu`.")
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="A folder. Default: RUN's samples/.")
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="A folder. Default: each RUN's samples/.")
 def sample(
-    name: str, runs: Path, prompts: tuple[str, ...], count: int, seed: int | None, steps: int | None, scale: float,
+    names: tuple[str, ...], runs: Path, prompts: tuple[str, ...], count: int, seed: int | None, steps: int | None, scale: float,
     gpus: str | None, out: Path | None,
 ) -> None:  # fmt: skip
-    """Pictures from a run's exports, by stock diffusers."""
-    from runner.sampling import sample_run
+    """Pictures from runs' exports, by stock diffusers.
 
-    for path in sample_run(runs, name, prompts, count=count, seed=seed, steps=steps, scale=scale, gpus=gpus, out=out):
+    Several runs are drawn with the same prompts and seeds; several pictures make a contact sheet.
+    """
+    from runner.sampling import sample_runs
+
+    for path in sample_runs(runs, names, prompts, count=count, seed=seed, steps=steps, scale=scale, gpus=gpus, out=out):
         click.echo(path)
 
 
@@ -433,6 +452,37 @@ def schema(out: Path | None) -> None:
         click.echo(schema_text(), nl=False)
     else:
         write_text(out, schema_text())
+
+
+@main.command("export")
+@click.argument("name", metavar="RUN", shell_complete=run_names)
+@runs_option
+@click.option("--step", type=click.IntRange(min=0), help="From the checkpoint of this step. Default: the newest.")
+@click.option("--push", is_flag=True, help="Upload them, as hub.repo and hub.private say.")
+@click.option("--gpus", help="A GPU's number, or `cpu`.")
+def export_again(name: str, runs: Path, step: int | None, push: bool, gpus: str | None) -> None:
+    """Write a run's exports again, whatever state it is in."""
+    from runner.exporting import export_run
+    from runner.say import Say
+    from runner.screen import Screen
+
+    screen = Screen()
+    say = Say(lambda event: screen.show("", event))
+    for path in export_run(runs, name, step, gpus=gpus, push_too=push, say=say):
+        click.echo(path)
+
+
+@main.command()
+@click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.option("--to", type=click.Choice(["diffusers", "kohya"]), required=True, help="The layout wanted.")
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Default: FILE's name and the layout.")
+def convert(file: Path, to: str, out: Path | None) -> None:
+    """A FLUX.1 LoRA from elsewhere, in the other layout: diffusers' or the original (kohya, ComfyUI)."""
+    from runner.converting import convert as write
+
+    path, error = write(file, to, out)
+    click.echo(f"{path}: read back; the largest difference of a weight's change is {error:.2g}", err=True)
+    click.echo(path)
 
 
 @main.command()

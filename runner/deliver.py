@@ -1,124 +1,207 @@
-"""The export phase: write the files, read every one back with stock diffusers, draw the pictures, then put all in place."""
+"""The export phase: write the files, read every one back, draw the pictures with stock diffusers, then put all in place."""
 
 from __future__ import annotations
 
+import os
 import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
+import torch
 from PIL import Image
 
-from runner import export, files, sample
-from runner.checkpoint import Weights
-from runner.desk import Desk
-from runner.device import release
+from runner import export, files, hub, sample, tokens, verify
+from runner.basefiles import licence, transformer_config
+from runner.card import CURVE, model_card
+from runner.checkpoint import Checkpoint, Weights
+from runner.curve import draw_curve
+from runner.device import DTYPES, release
 from runner.encode import text_lora_shape
-from runner.errors import FluxrunError
+from runner.errors import Interrupted
+from runner.export import About, Shapes
+from runner.flux import Base
 from runner.learn import lora_shape
 from runner.rundir import Run, flat
 from runner.sample import Exported
-from runner.spec import dump
-from runner.tokens import expand
+from runner.say import Say
+from runner.spec import Spec, dump
+from runner.tokens import Placeholder, expand
 
 
-def deliver(desk: Desk, run: Run, weights: Weights) -> list[tuple[str, Image.Image]]:
-    """Make `export/` and `samples/`. Returns the final pictures as (prompt, picture), for the tracker.
+@dataclass(frozen=True)
+class Order:
+    """What an export needs to know; the training data is not among it."""
+
+    run: Run
+    spec: Spec
+    base: Base
+    say: Say
+    stop_requested: Callable[[], bool]
+
+    @property
+    def placeholders(self) -> tuple[Placeholder, ...]:
+        return tokens.placeholders([(token.name, token.vectors, token.initializer) for token in self.spec.tokens])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.spec.export.dtype]
+
+
+@dataclass(frozen=True)
+class Delivered:
+    """step: the checkpoint's; errors: of each weight file, the largest; pictures: (prompt, picture)."""
+
+    step: int
+    errors: Mapping[str, float]
+    pictures: Sequence[tuple[str, Image.Image]]
+
+
+def deliver(order: Order, made: Checkpoint | None) -> Delivered:
+    """Make `export/` and `samples/` from a checkpoint; the files in `export/` are the old ones or the new, never mixed.
 
     Raises BadFile where a file does not give back what was trained; the run is then not done.
     """
+    run, spec, step = order.run, order.spec, made.step if made else 0
+    weights = made.weights if made else Weights()
     aside = run.export.with_name(f".export{files.ASIDE}")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
-    stem = export.file_stem(desk.plan.name)
-    if weights.lora or weights.text_lora:
-        shapes = export.Shapes(
-            lora_shape(desk) if weights.lora else None, text_lora_shape(desk) if weights.text_lora else None
-        )
-        export.write_lora(aside / export.LORA_FILE, weights, shapes)
-    if weights.rows:
-        export.write_embeddings(aside / f"{stem}_emb.safetensors", weights)
-    exported = export.exported_files(aside, desk.plan.name, desk.plan.placeholders)
-    pictures = _verified_pictures(desk, run, weights, exported)
+    shapes = Shapes(
+        lora_shape(spec, order.base) if weights.lora else None,
+        text_lora_shape(spec, order.base) if weights.text_lora else None,
+    )
+    about = _about(order, step)
+    errors = _written(aside, weights, shapes, about, order.dtype)
+    pictures = _verified_pictures(order, step, export.rounded(weights, order.dtype), shapes, aside)
     shown = []
     for index, (prompt, _) in enumerate(pictures):
         name = f"samples/{index}.png"
         files.make_folder(aside / "samples")
-        shutil.copyfile(sample_file(run, desk.plan.steps, index), aside / name)
-        shown.append((expand(prompt, desk.plan.placeholders), name))
-    settings = {
-        key: value
-        for key, value in flat(dump(desk.spec)).items()
-        if not key.startswith(("data.source", "model.base", "prior", "hub"))
-    }
-    named = desk.spec.model.base if not Path(desk.spec.model.base).is_dir() else Path(desk.spec.model.base).name
-    card = export.model_card(
-        desk.plan.name, named, settings, exported, shown, sample.GUIDANCE, desk.spec.model.max_sequence_length,
-        desk.spec.inversion.pooling,
-    )  # fmt: skip
+        shutil.copyfile(sample_file(run, step, index), aside / name)
+        shown.append((expand(prompt, order.placeholders), name))
+    points = made.scalars["meters"].get("curve") if made else None
+    if points:
+        files.make_folder(aside / "samples")
+        files.write_png(aside / CURVE, draw_curve(points, f"{spec.name}: training loss, smoothed"))
+    layers = shapes.lora.layers if shapes.lora else ()
+    repo = spec.hub.repo if spec.hub.push and spec.hub.repo and "/" in spec.hub.repo else None
+    card = model_card(about, errors, shown, sample.GUIDANCE, repo, layers, bool(points))
     files.write_text(aside / "README.md", card)
+    run.fence()
     files.replace_folder(aside, run.export)
-    return pictures
+    return Delivered(step, errors, pictures)
 
 
 def sample_file(run: Run, step: int, index: int) -> Path:
     return run.samples / f"step-{step:06d}-{index}.png"
 
 
-def _verified_pictures(desk: Desk, run: Run, weights: Weights, exported: Exported) -> list[tuple[str, Image.Image]]:
+def _about(order: Order, step: int) -> About:
+    own = order.spec.model.base
+    settings = {
+        key: value
+        for key, value in flat(dump(order.spec)).items()
+        if not key.startswith(("data.source", "model.base", "prior.images", "hub"))
+    }
+    config = transformer_config(own, order.base.folder) or {}
+    return About(
+        order.spec.name, Path(own).name if Path(own).is_dir() else own, step, order.placeholders, settings,
+        licence(own, order.base.folder), export_day(order.run), bool(config.get("guidance_embeds")),
+        version("fluxrun"),
+    )  # fmt: skip
+
+
+def export_day(run: Run) -> str | None:
+    """The day that the files tell: when the run began, or SOURCE_DATE_EPOCH, the convention of repeatable builds."""
+    fixed = os.environ.get("SOURCE_DATE_EPOCH")
+    return export.day_of(float(fixed) if fixed else run.began())
+
+
+def _written(folder: Path, weights: Weights, shapes: Shapes, about: About, dtype: torch.dtype) -> dict[str, float]:
+    """Write every weight file and read it back; the largest error of each. Raises BadFile with the layer."""
+    stored, errors = export.rounded(weights, dtype), {}
+    if weights.lora or weights.text_lora:
+        trained = export.adapter(export.rounded(weights, torch.float32), shapes)
+        path, original = folder / export.LORA_FILE, folder / export.kohya_file(about.name)
+        export.write_lora(path, stored, shapes)
+        errors[path.name] = verify.lora_file(path, trained, dtype)
+        export.write_kohya(original, stored, shapes, about)
+        errors[original.name] = verify.kohya_file(original, trained, dtype)
+    if weights.rows:
+        export.write_embeddings(folder, stored, about.name)
+        for path in (folder / export.embeddings_file(about.name), folder / export.webui_file(about.name)):
+            if path.is_file():
+                errors[path.name] = verify.embeddings(path, weights, dtype)
+    return errors
+
+
+def _verified_pictures(
+    order: Order, step: int, stored: Weights, shapes: Shapes, folder: Path
+) -> list[tuple[str, Image.Image]]:
     """Load the files as their users will, compare, and draw with what was loaded: before (the base) and after."""
-    own = desk.spec.validation
-    shots = sample.shots(own.prompts, own.count, desk.spec.seed)
-    placeholders, length = desk.plan.placeholders, desk.spec.model.max_sequence_length
-
-    desk.say.line("export: reading the files back with diffusers")
-    pipe = sample.text_pipeline(desk.base, None)
-    plain = sample.read_prompts(pipe, [prompt for prompt, _ in shots], length)
-    if exported.embeddings:
-        sample.load_embeddings(pipe, exported.embeddings, placeholders)
-    export.verify_embeddings(pipe, weights, desk.pieces)
-    if exported.lora:
-        sample.load_text_lora(pipe, exported.lora)
-    if weights.text_lora:
-        export.verify_lora(pipe.text_encoder, weights.text_lora, text_lora_shape(desk))
-    learned = sample.read_prompts(pipe, [expand(prompt, placeholders) for prompt, _ in shots], length)
-    del pipe
-    release(desk.base.device)
-
-    pipe = sample.image_pipeline(desk.base)
-    size = sample.size_of(desk.spec)
-    desk.say.begin_phase("pictures", 0, 2 * len(shots), "pictures")
+    own, placeholders, run = order.spec.validation, order.placeholders, order.run
+    shots = sample.shots(own.prompts, own.count, order.spec.seed)
+    exported = export.exported_files(folder, order.spec.name, placeholders)
+    order.say.line("export: reading the files back with diffusers")
+    plain, learned = _read_prompts(order, stored, shapes, exported, [prompt for prompt, _ in shots])
+    pipe = sample.image_pipeline(order.base)
+    size = sample.size_of(order.spec)
+    order.say.begin_phase("pictures", 0, 2 * len(shots), "pictures")
     columns: list[list[Image.Image]] = []
-    for step, reads in ((0, plain), (desk.plan.steps, learned)):
-        if step and exported.lora:
+    for at, reads in ((0, plain), (step, learned)):
+        if columns and exported.lora:
             sample.load_lora(pipe, exported.lora)
-            if weights.lora:
-                export.verify_lora(pipe.transformer, weights.lora, lora_shape(desk))
+            if shapes.lora:
+                verify.loaded_lora(pipe.transformer, stored.lora, shapes.lora)
         column = []
         for index, (read, (_, seed)) in enumerate(zip(reads, shots, strict=True)):
             column.append(sample.draw(pipe, read, seed, steps=own.steps, size=size))
-            files.write_png(sample_file(run, step, index), column[-1])
-            desk.say.progress(len(columns) * len(shots) + index + 1, 2 * len(shots), "pictures")
-            desk.check_stop()
+            files.write_png(sample_file(run, at, index), column[-1])
+            order.say.progress(len(columns) * len(shots) + index + 1, 2 * len(shots), "pictures")
+            if order.stop_requested():
+                raise Interrupted("stopped before the exports were complete; the same command goes on")
         columns.append(column)
-    desk.say.end_phase()
+    order.say.end_phase()
     if shots:
         rows = [(prompt, [before, after]) for (prompt, _), before, after in zip(shots, *columns, strict=True)]
         files.write_png(run.samples / "before-after.png", sample.sheet(rows, ("before", "after")))
     return [(prompt, picture) for (prompt, _), picture in zip(shots, columns[1], strict=True)]
 
 
-def push(desk: Desk, run: Run) -> None:
-    """Upload the export folder as it is; the login is the hub's own (HF_TOKEN, `hf auth login`)."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+def _read_prompts(
+    order: Order, stored: Weights, shapes: Shapes, exported: Exported, prompts: Sequence[str]
+) -> tuple[list[sample.Read], list[sample.Read]]:
+    """The prompts as the base reads them, and with what was learned in the text encoders; that is compared on the way."""
+    length = order.spec.model.max_sequence_length
+    pipe = sample.text_pipeline(order.base, None)
+    plain = sample.read_prompts(pipe, prompts, length)
+    if exported.embeddings:
+        sample.load_embeddings(pipe, exported.embeddings, order.placeholders)
+    verify.loaded_embeddings(pipe, stored, [piece for one in order.placeholders for piece in one.pieces])
+    if exported.lora:
+        sample.load_text_lora(pipe, exported.lora)
+    if shapes.text_lora:
+        verify.loaded_lora(pipe.text_encoder, stored.text_lora, shapes.text_lora)
+    learned = sample.read_prompts(pipe, [expand(prompt, order.placeholders) for prompt in prompts], length)
+    del pipe
+    release(order.base.device)
+    return plain, learned
 
-    own = desk.spec.hub
-    wanted = own.repo or export.file_stem(desk.plan.name)  # without an owner it is the login's own
-    desk.say.line(f"export: pushing to {wanted}")
+
+def push(order: Order) -> None:
+    """Upload the export folder. What goes wrong is told in the log and in the state, and ends nothing."""
+    own = order.spec.hub
+    repo = own.repo or export.file_stem(order.spec.name)  # without an owner it is the login's own
+    order.say.line(f"export: pushing to {repo}")
     try:
-        api = HfApi()
-        repo = api.create_repo(wanted, private=own.private, exist_ok=True).repo_id
-        api.upload_folder(repo_id=repo, folder_path=run.export, commit_message=f"{desk.plan.name}, by fluxrun")
-    except (HfHubHTTPError, LocalTokenNotFoundError, OSError) as error:
-        raise FluxrunError(
-            f"{run.export} is complete, but pushing it to {wanted} failed ({error}); check hub.repo and `hf auth login`"
-        ) from error
+        wrong = hub.push(order.run.export, repo, own.private, f"{order.spec.name}, by fluxrun", order.stop_requested)
+    except KeyboardInterrupt:
+        wrong = "interrupted"
+    if wrong is None:
+        order.run.amend(warning=None)
+        return
+    warning = f"not pushed to {repo} ({wrong}); `fluxrun export {order.spec.name} --push` tries again"
+    order.say.line(f"warning: {warning}")
+    order.run.amend(warning=warning)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from runner import classfolder, data, files, flux, tokens
+import torch
+
+from runner import classfolder, data, device, files, flux, tokens
+from runner.basefiles import PARTS as PARTS_OF_BASE
 from runner.basefiles import fingerprint
 from runner.cache import Cache
 from runner.checkpoint import Weights
@@ -45,6 +48,10 @@ class Desk:
         if part not in self.prints:
             self.prints[part] = fingerprint(self.base.folder / part)
         return self.prints[part]
+
+    @property
+    def base_print(self) -> str:
+        return key_of("base", *map(self.part_print, PARTS_OF_BASE))
 
     # ---- views: what goes through the VAE --------------------------------------------------------------------------
 
@@ -119,10 +126,14 @@ class Desk:
                 for cuts in pool.map(cut, pictures[start : start + part]):
                     yield from cuts
 
+    @property
+    def vae_base(self) -> flux.Base:
+        """The base as its VAE encodes: FLUX's overflows in fp16 (its config says `force_upcast`), on some pictures only."""
+        return replace(self.base, dtype=torch.float32) if self.base.dtype == torch.float16 else self.base
+
     def _latent_key(self, pixels: Any) -> str:
-        return key_of(
-            "latents", pixels.tobytes(), json.dumps(pixels.shape), self.part_print("vae"), str(self.base.dtype)
-        )
+        dtype = str(self.vae_base.dtype)
+        return key_of("latents", pixels.tobytes(), json.dumps(pixels.shape), self.part_print("vae"), dtype)
 
     # ---- captions --------------------------------------------------------------------------------------------------
 
@@ -163,3 +174,10 @@ class Desk:
     def check_stop(self) -> None:
         if self.stop_requested():
             raise Interrupted("stopped before training was complete; the same command goes on")
+
+
+def open_base_of(spec: Spec, gpus: str | None) -> flux.Base:
+    """The spec's base on the device that `gpus` chooses, with the process set up for it."""
+    own, where = spec.model, device.choose(gpus)
+    device.prepare(where, tf32=own.tf32)
+    return flux.open_base(own.base, own.revision, own.variant, where, device.resolve_dtype(own.dtype, where))

@@ -13,8 +13,10 @@ from runner.basefiles import clip_config, clip_layers
 from runner.checkpoint import Weights
 from runner.desk import Desk
 from runner.device import move, release
+from runner.errors import FluxrunError
 from runner.lora import LoraShape
 from runner.plan import Encode
+from runner.spec import Spec
 
 LOADERS = {"clip": flux.load_clip, "t5": flux.load_t5}
 
@@ -33,7 +35,7 @@ def encode_latents(desk: Desk) -> None:
     desk.say.line(f"encode: latents of {len(set(desk.latent_keys.values()))} views, {len(made)} to make")
     if not made:
         return
-    vae = flux.load_vae(desk.base)
+    vae = flux.load_vae(desk.vae_base)
     desk.say.begin_phase("encode latents", 0, len(made), "views")
     for done, (view, pixels) in enumerate(desk.pixels(list(made.values())), 1):
         moments = flux.encode_image(vae, torch.from_numpy(pixels.copy()).permute(2, 0, 1))
@@ -67,11 +69,11 @@ def encode_captions(desk: Desk, encoder: str, weights: Weights) -> None:
     release(desk.base.device)
 
 
-def text_lora_shape(desk: Desk) -> LoraShape:
-    own = desk.spec.text_lora
+def text_lora_shape(spec: Spec, base: flux.Base) -> LoraShape:
+    own = spec.text_lora
     assert own is not None
     assert own.alpha is not None  # the spec resolves it
-    config = clip_config(desk.base.folder)
+    config = clip_config(base.folder)
     assert config is not None
     return LoraShape(own.rank, own.alpha, 0.0, tuple(clip_layers(config)))
 
@@ -99,10 +101,17 @@ class LiveEncoder:
             if first is None:
                 counts = [(len(placeholder.pieces), placeholder.initializer) for placeholder in desk.plan.placeholders]
                 first = text.initial_rows(model, tokenizer, counts, desk.spec.seed, encoder)
+                for vectors, phrase in counts:
+                    pieces = len(tokenizer(phrase, add_special_tokens=False).input_ids) if phrase else 0
+                    if pieces > vectors:
+                        desk.say.line(
+                            f"tokens.initializer {phrase!r} has {pieces} pieces in {encoder}: its first {vectors} are used; "
+                            f"tokens.vectors = {pieces} would use all"
+                        )
             made.rows = nn.Parameter(first.clone().to(desk.base.device), requires_grad=learn_rows)
             text.attach_rows(model, tokenizer, desk.pieces, made.rows)
         if encoder == "clip" and (weights.text_lora or learn_lora):
-            made.adapter = lora.attach_lora(model, text_lora_shape(desk), desk.spec.seed)
+            made.adapter = lora.attach_lora(model, text_lora_shape(desk.spec, desk.base), desk.spec.seed)
             if weights.text_lora:
                 lora.set_tensors(made.adapter, weights.text_lora)
             for parameter in made.adapter.values():
@@ -112,7 +121,31 @@ class LiveEncoder:
             written = tokens.expand(caption, desk.plan.placeholders)
             ids = text.clip_ids(tokenizer, written) if encoder == "clip" else text.t5_ids(tokenizer, written, length)
             made.ids[caption] = ids.to(desk.base.device)
+        if learn_rows:
+            made.check_tokens(desk)
         return made
+
+    def check_tokens(self, desk: Desk) -> None:
+        """Rows that no caption brings as far as the encoder would learn nothing: each reads only so many tokens.
+
+        Raises FluxrunError for a token that is cut off everywhere; says so where it is cut off in some captions.
+        """
+        for placeholder in desk.plan.placeholders:
+            wanted = set(self.tokenizer.convert_tokens_to_ids(list(placeholder.pieces)))
+            naming = [
+                one for one in desk.pictures.captions if tokens.named(one, desk.plan.placeholders) & {placeholder.name}
+            ]
+            cut = [caption for caption in naming if not wanted <= set(self.ids[caption].tolist())]
+            if not cut:
+                continue
+            told = (
+                f"{placeholder.name} lies behind the {len(self.ids[cut[0]])} tokens that {self.encoder} reads in "
+                f"{len(cut)} of the {len(naming)} captions that name it (the first is {cut[0][:60]!r}...); move it to "
+                "the front, or shorten them"
+            )
+            if len(cut) == len(naming):
+                raise FluxrunError(told)
+            desk.say.line(told)
 
     def embed(self, captions: Sequence[str], pooling: str) -> Tensor:
         ids = torch.stack([self.ids[caption] for caption in captions])

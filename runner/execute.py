@@ -6,11 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from runner import checkpoint, classfolder, device, flux
+from runner.basefiles import local_folder
 from runner.cache import Cache
 from runner.checkpoint import Checkpoint, Weights
 from runner.clerk import Clerk
 from runner.data import Pictures
-from runner.deliver import deliver, push
+from runner.deliver import Delivered, Order, deliver, push
 from runner.desk import Desk
 from runner.encode import encode
 from runner.errors import BadFile
@@ -21,6 +22,7 @@ from runner.ranks import Ranks
 from runner.rundir import Run
 from runner.say import Say
 from runner.spec import Spec
+from runner.stepfiles import file_name
 
 
 def execute(
@@ -42,6 +44,11 @@ def execute(
         run.take(attempt)
         ranks.wait()
         desk = Desk(spec, plan, pictures, base, cache, say, ranks, stop_requested, split)
+        order = Order(run, spec, base, say, stop_requested)
+        delivered: Delivered | None = None
+        run.pin("model.dtype", str(base.dtype), "name it in the spec, or go on where it was begun")
+        if local_folder(spec.model.base) is None:  # what a name on the hub stands for may change
+            run.pin("the base model", desk.base_print, "set model.revision to the commit it was begun with")
         progress = newest_checkpoint(run, plan, say)
         clerk = Clerk(run, plan, spec, say, progress, base.device)
         try:
@@ -54,20 +61,22 @@ def execute(
                 match phase:
                     case Prior():
                         fill_classes(desk)
-                        run.pin("class images", classfolder.fingerprint(desk.class_pictures))
+                        run.pin("the class images", classfolder.fingerprint(desk.class_pictures), "put them back")
                     case Encode():
                         encode(desk, phase, progress.weights if progress else Weights())
                     case Joint() | Inversion() | Lora():
                         ranks.wait()
                         progress = train_phase(desk, phase, progress, clerk.save, clerk.settle, clerk.step, clerk.show)
+                        clerk.end_training(progress)
                         device.release(base.device)
                     case Export():
-                        pictures_made = deliver(desk, run, progress.weights if progress else Weights())
-                        clerk.show_pictures(plan.steps, [picture for _, picture in pictures_made])
-                        if spec.hub.push:
-                            push(desk, run)
+                        delivered = deliver(order, best_of(run, progress, say) if spec.export.best else progress)
+                        clerk.show_pictures(plan.steps, [picture for _, picture in delivered.pictures])
                 say.end_phase()
-            clerk.finish()
+            assert delivered is not None  # every plan ends with an export
+            clerk.finish(delivered)
+            if spec.hub.push:
+                push(order)
         finally:
             clerk.close()
             say.end_phase()
@@ -93,6 +102,8 @@ def done_already(phase: Phase, plan: Plan, progress: Checkpoint | None) -> str |
     """Why a phase need not run, or None. What `encode` makes is only wanted by training."""
     if progress is None or isinstance(phase, Export):
         return None
+    if ended := progress.scalars["meters"].get("ended"):
+        return f"training ended early: {ended}"
     if isinstance(phase, Prior | Encode):
         return "all training is done" if progress.step >= plan.steps else None
     return f"trained to step {progress.step}" if progress.step >= phase.stop else None
@@ -115,6 +126,20 @@ def newest_checkpoint(run: Run, plan: Plan, say: Say, *, apart: bool = True) -> 
             return found
         say.line(f"{path.name} (step {step}) belongs to another plan; left alone")
     return None
+
+
+def best_of(run: Run, last: Checkpoint | None, say: Say) -> Checkpoint | None:
+    """The checkpoint with the lowest eval loss so far, which is kept for this; the last one where it does not verify."""
+    step = last.scalars["meters"].get("best_step") if last else None
+    if last is None or step in (None, last.step):
+        return last
+    try:
+        found = checkpoint.read(run.checkpoints / file_name(step))
+    except BadFile as error:
+        say.line(f"the best step's checkpoint cannot be exported ({error}); exporting step {last.step}")
+        return last
+    say.line(f"export: step {step}, whose eval loss is the lowest")
+    return found
 
 
 def open_cache(runs: Path) -> Cache:

@@ -1,32 +1,25 @@
-"""Trained weights as files that other programs load. The only place where foreign key names appear."""
+"""Trained weights as files that other programs load; what each file must hold is checked by `runner.verify`."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from runner import tensors
+from runner import files, tensors
 from runner.checkpoint import Weights
-from runner.errors import BadFile
+from runner.layouts import TEXT, TRANSFORMER, Adapter, adapter_of, to_kohya
 from runner.lora import LoraShape, adapter_metadata
 from runner.sample import Exported
 from runner.tokens import Placeholder
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
-CLIP_PREFIX = "text_encoder.text_model"
-POOLINGS = {
-    "diffusers": "The rows were trained as diffusers reads them: CLIP's pooled vector at the first new token. ComfyUI reads "
-    "it at the end of the prompt; there they act a little differently (train with `inversion.pooling` eos or both).",
-    "eos": "The rows were trained as ComfyUI reads them: CLIP's pooled vector at the end of the prompt. diffusers reads it "
-    "at the first new token; there they act a little differently (train with `inversion.pooling` diffusers or both).",
-    "both": "The rows were trained for diffusers and ComfyUI alike, which read CLIP's pooled vector at different places.",
-}
 EMBEDDING_KEYS = {"clip": ("clip_l",), "t5": ("t5", "t5xxl")}  # diffusers reads t5, ComfyUI asks for t5xxl
 
 
@@ -35,9 +28,22 @@ def file_stem(name: str) -> str:
     return name.replace("/", "-")
 
 
+def kohya_file(name: str) -> str:
+    return f"{file_stem(name)}.safetensors"
+
+
+def embeddings_file(name: str) -> str:
+    return f"{file_stem(name)}_emb.safetensors"
+
+
+def webui_file(name: str) -> str:
+    """CLIP's rows alone, beside an embeddings file with several keys: Forge and A1111 refuse those."""
+    return f"{file_stem(name)}_emb_webui.safetensors"
+
+
 def exported_files(folder: Path, name: str, placeholders: tuple[Placeholder, ...]) -> Exported:
     """What of a run's export folder a pipeline loads."""
-    lora, embeddings = folder / LORA_FILE, folder / f"{file_stem(name)}_emb.safetensors"
+    lora, embeddings = folder / LORA_FILE, folder / embeddings_file(name)
     return Exported(lora if lora.is_file() else None, embeddings if embeddings.is_file() else None, placeholders)
 
 
@@ -49,116 +55,140 @@ class Shapes:
     text_lora: LoraShape | None
 
 
+@dataclass(frozen=True)
+class About:
+    """What the files tell of their run. `base`: a hub id, or a folder's name alone; `settings`: the spec by dotted key,
+    without paths; `day`: on which the run began, 2026-01-31 (UTC); `guided`: whether the base takes a guidance."""
+
+    name: str
+    base: str
+    step: int
+    placeholders: tuple[Placeholder, ...]
+    settings: Mapping[str, Any]
+    licence: Mapping[str, str]
+    day: str | None
+    guided: bool
+    version: str
+
+    @property
+    def resolution(self) -> int:
+        """The largest one trained at."""
+        own: int | list[int] = self.settings["data.resolution"]
+        return own if isinstance(own, int) else max(own)
+
+
+def rounded(weights: Weights, dtype: torch.dtype) -> Weights:
+    """As the files hold them."""
+
+    def to(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: value.detach().cpu().to(dtype) for name, value in named.items()}
+
+    return Weights(to(weights.lora), to(weights.rows), to(weights.text_lora))
+
+
+def adapter(weights: Weights, shapes: Shapes) -> Adapter:
+    return Adapter(
+        adapter_of(weights.lora, shapes.lora.alpha) if shapes.lora else {},
+        adapter_of(weights.text_lora, shapes.text_lora.alpha) if shapes.text_lora else {},
+    )
+
+
 def write_lora(path: Path, weights: Weights, shapes: Shapes) -> None:
     """diffusers' layout: `transformer.<module>.lora_A/B.weight`, `text_encoder.text_model.<module>...`, the adapters'
-    configs as JSON in the metadata. transformers 5 names CLIP's modules without `text_model`; stock diffusers reads
-    both, ComfyUI only that."""
-    named = {f"transformer.{name}": value for name, value in weights.lora.items()}
-    named |= {f"{CLIP_PREFIX}.{name}": value for name, value in weights.text_lora.items()}
+    configs (alpha among them) as JSON in the metadata. transformers 5 names CLIP's modules without `text_model`; stock
+    diffusers reads both, ComfyUI only that."""
+    named = {f"{TRANSFORMER}.{name}": value for name, value in weights.lora.items()}
+    named |= {f"{TEXT}.text_model.{name}": value for name, value in weights.text_lora.items()}
     described: dict[str, Any] = {}
-    for prefix, shape in (("transformer", shapes.lora), ("text_encoder", shapes.text_lora)):
+    for prefix, shape in ((TRANSFORMER, shapes.lora), (TEXT, shapes.text_lora)):
         described |= {f"{prefix}.{key}": value for key, value in adapter_metadata(shape).items()} if shape else {}
     tensors.save(path, named, {"format": "pt", "lora_adapter_metadata": json.dumps(described, sort_keys=True)})
 
 
-def write_embeddings(path: Path, weights: Weights) -> None:
+def write_kohya(path: Path, weights: Weights, shapes: Shapes, about: About) -> None:
+    """The original layout, with the metadata that WebUIs show."""
+    named = to_kohya(adapter(weights, shapes))
+    tensors.save(path, named, {**webui_metadata(about, shapes), **hashes(named)})
+
+
+def write_embeddings(folder: Path, weights: Weights, name: str) -> None:
     """Rows in the order of the specs' tokens, [vectors, width] per encoder."""
     named = {key: rows for encoder, rows in weights.rows.items() for key in EMBEDDING_KEYS[encoder]}
-    tensors.save(path, named, {"format": "pt"})
+    tensors.save(folder / embeddings_file(name), named, {"format": "pt"})
+    if len(named) > 1 and "clip" in weights.rows:
+        tensors.save(folder / webui_file(name), {"clip_l": weights.rows["clip"]}, {"format": "pt"})
 
 
-def verify_lora(model: Any, trained: Mapping[str, Tensor], shape: LoraShape) -> None:
-    """The adapter that stock diffusers made of the file must be the trained one. Raises BadFile with the layer."""
-    adapters = list(getattr(model, "peft_config", {}))
-    if len(adapters) != 1:
-        raise BadFile(f"{LORA_FILE}: diffusers loaded {len(adapters)} adapters, wanted is one")
-    loaded = {
-        name.replace(f".{adapters[0]}.weight", ".weight"): value
-        for name, value in model.named_parameters()
-        if f".{adapters[0]}." in name
+def hashes(named: Mapping[str, Tensor]) -> dict[str, str]:
+    """Of the tensors alone, so that equal LoRAs have equal hashes whatever their metadata says (sd-scripts' rule)."""
+    digest = files.data_digest({name: tensors.raw(value) for name, value in named.items()})
+    return {"sshs_model_hash": digest, "modelspec.hash_sha256": f"0x{digest}"}
+
+
+def webui_metadata(about: About, shapes: Shapes) -> dict[str, str]:
+    """sd-scripts' `ss_*` (its train_network.py) and ModelSpec 1.0.1; strings all, no path, no clock but the run's day."""
+    own, shape, words = about.settings, shapes.lora or shapes.text_lora, webui_words(about)
+    assert shape is not None  # there is an adapter, or no file
+    side = f"{about.resolution}x{about.resolution}"
+    named: dict[str, Any] = {
+        "format": "pt",
+        "ss_output_name": about.name,
+        "ss_base_model_version": "flux1",
+        "ss_sd_model_name": about.base,
+        "ss_v2": "False",
+        "ss_network_module": "networks.lora_flux",
+        "ss_network_dim": shape.rank,
+        "ss_network_alpha": shape.alpha,
+        "ss_network_dropout": shape.dropout,
+        "ss_network_args": "{}",
+        "ss_steps": about.step,
+        "ss_max_train_steps": about.step,
+        "ss_seed": own["seed"],
+        "ss_resolution": f"({about.resolution}, {about.resolution})",
+        "ss_learning_rate": own["train.lr"],
+        "ss_optimizer": own["optimizer.name"],
+        "ss_lr_scheduler": own["schedule.name"],
+        "ss_batch_size_per_device": own["train.batch_size"],
+        "ss_gradient_accumulation_steps": own["train.accumulate"],
+        "ss_max_grad_norm": own["train.max_grad_norm"],
+        "ss_caption_dropout_rate": own["data.caption_dropout"],
+        "ss_training_comment": f"trained by fluxrun {about.version}",
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": f"flux-1-{'dev' if about.guided else 'schnell'}/lora",
+        "modelspec.implementation": "https://github.com/black-forest-labs/flux",
+        "modelspec.title": about.name,
+        "modelspec.resolution": side,
+        "modelspec.description": f"LoRA of {about.base}, step {about.step}, trained by fluxrun",
     }
-    if loaded.keys() != trained.keys():
-        odd = sorted(loaded.keys() ^ trained.keys())[0]
-        raise BadFile(f"{LORA_FILE}: {odd} is trained or loaded, not both")
-    for name, value in trained.items():
-        if not torch.equal(loaded[name].cpu(), value.cpu().to(loaded[name].dtype)):
-            raise BadFile(f"{LORA_FILE}: {name} reads back with other values than were trained")
-    scale = shape.alpha / shape.rank
-    for name, module in model.named_modules():
-        if adapters[0] in getattr(module, "scaling", {}) and module.scaling[adapters[0]] != scale:
-            raise BadFile(
-                f"{LORA_FILE}: {name} reads back with scale {module.scaling[adapters[0]]}, trained was {scale}"
-            )
-
-
-def verify_embeddings(pipe: Any, weights: Weights, pieces: list[str]) -> None:
-    """The rows that stock diffusers put into its encoders must be the learned ones."""
-    parts = {"clip": (pipe.text_encoder, pipe.tokenizer), "t5": (pipe.text_encoder_2, pipe.tokenizer_2)}
-    for encoder, rows in weights.rows.items():
-        model, tokenizer = parts[encoder]
-        ids = torch.tensor(tokenizer.convert_tokens_to_ids(pieces), device=model.device)
-        loaded = model.get_input_embeddings().weight[ids].cpu()
-        if not torch.equal(loaded, rows.cpu().to(loaded.dtype)):
-            raise BadFile(f"{encoder} embeddings read back with other values than were trained")
-
-
-def model_card(
-    name: str,
-    base: str,
-    settings: Mapping[str, Any],
-    exported: Exported,
-    pictures: list[tuple[str, str]],
-    guidance: float,
-    length: int,
-    pooling: str,
-) -> str:
-    """README.md of a hub repo: how to use the files, with code that works as pasted. pictures: (prompt, file)."""
-    front = ["---", f"base_model: {base}", "library_name: diffusers", "pipeline_tag: text-to-image", "tags:"]
-    front += [f"- {tag}" for tag in ("text-to-image", "diffusers", "lora", "flux", "fluxrun")]
-    words = {placeholder.name: placeholder.text for placeholder in exported.placeholders}
+    if licence := about.licence.get("license_name") or about.licence.get("license"):
+        named["modelspec.license"] = licence
     if words:
-        front.append(f"instance_prompt: {json.dumps(' '.join(words.values()))}")
-    if pictures:
-        front.append("widget:")
-        for prompt, file in pictures:
-            front += [f"- text: {json.dumps(prompt)}", "  output:", f"    url: {file}"]
-    lines = [*front, "---", "", f"# {name}", "", f"Trained on `{base}` by fluxrun.", ""]
-    if words:
-        lines += [
-            "## Trigger words",
-            "",
-            *(f"- `{text}` is what the training captions call {word}" for word, text in words.items()),
-            "",
-            POOLINGS[pooling],
-            "",
-        ]
-    lines += ["## Use with diffusers", "", "```python", *_code(base, exported, guidance, length), "```", ""]
-    lines += [
-        "## Settings",
-        "",
-        "| key | value |",
-        "|---|---|",
-        *(f"| {key} | `{value}` |" for key, value in settings.items()),
-        "",
-    ]
-    return "\n".join(lines)
+        named["modelspec.trigger_phrase"] = words
+        named["ss_tag_frequency"] = json.dumps({about.name: {words: 1}})
+    if about.placeholders:
+        named["modelspec.usage_hint"] = usage_hint(about)
+    if about.day:
+        named["modelspec.date"] = about.day
+        midnight = datetime.fromisoformat(about.day).replace(tzinfo=UTC)
+        named["ss_training_started_at"] = int(midnight.timestamp())
+    return {key: str(value) for key, value in named.items()}
 
 
-def _code(base: str, exported: Exported, guidance: float, length: int) -> list[str]:
-    pieces = [piece for placeholder in exported.placeholders for piece in placeholder.pieces]
-    lines = ["import torch", "from diffusers import AutoPipelineForText2Image"]
-    if exported.embeddings:
-        lines.append("from safetensors.torch import load_file")
-    lines += ["", f'pipe = AutoPipelineForText2Image.from_pretrained("{base}", torch_dtype=torch.bfloat16).to("cuda")']
-    if exported.lora:
-        lines.append(f'pipe.load_lora_weights(".", weight_name="{exported.lora.name}")')
-    if exported.embeddings:
-        lines.append(f'rows = load_file("{exported.embeddings.name}")')
-        for key, suffix in (("clip_l", ""), ("t5", "_2")):
-            condition = "" if key == "clip_l" else 'if "t5" in rows:\n    '
-            lines.append(
-                f'{condition}pipe.load_textual_inversion(rows["{key}"], token={pieces}, '
-                f"text_encoder=pipe.text_encoder{suffix}, tokenizer=pipe.tokenizer{suffix})"
-            )
-    prompt = f"a {exported.placeholders[0].text}" if exported.placeholders else "your prompt"
-    return [*lines, f'image = pipe("{prompt}", guidance_scale={guidance}, max_sequence_length={length}).images[0]']
+def webui_words(about: About) -> str | None:
+    """What to write in a WebUI's prompt beside the LoRA: the embedding's name, or what the pictures were called."""
+    if not about.placeholders:
+        return about.settings.get("data.prompt")
+    several = "t5" in about.settings["inversion.encoders"]
+    return Path(webui_file(about.name) if several else embeddings_file(about.name)).stem
+
+
+def usage_hint(about: About) -> str:
+    named = ", ".join(f"{one.name} is {one.text}" for one in about.placeholders)
+    stem = Path(embeddings_file(about.name)).stem
+    return f"diffusers: {named}; ComfyUI: embedding:{stem}; WebUI: {webui_words(about)}"
+
+
+def day_of(seconds: float | None) -> str | None:
+    """The UTC day of a time. A day and no more: exports of equal runs are equal to the byte, and a run that is resumed
+    keeps the day it began."""
+    return None if seconds is None else datetime.fromtimestamp(seconds, UTC).date().isoformat()

@@ -111,12 +111,22 @@ def write_bytes(path: Path, chunks: Iterable[bytes | memoryview], *, durable: bo
         disk.sync_folder(path.parent)
 
 
+@contextmanager
+def if_there_is_room() -> Iterator[None]:
+    """For what is only told: a full or failing disk stops a run where it would lose something, not at a message."""
+    try:
+        yield
+    except OSError as error:
+        if not disk_trouble(error):
+            raise
+
+
 def write_text(path: Path, text: str, *, durable: bool = True) -> None:
     write_bytes(path, [text.encode()], durable=durable)
 
 
 def write_json(path: Path, value: object, *, durable: bool = True) -> None:
-    write_text(path, json.dumps(value, indent=1, sort_keys=True) + "\n", durable=durable)
+    write_text(path, json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n", durable=durable)
 
 
 def write_png(path: Path, image: Any) -> None:
@@ -155,7 +165,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Raw], metadata: Mapping[str,
     Format: https://github.com/huggingface/safetensors#format (8 bytes length, JSON header padded to 8, data).
     """
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
-    names = sorted(tensors, key=lambda name: (-_width(tensors[name].dtype), name))  # wide first keeps all aligned
+    names = _order(tensors)
     offset = 0
     for name in names:
         raw = tensors[name]
@@ -164,6 +174,15 @@ def write_tensors(path: Path, tensors: Mapping[str, Raw], metadata: Mapping[str,
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     write_bytes(path, [struct.pack("<Q", len(text)), text, *(tensors[name].data for name in names)], disk=disk)
+
+
+def data_digest(tensors: Mapping[str, Raw]) -> str:
+    """SHA-256 of what `write_tensors` writes behind the header: the hash that WebUIs know a LoRA by."""
+    return sha256(tensors[name].data for name in _order(tensors))
+
+
+def _order(tensors: Mapping[str, Raw]) -> list[str]:
+    return sorted(tensors, key=lambda name: (-_width(tensors[name].dtype), name))  # wide first keeps all aligned
 
 
 def _width(dtype: str) -> int:
@@ -206,24 +225,37 @@ def locked(path: Path, patience: float = 1.0, waiting: Callable[[], None] = lamb
 
     `patience` seconds are waited, since `is_locked` holds the lock for an instant too; `waiting` is called meanwhile.
     """
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+    deadline = time.monotonic() + patience
+    while (handle := take_lock(path)) is None:
+        if time.monotonic() > deadline:
+            who = lock_holder(path) or "unknown"
+            raise Held(f"{path.parent}: process {who} is working on it; wait for it, or stop it")
+        waiting()
+        time.sleep(0.02)
     try:
-        deadline = time.monotonic() + patience
-        while not _try_lock(handle):
-            if time.monotonic() > deadline:
-                holder = os.pread(handle, 32, 0).decode(errors="replace").strip() or "unknown"
-                raise Held(f"{path.parent}: process {holder} is working on it; wait for it, or stop it")
-            waiting()
-            time.sleep(0.02)
-        try:
-            os.ftruncate(handle, 0)
-            os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
-        except OSError as error:
-            if not disk_trouble(error):  # a full disk has room for the lock; only its holder stays nameless
-                raise
         yield
     finally:
         os.close(handle)
+
+
+def take_lock(path: Path) -> int | None:
+    """A handle that holds the lock until it is closed, or this process dies; None where another process holds it."""
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+    if not _try_lock(handle):
+        os.close(handle)
+        return None
+    with if_there_is_room():  # for the lock there always is; only its holder may stay nameless
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
+    return handle
+
+
+def lock_holder(path: Path) -> int | None:
+    """The pid of the process that holds the lock, where it could write that down."""
+    if not is_locked(path):
+        return None
+    text = path.read_text(errors="replace").strip()
+    return int(text) if text.isdecimal() else None
 
 
 def is_locked(path: Path) -> bool:

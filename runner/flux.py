@@ -7,6 +7,7 @@ The only file that knows the model library. Shapes: B batch, C = 16 latent chann
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from runner.basefiles import PARTS, local_folder
+from runner.errors import FluxrunError
 
 Generator = torch.Generator
 
@@ -42,48 +44,38 @@ def open_base(text: str, revision: str | None, variant: str | None, device: torc
 
 
 def quiet() -> None:
-    """The libraries' progress bars would tear ours."""
+    """The libraries' progress bars would tear ours; bitsandbytes, where it is installed, warns of kernels nobody asked for."""
     import diffusers
     import transformers
 
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def load_clip(base: Base) -> nn.Module:
     from transformers import CLIPTextModel
 
-    return _frozen(
-        CLIPTextModel.from_pretrained(base.folder, subfolder="text_encoder", dtype=base.dtype, variant=base.variant),
-        base,
-    )
+    return _load(CLIPTextModel, base, "text_encoder")
 
 
 def load_t5(base: Base) -> nn.Module:
     from transformers import T5EncoderModel
 
-    return _frozen(
-        T5EncoderModel.from_pretrained(base.folder, subfolder="text_encoder_2", dtype=base.dtype, variant=base.variant),
-        base,
-    )
+    return _load(T5EncoderModel, base, "text_encoder_2")
 
 
 def load_vae(base: Base) -> nn.Module:
     from diffusers import AutoencoderKL
 
-    return _frozen(
-        AutoencoderKL.from_pretrained(base.folder, subfolder="vae", dtype=base.dtype, variant=base.variant), base
-    )
+    return _load(AutoencoderKL, base, "vae")
 
 
 def load_transformer(base: Base) -> nn.Module:
     from diffusers import FluxTransformer2DModel
 
-    loaded = FluxTransformer2DModel.from_pretrained(
-        base.folder, subfolder="transformer", dtype=base.dtype, variant=base.variant
-    )
-    return _frozen(loaded, base)
+    return _load(FluxTransformer2DModel, base, "transformer")
 
 
 def load_tokenizer(base: Base, encoder: str) -> Any:
@@ -93,8 +85,18 @@ def load_tokenizer(base: Base, encoder: str) -> Any:
     return AutoTokenizer.from_pretrained(base.folder, subfolder={"clip": "tokenizer", "t5": "tokenizer_2"}[encoder])
 
 
-def _frozen(module: Any, base: Base) -> nn.Module:
-    frozen: nn.Module = module.to(base.device).requires_grad_(False).eval()
+def _load(kind: Any, base: Base, part: str) -> nn.Module:
+    """One frozen part, from safetensors alone: the libraries would take a pickle too, which can run any code."""
+    folder = base.folder / part
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        raise FluxrunError(
+            f"model.base: {folder} has no .safetensors file; other weights (.bin, .ckpt) can run code when they are read, "
+            "so fluxrun does not: save the model again with safe_serialization=True"
+        )
+    loaded = kind.from_pretrained(
+        base.folder, subfolder=part, dtype=base.dtype, variant=base.variant, use_safetensors=True
+    )
+    frozen: nn.Module = loaded.to(base.device).requires_grad_(False).eval()
     return frozen
 
 

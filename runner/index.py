@@ -12,8 +12,9 @@ from runner.rundir import find_runs
 
 @dataclass(frozen=True)
 class Record:
-    """One run. Times: seconds since 1970; wall_s: all attempts together; losses: smoothed; memory in bytes; split: parts
-    that a micro-batch was cut into because it did not fit into the memory."""
+    """One run. Times: seconds since 1970; wall_s: all attempts together; losses: smoothed; memory in bytes;
+    export_error: the largest of any exported file (state.json has each); warning: what went wrong and cost nothing;
+    ended: by which rule training ended early; split: parts that a micro-batch was cut into because it did not fit into the memory."""
 
     name: str
     state: str
@@ -30,8 +31,12 @@ class Record:
     base: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
     error: str | None = None
+    best_step: int | None = None
+    ended: str | None = None
     attempts: int | None = None
     split: int | None = None
+    export_error: float | None = None
+    warning: str | None = None
 
 
 def results(runs: Path) -> list[Record]:

@@ -17,8 +17,8 @@ from runner.objective import Encoders, FlowObjective
 from runner.optim import Adam, Adam8bit, Group, Optimizer, ProdigyNumbers, schedule
 from runner.plan import Inversion, Joint, Lora, learning, trains_lora
 from runner.preview import Look
-from runner.spec import Spec
-from runner.train import Loop, Meters, Step, train
+from runner.spec import Spec, Stop
+from runner.train import Early, Loop, Meters, Step, train
 
 TrainPhase = Joint | Inversion | Lora
 
@@ -62,6 +62,7 @@ def train_phase(
         before.step if before else phase.start, phase.stop, desk.plan.steps, own.train.accumulate * desk.split,
         own.train.max_grad_norm, own.checkpoint.every, own.checkpoint.minutes and 60 * own.checkpoint.minutes,
         own.validation.every,
+        Early(**own.stop.model_dump(), keep_best=own.export.best or own.stop != Stop()),
     )  # fmt: skip
     try:
         train(
@@ -81,7 +82,7 @@ def load_transformer(desk: Desk, phase: TrainPhase, past: Weights) -> tuple[nn.M
         transformer.enable_gradient_checkpointing()  # type: ignore[operator]
     adapter: dict[str, nn.Parameter] = {}
     if trains_lora(phase) or past.lora:
-        adapter = lora.attach_lora(transformer, lora_shape(desk), desk.spec.seed)
+        adapter = lora.attach_lora(transformer, lora_shape(desk.spec, desk.base), desk.spec.seed)
         if past.lora:
             lora.set_tensors(adapter, past.lora)
         for parameter in adapter.values():
@@ -124,9 +125,9 @@ def weights_now(past: Weights, adapter: Mapping[str, nn.Parameter], encoders: En
     return Weights({name: value.detach() for name, value in adapter.items()}, rows, text_lora)
 
 
-def lora_shape(desk: Desk) -> lora.LoraShape:
-    own = desk.spec.lora
-    config = json.loads((desk.base.folder / "transformer" / "config.json").read_text())
+def lora_shape(spec: Spec, base: flux.Base) -> lora.LoraShape:
+    own = spec.lora
+    config = json.loads((base.folder / "transformer" / "config.json").read_text())
     assert own.alpha is not None  # the spec resolves it
     return lora.LoraShape(own.rank, own.alpha, own.dropout, tuple(lora_layers(linear_layers(config), own.layers)))
 

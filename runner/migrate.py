@@ -12,9 +12,11 @@ import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from runner.newspec import toml_value
+
+Number = TypeVar("Number", int, float)
 
 SWITCHES = {
     "with_prior_preservation", "center_crop", "random_flip", "train_text_encoder", "train_text_encoder_ti", "enable_t5_ti",
@@ -193,7 +195,7 @@ def _launch(draft: Draft, words: list[str]) -> None:
         if not equals and name not in LAUNCH_SWITCHES and index < len(options) and not options[index].startswith("--"):
             value, index = options[index], index + 1
         if name == "num_processes":
-            draft.values["compute.gpus"] = int(value)
+            draft.values["compute.gpus"] = _typed("num_processes", value, int)
         elif name == "mixed_precision":
             draft.values["model.dtype"] = "fp32" if value == "no" else value
         elif name == "dynamo_backend":
@@ -233,6 +235,11 @@ def _typed(name: str, text: str, kind: type) -> Any:
         raise CommandError(f"--{name}: {text!r} is no {kind.__name__}") from None
 
 
+def _number(given: Mapping[str, str], flag: str, default: Number) -> Number:
+    found: Number = _typed(flag, given[flag], type(default)) if flag in given else default
+    return found
+
+
 def _data(draft: Draft, given: Mapping[str, str]) -> None:
     source = given.get("instance_data_dir") or given.get("dataset_name")
     if not source:
@@ -248,9 +255,9 @@ def _data(draft: Draft, given: Mapping[str, str]) -> None:
     values = {
         "prior.images": given.get("class_data_dir", "class-images"),
         "prior.prompt": given.get("class_prompt", ""),
-        "prior.count": int(given.get("num_class_images", 100)),
-        "prior.weight": float(given.get("prior_loss_weight", 1.0)),
-        "prior.batch_size": int(given.get("sample_batch_size", 4)),
+        "prior.count": _number(given, "num_class_images", 100),
+        "prior.weight": _number(given, "prior_loss_weight", 1.0),
+        "prior.batch_size": _number(given, "sample_batch_size", 4),
     }
     if (precision := given.get("prior_generation_precision", "no")) != "no":
         values["prior.dtype"] = precision
@@ -259,18 +266,18 @@ def _data(draft: Draft, given: Mapping[str, str]) -> None:
 
 def _text(draft: Draft, given: Mapping[str, str]) -> None:
     values = draft.values
-    rate = float(given.get("text_encoder_lr", 5e-6))
-    if given.get("optimizer", "adamw").lower() == "prodigy" and rate != float(given.get("learning_rate", 1e-4)):
+    rate = _number(given, "text_encoder_lr", 5e-6)
+    if given.get("optimizer", "adamw").lower() == "prodigy" and rate != _number(given, "learning_rate", 1e-4):
         draft.notes.append(
             ("--text_encoder_lr", "Prodigy has one learning rate; the script overwrites this one silently")
         )
-        rate = float(given.get("learning_rate", 1e-4))
+        rate = _number(given, "learning_rate", 1e-4)
     if "train_text_encoder_ti" in given:
         tokens: list[dict[str, Any]] = []
         for name in re.split(r",\s*", given.get("token_abstraction", "TOK")):
             token: dict[str, Any] = {
                 "name": name.strip(),
-                "vectors": int(given.get("num_new_tokens_per_abstraction", 2)),
+                "vectors": _number(given, "num_new_tokens_per_abstraction", 2),
             }
             if "initializer_concept" in given:
                 token["initializer"] = given["initializer_concept"]
@@ -284,13 +291,13 @@ def _text(draft: Draft, given: Mapping[str, str]) -> None:
             )
         values["tokens"] = tokens
         values["inversion.encoders"] = ["clip", "t5"] if "enable_t5_ti" in given else ["clip"]
-        values["inversion.until"] = float(given.get("train_text_encoder_ti_frac", 0.5))
+        values["inversion.until"] = _number(given, "train_text_encoder_ti_frac", 0.5)
         values["inversion.lr"] = rate
-        values["inversion.weight_decay"] = float(given.get("adam_weight_decay_text_encoder", 1e-3))
+        values["inversion.weight_decay"] = _number(given, "adam_weight_decay_text_encoder", 1e-3)
     elif "train_text_encoder" in given:
-        values["text_lora.rank"] = int(given.get("rank", 4))
-        values["text_lora.alpha"] = float(given.get("lora_alpha", 4))
-        values["text_lora.until"] = float(given.get("train_text_encoder_frac", 1.0))
+        values["text_lora.rank"] = _number(given, "rank", 4)
+        values["text_lora.alpha"] = _number(given, "lora_alpha", 4.0)
+        values["text_lora.until"] = _number(given, "train_text_encoder_frac", 1.0)
         values["text_lora.lr"] = rate
 
 
@@ -309,17 +316,17 @@ def _layers(draft: Draft, given: Mapping[str, str]) -> None:
 
 def _length(draft: Draft, given: Mapping[str, str]) -> None:
     if "max_train_steps" in given:
-        draft.values["train.steps"] = int(given["max_train_steps"])
+        draft.values["train.steps"] = _typed("max_train_steps", given["max_train_steps"], int)
     else:
-        draft.values["train.epochs"] = int(given.get("num_train_epochs", 1))
+        draft.values["train.epochs"] = _number(given, "num_train_epochs", 1)
     scheme = given.get("weighting_scheme", "none")
     if scheme != "none":
         draft.values["train.weighting.scheme"] = scheme
     if scheme == "logit_normal":
-        draft.values["train.weighting.mean"] = float(given.get("logit_mean", 0.0))
-        draft.values["train.weighting.std"] = float(given.get("logit_std", 1.0))
+        draft.values["train.weighting.mean"] = _number(given, "logit_mean", 0.0)
+        draft.values["train.weighting.std"] = _number(given, "logit_std", 1.0)
     if scheme == "mode":
-        draft.values["train.weighting.scale"] = float(given.get("mode_scale", 1.29))
+        draft.values["train.weighting.scale"] = _number(given, "mode_scale", 1.29)
 
 
 def _optimizer(draft: Draft, given: Mapping[str, str]) -> None:
@@ -338,11 +345,11 @@ def _optimizer(draft: Draft, given: Mapping[str, str]) -> None:
         ("adam_epsilon", "eps"),
     ):
         if flag in given:
-            values[f"optimizer.{key}"] = float(given[flag])
+            values[f"optimizer.{key}"] = _typed(flag, given[flag], float)
     if name == "prodigy":
         values["optimizer.safeguard_warmup"] = _typed("", given.get("prodigy_safeguard_warmup", "True"), bool)
         if "prodigy_beta3" in given:
-            values["optimizer.beta3"] = float(given["prodigy_beta3"])
+            values["optimizer.beta3"] = _typed("prodigy_beta3", given["prodigy_beta3"], float)
         for flag, key in (("prodigy_decouple", "decouple"), ("prodigy_use_bias_correction", "bias_correction")):
             if flag in given:
                 values[f"optimizer.{key}"] = _typed(flag, given[flag], bool)
@@ -350,15 +357,15 @@ def _optimizer(draft: Draft, given: Mapping[str, str]) -> None:
 
 def _schedule(draft: Draft, given: Mapping[str, str]) -> None:
     name = given.get("lr_scheduler", "constant")
-    warmup = int(given.get("lr_warmup_steps", 500))
+    warmup = _number(given, "lr_warmup_steps", 500)
     if name != "constant":
         draft.values["schedule.warmup"] = warmup
     elif warmup and "lr_warmup_steps" in given:
         draft.notes.append(("--lr_warmup_steps", "the constant schedule has no warm-up; use constant_with_warmup"))
     if name == "cosine_with_restarts":
-        draft.values["schedule.cycles"] = int(given.get("lr_num_cycles", 1))
+        draft.values["schedule.cycles"] = _number(given, "lr_num_cycles", 1)
     if name == "polynomial":
-        draft.values["schedule.power"] = float(given.get("lr_power", 1.0))
+        draft.values["schedule.power"] = _number(given, "lr_power", 1.0)
 
 
 def _rest(draft: Draft, given: Mapping[str, str]) -> None:
@@ -367,14 +374,14 @@ def _rest(draft: Draft, given: Mapping[str, str]) -> None:
         values["model.dtype"] = "fp32" if given["mixed_precision"] == "no" else given["mixed_precision"]
     values["model.tf32"] = "allow_tf32" in given
     if "checkpoints_total_limit" in given:
-        values["checkpoint.keep"] = max(1, int(given["checkpoints_total_limit"]))
+        values["checkpoint.keep"] = max(1, _typed("checkpoints_total_limit", given["checkpoints_total_limit"], int))
     else:
         draft.notes.append(
             ("--checkpoints_total_limit", "not given: the script keeps every checkpoint; checkpoint.keep says how many")
         )
     if "validation_prompt" in given:
         values["validate.prompts"] = [given["validation_prompt"]]
-        values["validate.count"] = int(given.get("num_validation_images", 4))
+        values["validate.count"] = _number(given, "num_validation_images", 4)
         draft.notes.append(("--validation_epochs", "pictures come at steps here: set validate.every"))
     trackers = given.get("report_to", "tensorboard")
     chosen = (
@@ -409,5 +416,5 @@ def _written(draft: Draft, script: str) -> str:
 
 ORDER = [
     "model", "data", "prior", "lora", "inversion", "text_lora", "train", "train.weighting", "optimizer", "schedule",
-    "checkpoint", "validate", "track", "hub", "compute",
+    "checkpoint", "validate", "track", "export", "hub", "compute",
 ]  # fmt: skip

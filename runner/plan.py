@@ -26,7 +26,9 @@ NOT_IN_KEY = (
     "name",
     "checkpoint",
     "track",
+    "export",
     "hub",
+    "notify",
     "validate",
     "data.source",
     "data.workers",
@@ -202,9 +204,8 @@ def make_plan(spec: Spec, facts: Facts) -> Plan:
     text_stop, lora_stop = math.ceil(text_until * asked), math.ceil(spec.lora.until * asked)
     steps = max(text_stop, lora_stop)
     phases = _phases(spec, facts, known, text_stop, lora_stop)
-    return Plan(
-        spec.name, steps, phases, known, tuple(_notes(spec, asked, steps)), _sizes(spec, facts), _disk(spec, phases)
-    )
+    notes = (*_notes(spec, facts, asked, steps), *_caption_notes(facts, known))
+    return Plan(spec.name, steps, phases, known, notes, _sizes(spec, facts), _disk(spec, phases))
 
 
 def resolutions(spec: Spec) -> tuple[int, ...]:
@@ -276,7 +277,8 @@ def _phases(
         start = stop
         chained("ends", stop)
     pictures = len(spec.validation.prompts) * spec.validation.count
-    shown = json.dumps([spec.name, spec.validation.model_dump(mode="json")], sort_keys=True)
+    made = [spec.name, spec.validation.model_dump(mode="json"), spec.export.model_dump(mode="json")]
+    shown = json.dumps(made, sort_keys=True)
     phases.append(Export("export", start, pictures, key_of(key, "export", shown)))
     return tuple(phases)
 
@@ -297,6 +299,8 @@ def _text_part(spec: Spec, facts: Facts, known: Sequence[tokens.Placeholder]) ->
 def _result_values(spec: Spec) -> dict[str, Any]:
     """What the user set, less NOT_IN_KEY and SPAN_KEYS; defaults are RESULT_FORMAT's."""
     values: dict[str, Any] = spec.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+    if values.get("stop"):  # when training looks is when it may end
+        values["stop"]["every"] = spec.validation.every
     for dotted in (*NOT_IN_KEY, *SPAN_KEYS):
         *tables, last = dotted.split(".")
         table = values
@@ -319,7 +323,7 @@ def _lora_count(spec: Spec, facts: Facts) -> int | None:
     return sum(spec.lora.rank * (out + inside) for out, inside in chosen.values())
 
 
-def _notes(spec: Spec, asked: int, steps: int) -> Iterator[str]:
+def _notes(spec: Spec, facts: Facts, asked: int, steps: int) -> Iterator[str]:
     if steps < asked:
         side = f"inversion.until = {spec.inversion.until:g}" if spec.tokens else ""
         side = f"text_lora.until = {spec.text_lora.until:g}" if spec.text_lora else side
@@ -327,8 +331,19 @@ def _notes(spec: Spec, asked: int, steps: int) -> Iterator[str]:
             f"nothing is left to train after step {steps} (lora.until = {spec.lora.until:g}{', ' if side else ''}{side}): "
             f"the run ends there, not at the {asked} steps asked for"
         )
+    if facts.config is not None and not facts.config.get("guidance_embeds"):
+        yield "this base has no guidance embedding, so train.guidance has no effect"
     if spec.tokens and spec.inversion.encoders == ("clip",):
         yield "T5 reads the new tokens' placeholder text as it stands; only CLIP learns rows (inversion.encoders)"
+
+
+def _caption_notes(facts: Facts, known: Sequence[tokens.Placeholder]) -> Iterator[str]:
+    bare = [caption for caption in facts.captions or () if known and not tokens.named(caption, known)]
+    if bare:
+        yield (
+            f"{len(bare)} of {len(facts.captions or ())} captions name no token, so their images teach it nothing "
+            f"(the first is {bare[0]!r}); write {known[0].name} into them, if that was not meant"
+        )
 
 
 def _data_faults(spec: Spec, facts: Facts) -> Iterator[tuple[str, str]]:

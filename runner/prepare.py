@@ -5,12 +5,14 @@ No torch: `fluxrun plan` is this and a printer.
 
 from __future__ import annotations
 
+import difflib
+import functools
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from runner import classfolder, data, sources
+from runner import classfolder, data, hub, sources
 from runner.basefiles import BUILTIN, broken_configs, clip_config, fingerprint, local_folder, transformer_config
 from runner.data import DataError, Pictures
 from runner.digest import key_of
@@ -55,7 +57,8 @@ class Job:
 
 
 def prepare(paths: Sequence[Path], runs: Path, *, fetch: bool, fresh: bool) -> list[Job]:
-    """Raises SpecError with all faults of all specs. `fetch`: hub data sets are loaded, so that they can be checked."""
+    """Raises SpecError with all faults of all specs. `fetch`: hub data sets are loaded and
+    the login for a push is tried, so that they can be checked."""
     seen, faults = survey(paths, runs, fetch=fetch, fresh=fresh)
     if faults:
         raise SpecError(faults)
@@ -76,11 +79,19 @@ def survey(paths: Sequence[Path], runs: Path, *, fetch: bool, fresh: bool) -> tu
     loaded, faults = load_all(paths)
     shared: dict[Source, Pictures | list[str] | None] = {}
     seen = []
+    ask_hub = functools.cache(hub.login_fault)  # once for all specs
     for one in loaded:
         found, told = _look(one, runs, fetch, fresh, shared)
+        if fetch and found.spec.hub.push and found.plan and not _is_done(found) and (wrong := ask_hub()):
+            found = replace(found, bad=found.bad | {"hub.push"})
+            told = [*told, one.source.fault("hub.push", wrong)]
         seen.append(found)
         faults += told
     return seen, faults
+
+
+def _is_done(seen: Seen) -> bool:
+    return seen.verdict is not None and seen.verdict.state == "done"
 
 
 def _look(
@@ -95,14 +106,14 @@ def _look(
     if isinstance(found, list):
         told += [("data.source", message) for message in found]
         found = None
-    told += _prior_faults(spec)
+    told += [*_prior_faults(spec), *_nested_folders(spec, runs)]
     pictures = found.hold_out(spec.data.holdout) if found else None
     plan = verdict = None
     broken = _config_faults(spec)
     try:
         plan = None if broken else plan_of(spec, pictures)
     except PlanError as error:
-        told += error.faults
+        told += [fault for fault in error.faults if found is not None or not told or fault[0] != "train.epochs"]
     except FluxrunError as error:  # an image whose size cannot be read
         told.append(("data.source", str(error)))
     told += broken
@@ -151,6 +162,24 @@ def _prior_faults(spec: Spec) -> list[tuple[str, str]]:
     return [("prior.prompt", wrong)] if wrong else []
 
 
+def _nested_folders(spec: Spec, runs: Path) -> list[tuple[str, str]]:
+    """Pictures that runs make must not become training pictures of the next one."""
+    source = Path(spec.data.source)
+    if not source.is_dir():
+        return []
+    inside = [
+        ("data.source", f"it holds the runs folder {runs}", "put the images into a folder of their own, or give --runs")
+    ]
+    if spec.prior is not None:
+        inside.append(("prior.images", f"it lies inside data.source {source}", "name a folder elsewhere"))
+    folders = [runs.resolve(), *([Path(spec.prior.images)] if spec.prior else [])]
+    return [
+        (key, f"{what}, so pictures made there would be trained on; {way_out}")
+        for (key, what, way_out), folder in zip(inside, folders, strict=True)
+        if folder.is_relative_to(source)
+    ]
+
+
 def _base_faults(spec: Spec) -> list[tuple[str, str]]:
     base = spec.model.base
     folder = local_folder(base)
@@ -185,8 +214,11 @@ def _pictures(asked: Source, near: Path, fetch: bool) -> Pictures | list[str] | 
             return sources.read(asked)
         inside = (near / asked.text.split("/")[0]).is_dir()  # "data/icnos" is a misspelt folder, no hub id
         if inside or not HUB_ID.fullmatch(asked.text):
+            beside = [path.name for path in near.iterdir() if path.is_dir()]
+            guess = difflib.get_close_matches(Path(asked.text).name, beside, 1)
             return [
-                f"no such folder (found {asked.text!r}); allowed are a folder (relative to the spec) or a hub data set (owner/name)"
+                f"no such folder (found {asked.text!r}); allowed are a folder (relative to the spec) or a hub data set "
+                f"(owner/name){f'; did you mean {guess[0]}?' if guess else ''}"
             ]
         return sources.read(asked) if fetch else None
     except DataError as error:

@@ -9,7 +9,10 @@ from runner import classfolder, files, sample
 from runner.desk import Desk
 from runner.device import DTYPES, release
 from runner.flux import Base
+from runner.plan import resolutions
 from runner.seeds import derive
+
+STEPS = 28  # FluxPipeline's default; [validate] is about looking, and shall change nothing of the training
 
 
 def fill_classes(desk: Desk) -> None:
@@ -39,8 +42,7 @@ def fill_classes(desk: Desk) -> None:
                     numbers.append(number)
                 number += 1
             seeds = [derive(0, "class image", own.prompt, one) for one in numbers]
-            size = sample.size_of(desk.spec)
-            made = sample.draw_batch(pipe, read, seeds, steps=desk.spec.validation.steps, size=size)
+            made = sample.draw_batch(pipe, read, seeds, steps=STEPS, size=max(resolutions(desk.spec)))
             for one, image in zip(numbers, made, strict=True):
                 files.write_png(_path(folder, one), image)
             desk.say.progress(there + len(made), own.count, "images")

@@ -53,7 +53,7 @@ def text_pipeline(base: Base, exported: Exported | None) -> Any:
     from diffusers import FluxPipeline
 
     pipe = FluxPipeline.from_pretrained(
-        base.folder, transformer=None, vae=None, dtype=base.dtype, variant=base.variant
+        base.folder, transformer=None, vae=None, dtype=base.dtype, variant=base.variant, use_safetensors=True
     ).to(base.device)
     if exported is not None and exported.embeddings is not None:
         load_embeddings(pipe, exported.embeddings, exported.placeholders)
@@ -73,9 +73,14 @@ def load_text_lora(pipe: Any, file: Path) -> None:
         )
 
 
-def read_prompts(pipe: Any, prompts: Sequence[str], length: int) -> list[Read]:
+def read_prompts(pipe: Any, prompts: Sequence[str], length: int, scale: float = 1.0) -> list[Read]:
+    """`scale`: strength of the CLIP encoder's LoRA, where it has one."""
+    more = {} if scale == 1.0 else {"lora_scale": scale}
     with torch.no_grad():
-        pairs = [pipe.encode_prompt(prompt=prompt, prompt_2=None, max_sequence_length=length)[:2] for prompt in prompts]
+        pairs = [
+            pipe.encode_prompt(prompt=prompt, prompt_2=None, max_sequence_length=length, **more)[:2]
+            for prompt in prompts
+        ]
     return [Read(txt.cpu(), vec.cpu()) for txt, vec in pairs]
 
 
@@ -84,7 +89,9 @@ def image_pipeline(base: Base) -> Any:
     from diffusers import FluxPipeline
 
     without = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
-    pipe = FluxPipeline.from_pretrained(base.folder, **without, dtype=base.dtype, variant=base.variant)
+    pipe = FluxPipeline.from_pretrained(
+        base.folder, **without, dtype=base.dtype, variant=base.variant, use_safetensors=True
+    )
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(base.device)
 
@@ -148,7 +155,7 @@ def sample(
     """(prompt, seed) each -> pictures. Encoders and transformer are on the device one after the other."""
     pipe = text_pipeline(base, exported)
     placeholders = exported.placeholders if exported else ()
-    reads = read_prompts(pipe, [tokens.expand(prompt, placeholders) for prompt, _ in prompts], length)
+    reads = read_prompts(pipe, [tokens.expand(prompt, placeholders) for prompt, _ in prompts], length, scale)
     del pipe
     release(base.device)
     pipe = image_pipeline(base)

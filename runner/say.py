@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from runner.errors import disk_trouble
+from runner.files import if_there_is_room
 
 Event = Mapping[str, Any]  # JSON; "say" names its kind
 
@@ -26,12 +26,8 @@ class Say:
     def log(self, text: str) -> None:
         if self.log_file is None:
             return
-        try:
-            with self.log_file.open("a", encoding="utf-8") as file:
-                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
-        except OSError as error:
-            if not disk_trouble(error):  # a full disk stops the run where it would lose something, not at a message
-                raise
+        with if_there_is_room(), self.log_file.open("a", encoding="utf-8") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def begin_phase(self, phase: str, done: int, total: int, unit: str) -> None:
         """A bar of `total` steps, pictures or captions, `done` of them already."""

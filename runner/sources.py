@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+IMAGE_COLUMN = "image"  # the default, which no metadata file need have
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")  # theirs, whatever the name says: Pillow's EPS starts Ghostscript
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 COLUMNAR = {".parquet", ".arrow"}
 
@@ -38,6 +41,11 @@ def read(source: Source) -> Pictures:
     """Raises DataError with everything that is wrong. A hub id is fetched."""
     path = Path(source.text)
     if path.is_dir() and not _is_columnar(path):
+        for key, found, default in (("config", source.config, None), ("split", source.split, "train")):
+            if found != default:
+                raise DataError(
+                    f"{path} is a folder of images, which has no data.{key} (found {found!r}); take that key out"
+                )
         return read_folder(path, source.image_column, source.caption_column, source.prompt)
     return read_datasets(source)
 
@@ -52,6 +60,12 @@ def read_folder(folder: Path, image_column: str, caption_column: str | None, pro
     names no file, and so on. Order is by name, or the metadata's, so it does not depend on the file system.
     """
     metadata = next((folder / name for name in METADATA if (folder / name).is_file()), None)
+    column = caption_column or (image_column if image_column != IMAGE_COLUMN else None)
+    if column and not metadata:
+        raise DataError(
+            f"{folder} has no {', '.join(METADATA)}, so no column {column!r}; add one of them, or take "
+            f"data.{'caption' if caption_column else 'image'}_column out (captions then come from a NAME.txt beside each image)"
+        )
     captions = (
         _metadata_captions(metadata, image_column, caption_column)
         if metadata
@@ -66,7 +80,7 @@ def read_folder(folder: Path, image_column: str, caption_column: str | None, pro
             how = f"set data.prompt, or data.caption_column to one of {metadata.name}'s: {_columns(metadata)}"
         raise DataError(f"{len(bare)} of {len(captions)} images have no caption ({some(bare)}); {how}")
     items = [
-        Picture(path.relative_to(folder).as_posix(), str(path), caption or prompt or "", _opener(path))
+        Picture(path.relative_to(folder).as_posix(), str(path), caption or prompt or "", opener(path))
         for path, caption in captions.items()
     ]
     facts = [[picture.name, picture.caption, sha256_file(Path(picture.where))] for picture in items]
@@ -81,16 +95,16 @@ def _is_image(path: Path, folder: Path) -> bool:
 def _side_caption(path: Path) -> str | None:
     side = path.with_suffix(".txt")
     try:
-        return " ".join(side.read_text(encoding="utf-8").split()) if side.is_file() else None
+        return " ".join(side.read_text(encoding="utf-8-sig").split()) if side.is_file() else None
     except UnicodeDecodeError as error:
         raise DataError(f"{side} is not UTF-8 ({error}); save it as UTF-8") from error
 
 
-def _opener(path: Path) -> Callable[[], Image]:
+def opener(path: Path) -> Callable[[], Image]:
     def open_image() -> Image:
         from PIL import Image
 
-        return Image.open(path)
+        return Image.open(path, formats=FORMATS)
 
     return open_image
 
@@ -106,7 +120,7 @@ def _rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             raise DataError(f"{file}: not a parquet file ({error})") from error
         yield from ((f"{file} row {index}", row) for index, row in enumerate(rows))
     elif file.suffix == ".csv":
-        with file.open(newline="", encoding="utf-8") as opened:
+        with file.open(newline="", encoding="utf-8-sig") as opened:
             reader = csv.DictReader(opened)
             try:
                 for row in reader:
@@ -114,7 +128,7 @@ def _rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             except csv.Error as error:
                 raise DataError(f"{file}:{reader.line_num}: not CSV ({error})") from error
     else:
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(file.read_text(encoding="utf-8-sig").split("\n"), 1):
             if not line.strip():
                 continue
             try:
@@ -136,14 +150,18 @@ def _metadata_captions(file: Path, image_column: str, column: str | None) -> dic
     out: dict[Path, str | None] = {}
     faults = []
     for where, row in _rows(file):
-        name = row.get(image_column) or row.get("file_name")
+        name = row.get(image_column) or (row.get("file_name") if image_column == IMAGE_COLUMN else None)
         if not isinstance(name, str):
-            faults.append(f"{where}: names no file; wanted is a column file_name, or data.image_column")
+            faults.append(
+                f"{where}: names no file in {image_column!r}; wanted is a column file_name, or data.image_column"
+            )
             continue
         path = folder / name
         if not path.resolve().is_relative_to(folder.resolve()) or not path.is_file():
             faults.append(f"{where}: no such file in the folder ({name!r})")
             continue
+        if path in out:
+            faults.append(f"{where}: names {name!r} a second time; give each image one row")
         caption = row.get(column) if column else None
         if column and column not in row:
             faults.append(f"{where}: no column {column!r}; there are {', '.join(sorted(map(str, row)))}")
@@ -180,7 +198,7 @@ def read_datasets(source: Source) -> Pictures:
     missing = [column for column in wanted if column and column not in rows.column_names]
     if missing:
         raise DataError(f"{source.text} has no column {missing[0]!r}; there are {', '.join(rows.column_names)}")
-    rows = rows.cast_column(source.image_column, ImageFeature())
+    rows = rows.cast_column(source.image_column, ImageFeature(decode=False))  # opened below, in FORMATS only
     captions = list(rows[source.caption_column]) if source.caption_column else [None] * len(rows)
     odd = [str(index) for index, caption in enumerate(captions) if not isinstance(caption, str | None)]
     if odd:
@@ -193,16 +211,19 @@ def read_datasets(source: Source) -> Pictures:
             f"{len(bare)} of {len(rows)} rows of {source.text} have no caption ({some(bare)}); set data.prompt"
         )
 
-    def opener(index: int) -> Callable[[], Image]:
+    def open_row(index: int) -> Callable[[], Image]:
         def open_image() -> Image:
-            image: Image = rows[index][source.image_column]
-            return image
+            from PIL import Image
+
+            image = rows[index][source.image_column]
+            data = image["bytes"]
+            return Image.open(io.BytesIO(data) if data is not None else image["path"], formats=FORMATS)
 
         return open_image
 
     items = tuple(
         Picture(
-            f"{index:06d}", f"{source.text} row {index}", (text or "").strip() or source.prompt or "", opener(index)
+            f"{index:06d}", f"{source.text} row {index}", (text or "").strip() or source.prompt or "", open_row(index)
         )
         for index, text in enumerate(captions)
     )

@@ -187,7 +187,7 @@ class Schedule(Table):
 class Checkpoint(Table):
     every: Natural = key(100, "Steps between checkpoints")
     minutes: Positive | None = key(None, "Minutes between checkpoints, beside every")
-    keep: Natural = key(2, "Checkpoints kept; the ends of phases are kept beside them")
+    keep: Natural = key(2, "Checkpoints kept; the ends of phases and the best step looked at are kept beside them")
 
 
 class Validate(Table):
@@ -198,14 +198,33 @@ class Validate(Table):
     size: Side | None = key(None, "Side in pixels; default the resolution")
 
 
+class Stop(Table):
+    no_better_for: Natural | None = key(None, "Steps without a lower eval loss, then training ends")
+    loss_above: Positive | None = key(None, "An eval loss above this ends training")
+    at: Positive | None = key(None, "An eval loss at or below this ends training")
+
+
 class Track(Table):
     to: Annotated[tuple[Literal["tensorboard", "wandb"], ...], Field(strict=False)] = key(("tensorboard",), "Trackers")
+
+
+class Export(Table):
+    dtype: Dtype = key("bf16", "Of the exported files; what rounding costs is measured and told")
+    best: bool = key(False, "Export the step with the lowest eval loss instead of the last")
 
 
 class Hub(Table):
     push: bool = key(False, "Upload the export folder when done")
     repo: Line | None = key(None, "Repository id; default the run's name")
     private: bool = key(False, "Make the repository private")
+
+
+class Notify(Table):
+    url: Line | None = key(
+        None,
+        "Webhook told when a run is done, failed or stopped, and when the queue is done; $NAME is the environment's",
+    )
+    command: Line | None = key(None, "Command run for the same; only with `queue --allow-commands`")
 
 
 class Compute(Table):
@@ -231,8 +250,11 @@ class Spec(Table):
     schedule: Schedule = Schedule()
     checkpoint: Checkpoint = Checkpoint()
     validation: Validate = Field(default=Validate(), alias="validate")
+    stop: Stop = Stop()
     track: Track = Track()
+    export: Export = Export()
     hub: Hub = Hub()
+    notify: Notify = Notify()
     compute: Compute = Compute()
 
 

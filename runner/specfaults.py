@@ -88,6 +88,9 @@ def explain(detail: Mapping[str, Any], tables: Mapping[str, Any]) -> tuple[str, 
         "int_from_float": "no whole number",
         "float_type": "no number",
         "bool_type": "no boolean",
+        "tuple_type": "no list",
+        "model_type": "no table",
+        "model_attributes_type": "no table",
         "string_type": "no text",
         "finite_number": "not a finite number",
         "string_too_short": "empty",
@@ -183,6 +186,8 @@ def _kind(annotation: Any) -> str:
     ]
     if annotation in (int, float, str, bool):
         names = [{int: "a whole number", float: "a number", str: "text", bool: "true or false"}[annotation]]
+    if text.startswith("tuple["):  # a list and nothing else
+        names = [f"a list of {name}" for name in names if name == "text"] or ["a list"]
     if "Literal[" in text:
         names = [
             *(n for n in names if n == "a list"),

@@ -87,6 +87,10 @@ def broken_rules(spec: Spec, written: Mapping[str, Any]) -> Iterator[tuple[str, 
         )
     if spec.text_lora is not None and spec.tokens:
         yield "text_lora", "CLIP cannot learn a LoRA and token rows in one run; take [text_lora] or [[tokens]] out"
+    ruled = [name for name, value in spec.stop.model_dump().items() if value is not None]
+    for key in [f"stop.{name}" for name in ruled] + (["export.best"] if spec.export.best else []):
+        if spec.validation.every is None:
+            yield key, "goes by the eval loss, which is only taken every validate.every steps; set that too"
     yield from _prodigy(spec)
     yield from _schedule(spec)
 

@@ -41,14 +41,18 @@ def save(
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read and verify. Raises BadFile where a bit is not as it was written: safetensors itself checks only the shape
-    of the file, and loads a flipped bit without a word."""
+    of the file, and loads a flipped bit without a word. Copies: safetensors' own tensors are views of the file, which
+    would show what happens to it after it was verified."""
     metadata = files.read_metadata(path)
     try:
         with safe_open(path, framework="pt") as opened:
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not iterable itself
+            tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118 - not iterable
+        raws = {name: raw(tensor) for name, tensor in tensors.items()}
     except (SafetensorError, OSError, ValueError) as error:
         raise BadFile(f"{path}: not a whole safetensors file ({error})") from error
+    except KeyError as error:
+        raise BadFile(f"{path}: a dtype that fluxrun never writes ({error})") from error
     digest = metadata.pop(DIGEST, "none")
-    if files.tensors_digest({name: raw(tensor) for name, tensor in tensors.items()}, metadata) != digest:
+    if files.tensors_digest(raws, metadata) != digest:
         raise BadFile(f"{path}: the content does not match its digest; the file was changed or damaged after writing")
     return tensors, metadata

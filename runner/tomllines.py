@@ -29,6 +29,8 @@ def key_lines(text: str) -> dict[Path, int]:
         if header := _HEADER.match(statement):
             table = _in_arrays(_parts(header["key"]), counts, new=header["open"] == "[[")
             lines.setdefault(table, number)
+            if header["open"] == "[[":
+                lines.setdefault(table[:-1], number)  # of the whole array: where its first table stands
         elif assignment := _ASSIGNMENT.match(statement):
             path = table + _parts(assignment["key"])
             for length in range(len(table) + 1, len(path) + 1):

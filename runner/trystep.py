@@ -42,7 +42,15 @@ def try_steps(seen: Sequence[Seen], gpus: str | None) -> list[Finding]:
         most = max((job.spec.compute.gpus for job in jobs), default=1)
         if jobs:
             make_folder(scratch / "runs")
-            run_queue(jobs, scratch / "runs", make_slots(gpus, 1, most), Screen(), stop, retries=0, fail_fast=False)
+            run_queue(
+                jobs,
+                scratch / "runs",
+                make_slots(gpus, 1, most, scratch / "runs"),
+                Screen(),
+                stop,
+                retries=0,
+                fail_fast=False,
+            )
         return [_told(one, shape, job) for one, shape, job in tried]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from runner import checkpoint, files
 from runner.checkpoint import Checkpoint
-from runner.errors import Paused
+from runner.errors import BadFile, Paused
 from runner.stepfiles import file_name, steps_in
 
 SPARE = 16 << 20  # bytes left free beside a checkpoint, for state, log and events
@@ -57,8 +57,14 @@ class Writer:
         self._make_sure_of_room(made)
         self.fence()
         checkpoint.write(path, made, disk=self.disk)
-        checkpoint.read(path)
-        self._prune(made.step)
+        try:
+            checkpoint.read(path)
+        except BadFile as error:
+            raise Paused(
+                f"{error}; so it was read back right after it was written: the disk is failing, or the memory. The "
+                "checkpoint before it stands; the same command goes on from there"
+            ) from error
+        self._prune(made)
         self.log(f"checkpoint at step {made.step}")
 
     def _make_sure_of_room(self, made: Checkpoint) -> None:
@@ -70,11 +76,12 @@ class Writer:
                 f"{(size + SPARE) >> 20}; the checkpoint before it stands. Free some space, then the same command goes on"
             )
 
-    def _prune(self, step: int) -> None:
-        """Those of later steps are another plan's, and left alone."""
-        there = [(number, path) for number, path in steps_in(self.folder) if number <= step]
-        for number, path in [one for one in there if one[0] not in self.kept_always][self.keep :]:
-            assert number < step
+    def _prune(self, made: Checkpoint) -> None:
+        """Those of later steps are another plan's, and left alone; the best step's is kept for the export."""
+        spared = {*self.kept_always, made.scalars.get("meters", {}).get("best_step")}
+        there = [(number, path) for number, path in steps_in(self.folder) if number <= made.step]
+        for number, path in [one for one in there if one[0] not in spared][self.keep :]:
+            assert number < made.step
             try:
                 self.disk.unlink(path)
             except OSError as error:  # one file too many harms nothing

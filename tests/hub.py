@@ -14,15 +14,21 @@ from typing import Any
 
 @dataclass
 class Hub:
-    """What was asked of it: repositories as created, files by repository and path, the tokens that came. `refusals`: what
-    to answer to a GET whose path ends so, as (status, the hub's error code)."""
+    """What was asked of it: repositories as created, files by repository and path, the tokens that came.
+
+    And how it behaves: `login`: the status it answers to who-am-I; `role`: the token's; `down`: how many commits it still
+    answers with 412, which the client does not try again by itself; `refusals`: what it answers to a GET whose path ends
+    so, as (status, the hub's error code).
+    """
 
     address: str = ""
     created: list[dict[str, Any]] = field(default_factory=list)
     files: dict[str, dict[str, bytes]] = field(default_factory=dict)
     tokens: set[str] = field(default_factory=set)
-    refusals: dict[str, tuple[int, str]] = field(default_factory=dict)
+    login: int = 200
     role: str = "write"
+    down: int = 0
+    refusals: dict[str, tuple[int, str]] = field(default_factory=dict)
 
 
 @contextmanager
@@ -30,9 +36,9 @@ def hub(owner: str) -> Iterator[Hub]:
     seen = Hub()
 
     class Handler(BaseHTTPRequestHandler):
-        def answer(self, document: dict[str, Any]) -> None:
+        def answer(self, document: dict[str, Any], status: int = 200) -> None:
             body = json.dumps(document).encode()
-            self.send_response(200)
+            self.send_response(status)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
@@ -53,8 +59,8 @@ def hub(owner: str) -> Iterator[Hub]:
                 ]
                 self.answer({"id": "some/model", "sha": "0" * 40, "siblings": files})
                 return
-            auth = {"accessToken": {"role": seen.role}}
-            self.answer({"name": owner, "type": "user", "orgs": [{"name": "me"}], "auth": auth})
+            token = {"accessToken": {"role": seen.role}}
+            self.answer({"name": owner, "type": "user", "orgs": [{"name": "me"}], "auth": token}, seen.login)
 
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))
@@ -72,6 +78,10 @@ def hub(owner: str) -> Iterator[Hub]:
                 ]
                 self.answer({"files": files})
             elif "commit" in parts:
+                if seen.down:
+                    seen.down -= 1
+                    self.answer({"error": f"down, said {self.headers.get('Authorization', '')}"}, 412)
+                    return
                 repo = "/".join(parts[2:4])
                 for line in map(json.loads, body.splitlines()):
                     if line["key"] == "file":

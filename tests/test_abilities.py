@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from conftest import House, export_bytes
-from hub import hub
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -55,7 +54,8 @@ def test_the_last_look_is_what_the_exports_draw(house: House) -> None:
     early.write_text(early.read_text().replace("lr = 1e-2", "lr = 1e-2\nuntil = 1.0"))
     assert house.fluxrun("queue", early).code == 0
     short = house.spec("short", prompts=prompts, steps="steps = 2")
-    short.write_text(short.read_text().replace("lr = 1e-2", "lr = 1e-2\nuntil = 1.0"))
+    exact = '[export]\ndtype = "fp32"\n'  # what is on the device is not rounded
+    short.write_text(short.read_text().replace("lr = 1e-2", "lr = 1e-2\nuntil = 1.0") + exact)
     assert house.fluxrun("queue", short).code == 0
     runs = house.folder / "runs"
     name = "samples/step-000002-0.png"
@@ -95,46 +95,13 @@ def test_weights_and_biases_gets_the_numbers(house: House, monkeypatch: pytest.M
     assert not list(run.glob("events.out.*"))
 
 
-def test_the_export_folder_is_pushed_as_it_is(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = house.spec(every='every = 2\n[hub]\npush = true\nrepo = "me/creature"\nprivate = true', steps="steps = 2")
-    own = house.spec("b", every="every = 2\n[hub]\npush = true", steps="steps = 2")
-    with hub("someone") as there:
-        for name, value in {
-            "HF_ENDPOINT": there.address,
-            "HF_TOKEN": "hf_of_the_environment",
-            "HF_HUB_OFFLINE": "0",
-        }.items():
-            monkeypatch.setenv(name, value)
-        process = house.start("queue", spec, own)
-        _, err = process.communicate()
-        assert process.returncode == 0, err
-    assert [(asked["name"], asked.get("organization"), asked.get("visibility")) for asked in there.created] == [
-        ("creature", "me", "private"),
-        ("b", None, "public"),
-    ]
-    run = house.folder / "runs" / "a"
-    wanted = {name.removeprefix("export/"): data for name, data in export_bytes(run).items()}
-    assert there.files["me/creature"] == wanted
-    assert "README.md" in there.files["someone/b"]
-    assert there.tokens == {"Bearer hf_of_the_environment"}
-    assert "hf_of_the_environment" not in "".join(
-        path.read_text() for path in run.glob("*.*") if path.suffix in (".toml", ".json", ".log")
-    )
-
-
-def test_a_push_that_fails_leaves_the_exports_and_says_so(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = house.spec(every='every = 2\n[hub]\npush = true\nrepo = "me/creature"', steps="steps = 2")
-    said = house.fluxrun("queue", spec, "--no-check")  # off line
-    assert said.code == 1
-    assert "export is complete, but pushing it to me/creature failed" in said.err
-    assert (house.folder / "runs" / "a" / "export" / "pytorch_lora_weights.safetensors").is_file()
-
-
 def test_two_processes_train_one_run(house: House) -> None:
     """As good as one process with twice the accumulation: the same pictures, noise and mean gradient."""
     alone = house.spec("alone", batch_size="batch_size = 1\naccumulate = 2")
     both = house.spec("both", batch_size="batch_size = 1", steps="steps = 6")
-    both.write_text(both.read_text() + "[compute]\ngpus = 2\n")
+    exact = '[export]\ndtype = "fp32"\n'
+    alone.write_text(alone.read_text() + exact)
+    both.write_text(both.read_text() + exact + "[compute]\ngpus = 2\n")
     assert house.fluxrun("queue", alone, "--gpus", "cpu").code == 0
     process = house.start("queue", both, "--gpus", "cpu")
     _, err = process.communicate()
@@ -192,7 +159,21 @@ def test_class_images_that_changed_are_never_resumed_with(house: House) -> None:
     first.write_bytes(second.read_bytes())
     said = house.fluxrun("queue", spec)
     assert said.code == 1
-    assert "the class images are not those that runs/a was begun with; put them back" in said.err
+    assert "the class images: runs/a was begun with " in said.err
+    assert "...; put them back, or give this spec another `name`" in said.err
+
+
+def test_a_run_goes_on_in_the_dtype_it_was_begun_in(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which depends on the device where the spec does not name it."""
+    from runner import device
+
+    spec = house.spec("a", every="every = 50", prompts="prompts = []")
+    with stopping_after(1):
+        assert house.fluxrun("queue", spec).code == 3
+    monkeypatch.setattr(device, "resolve_dtype", lambda name, where: torch.bfloat16)
+    said = house.fluxrun("queue", spec)
+    assert said.code == 1
+    assert "model.dtype: runs/a was begun with torch.float32, now it is torch.bfloat16; name it in the spec" in said.err
 
 
 @contextmanager
@@ -213,7 +194,7 @@ def stopping_after(step: int) -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("kind", ["text lora", "prior", "fp16", "adamw8bit"])
+@pytest.mark.parametrize("kind", ["text lora", "prior", "fp16", "adamw8bit", "prodigy"])
 def test_an_interrupted_run_ends_with_the_same_bytes(house: House, kind: str) -> None:
     """Stopped at step 2 and at step 4: once in each phase, where there are two."""
     spec = house.spec("a", every="every = 50", prompts="prompts = []")
@@ -223,12 +204,15 @@ def test_an_interrupted_run_ends_with_the_same_bytes(house: House, kind: str) ->
         "text lora": "[text_lora]\nrank = 2\nuntil = 0.5\n",
         "prior": '[prior]\nimages = "classes"\nprompt = "a red circle"\ncount = 2\n',
         "fp16": "",
+        "prodigy": '[optimizer]\nname = "prodigy"\n',
         "adamw8bit": '[optimizer]\nname = "adamw8bit"\n',
     }[kind]
     if kind == "text lora":
         text = text[:start] + text[stop:]
     if kind == "fp16":
         text = text.replace("max_sequence", 'dtype = "fp16"\nmax_sequence')
+    if kind == "prodigy":
+        text = text.replace("lr = 1e-2\n", "").replace("lr = 1e-3", "lr = 1.0")
     if kind == "adamw8bit":
         text = text.replace("rank = 4", "rank = 32")  # from 4,096 numbers on, its moments have 8 bits
     spec.write_text(text + more)
@@ -245,8 +229,44 @@ def test_an_interrupted_run_ends_with_the_same_bytes(house: House, kind: str) ->
     if kind == "fp16":
         assert newest.scalars["meters"]["scaler"]["scale"] > 0
         assert {tensor.dtype for tensor in newest.weights.lora.values()} == {torch.float32}
+    if kind == "prodigy":
+        assert newest.scalars["optimizer"]["shared"]["d"] > 1e-6
     if kind == "adamw8bit":
         assert any(tensor.dtype == torch.uint8 for tensor in newest.optimizer.values())
+
+
+def test_a_run_that_ends_early_exports_its_best_step(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A look every step, whose losses are given: the third is the best; two steps without a better one end it, in the
+    phase before the last. Stopped on the way and resumed it ends the same."""
+    from runner import objective
+
+    losses = {1: 3.0, 2: 2.0, 3: 1.0, 4: 1.5, 5: 1.2, 6: 0.5}
+    at = iter([])
+
+    def given(self: Any) -> dict[float, float]:
+        return {0.5: losses[next(at)]}
+
+    monkeypatch.setattr(objective.FlowObjective, "evaluate", given)
+    more = 'every = 50\n[stop]\nno_better_for = 2\n[export]\nbest = true\ndtype = "fp32"'
+    spec = house.spec("a", every=more, steps="steps = 8", prompts="prompts = []\nevery = 1")
+    at = iter(range(1, 9))
+    said = house.fluxrun("queue", spec, "--runs", "unbroken")
+    assert said.code == 0, said.err
+    assert "a: training ends early: no eval loss below 1.00000 of step 3 for 2 steps (stop.no_better_for)\n" in said.err
+    run = house.folder / "unbroken" / "a"
+    state = json.loads((run / "state.json").read_text())
+    assert (state["state"], state["step"], state["best_step"], state["exported_step"]) == ("done", 5, 3, 3)
+    best = checkpoint.read(run / "checkpoints" / "step-000003.safetensors").weights.lora
+    exported = load_file(run / "export" / "pytorch_lora_weights.safetensors")
+    assert all(torch.equal(exported[f"transformer.{name}"], value) for name, value in best.items())
+    assert house.fluxrun("queue", spec, "--runs", "unbroken").err.startswith("a: skipped, done")
+
+    at = iter(range(1, 9))
+    with stopping_after(4):
+        assert house.fluxrun("queue", spec).code == 3
+    at = iter(range(5, 9))
+    assert house.fluxrun("queue", spec).code == 0
+    assert export_bytes(house.folder / "runs" / "a") == export_bytes(run)
 
 
 def test_a_base_without_guidance_embedding_trains(house: House) -> None:

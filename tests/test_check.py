@@ -290,12 +290,11 @@ BROKEN: dict[str, Setup] = {
     # ---- the machine
     "a full disk": full_disk,
     "little memory": little_memory,
-    "a GPU that is full": gpu("0, Test Card, 24000, 3, 8.6"),
-    "more GPUs than there are": gpu("0, Test Card, 24000, 23000, 8.6", more="[compute]\ngpus = 2\n"),
+    "a GPU that is full": gpu("0, GPU-a, Test Card, 24000, 3, 8.6"),
+    "more GPUs than there are": gpu("0, GPU-a, Test Card, 24000, 23000, 8.6", more="[compute]\ngpus = 2\n"),
     "no bitsandbytes": without("bitsandbytes", '[optimizer]\nname = "adamw8bit"\n'),
     "no wandb": without("wandb", WANDB),
     # ---- logins
-    "a push without a net": appended(PUSH),
     "W&B without a login": appended(WANDB),
 }
 
@@ -475,7 +474,9 @@ def test_what_is_told_of_captions(own_pictures: House) -> None:
 def test_other_things_that_are_likely_not_meant(own_pictures: House, monkeypatch: Patch) -> None:
     (own_pictures.folder / "classes").mkdir()
     more = '[prior]\nimages = "classes"\nprompt = "a TOK"\n'
-    setup = gpu("0, Old Card, 24000, 23000, 7.5", more=more, steps="steps = 3", max_sequence_length='dtype = "bf16"')
+    setup = gpu(
+        "0, GPU-b, Old Card, 24000, 23000, 7.5", more=more, steps="steps = 3", max_sequence_length='dtype = "bf16"'
+    )
     said = warnings(own_pictures, setup(own_pictures, monkeypatch))
     assert said == [
         "a.toml:16: train.steps: training pictures: 8 at 64x64; 3 steps show each 0.75 times: some are never seen; raise "

@@ -92,6 +92,61 @@ def test_an_imagefolders_metadata(tmp_path: Path, kind: str) -> None:
         read(tmp_path, caption_column="txt", prompt="a TOK")
 
 
+def test_a_column_that_nothing_has_is_refused(tmp_path: Path) -> None:
+    """Else every image would silently get the prompt."""
+    with pytest.raises(
+        data.DataError, match=r"has no metadata.jsonl, .*, so no column 'text'; add one of them, or take"
+    ):
+        read(folder(tmp_path), caption_column="text", prompt="a TOK")
+
+
+def test_a_key_that_a_folder_cannot_honour_is_refused(tmp_path: Path) -> None:
+    folder(tmp_path)
+    with pytest.raises(data.DataError, match=r"is a folder of images, which has no data.split \(found 'test'\)"):
+        read(tmp_path, split="test", prompt="a TOK")
+    with pytest.raises(data.DataError, match=r"has no data.config \(found 'small'\); take that key out"):
+        read(tmp_path, config="small", prompt="a TOK")
+    with pytest.raises(data.DataError, match="so no column 'img'; add one of them, or take data.image_column out"):
+        read(tmp_path, image_column="img", prompt="a TOK")
+    write_metadata(tmp_path, "jsonl")
+    with pytest.raises(data.DataError, match=r"metadata.jsonl:1: names no file in 'img'; wanted is a column file_name"):
+        read(tmp_path, image_column="img", prompt="a TOK")
+
+
+def test_text_as_other_systems_write_it(tmp_path: Path) -> None:
+    """A byte-order mark, and a line separator inside a JSON text."""
+    folder(tmp_path)
+    (tmp_path / "0.txt").write_text("\ufeffa TOK", encoding="utf-8")
+    assert read(tmp_path, prompt="a hill").captions == ("a TOK", "a hill")
+    (tmp_path / "metadata.jsonl").write_text('\ufeff{"file_name": "0.png", "text": "a\u2028TOK"}\r\n', encoding="utf-8")
+    assert read(tmp_path, caption_column="text").captions == ("a\u2028TOK",)
+    (tmp_path / "metadata.jsonl").unlink()
+    (tmp_path / "metadata.csv").write_text("\ufefffile_name,text\r\n0.png,a TOK\r\n", encoding="utf-8", newline="")
+    assert read(tmp_path, caption_column="text").captions == ("a TOK",)
+
+
+def test_an_image_listed_twice_is_refused(tmp_path: Path) -> None:
+    folder(tmp_path)
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, [*ROWS, {**ROWS[0], "text": "other"}])))
+    with pytest.raises(data.DataError, match=r"metadata.jsonl:4: names '1.png' a second time; give each image one row"):
+        read(tmp_path, caption_column="text", prompt="a TOK")
+
+
+def test_more_pictures_than_open_files_are_allowed(tmp_path: Path) -> None:
+    import resource
+
+    for index in range(80):
+        Image.new("RGB", (16, 16)).save(tmp_path / f"{index}.png")
+    found = read(tmp_path, prompt="a")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/proc/self/fd").iterdir())) + 20, limits[1]))
+    try:
+        kept = [(data.measure(one), data.decode(one)) for one in found.items]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert len(kept) == 80
+
+
 @pytest.mark.parametrize("escape", ["../x.png", "/etc/hostname", "none.png"])
 def test_metadata_cannot_name_files_outside(tmp_path: Path, escape: str) -> None:
     (tmp_path / "in").mkdir()

@@ -186,7 +186,7 @@ TABLE: dict[str, tuple[Any, Probe, Any, dict[str, Any]]] = {
     "lora.rank": (2, lambda d: next(iter(objective_of(d)[1]["lora"].values())).shape[0], 2, {}),
     "lora.alpha": (8.0, step_loss, NOW, {}),
     "lora.dropout": (0.9, step_loss, NOW, {}),
-    "lora.layers": (["attn.to_q"], lambda d: {name.split(".attn.")[-1] for name in lora_shape(d).layers}, {"to_q"}, {}),
+    "lora.layers": (["attn.to_q"], lambda d: {name.split(".attn.")[-1] for name in lora_shape(d.spec, d.base).layers}, {"to_q"}, {}),
     "lora.until": (0.25, spans, [("joint", 0, 2), ("inversion", 2, 4)], TOKENS),
     "text_lora.rank": (2, lambda d: d.plan.training[0].trains[0].parameters, 2 * 2 * 4 * 2 * 64, {"text_lora": {"rank": 4}}),
     "text_lora.alpha": (64.0, step_loss, NOW, {"text_lora": {"rank": 4}}),
@@ -238,10 +238,17 @@ ELSEWHERE = {
     "validate.count": "test_abilities.py::test_pictures_while_training_change_nothing_of_it",
     "validate.steps": "test_abilities.py::test_pictures_while_training_change_nothing_of_it",
     "validate.size": "test_abilities.py::test_pictures_while_training_change_nothing_of_it",
+    "stop.no_better_for": "test_abilities.py::test_a_run_that_ends_early_exports_its_best_step",
+    "stop.loss_above": "test_loop.py::test_training_ends_early_by_rule",
+    "stop.at": "test_loop.py::test_training_ends_early_by_rule",
+    "export.best": "test_abilities.py::test_a_run_that_ends_early_exports_its_best_step",
     "track.to": "test_abilities.py::test_weights_and_biases_gets_the_numbers",
-    "hub.push": "test_abilities.py::test_the_export_folder_is_pushed_as_it_is",
-    "hub.repo": "test_abilities.py::test_the_export_folder_is_pushed_as_it_is",
-    "hub.private": "test_abilities.py::test_the_export_folder_is_pushed_as_it_is",
+    "export.dtype": "test_exports.py::test_another_dtype_exports_again_and_trains_nothing",
+    "hub.push": "test_hub.py::test_the_export_folder_is_pushed_as_it_is",
+    "hub.repo": "test_hub.py::test_the_export_folder_is_pushed_as_it_is",
+    "hub.private": "test_hub.py::test_the_export_folder_is_pushed_as_it_is",
+    "notify.url": "test_notify.py::test_a_webhook_and_a_command_hear_of_every_run",
+    "notify.command": "test_notify.py::test_a_webhook_and_a_command_hear_of_every_run",
     "compute.gpus": "test_abilities.py::test_two_processes_train_one_run",
 }
 
@@ -315,7 +322,7 @@ def test_a_key_does_what_it_says(stocked: House, key: str) -> None:
 
 def test_the_tables_name_every_key() -> None:
     tables = {"model", "data", "prior", "tokens", "inversion", "lora", "text_lora", "train", "train.weighting", "optimizer",
-              "schedule", "checkpoint", "validate", "track", "hub", "compute"}  # fmt: skip
+              "schedule", "checkpoint", "validate", "stop", "track", "export", "hub", "notify", "compute"}  # fmt: skip
     assert {name for name, _ in _all_keys(Spec)} - tables == set(TABLE) | set(ELSEWHERE)
     for place in ELSEWHERE.values():
         file, _, test = place.partition("::")
@@ -392,6 +399,20 @@ def test_class_images_come_in_batches(stocked: House, monkeypatch: pytest.Monkey
     (stocked.folder / "classes" / "class-00001.png").unlink()
     assert len(class_images(desk)) == 5
     assert sizes == [2, 2, 1, 1]
+
+
+def test_class_images_are_as_large_as_training_whatever_validation_looks_at(stocked: House) -> None:
+    from PIL import Image
+
+    more = {**PRIOR, "prior__count": 1, "data__resolution": [32, 64]}
+    made = []
+    for size, steps in ((16, 1), (48, 3)):
+        shutil.rmtree(stocked.folder / "classes", ignore_errors=True)
+        desk = desk_of(write(stocked, **{**more, "validate__size": size, "validate__steps": steps}))
+        made += class_images(desk)
+        with Image.open(stocked.folder / "classes" / "class-00000.png") as image:
+            assert image.size == (64, 64)
+    assert made[0] == made[1]
 
 
 def test_a_class_folder_remembers_its_prompt(stocked: House) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from runner.errors import NonFinite
 from runner.optim import Adam, Adam8bit, Group, Optimizer
 from runner.ranks import Ranks
-from runner.train import BAD_STEPS, Loop, Meters, Step, train
+from runner.train import BAD_STEPS, Early, Loop, Meters, Step, train
 
 
 class Line:
@@ -171,3 +171,42 @@ def test_a_checkpoint_is_also_due_by_the_clock(monkeypatch: pytest.MonkeyPatch) 
         save=lambda step, _: saved.append(step), report=lambda _: None, look=lambda _: 0.0, stop_requested=lambda: False,
     )  # fmt: skip
     assert saved == [3, 6, 8]  # at 15 and 35 s (the time of a save is noted by one more look), and at the end
+
+
+@pytest.mark.parametrize(
+    ("early", "losses", "last", "why"),
+    [
+        (Early(no_better_for=4), [5, 4, 3, 3.5, 3.2, 2], 10, "no eval loss below 3.00000 of step 6 for 4 steps"),
+        (Early(loss_above=4.5), [4, 4.2, 4.6, 1], 6, "eval loss 4.60000 at step 6 is above stop.loss_above (4.5)"),
+        (Early(at=2.5), [5, 3, 2.5, 1], 6, "eval loss 2.50000 at step 6 has come down to stop.at (2.5)"),
+        (Early(), [5, 6, 7, 8, 9, 10], 12, ""),
+    ],
+)
+def test_training_ends_early_by_rule(early: Early, losses: list[float], last: int, why: str) -> None:
+    """A look every two steps."""
+    line = Line()
+    optimizer = Optimizer([Group({"lora/w": line.weight}, 0.1, 0.0)], Adam(0.9, 0.999, 1e-8))
+    saved: list[tuple[int, Meters]] = []
+    train(
+        line, optimizer, lambda _: 1.0, Loop(0, 12, 12, 1, 1.0, 100, None, 2, early), Meters(), Ranks(),
+        torch.amp.GradScaler("cpu", enabled=False),
+        save=lambda step, now: saved.append((step, now)), report=lambda _: None,
+        look=lambda step: losses[step // 2 - 1], stop_requested=lambda: False,
+    )  # fmt: skip
+    assert [step for step, _ in saved] == [last]
+    assert saved[-1][1].ended.startswith(why)
+    assert bool(saved[-1][1].ended) == bool(why)
+
+
+def test_the_best_step_is_saved_when_it_is_found() -> None:
+    line = Line()
+    optimizer = Optimizer([Group({"lora/w": line.weight}, 0.1, 0.0)], Adam(0.9, 0.999, 1e-8))
+    saved: list[tuple[int, int | None]] = []
+    losses = [5.0, 3.0, 4.0, 2.0, 6.0]
+    train(
+        line, optimizer, lambda _: 1.0, Loop(0, 10, 10, 1, 1.0, 100, None, 2, Early(keep_best=True)), Meters(), Ranks(),
+        torch.amp.GradScaler("cpu", enabled=False),
+        save=lambda step, now: saved.append((step, now.best_step)), report=lambda _: None,
+        look=lambda step: losses[step // 2 - 1], stop_requested=lambda: False,
+    )  # fmt: skip
+    assert saved == [(2, 2), (4, 4), (8, 8), (10, 8)]

@@ -44,7 +44,7 @@ def test_a_new_spec_names_every_key_and_plans(bare: House, template: str) -> Non
     written = {re.sub(r"^# ", "", line).split(" =")[0] for line in text.splitlines() if " = " in line}
     wanted = {name.rsplit(".", 1)[-1] for name, field in _all_keys(Spec)} - {
         "model", "data", "prior", "tokens", "inversion", "lora", "text_lora", "train", "weighting", "optimizer",
-        "schedule", "checkpoint", "validate", "track", "hub", "compute",
+        "schedule", "checkpoint", "validate", "stop", "track", "export", "hub", "notify", "compute",
         "beta3", "decouple", "bias_correction", "safeguard_warmup", "d_coef", "d0", "growth_rate",  # Prodigy's
     }  # fmt: skip
     assert wanted - written <= {"name", "scale"}
@@ -226,6 +226,12 @@ def test_all_flags_of_the_script_are_known() -> None:
             r"flags that the script does not have: --rnak \(did you mean --rank\?\)",
         ),
         ("python train_flux.py --rank four --dataset_name x", "--rank: 'four' is no int"),
+        ("python train_flux.py --max_train_steps many --dataset_name x", "--max_train_steps: 'many' is no int"),
+        (
+            "python train_flux.py --optimizer prodigy --prodigy_beta3 x --dataset_name x",
+            "--prodigy_beta3: 'x' is no float",
+        ),
+        ("accelerate launch --num_processes all train_flux.py --dataset_name x", "--num_processes: 'all' is no int"),
         ("python train_flux.py --rank 4", "neither --dataset_name nor --instance_data_dir"),
         ("python train_flux.py 'oops", "not a shell command"),
     ],

@@ -17,6 +17,7 @@ from runner.basefiles import BUILTIN
 from runner.checkpoint import Weights
 from runner.desk import Desk
 from runner.encode import CachedEncoder, LiveEncoder, encode, encode_captions
+from runner.errors import FluxrunError
 from runner.learn import load_encoders, load_transformer, trainable
 from runner.objective import EVAL_SIGMAS, FlowObjective
 from runner.plan import Encode
@@ -178,6 +179,43 @@ def test_picture_and_caption_never_part(house: House) -> None:
             assert moments.shape[1:] == (view.size[1] // 8, view.size[0] // 8)
     assert len({view.size for view in seen}) == 3
     assert len(seen) == 30  # ten pictures, three variants each
+
+
+def test_an_fp16_base_still_encodes_its_pictures_in_fp32(house: House) -> None:
+    """FLUX's VAE overflows in fp16, here on one picture of ten: its latents, and so the eval loss, were no numbers."""
+    half = desk_of(spec_of(house, base='base = "builtin:tiny"\ndtype = "fp16"', drop="tokens"))
+    objective, _ = objective_of(half)
+    assert all(torch.isfinite(torch.tensor(list(objective.evaluate().values()))))
+    full = desk_of(spec_of(house, drop="tokens"))
+    assert list(full.latent_keys.values()) == list(half.latent_keys.values())
+    assert half.base.dtype == torch.float16
+
+
+def test_a_token_behind_what_the_encoder_reads_is_told(house: House) -> None:
+    for path in (house.folder / "pictures").glob("*.txt"):
+        path.write_text("a heart on a hill " * 20 + f"and a TOK, {path.stem}")
+    with pytest.raises(FluxrunError, match="TOK lies behind the 77 tokens that clip reads in 10 of the 10 captions"):
+        objective_of(desk_of(spec_of(house)))
+    (house.folder / "pictures" / "01.txt").write_text("a TOK")
+    desk = desk_of(spec_of(house))
+    told: list[str] = []
+    object.__setattr__(desk.say, "line", told.append)
+    objective_of(desk)
+    assert [line.split(" that name it")[0] for line in told if "lies behind" in line] == [
+        f"TOK lies behind the {length} tokens that {encoder} reads in 9 of the 10 captions"
+        for encoder, length in (("clip", 77), ("t5", 32))
+    ]
+
+
+def test_an_initializer_longer_than_its_vectors_is_told(house: House) -> None:
+    desk = desk_of(spec_of(house, name='name = "TOK"\ninitializer = "a red heart"'))
+    told: list[str] = []
+    object.__setattr__(desk.say, "line", told.append)
+    objective_of(desk)
+    assert [line for line in told if "initializer" in line] == [
+        f"tokens.initializer 'a red heart' has 3 pieces in {encoder}: its first 2 are used; tokens.vectors = 3 would use all"
+        for encoder in ("clip", "t5")
+    ]
 
 
 def test_a_live_encoder_is_never_replaced_by_the_cache(house: House) -> None:

@@ -237,6 +237,27 @@ def test_the_loss_is_the_references_formula(scheme: str) -> None:
     assert abs(float(wanted.detach()) - float(loss)) <= 1e-6 * max(1.0, float(loss))
 
 
+@pytest.mark.parametrize("scheme", ["none", "sigma_sqrt", "logit_normal", "mode", "cosmap"])
+def test_timesteps_and_weights_are_those_of_diffusers_helpers(scheme: str) -> None:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+    from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
+
+    flow = flux.Flow(BASE, flux.Weighting(scheme, mean=0.4, std=0.6, scale=0.8))
+    drawn = flow.draw(2000, torch.Generator().manual_seed(7))
+    u = compute_density_for_timestep_sampling(
+        scheme, 2000, logit_mean=0.4, logit_std=0.6, mode_scale=0.8, generator=torch.Generator().manual_seed(7)
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(BASE.folder, subfolder="scheduler")
+    assert torch.equal(flow.timesteps[drawn], scheduler.timesteps[(u * 1000).long()])
+    plain = torch.rand(2000, generator=torch.Generator().manual_seed(7))
+    shaped = scheme in ("logit_normal", "mode")
+    assert torch.equal(drawn, (plain * 1000).long()) != shaped  # its own numbers count where it has any
+
+    noised = flow.noise(torch.zeros(2000, 16, 2, 2), drawn, torch.Generator().manual_seed(1))
+    weights = compute_loss_weighting_for_sd3(scheme, scheduler.sigmas[drawn])
+    assert torch.allclose(flow.errors(noised.target + 1, noised), weights.float(), rtol=1e-4)
+
+
 def test_latents_are_drawn_from_the_vaes_posterior() -> None:
     from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 

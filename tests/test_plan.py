@@ -10,6 +10,7 @@ import pytest
 from conftest import PROJECT, House
 
 from runner import plan as planning
+from runner.basefiles import FLUX1
 from runner.plan import Facts, PlanError, make_plan
 from runner.spec import Spec
 from runner.specload import load
@@ -82,6 +83,22 @@ def test_pure_inversion_of_half_the_steps_says_so(tmp_path: Path) -> None:
     assert make_plan(spec_of(tmp_path, TOKENS + "[lora]\nuntil = 0\n"), FACTS).steps == 7
 
 
+def test_a_base_that_is_told_no_guidance(tmp_path: Path) -> None:
+    for embeds in (True, False):
+        facts = Facts(("a TOK",), 8, "data", "base", {**FLUX1, "guidance_embeds": embeds})
+        told = [note for note in make_plan(spec_of(tmp_path), facts).notes if "train.guidance has no effect" in note]
+        assert len(told) == (not embeds)
+
+
+def test_captions_without_the_token_are_counted(tmp_path: Path) -> None:
+    facts = Facts(("a TOK", "a TOKYO", "a hill"), 8, "data", "base", None)
+    assert make_plan(spec_of(tmp_path, TOKENS), facts).notes[-1] == (
+        "2 of 3 captions name no token, so their images teach it nothing (the first is 'a TOKYO'); write TOK into them, "
+        "if that was not meant"
+    )
+    assert not [note for note in make_plan(spec_of(tmp_path), facts).notes if "captions" in note]
+
+
 def test_one_epoch_at_a_half_still_inverts(tmp_path: Path) -> None:
     spec = spec_of(tmp_path, TOKENS).model_copy(
         update={"train": spec_of(tmp_path).train.model_copy(update={"steps": None, "epochs": 1})}
@@ -151,6 +168,29 @@ def test_the_shipped_specs_plan_without_the_models_files(tmp_path: Path) -> None
     }
     assert {"name", "spec", "state", "reason", "phases"} <= first.keys()
     assert not (tmp_path / "runs").exists()
+
+
+def test_made_pictures_cannot_become_training_pictures(tmp_path: Path) -> None:
+    house = House(tmp_path)
+    spec = house.spec(source='source = "."', steps="steps = 2")
+    said = house.fluxrun("plan", spec)
+    assert said.code == 2
+    assert (
+        "a.toml:5: data.source: it holds the runs folder runs, so pictures made there would be trained on" in said.err
+    )
+    assert house.fluxrun("plan", spec, "--runs", tmp_path.parent / "runs").code == 0
+    prior = '[prior]\nimages = "pictures/classes"\nprompt = "a heart"\n'
+    said = house.fluxrun("plan", house.write("b.toml", house.spec().read_text() + prior))
+    assert said.code == 2
+    assert f"prior.images: it lies inside data.source {tmp_path}/pictures" in said.err
+
+
+def test_a_misspelt_folder_is_one_fault_with_the_nearest_name(tmp_path: Path) -> None:
+    house = House(tmp_path)
+    said = house.fluxrun("plan", house.spec(source='source = "picturse"', steps="epochs = 2"))
+    [fault, _] = said.err.splitlines()
+    assert fault.startswith(f"{tmp_path}/a.toml:5: data.source: no such folder (found 'picturse')")
+    assert fault.endswith("did you mean pictures?")
 
 
 def test_the_plan_in_words(tmp_path: Path) -> None:

@@ -37,7 +37,9 @@ def test_a_pivotal_run_leaves_what_the_contract_names(done: House) -> None:
     ]
     assert sorted(path.name for path in run.glob("export/*")) == [
         "README.md",
+        "a.safetensors",
         "a_emb.safetensors",
+        "a_emb_webui.safetensors",
         "pytorch_lora_weights.safetensors",
         "samples",
     ]
@@ -48,6 +50,7 @@ def test_a_pivotal_run_leaves_what_the_contract_names(done: House) -> None:
     )
     assert set(wanted.split()) <= record.keys()
     assert record["train_loss"] > 0
+    assert 0 < record["export_error"] == max(state["export_errors"].values()) < 0.02  # of the rows, rounded to bf16
     assert record["peak_memory_bytes"] > 2**26
     assert not list(done.folder.glob("**/*.partial"))
 
@@ -73,27 +76,27 @@ def test_exports_hold_the_trained_values(done: House) -> None:
     trained = checkpoint.read(run / "checkpoints" / "step-000006.safetensors").weights
     lora = load_file(run / "export" / "pytorch_lora_weights.safetensors")
     assert lora.keys() == {f"transformer.{name}" for name in trained.lora}
-    assert all(torch.equal(lora[f"transformer.{name}"], value) for name, value in trained.lora.items())
+    assert all(torch.equal(lora[f"transformer.{name}"], value.bfloat16()) for name, value in trained.lora.items())
     rows = load_file(run / "export" / "a_emb.safetensors")
     assert set(rows) == {"clip_l", "t5", "t5xxl"}
-    assert torch.equal(rows["clip_l"], trained.rows["clip"])
-    assert torch.equal(rows["t5xxl"], trained.rows["t5"])
+    assert torch.equal(rows["clip_l"], trained.rows["clip"].bfloat16())
+    assert torch.equal(rows["t5xxl"], trained.rows["t5"].bfloat16())
 
 
 @pytest.mark.parametrize(
     ("changes", "kinds", "files"),
     [
-        ({"drop": "[[tokens]]"}, ["encode", "lora", "export"], {"pytorch_lora_weights.safetensors"}),
-        ({"rank": "until = 0"}, ["encode", "inversion", "export"], {"b_emb.safetensors"}),
+        ({"drop": "[[tokens]]"}, ["encode", "lora", "export"], {"b.safetensors", "pytorch_lora_weights.safetensors"}),
+        ({"rank": "until = 0"}, ["encode", "inversion", "export"], {"b_emb.safetensors", "b_emb_webui.safetensors"}),
         (
             {"encoders": 'encoders = ["clip"]'},
             ["encode", "joint", "encode-learned", "lora", "export"],
-            {"b_emb.safetensors", "pytorch_lora_weights.safetensors"},
+            {"b.safetensors", "b_emb.safetensors", "pytorch_lora_weights.safetensors"},
         ),
         (
             {"rank": "until = 0.5", "lr": "until = 1.0"},
             ["encode", "joint", "inversion", "export"],
-            {"b_emb.safetensors", "pytorch_lora_weights.safetensors"},
+            {"b.safetensors", "b_emb.safetensors", "b_emb_webui.safetensors", "pytorch_lora_weights.safetensors"},
         ),
     ],
     ids=["lora", "inversion", "clip-pivotal", "lora-stops-first"],
@@ -185,16 +188,9 @@ def test_one_failing_run_does_not_stop_the_next(house: House) -> None:
     assert "Traceback" in (house.folder / "runs" / "bad" / "run.log").read_text()
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "prodigy"])
-def test_stopped_by_a_signal_and_resumed_gives_the_same_bytes(house: House, optimizer: str) -> None:
-    changes = {"every": "every = 4", "steps": "steps = 4"}
-    if optimizer == "prodigy":
-        changes["lr"] = "until = 0.5"
-    spec = house.spec("a", **changes)
-    text = spec.read_text().replace(
-        "lr = 1e-3", f'lr = {1.0 if optimizer == "prodigy" else 1e-3}\n[optimizer]\nname = "{optimizer}"'
-    )
-    spec.write_text(text)
+def test_stopped_by_signals_and_resumed_gives_the_same_bytes(house: House) -> None:
+    """In the middle of a phase, at the ends of both, and in the export; each time going on in a new process."""
+    spec = house.spec(every="every = 4", steps="steps = 3")
     assert house.fluxrun("queue", spec, "--runs", "unbroken").code == 0
     for _ in range(9):
         process = house.start("queue", spec)
@@ -218,9 +214,9 @@ def test_stopped_by_a_signal_and_resumed_gives_the_same_bytes(house: House, opti
 
 def test_a_damaged_checkpoint_is_passed_over(house: House) -> None:
     spec = house.spec(steps="steps = 6")
-    assert house.fluxrun("queue", spec, "--runs", "unbroken").code == 0
     assert house.fluxrun("queue", spec).code == 0
     run = house.folder / "runs" / "a"
+    unbroken = export_bytes(run)
     newest = run / "checkpoints" / "step-000006.safetensors"
     damaged = bytearray(newest.read_bytes())
     damaged[-100] ^= 1
@@ -230,11 +226,11 @@ def test_a_damaged_checkpoint_is_passed_over(house: House) -> None:
     assert said.code == 0, said.err
     assert "does not match its digest" in said.err
     assert "resuming at step 4 of 6" in said.err
-    assert export_bytes(run) == export_bytes(house.folder / "unbroken" / "a")
+    assert export_bytes(run) == unbroken
 
 
 def test_two_commands_on_one_run(house: House) -> None:
-    spec = house.spec(steps="steps = 400")
+    spec = house.spec(steps="steps = 100000")  # it shall not be done before the second one has looked
     first = house.start("queue", spec)
     assert first.stderr is not None
     for line in first.stderr:

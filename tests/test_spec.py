@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -111,10 +112,15 @@ VALUES = {  # every key of the contract, with a value that is not its default
     "checkpoint.minutes": "0.5",
     "checkpoint.keep": "1",
     "validate": '{ prompts = ["a"], every = 5, count = 2, steps = 4, size = 64 }',
+    "stop": "{ no_better_for = 10, loss_above = 2.0, at = 0.5 }",
+    "export.best": "true",
     "track.to": '["wandb"]',
+    "export.dtype": '"fp16"',
     "hub.push": "true",
     "hub.repo": '"me/it"',
     "hub.private": "true",
+    "notify.url": '"$HOOK"',
+    "notify.command": '"true"',
     "compute.gpus": "2",
 }
 
@@ -130,6 +136,8 @@ def test_every_key_of_the_contract_is_read(tmp_path: Path, key: str) -> None:
     table[last] = value
     if key.startswith("inversion"):
         tables["tokens"] = [{"name": "TOK"}]
+    if key in ("stop", "export.best"):
+        tables["validate"] = {"every": 5}
     if key == "hub.push":
         table["repo"] = "me/it"
     found = dump(one(tmp_path, tomli_w.dumps(tables)))
@@ -208,6 +216,17 @@ def test_hostile_text_is_a_fault_not_a_traceback(tmp_path: Path) -> None:
     assert "\x1b" not in control
 
 
+def test_a_table_or_list_of_the_wrong_kind_is_told_in_toml_words(tmp_path: Path) -> None:
+    text = LEAST + 'weighting = "mode"\n[validate]\nprompts = "a TOK"\n[[token]]\nname = "TOK"\n'
+    told = faults(tmp_path, text)
+    assert told[0] == (
+        "one.toml:7: train.weighting: no table (found 'mode'); wanted is a table (Density and weight of the timesteps)"
+    )
+    assert told[1].startswith("one.toml:9: validate.prompts: no list (found 'a TOK'); wanted is a list of text (")
+    assert told[2].startswith("one.toml:10: token: unknown key (found ")
+    assert told[2].endswith("did you mean tokens?")
+
+
 def test_lines_of_keys_in_tricky_toml() -> None:
     text = '''# comment = 1
 a = """
@@ -234,6 +253,7 @@ w = '[['
         ("d.e",): 6,
         ("t",): 10,
         ("t", "x", "y"): 11,
+        ("u",): 12,
         ("u", 0, "n"): 13,
         ("u", 1, "n"): 15,
         ("u", 1, "v", "w"): 17,
@@ -258,6 +278,17 @@ def test_light_commands_import_nothing_heavy() -> None:
             [sys.executable, "-c", code], cwd=PROJECT, env=environment, capture_output=True, text=True, check=True
         )
         assert done.stdout == "[]\n", arguments
+
+
+def test_help_and_plan_cost_next_to_nothing() -> None:
+    """In seconds of the processor, which a busy machine does not stretch: 0.3 for `--help`, 1 for all shipped specs' plan."""
+    for arguments, most in ((["--help"], 0.3), (["plan", *map(str, sorted((PROJECT / "specs").glob("*.toml")))], 1.0)):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        command = [sys.executable, "-m", "runner", *arguments]
+        environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
+        subprocess.run(command, cwd=PROJECT, env=environment, stdout=subprocess.DEVNULL, check=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < most, arguments
 
 
 def test_the_schema_names_the_keys() -> None:

@@ -8,14 +8,17 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
 from runner.engine.process import Trainer
+from runner.engine.slots import Slot
 from runner.errors import Code, FluxrunError, Held, Paused, disk_trouble
 from runner.index import write_index
+from runner.notify import Target, tell
 from runner.prepare import Job
 from runner.say import Event
 from runner.screen import Screen
@@ -51,12 +54,13 @@ class Work:
 
 
 @dataclass
-class Slot:
-    """A place where one run at a time goes. gpus: as --gpus takes them; None leaves the choice to torch."""
+class Place:
+    """A slot, the trainer that is warm there, and the run it trains. `told`: that another queue has the slot."""
 
-    gpus: str | None
+    slot: Slot
     trainer: Trainer | None = None
     work: Work | None = None
+    told: bool = False
 
 
 @dataclass
@@ -72,6 +76,8 @@ class Queue:
     failed: bool = False
     left: bool = False
     halted: str = ""  # why nothing more is started
+    targets: dict[Target, None] = field(default_factory=dict)
+    teller: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "notify"))
 
 
 def run_queue(
@@ -80,30 +86,32 @@ def run_queue(
 ) -> int:  # fmt: skip
     """The exit code: 0 all done, 1 some failed, 3 stopped or paused with work left. `start`: tests run trainers inline."""
     queue = Queue(screen, runs, retries, fail_fast)
+    places = [Place(slot) for slot in slots]
     for job in jobs:
         _enlist(queue, job)
     write_index(runs)
     threads = max(1, (os.cpu_count() or 1) // len(slots)) if len(slots) > 1 else None
     asked = 0
     try:
-        while queue.waiting or any(slot.work for slot in slots):
+        while queue.waiting or any(place.work for place in places):
             if stop() and not queue.halted:
                 queue.halted = "stopped before it began"
-            if queue.halted and not any(slot.work for slot in slots):
+            if queue.halted and not any(place.work for place in places):
                 break
             for _ in range(asked, max(stop.asked, int(queue.fail_fast and queue.failed))):
                 asked += 1
-                for slot in slots:
-                    if slot.work and slot.trainer:
-                        slot.trainer.kill() if asked > 2 else slot.trainer.ask()
+                for place in places:
+                    if place.work and place.trainer:
+                        place.trainer.kill() if asked > 2 else place.trainer.ask()
             if not queue.halted:
-                _fill(queue, slots, threads, start or Trainer)
-            if not sum(_look(queue, slot) for slot in slots):
+                _fill(queue, places, threads, start or Trainer)
+            if not sum(_look(queue, place) for place in places):
                 time.sleep(TICK)
     finally:
-        for slot in slots:
-            _clear(slot)
+        for place in places:
+            _clear(place)
         _leave(queue)
+        _tell_the_end(queue)
     return 1 if queue.failed else 3 if queue.left else 0
 
 
@@ -125,35 +133,52 @@ def _enlist(queue: Queue, job: Job) -> None:
         queue.waiting.append(work)
 
 
-def _fill(queue: Queue, slots: Sequence[Slot], threads: int | None, start: Start) -> None:
-    """Give every free slot a run, in their order."""
-    for slot in slots:
-        while slot.work is None and queue.waiting:
+def _fill(queue: Queue, places: Sequence[Place], threads: int | None, start: Start) -> None:
+    """Give every free place a run, in their order; what no run waits for is given back."""
+    for place in places:
+        if place.work is None and not queue.waiting:
+            _clear(place)
+        while place.work is None and queue.waiting and _taken(queue, place):
             work = queue.waiting.pop(0)
+            if work.job.run.told_to_stop():
+                work.reason = "stopped before it began"
+                _end(queue, work, Code.STOPPED)
+                continue
             try:
                 _make_sure_of_room(work.job)
             except Paused as error:
                 work.reason = str(error)
                 _end(queue, work, Code.DISK)
                 continue
-            _begin(queue, slot, work, threads, start)
+            _begin(queue, place, work, threads, start)
 
 
-def _begin(queue: Queue, slot: Slot, work: Work, threads: int | None, start: Start) -> None:
+def _taken(queue: Queue, place: Place) -> bool:
+    """Whether the slot is this queue's. That another queue has it is said once."""
+    if place.slot.take():
+        place.told = False
+        return True
+    if not place.told:
+        place.told = True
+        queue.screen.line(f"waiting for {place.slot.title}, which process {place.slot.user() or 'unknown'} uses")
+    return False
+
+
+def _begin(queue: Queue, place: Place, work: Work, threads: int | None, start: Start) -> None:
     run = work.job.run
     work.saved, work.reason = _newest(work), ""
     work.heard, work.slowest, work.hung = time.monotonic(), None, False
     queue.screen.later_steps = sum(other.job.plan.steps for other in queue.waiting)
-    slot.work = work
-    if slot.trainer is None:
-        slot.trainer = start(run.folder, work.attempt, slot.gpus, threads)
+    place.work = work
+    if place.trainer is None:
+        place.trainer = start(run.folder, work.attempt, place.slot.gpus, threads)
     else:
-        slot.trainer.order(run.folder, work.attempt)
+        place.trainer.order(run.folder, work.attempt)
 
 
-def _look(queue: Queue, slot: Slot) -> bool:
-    """Hear what a slot's trainer says, and whether its run has ended. True where there was something."""
-    work, trainer = slot.work, slot.trainer
+def _look(queue: Queue, place: Place) -> bool:
+    """Hear what a place's trainer says, and whether its run has ended. True where there was something."""
+    work, trainer = place.work, place.trainer
     if work is None or trainer is None:
         return False
     events = trainer.poll()
@@ -163,10 +188,10 @@ def _look(queue: Queue, slot: Slot) -> bool:
     if trainer.code is None:
         _unstick(queue, work, trainer)
         return bool(events)
-    slot.work = None
+    place.work = None
     queue.screen.end_run(work.name)
     if trainer.code != Code.DONE:
-        _clear(slot)  # whatever it was, nothing of it shall reach the next run
+        _dismiss(place)  # whatever it was, nothing of it shall reach the next run
     _ended(queue, work, trainer.code)
     return True
 
@@ -244,6 +269,7 @@ def _end(queue: Queue, work: Work, code: int) -> None:
     """For good, as far as this queue goes."""
     paused = code in (Code.DISK, Code.STOPPED, Code.HELD)
     queue.left |= paused
+    _tell(queue, work, "done" if code == Code.DONE else "stopped" if paused else "failed")
     if code == Code.DONE:
         queue.alike.clear()
     elif code == Code.HELD:
@@ -261,6 +287,21 @@ def _end(queue: Queue, work: Work, code: int) -> None:
     with _as_the_disk_allows(queue, work):
         work.job.run.give_up()
         write_index(queue.runs)
+
+
+def _tell(queue: Queue, work: Work, how: str) -> None:
+    target = Target(**work.job.spec.notify.model_dump())
+    queue.targets[target] = None
+    text = f"{work.name}: {how}" + (f" ({work.reason})" if work.reason else "")
+    queue.teller.submit(tell, target, f"run {how}", work.name, text, queue.screen.line)
+
+
+def _tell_the_end(queue: Queue) -> None:
+    """Once to everybody who was told of a run."""
+    how = "with failures" if queue.failed else "with work left" if queue.left else "all done"
+    for target in queue.targets:
+        queue.teller.submit(tell, target, "queue done", "", f"queue: {how}", queue.screen.line)
+    queue.teller.shutdown()
 
 
 def _write_down(queue: Queue, work: Work, state: str, reason: str) -> None:
@@ -281,7 +322,8 @@ def _as_the_disk_allows(queue: Queue, work: Work) -> Iterator[None]:
 
 
 def _circuit_breaker(queue: Queue, work: Work) -> None:
-    alike = re.sub(r"\d+", "#", work.reason.replace(str(work.job.run.folder), "").replace(work.name, ""))
+    named = rf"(?<!\w){re.escape(work.name)}(?!\w)"  # as a word: a run may be called "a"
+    alike = re.sub(rf"{re.escape(str(work.job.run.folder))}|{named}|\d+", "#", work.reason)
     queue.alike = [*(queue.alike if queue.alike[-1:] == [alike] else []), alike]
     if queue.fail_fast:
         queue.halted = "not begun: --fail-fast"
@@ -290,10 +332,16 @@ def _circuit_breaker(queue: Queue, work: Work) -> None:
         queue.screen.line(f"stopped: {ALIKE} runs in a row failed alike; the last: {work.reason}")
 
 
-def _clear(slot: Slot) -> None:
-    trainer, slot.trainer = slot.trainer, None
+def _dismiss(place: Place) -> None:
+    trainer, place.trainer = place.trainer, None
     if trainer is not None:
         trainer.dismiss()
+
+
+def _clear(place: Place) -> None:
+    """For other queues, too."""
+    _dismiss(place)
+    place.slot.release()
 
 
 def _leave(queue: Queue) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from runner.engine.slots import seen
 from runner.errors import Code
 from runner.say import Event
 
@@ -28,8 +29,8 @@ class Trainer:
             environment["OMP_NUM_THREADS"] = str(threads)
         if gpus is not None:
             command += ["--gpus", "cpu" if gpus == "cpu" else "0"]  # the first of those it sees
-        if gpus not in (None, "cpu"):
-            environment["CUDA_VISIBLE_DEVICES"] = _visible(gpus)
+        if gpus is not None and gpus != "cpu":
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(seen, gpus.split(",")))
         with (folder / "run.log").open("a") as log:
             self.process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment,
@@ -90,10 +91,3 @@ class Trainer:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-
-
-def _visible(gpus: str) -> str:
-    """The numbers count what the user lets be seen."""
-    seen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    names = seen.split(",") if seen else []
-    return ",".join(names[int(one)] if int(one) < len(names) else one for one in gpus.split(","))

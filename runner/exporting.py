@@ -1,0 +1,53 @@
+"""`fluxrun export`: a run's exports made again, from any checkpoint, whatever state the run is in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from runner import checkpoint, flux
+from runner.checkpoint import Checkpoint
+from runner.clerk import export_facts
+from runner.deliver import Order, deliver, push
+from runner.desk import open_base_of
+from runner.errors import BadFile, FluxrunError
+from runner.index import write_index
+from runner.rundir import Run, read_spec
+from runner.say import Say
+from runner.stop import StopRequest
+
+
+def export_run(runs: Path, name: str, step: int | None, *, gpus: str | None, push_too: bool, say: Say) -> list[Path]:
+    """Write `export/` from the newest checkpoint, or that of `step`, and return its weight files. The run's state stays
+    what it is. Raises FluxrunError where there is no such checkpoint, Held while another process works on the run."""
+    run = Run(runs, name)
+    if not run.spec_file.is_file():
+        raise FluxrunError(f"{run.folder}: no such run; `fluxrun status` names those there are")
+    with run.locked(), StopRequest() as stop:
+        run.attempt = run.lease().attempt  # no attempt of its own: it trains nothing
+        spec = read_spec(run.spec_file)
+        made = _checkpoint(run, step, say)
+        say.line(f"{name}: exporting step {made.step}")
+        flux.quiet()
+        order = Order(run, spec, open_base_of(spec, gpus), say, stop)
+        delivered = deliver(order, made)
+        run.amend(**export_facts(run, delivered))
+        if push_too:
+            push(order)
+    write_index(runs)
+    return [run.export / file for file in sorted(delivered.errors)]
+
+
+def _checkpoint(run: Run, step: int | None, say: Say) -> Checkpoint:
+    there = run.checkpoint_files()
+    if step is not None:
+        for at, path in there:
+            if at == step:
+                return checkpoint.read(path)
+        steps = ", ".join(str(at) for at, _ in reversed(there)) or "none"
+        raise FluxrunError(f"--step {step}: no checkpoint of this step in {run.checkpoints}; there are: {steps}")
+    for _, path in there:
+        try:
+            return checkpoint.read(path)
+        except BadFile as error:
+            say.line(f"{error}; taking the checkpoint before it")
+    raise FluxrunError(f"{run.checkpoints}: no checkpoint to export; `fluxrun status` tells how far the run is")
