@@ -373,7 +373,7 @@ def _layer_faults(spec: Spec, facts: Facts) -> Iterator[tuple[str, str]]:
 
 
 def _token_faults(spec: Spec, facts: Facts, known: Sequence[tokens.Placeholder]) -> Iterator[tuple[str, str]]:
-    if facts.captions is None:
+    if not facts.captions:  # unknown, or all held out, which is told elsewhere
         return
     used = {name for caption in facts.captions for name in tokens.named(caption, known)}
     for index, placeholder in enumerate(known):

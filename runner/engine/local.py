@@ -120,7 +120,7 @@ def run_queue(
 def _enlist(queue: Queue, job: Job) -> None:
     work = Work(job)
     try:
-        work.attempt = job.run.enlist(job.spec, job.plan, version("fluxrun"))
+        work.attempt = job.run.enlist(job.spec, job.plan, version("fluxrun"), job.source.origin)
     except FluxrunError as error:
         queue.screen.line(f"not run: {error}", work.name)
         queue.left |= isinstance(error, Held)
