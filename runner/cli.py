@@ -279,10 +279,12 @@ def status(names: tuple[str, ...], runs: Path, as_json: bool, watch: bool) -> No
         return
     from rich.live import Live
 
-    with Live(console=_console(), refresh_per_second=1) as live:
+    from runner.watching import view
+
+    with Live(view(runs, names), console=_console(), auto_refresh=False, vertical_overflow="visible") as live:
         while True:
-            live.update(_table(states(), STATUS))
             time.sleep(1)
+            live.update(view(runs, names), refresh=True)
 
 
 @main.command()
