@@ -10,7 +10,7 @@ from typing import Any
 from runner import files
 from runner.data import Picture
 from runner.digest import key_of
-from runner.sources import SUFFIXES
+from runner.sources import SUFFIXES, opener
 
 NOTE = "fluxrun-prior.json"
 
@@ -24,14 +24,6 @@ def paths(folder: Path) -> list[Path]:
 
 def pictures(folder: Path, count: int, prompt: str) -> tuple[Picture, ...]:
     """The first `count` images, all with the class prompt."""
-
-    def opener(path: Path) -> Any:
-        def open_image() -> Any:
-            from PIL import Image
-
-            return Image.open(path)
-
-        return open_image
 
     return tuple(Picture(f"class/{path.name}", str(path), prompt, opener(path)) for path in paths(folder)[:count])
 

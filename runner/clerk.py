@@ -77,7 +77,7 @@ class Clerk:
 
     def begin(self, phase: Phase, progress: Checkpoint | None) -> None:
         self.phase = phase
-        self.run.write_state("running", **self.facts())
+        self.heartbeat(durable=True)
         if isinstance(phase, Joint | Inversion | Lora):
             done = progress.step if progress else phase.start
             self.say.line(f"{phase.name}: steps {done + 1} to {phase.stop}")
@@ -103,8 +103,13 @@ class Clerk:
         stop = self.phase.stop if isinstance(self.phase, Joint | Inversion | Lora) else self.plan.steps
         self.say.step(step.number, step.smoothed, step.seconds, stop, self.plan.steps)
         if time.monotonic() - self.beat > HEARTBEAT:
-            self.beat = time.monotonic()
-            self.run.write_state("running", durable=False, **self.facts())
+            self.heartbeat()
+
+    def heartbeat(self, *, durable: bool = False) -> None:
+        """Into the state, as long as the run is this attempt's."""
+        self.beat = time.monotonic()
+        self.run.fence()
+        self.run.write_state("running", durable=durable, **self.facts())
 
     def show(self, step: int, look: Look) -> None:
         """The eval loss, and pictures where there are any."""
@@ -150,6 +155,7 @@ class Clerk:
         """Begin to write it; whatever comes of that is raised by the next step, save or `settle`."""
         self.writer.save(made)
         self.sum_up()
+        self.heartbeat()  # what is saved is what a run that stops here says it has done
 
     def settle(self) -> None:
         """Wait until all that was saved is on the disk."""

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from runner import classfolder, data, device, files, flux, tokens
+from runner.basefiles import PARTS as PARTS_OF_BASE
 from runner.basefiles import fingerprint
 from runner.cache import Cache
 from runner.checkpoint import Weights
@@ -47,6 +48,10 @@ class Desk:
         if part not in self.prints:
             self.prints[part] = fingerprint(self.base.folder / part)
         return self.prints[part]
+
+    @property
+    def base_print(self) -> str:
+        return key_of("base", *map(self.part_print, PARTS_OF_BASE))
 
     # ---- views: what goes through the VAE --------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from runner import checkpoint, classfolder, device, flux
+from runner.basefiles import local_folder
 from runner.cache import Cache
 from runner.checkpoint import Checkpoint, Weights
 from runner.clerk import Clerk
@@ -45,6 +46,9 @@ def execute(
         desk = Desk(spec, plan, pictures, base, cache, say, ranks, stop_requested, split)
         order = Order(run, spec, base, say, stop_requested)
         delivered: Delivered | None = None
+        run.pin("model.dtype", str(base.dtype), "name it in the spec, or go on where it was begun")
+        if local_folder(spec.model.base) is None:  # what a name on the hub stands for may change
+            run.pin("the base model", desk.base_print, "set model.revision to the commit it was begun with")
         progress = newest_checkpoint(run, plan, say)
         clerk = Clerk(run, plan, spec, say, progress, base.device)
         try:
@@ -57,7 +61,7 @@ def execute(
                 match phase:
                     case Prior():
                         fill_classes(desk)
-                        run.pin("class images", classfolder.fingerprint(desk.class_pictures))
+                        run.pin("the class images", classfolder.fingerprint(desk.class_pictures), "put them back")
                     case Encode():
                         encode(desk, phase, progress.weights if progress else Weights())
                     case Joint() | Inversion() | Lora():

@@ -126,7 +126,7 @@ def write_text(path: Path, text: str, *, durable: bool = True) -> None:
 
 
 def write_json(path: Path, value: object, *, durable: bool = True) -> None:
-    write_text(path, json.dumps(value, indent=1, sort_keys=True) + "\n", durable=durable)
+    write_text(path, json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n", durable=durable)
 
 
 def write_png(path: Path, image: Any) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from runner.basefiles import PARTS, local_folder
+from runner.errors import FluxrunError
 
 Generator = torch.Generator
 
@@ -56,36 +57,25 @@ def quiet() -> None:
 def load_clip(base: Base) -> nn.Module:
     from transformers import CLIPTextModel
 
-    return _frozen(
-        CLIPTextModel.from_pretrained(base.folder, subfolder="text_encoder", dtype=base.dtype, variant=base.variant),
-        base,
-    )
+    return _load(CLIPTextModel, base, "text_encoder")
 
 
 def load_t5(base: Base) -> nn.Module:
     from transformers import T5EncoderModel
 
-    return _frozen(
-        T5EncoderModel.from_pretrained(base.folder, subfolder="text_encoder_2", dtype=base.dtype, variant=base.variant),
-        base,
-    )
+    return _load(T5EncoderModel, base, "text_encoder_2")
 
 
 def load_vae(base: Base) -> nn.Module:
     from diffusers import AutoencoderKL
 
-    return _frozen(
-        AutoencoderKL.from_pretrained(base.folder, subfolder="vae", dtype=base.dtype, variant=base.variant), base
-    )
+    return _load(AutoencoderKL, base, "vae")
 
 
 def load_transformer(base: Base) -> nn.Module:
     from diffusers import FluxTransformer2DModel
 
-    loaded = FluxTransformer2DModel.from_pretrained(
-        base.folder, subfolder="transformer", dtype=base.dtype, variant=base.variant
-    )
-    return _frozen(loaded, base)
+    return _load(FluxTransformer2DModel, base, "transformer")
 
 
 def load_tokenizer(base: Base, encoder: str) -> Any:
@@ -95,8 +85,18 @@ def load_tokenizer(base: Base, encoder: str) -> Any:
     return AutoTokenizer.from_pretrained(base.folder, subfolder={"clip": "tokenizer", "t5": "tokenizer_2"}[encoder])
 
 
-def _frozen(module: Any, base: Base) -> nn.Module:
-    frozen: nn.Module = module.to(base.device).requires_grad_(False).eval()
+def _load(kind: Any, base: Base, part: str) -> nn.Module:
+    """One frozen part, from safetensors alone: the libraries would take a pickle too, which can run any code."""
+    folder = base.folder / part
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        raise FluxrunError(
+            f"model.base: {folder} has no .safetensors file; other weights (.bin, .ckpt) can run code when they are read, "
+            "so fluxrun does not: save the model again with safe_serialization=True"
+        )
+    loaded = kind.from_pretrained(
+        base.folder, subfolder=part, dtype=base.dtype, variant=base.variant, use_safetensors=True
+    )
+    frozen: nn.Module = loaded.to(base.device).requires_grad_(False).eval()
     return frozen
 
 

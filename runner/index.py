@@ -5,9 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
+import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -54,8 +54,8 @@ def results(runs: Path | str) -> list[Record]:
 
 def record_of(run: Run) -> Record:
     state = run.state()
-    known = {key: state[key] for key, fits in FITS.items() if key in state and fits(state[key])}
-    return Record(**{"state": "unknown", **known, "name": run.name, "spec": spec_values(run)})
+    known = {key: value for key, value in state.items() if key in Record.__dataclass_fields__}
+    return Record(**{**known, "name": run.name, "spec": spec_values(run)})
 
 
 def sort_records(records: Iterable[Record], key: str) -> list[Record]:
@@ -145,30 +145,13 @@ def comparable(specs: Iterable[Mapping[str, Any]]) -> bool:
     return not set(differing(specs)) & set(EVALUATED_ON)
 
 
-def _text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _whole(value: Any) -> bool:
-    return type(value) is int
-
-
-def _number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
-
-
-def _texts(value: Any) -> bool:
-    return isinstance(value, list) and all(map(_text, value))
-
-
-def _named_texts(value: Any) -> bool:
-    return isinstance(value, dict) and all(map(_text, value.values()))
-
-
-# What a state may tell: a run folder can come from anywhere, and a value of another kind is left out.
-FITS = {
-    "state": _text, "spec_digest": _text, "base": _text, "error": _text, "started": _number, "finished": _number,
-    "wall_s": _number, "s_per_step": _number, "train_loss": _number, "eval_loss": _number, "steps": _whole,
-    "peak_memory_bytes": _whole, "attempts": _whole, "split": _whole, "best_step": _whole, "ended": _text,
-    "export_error": _number, "warning": _text, "exports": _texts, "versions": _named_texts,
-}  # fmt: skip
+def short_labels(names: Sequence[str]) -> list[str]:
+    """ "SWEEP/lora.rank=4,train.lr=0.001" -> "rank=4, lr=0.001", with SWEEP before it where there are several; the names as
+    they are where that would make two alike."""
+    sweeps = {name.partition("/")[0] for name in names if "/" in name}
+    labels = []
+    for name in names:
+        sweep, _, values = name.partition("/")
+        short = re.sub(r"(^|,)(?:[a-z_0-9]+\.)+(?=[a-z_0-9]+=)", r"\1", values).replace(",", ", ")
+        labels.append(name if not values else f"{sweep}: {short}" if len(sweeps) > 1 else short)
+    return labels if len(set(labels)) == len(labels) else list(names)

@@ -13,6 +13,7 @@ from typing import Any
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 PR_SET_PDEATHSIG = 1  # prctl(2)
+MOST_PIDS = 2**31  # what kill(2) takes; 0 and less stand for whole groups
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,9 @@ class Process:
     def read(cls, value: object) -> Process | None:
         """From JSON; None where it is no process's description."""
         match value:
-            case {"host": str(host), "boot": str(boot), "pid": int(pid), "started": int() | None as started}:
+            case {"host": str(host), "boot": str(boot), "pid": int(pid), "started": int() | None as started} if (
+                0 < pid < MOST_PIDS
+            ):
                 return cls(host, boot, pid, started)
         return None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -16,9 +15,10 @@ import tomli_w
 from runner import files
 from runner.digest import key_of
 from runner.errors import BadFile, Held, Refused
-from runner.plan import NOT_IN_KEY, SPAN_KEYS, Plan, as_json
+from runner.plan import NOT_IN_KEY, OPEN_ENDED, SPAN_KEYS, Plan, as_json
 from runner.processes import Process
 from runner.spec import Spec, dump
+from runner.statefile import PROGRESS, is_number, read_json, read_state, writable
 from runner.stepfiles import steps_in
 
 FORMAT = 1  # of state.json, plan.json and lease.json; older ones are read as long as they can be
@@ -81,7 +81,7 @@ class Run:
         return files.locked(self.lock_file)
 
     def lease(self) -> Lease:
-        found = _read_json(self.lease_file)
+        found = read_json(self.lease_file)
         attempt = found.get("attempt")
         return Lease(attempt if isinstance(attempt, int) else 0, Process.read(found.get("holder")))
 
@@ -99,9 +99,9 @@ class Run:
 
         The spec that stands there already must give the same training. Raises Held, Refused.
         """
+        self._no_links()
         try:
             with self.locked():
-                self._no_links()
                 if (holder := self.holder()) and holder != Process.own():
                     raise self._held()
                 self.told_to_stop()  # what an earlier queue was told is not meant for this one
@@ -165,11 +165,15 @@ class Run:
 
     def state(self) -> dict[str, Any]:
         """state.json, or what the other files tell where there is none. A run whose process died reads as stopped."""
-        state = _read_json(self.state_file)
+        state = read_state(self.state_file)
         if not state:
             state = {"state": "stopped", "step": max((step for step, _ in self.checkpoint_files()), default=0)}
-            steps = _read_json(self.plan_file).get("steps")
-            return {**state, "steps": steps, "error": "its state.json is missing or damaged; the same command goes on"}
+            steps = read_json(self.plan_file).get("steps")
+            return {
+                **state,
+                "steps": steps if is_number(steps) else None,
+                "error": "its state.json is missing or damaged; the same command goes on",
+            }
         if state.get("state") in ("running", "waiting") and not (files.is_locked(self.lock_file) or self.holder()):
             state["state"] = "stopped"
             state["error"] = "its process is gone"
@@ -178,36 +182,36 @@ class Run:
     def write_state(self, state: str, *, durable: bool = True, **more: Any) -> None:
         """Replace the state; keys given as None are left out, so that it holds only what is true now."""
         kept = {"attempts", "started", "plan_key", "spec_digest", "steps", "base", "versions", "split"}
-        before = {key: value for key, value in _read_json(self.state_file).items() if key in kept}
+        before = {key: value for key, value in read_state(self.state_file).items() if key in kept}
         now = {"format": FORMAT, **before, "state": state, "name": self.name, "updated": time.time(), **more}
-        files.write_json(self.state_file, {k: v for k, v in now.items() if v is not None}, durable=durable)
+        files.write_json(self.state_file, writable(now), durable=durable)
 
     def end(self, state: str, reason: str, **more: Any) -> None:
         """Keep what the state says of progress; replace what it says of the present."""
-        facts = {key: value for key, value in _read_json(self.state_file).items() if key in PROGRESS}
+        facts = {key: value for key, value in read_state(self.state_file).items() if key in PROGRESS}
         self.write_state(state, **facts, error=reason, **more)
 
     def amend(self, **more: Any) -> None:
         """Change single values of the state, whatever it is; None takes one out."""
-        now = {**_read_json(self.state_file), **more}
-        files.write_json(self.state_file, {key: value for key, value in now.items() if value is not None})
+        now = {**read_json(self.state_file), **more}
+        files.write_json(self.state_file, writable(now))
 
     def began(self) -> float | None:
         """When it was first started, in seconds since 1970."""
-        started: float | None = _read_json(self.state_file).get("started")
+        started: float | None = read_json(self.state_file).get("started")
         return started
 
     # ---- done, and why ---------------------------------------------------------------------------------------------
 
     def verdict(self, spec: Spec, plan: Plan) -> Verdict:
         """Done means: the same key, and the outputs exist."""
-        state = _read_json(self.state_file)
+        state = read_state(self.state_file)
         if not self.spec_file.is_file():
             return Verdict("new", "no run folder yet")
         if state.get("state") == "done" and state.get("plan_key") == plan.key and self._exports_exist(state):
             return Verdict("done", "same spec, data and base; its exports are there")
         step, key = self._newest()
-        known = _read_json(self.plan_file)
+        known = read_json(self.plan_file)
         if known.get("training_key") == plan.training_key:
             if known.get("key") != plan.key:
                 return Verdict("resume", "what is exported or shown changed; the training is kept")
@@ -215,16 +219,22 @@ class Run:
             return Verdict("resume", at if step else "no checkpoint yet")
         try:
             changed = self.differences(spec)
-        except tomllib.TOMLDecodeError as error:
+        except (ValueError, RecursionError) as error:
             return Verdict("changed", f"its spec.toml cannot be read ({error})")
+        stops = {phase.key: phase.stop for phase in plan.training}
+        fits = step <= stops.get(key, -1)
         if not changed:
+            if fits or not (known or step):  # a queue died while it wrote plan.json, or it was lost since
+                return Verdict("resume", f"its plan.json is lost; last checkpoint at step {step} of {plan.steps}")
             return Verdict("changed", "the images, the captions or the base model are not the ones it was trained on")
         told = "; ".join(changed.values())
         if changed.keys() <= set(SPAN_KEYS):
-            stops = {phase.key: phase.stop for phase in plan.training}
-            if step <= stops.get(key, -1):
+            if fits:
                 return Verdict("resume", f"{told}; goes on from step {step} of {plan.steps}")
-            told += f"; step {step} of the old run is on no way to the new one, whose phases end elsewhere"
+            if spec.schedule.name in OPEN_ENDED:
+                told += f"; step {step} of the old run is on no way to the new one, whose phases end elsewhere"
+            else:
+                told += f"; the {spec.schedule.name} schedule depends on where it ends"
         return Verdict("changed", told)
 
     def _exports_exist(self, state: Mapping[str, Any]) -> bool:
@@ -253,11 +263,11 @@ class Run:
         if (verdict := self.verdict(spec, plan)).state == "changed":
             raise Refused(f"{self.folder} holds another run ({verdict.reason}); {WAYS_OUT}")
         resolved = {**dump(spec), VERSION_TABLE: {"version": version}}
-        files.write_text(self.spec_file, tomli_w.dumps(resolved))
         keys = {"key": plan.key, "training_key": plan.training_key}
         files.write_json(self.plan_file, {"format": FORMAT, **as_json(plan), **keys})
+        files.write_text(self.spec_file, tomli_w.dumps(resolved))  # after the plan: with a spec there is a run
         digest = key_of(str(sorted(map(str, dump(spec).items()))))
-        facts = {key: value for key, value in _read_json(self.state_file).items() if key in PROGRESS}
+        facts = {key: value for key, value in read_state(self.state_file).items() if key in PROGRESS}
         self.write_state(
             "waiting", **facts, plan_key=plan.key, spec_digest=digest, steps=plan.steps, base=spec.model.base
         )
@@ -272,15 +282,16 @@ class Run:
         return found
 
     def planned_key(self) -> str | None:
-        found = _read_json(self.plan_file).get("key")
+        found = read_json(self.plan_file).get("key")
         return found if isinstance(found, str) else None
 
-    def pin(self, what: str, digest: str) -> None:
-        """Remember what the training saw that no key could know beforehand. Raises Refused where it is another now."""
-        pinned = _read_json(self.pins_file)
-        if pinned.setdefault(what, digest) != digest:
+    def pin(self, what: str, value: str, way_out: str) -> None:
+        """Remember what the training sees that no key could know beforehand. Raises Refused where it is another now."""
+        pinned = read_json(self.pins_file)
+        if pinned.setdefault(what, value) != value:
+            then, now = (str(one) if len(str(one)) < 40 else f"{one[:12]}..." for one in (pinned[what], value))
             raise Refused(
-                f"the {what} are not those that {self.folder} was begun with; put them back, or give this spec another `name`"
+                f"{what}: {self.folder} was begun with {then}, now it is {now}; {way_out}, or give this spec another `name`"
             )
         files.write_json(self.pins_file, pinned)
 
@@ -309,10 +320,6 @@ class Run:
         return target
 
 
-PROGRESS = (
-    "phase", "step", "wall_s", "s_per_step", "peak_memory_bytes", "train_loss", "eval_loss", "best_step", "skipped_steps", "exports",
-    "exported_step", "export_errors", "export_error",
-)  # fmt: skip
 WAYS_OUT = "give this spec another `name`, undo the change, or add --fresh to move the old folder aside"
 
 
@@ -322,16 +329,6 @@ def _free_name(wanted: Path) -> Path:
     while (target := wanted.with_name(f"{wanted.name}-{number}")).exists():
         number += 1
     return target
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """{} where there is no such file, or no JSON object in it: a heartbeat is not synced, so a power cut may leave it
-    empty; and a run folder may come from anywhere."""
-    try:
-        found = json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _changed(*paths: Path) -> float:

@@ -55,7 +55,7 @@ def text_pipeline(base: Base, exported: Exported | None) -> Any:
     from diffusers import FluxPipeline
 
     pipe = FluxPipeline.from_pretrained(
-        base.folder, transformer=None, vae=None, dtype=base.dtype, variant=base.variant
+        base.folder, transformer=None, vae=None, dtype=base.dtype, variant=base.variant, use_safetensors=True
     ).to(base.device)
     if exported is not None and exported.embeddings is not None:
         load_embeddings(pipe, exported.embeddings, exported.placeholders)
@@ -91,7 +91,9 @@ def image_pipeline(base: Base) -> Any:
     from diffusers import FluxPipeline
 
     without = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
-    pipe = FluxPipeline.from_pretrained(base.folder, **without, dtype=base.dtype, variant=base.variant)
+    pipe = FluxPipeline.from_pretrained(
+        base.folder, **without, dtype=base.dtype, variant=base.variant, use_safetensors=True
+    )
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(base.device)
 

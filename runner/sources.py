@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 IMAGE_COLUMN = "image"  # the default, which no metadata file need have
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")  # theirs, whatever the name says: Pillow's EPS starts Ghostscript
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 COLUMNAR = {".parquet", ".arrow"}
 
@@ -78,7 +80,7 @@ def read_folder(folder: Path, image_column: str, caption_column: str | None, pro
             how = f"set data.prompt, or data.caption_column to one of {metadata.name}'s: {_columns(metadata)}"
         raise DataError(f"{len(bare)} of {len(captions)} images have no caption ({some(bare)}); {how}")
     items = [
-        Picture(path.relative_to(folder).as_posix(), str(path), caption or prompt or "", _opener(path))
+        Picture(path.relative_to(folder).as_posix(), str(path), caption or prompt or "", opener(path))
         for path, caption in captions.items()
     ]
     facts = [[picture.name, picture.caption, sha256_file(Path(picture.where))] for picture in items]
@@ -95,11 +97,11 @@ def _side_caption(path: Path) -> str | None:
     return " ".join(side.read_text(encoding="utf-8-sig").split()) if side.is_file() else None
 
 
-def _opener(path: Path) -> Callable[[], Image]:
+def opener(path: Path) -> Callable[[], Image]:
     def open_image() -> Image:
         from PIL import Image
 
-        return Image.open(path)
+        return Image.open(path, formats=FORMATS)
 
     return open_image
 
@@ -193,7 +195,7 @@ def read_datasets(source: Source) -> Pictures:
     missing = [column for column in wanted if column and column not in rows.column_names]
     if missing:
         raise DataError(f"{source.text} has no column {missing[0]!r}; there are {', '.join(rows.column_names)}")
-    rows = rows.cast_column(source.image_column, ImageFeature())
+    rows = rows.cast_column(source.image_column, ImageFeature(decode=False))  # opened below, in FORMATS only
     captions = list(rows[source.caption_column]) if source.caption_column else [None] * len(rows)
     odd = [str(index) for index, caption in enumerate(captions) if not isinstance(caption, str | None)]
     if odd:
@@ -206,16 +208,19 @@ def read_datasets(source: Source) -> Pictures:
             f"{len(bare)} of {len(rows)} rows of {source.text} have no caption ({some(bare)}); set data.prompt"
         )
 
-    def opener(index: int) -> Callable[[], Image]:
+    def open_row(index: int) -> Callable[[], Image]:
         def open_image() -> Image:
-            image: Image = rows[index][source.image_column]
-            return image
+            from PIL import Image
+
+            image = rows[index][source.image_column]
+            data = image["bytes"]
+            return Image.open(io.BytesIO(data) if data is not None else image["path"], formats=FORMATS)
 
         return open_image
 
     items = tuple(
         Picture(
-            f"{index:06d}", f"{source.text} row {index}", (text or "").strip() or source.prompt or "", opener(index)
+            f"{index:06d}", f"{source.text} row {index}", (text or "").strip() or source.prompt or "", open_row(index)
         )
         for index, text in enumerate(captions)
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -36,6 +37,7 @@ class TensorBoard:
     def __init__(self, folder: Path, start: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        _make_way(folder)
         # purge_step hides what an interrupted attempt logged after its last checkpoint
         self.writer = SummaryWriter(str(folder), purge_step=start + 1)  # type: ignore[no-untyped-call]
 
@@ -48,6 +50,17 @@ class TensorBoard:
 
     def close(self) -> None:
         self.writer.close()  # type: ignore[no-untyped-call]
+
+
+def _make_way(folder: Path) -> None:
+    """TensorBoard reads a folder's files in the order of their names, which hold the time they were begun. Where the clock
+    does not say that this attempt is the last one, the earlier ones' files are given the numbers of their order instead.
+    """
+    there = sorted(folder.glob("events.out.tfevents.*"))
+    if there and there[-1].name.split(".")[3] >= f"{int(time.time()):010d}":
+        for number, path in enumerate(there):
+            _, _, _, _, *rest = path.name.split(".")
+            path.rename(path.with_name(".".join(["events.out.tfevents", f"{number:010d}", *rest])))
 
 
 class Wandb:

@@ -174,7 +174,7 @@ def train(
 
 def looked(meters: Meters, step: int, eval_loss: float) -> Meters:
     """With what a look has shown."""
-    if meters.best is None or eval_loss < meters.best:
+    if math.isfinite(eval_loss) and (meters.best is None or eval_loss < meters.best):
         return replace(meters, eval_loss=eval_loss, best=eval_loss, best_step=step)
     return replace(meters, eval_loss=eval_loss)
 

@@ -159,7 +159,21 @@ def test_class_images_that_changed_are_never_resumed_with(house: House) -> None:
     first.write_bytes(second.read_bytes())
     said = house.fluxrun("queue", spec)
     assert said.code == 1
-    assert "the class images are not those that runs/a was begun with; put them back" in said.err
+    assert "the class images: runs/a was begun with " in said.err
+    assert "...; put them back, or give this spec another `name`" in said.err
+
+
+def test_a_run_goes_on_in_the_dtype_it_was_begun_in(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which depends on the device where the spec does not name it."""
+    from runner import device
+
+    spec = house.spec("a", every="every = 50", prompts="prompts = []")
+    with stopping_after(1):
+        assert house.fluxrun("queue", spec).code == 3
+    monkeypatch.setattr(device, "resolve_dtype", lambda name, where: torch.bfloat16)
+    said = house.fluxrun("queue", spec)
+    assert said.code == 1
+    assert "model.dtype: runs/a was begun with torch.float32, now it is torch.bfloat16; name it in the spec" in said.err
 
 
 @contextmanager

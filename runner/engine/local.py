@@ -324,7 +324,8 @@ def _as_the_disk_allows(queue: Queue, work: Work) -> Iterator[None]:
 
 
 def _circuit_breaker(queue: Queue, work: Work) -> None:
-    alike = re.sub(r"\d+", "#", work.reason.replace(str(work.job.run.folder), "").replace(work.name, ""))
+    named = rf"(?<!\w){re.escape(work.name)}(?!\w)"  # as a word: a run may be called "a"
+    alike = re.sub(rf"{re.escape(str(work.job.run.folder))}|{named}|\d+", "#", work.reason)
     queue.alike = [*(queue.alike if queue.alike[-1:] == [alike] else []), alike]
     if queue.fail_fast:
         queue.halted = "not begun: --fail-fast"

@@ -3,8 +3,11 @@ loader of a starting run."""
 
 from __future__ import annotations
 
+import atexit
+import shutil
 import tempfile
 from collections.abc import Callable, Collection
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -41,9 +44,17 @@ def whole(found: Checkpoint, size: int = 900) -> bool:
     )
 
 
+@cache
+def memory() -> Path:
+    """A folder of this process, gone with it."""
+    folder = Path(tempfile.mkdtemp(prefix="fluxrun-tests-", dir=MEMORY if MEMORY.is_dir() else None))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
 def new_run(parent: Path | None = None) -> Run:
     """An empty run folder, in memory where no place is named."""
-    run = Run(Path(tempfile.mkdtemp(prefix="run-", dir=parent or (MEMORY if MEMORY.is_dir() else None))), "a")
+    run = Run(Path(tempfile.mkdtemp(prefix="run-", dir=parent or memory())), "a")
     run.checkpoints.mkdir(parents=True)
     return run
 
@@ -81,7 +92,7 @@ def encoded(checkpoint: Checkpoint) -> bytes:
     """Its file."""
     from runner.checkpoint import file_name, write
 
-    with tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as folder:
+    with tempfile.TemporaryDirectory(dir=memory()) as folder:
         path = Path(folder) / file_name(checkpoint.step)
         write(path, checkpoint)
         return path.read_bytes()

@@ -1,0 +1,120 @@
+"""Nights full of accidents: random kills and signals over a queue of four runs; the same command is typed until it is done."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from conftest import PROJECT, House
+from night import assert_same, lora, unbroken
+from test_processes import alive, children
+
+STEPS = "steps = 60"
+ACCIDENTS = ("queue", "queue", "trainer", "trainer", "trainer", "ask", "ask twice")
+
+
+def specs_of(house: House) -> list[Path]:
+    """A LoRA each for two optimizers, a pivotal run, a pure inversion."""
+    plain = lora(house, "plain", steps=STEPS)
+    adaptive = lora(house, "adaptive", steps=STEPS, lr='lr = 1.0\n[optimizer]\nname = "prodigy"')
+    quick = {"steps": STEPS, "prompts": "prompts = []", "encoders": 'encoders = ["clip"]'}
+    return [plain, adaptive, house.spec("pivotal", **quick), house.spec("rows", **quick, rank="rank = 4\nuntil = 0")]
+
+
+class Soak:
+    """SOAK_SEED, SOAK_KILLS, SOAK_SECONDS (stop sooner), SOAK_LONGEST (from a command or an accident to the next one: twice
+    what a trainer needs to start, so that half of them hit the training)."""
+
+    def __init__(self, house: House) -> None:
+        self.house, self.specs = house, specs_of(house)
+        self.seed = int(os.environ.get("SOAK_SEED", random.randrange(10**6)))
+        self.kills = int(os.environ.get("SOAK_KILLS", 200))
+        self.seconds = float(os.environ.get("SOAK_SECONDS", 10**9))
+        self.longest = float(os.environ.get("SOAK_LONGEST", 10))
+        self.draw, self.done = random.Random(self.seed), Counter[str]()
+        self.began, self.newest = time.monotonic(), dict[str, int]()
+
+    def over(self) -> bool:
+        return sum(self.done.values()) >= self.kills or time.monotonic() - self.began > self.seconds
+
+    def command(self) -> None:
+        """Type it once, and let things happen until it has ended."""
+        words = [sys.executable, "-m", "runner", "queue", *map(str, self.specs), "--gpus", "cpu", "--retries", "1000"]
+        environment = {**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
+        queue = subprocess.Popen(words, cwd=self.house.folder, env=environment, stderr=subprocess.DEVNULL)
+        trainers: list[int] = []
+        while not self.over():
+            try:
+                queue.wait(self.draw.uniform(0, self.longest))
+                break
+            except subprocess.TimeoutExpired:
+                trainers = children(queue.pid) or trainers
+            what = self.draw.choice(ACCIDENTS)
+            if what == "trainer":
+                if not (trainers and alive(trainers[0])):
+                    continue
+                os.kill(trainers[0], signal.SIGKILL)
+            elif what == "queue":
+                queue.kill()
+            else:
+                queue.terminate()
+                if what == "ask twice":
+                    time.sleep(self.draw.uniform(0, 0.3))
+                    queue.terminate()
+            self.done[what] += 1
+            if what != "trainer":
+                queue.wait(120)
+                break
+        queue.kill()
+        assert queue.wait() in (0, 3, -signal.SIGKILL, -signal.SIGTERM)
+        for trainer in trainers:
+            deadline = time.monotonic() + 10
+            while alive(trainer):
+                assert time.monotonic() < deadline, "an orphan"
+                time.sleep(0.02)
+
+    def look(self) -> bool:
+        """Nothing that was saved is lost, nothing has failed. Whether all is done."""
+        for folder in (self.house.folder / "runs").glob("*/checkpoints"):
+            step = max((int(path.stem[5:]) for path in folder.glob("step-*.safetensors")), default=0)
+            assert step >= self.newest.get(folder.parent.name, 0), f"{folder}: lost a saved step"
+            self.newest[folder.parent.name] = step
+        states = {row["name"]: row["state"] for row in json.loads(self.house.fluxrun("status", "--json").out)}
+        assert set(states.values()) <= {"done", "stopped"}, states
+        return len(states) == len(self.specs) and set(states.values()) == {"done"}
+
+    def end_night(self) -> None:
+        """The exports' bytes are an unbroken night's, and no debris is left."""
+        for spec in self.specs:
+            assert_same(self.house, spec.stem)
+            assert not list((self.house.folder / "runs" / spec.stem / "quarantine").glob("*"))
+        assert not list((self.house.folder / "runs").glob("*/**/*.partial"))
+        shutil.rmtree(self.house.folder / "runs")
+        self.newest.clear()
+
+
+@pytest.mark.slow
+def test_nights_of_random_accidents(house: House) -> None:
+    soak = Soak(house)
+    print(f"SOAK_SEED={soak.seed}")
+    unbroken(house, *soak.specs)
+    soak.began, nights = time.monotonic(), 0
+    while not soak.over():
+        soak.command()
+        if soak.look():
+            soak.end_night()
+            nights += 1
+    seconds = time.monotonic() - soak.began
+    said = house.fluxrun("queue", *soak.specs)
+    assert said.code == 0, said.err
+    soak.end_night()
+    print(f"{sum(soak.done.values())} accidents in {seconds:.0f} s and {nights + 1} nights: {dict(soak.done)}")

@@ -1,0 +1,317 @@
+"""What the queue makes of a run that fails: which kinds are tried again, from where, how often, and what the others notice."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import House, export_bytes
+from night import assert_same, failing, go_on, index, log, lora, state, stopping_after, unbroken
+from safetensors.torch import load_file
+
+from runner.errors import Code, NonFinite
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A runs folder of undisturbed nights, each run alone: `a` and `b`."""
+    house = House(tmp_path_factory.mktemp("whole"))
+    for name in ("a", "b"):
+        unbroken(house, lora(house, name))
+    return house.folder / "unbroken"
+
+
+def ray() -> Exception:
+    return RuntimeError("a cosmic ray")
+
+
+def test_a_crash_is_tried_again_from_the_last_checkpoint(house: House, whole: Path) -> None:
+    with failing(ray, lambda _, step, *__: step == 3, times=1):
+        said = go_on(house, lora(house))
+    assert "a: RuntimeError: a cosmic ray; trying again from step 2 (retry 1 of 2)\n" in said.err
+    assert "a: resuming at step 2 of 4\n" in said.err
+    assert state(house)["attempts"] == 2
+    assert "error" not in state(house)
+    assert_same(house, other=whole)
+
+
+def test_control_a_resume_that_forgets_the_optimizer_is_seen(
+    house: House, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from runner.optim import Optimizer
+
+    monkeypatch.setattr(Optimizer, "restore", lambda *_: None)
+    with failing(ray, lambda _, step, *__: step == 3, times=1):
+        go_on(house, lora(house))
+    with pytest.raises(AssertionError, match="other bytes in .*pytorch_lora_weights"):
+        assert_same(house, other=whole)
+
+
+def twice() -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):  # two of one kind may arrive as one
+        os.kill(os.getpid(), number)
+
+
+def test_two_signals_stop_at_once(house: House, whole: Path) -> None:
+    """In the middle of a step, which is lost with those since the last save."""
+
+    def asked(_: str, step: int, *__: int) -> bool:
+        if step == 3:
+            twice()
+        return False
+
+    with failing(ray, asked):
+        said = house.fluxrun("queue", lora(house))
+    assert said.code == 3
+    reason = "stopped at once; the last checkpoint stands"
+    assert said.err.endswith(f"a: {reason}\n")
+    assert (state(house)["state"], state(house)["error"]) == ("stopped", reason)
+    assert log(house).splitlines()[-1].endswith(reason)
+    assert "a: resuming at step 2 of 4\n" in go_on(house, "a.toml").err
+    assert_same(house, other=whole)
+
+
+def test_two_signals_during_a_save_leave_it_whole(house: House, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from runner import checkpoint
+
+    write = checkpoint.write
+
+    def asked(path: Path, made: checkpoint.Checkpoint, **named: Any) -> None:
+        time.sleep(0.2)  # so that training is back at its steps
+        twice()
+        time.sleep(0.3)
+        write(path, made, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write", asked)
+        assert house.fluxrun("queue", lora(house)).code == 3
+    folder = house.folder / "runs" / "a"
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-000002.safetensors"]
+    assert "checkpoint at step 2" in log(house)
+    assert "a: resuming at step 2 of 4\n" in go_on(house, "a.toml").err
+    assert_same(house, other=whole)
+
+
+def test_a_run_that_crashes_on_its_way_comes_through_as_long_as_steps_are_saved(house: House) -> None:
+    spec = lora(house, every="every = 1")
+    met: set[int] = set()
+
+    def once_each(_: str, step: int, *__: int) -> bool:
+        return not (step in met or met.add(step))
+
+    with failing(ray, once_each):
+        said = house.fluxrun("queue", spec, "--retries", "4")
+    assert said.code == 0, said.err
+    assert state(house)["attempts"] == 5
+    unbroken(house, spec)
+    assert_same(house)
+
+
+def test_a_trainer_that_falls_silent_between_steps_is_replaced(
+    house: House, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Silence before the first step, or after the last one of a phase, is no sign: loading takes as long as it takes."""
+    from runner.engine import local
+
+    starts: list[Any] = []
+
+    class Silent:
+        """Takes one step, and then stands still until it is killed."""
+
+        def __init__(self, *_: object) -> None:
+            starts.append(self)
+            self.code: int | None = None
+            self.polls = 0
+
+        def poll(self) -> list[Any]:
+            self.polls += 1
+            step = {"say": "step", "number": 1, "loss": None, "seconds": 0.01, "stop": 4, "steps": 4}
+            return [step] if self.polls == 5 else []
+
+        def kill(self) -> None:
+            assert self.polls > 5
+            self.code = -signal.SIGKILL
+
+        def dismiss(self) -> None:
+            pass
+
+    inline = local.Trainer
+    monkeypatch.setattr(local, "Trainer", lambda *told: inline(*told) if starts else Silent(*told))
+    monkeypatch.setattr(local, "HANG_FLOOR", 0.2)
+    monkeypatch.setattr(local, "HANG_STEPS", 1)
+    said = go_on(house, lora(house))
+    assert (
+        "a: no sign of life for 0 s; the trainer is killed\n"
+        "a: no sign of life from the trainer, which was killed; trying again from step 0 (retry 1 of 2)\n"
+    ) in said.err
+    assert_same(house, other=whole)
+
+
+def test_given_up_after_the_retries(house: House) -> None:
+    with failing(ray, lambda _, step, *__: step == 3) as failed:
+        said = house.fluxrun("queue", lora(house), "--retries", "1")
+    assert said.code == 1
+    assert failed == [3, 3]
+    reason = "RuntimeError: a cosmic ray (attempt 2 of this queue; last checkpoint at step 2)"
+    assert said.err.endswith(f"a: failed: {reason}; the same command tries again from the last checkpoint\n")
+    assert (state(house)["state"], state(house)["error"]) == ("failed", reason)
+    assert (index(house)["a"]["state"], index(house)["a"]["error"]) == ("failed", reason)
+    assert log(house).splitlines()[-1] == "RuntimeError: a cosmic ray"
+    assert "Traceback" in log(house)
+    assert go_on(house, "a.toml")
+
+
+def test_given_up_after_three_attempts_without_a_new_step(house: House) -> None:
+    """The first attempt saved step 2, so that the three are the ones after it."""
+    with failing(ray, lambda _, step, *__: step == 3) as failed:
+        said = house.fluxrun("queue", lora(house), "--retries", "10")
+    assert said.code == 1
+    assert len(failed) == 4
+    assert state(house)["error"] == "RuntimeError: a cosmic ray (attempt 4 of this queue; last checkpoint at step 2)"
+
+
+def test_a_known_failure_is_not_tried_again(house: House) -> None:
+    with failing(lambda: NonFinite("nothing but NaN"), lambda *_: True) as failed:
+        assert house.fluxrun("queue", lora(house)).code == 1
+    assert failed == [0]
+    assert (state(house)["state"], state(house)["error"]) == ("failed", "nothing but NaN")
+    house.write("pictures/9.png", "no picture at all")
+    (house.folder / "pictures" / "9.txt").write_text("a TOK")
+    said = house.fluxrun("queue", lora(house, "b"))
+    assert said.code == 1
+    assert "trying again" not in said.err
+    assert state(house, "b")["attempts"] == 1
+    assert "pictures/9.png: not a readable image" in state(house, "b")["error"]
+
+
+def no_memory() -> Exception:
+    return torch.OutOfMemoryError("tried to allocate 20 GiB")
+
+
+def test_out_of_memory_halves_the_micro_batch_once(house: House, whole: Path) -> None:
+    """Same effective batch: the weights differ by rounding alone. What was found out outlives the command."""
+    with failing(no_memory, lambda *at: at[3] > 1):
+        with stopping_after(2):
+            said = house.fluxrun("queue", lora(house))
+        assert said.code == 3
+        assert (
+            "a: out of memory (tried to allocate 20 GiB); trying again with 1 a micro-batch and 2 of them to a step\n"
+        ) in said.err
+        assert state(house)["split"] == 2
+        said = go_on(house, "a.toml")
+    assert "out of memory" not in said.err
+    assert (state(house)["split"], index(house)["a"]["split"]) == (2, 2)
+    name = Path("a/export/pytorch_lora_weights.safetensors")
+    ours, theirs = load_file(house.folder / "runs" / name), load_file(whole / name)
+    assert ours.keys() == theirs.keys()
+    assert max(float((ours[key] - theirs[key]).abs().max()) for key in ours) < 1e-5
+    assert max(float(theirs[key].abs().max()) for key in ours) > 1e-3
+
+
+@pytest.mark.slow
+def test_control_half_the_batch_without_twice_the_accumulation_is_seen(
+    house: House, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A split that only ever looks at a batch's first half."""
+    from runner.train import Loop
+
+    made = Loop.__init__
+    monkeypatch.setattr(Loop, "__init__", lambda self, *a: made(self, *a[:3], 1, *a[4:]))
+    with failing(no_memory, lambda *at: at[3] > 1):
+        go_on(house, lora(house))
+    name = Path("a/export/pytorch_lora_weights.safetensors")
+    ours, theirs = load_file(house.folder / "runs" / name), load_file(whole / name)
+    assert max(float((ours[key] - theirs[key]).abs().max()) for key in ours) > 1e-5
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_out_of_memory_for_good_comes_with_advice(house: House, batch: int) -> None:
+    """One picture cannot be halved; and half of four that does not fit either is not halved again."""
+    with failing(no_memory, lambda *_: True) as failed:
+        said = house.fluxrun("queue", lora(house, batch_size=f"batch_size = {batch}"))
+    assert said.code == 1
+    assert len(failed) == (1 if batch == 1 else 2)
+    advice = "lower train.batch_size or data.resolution, or set model.gradient_checkpointing"
+    assert state(house)["error"] == f"out of memory (tried to allocate 20 GiB); {advice}"
+    assert advice in said.err
+
+
+def test_three_runs_in_a_row_that_fail_alike_stop_the_queue(house: House) -> None:
+    """Also where numbers and the run's own name differ."""
+    seen = iter(range(100))
+    specs = [lora(house, name) for name in ("a", "b", "c", "d")]
+    with failing(lambda: NonFinite(f"device {next(seen)} fell off the bus"), lambda *_: True):
+        said = house.fluxrun("queue", *specs)
+    assert said.code == 1
+    assert said.err.endswith("stopped: 3 runs in a row failed alike; the last: device 2 fell off the bus\n")
+    assert state(house, "d")["error"] == "not begun: 3 runs in a row failed alike (device 2 fell off the bus)"
+    assert [state(house, name)["state"] for name in ("a", "b", "c", "d")] == ["failed"] * 3 + ["stopped"]
+    assert [index(house)[name]["state"] for name in ("a", "b", "c", "d")] == ["failed"] * 3 + ["stopped"]
+    assert not (house.folder / "runs" / "d" / "run.log").exists()
+
+
+@pytest.mark.slow
+def test_three_that_fail_each_in_its_own_way_stop_nothing(house: House, whole: Path) -> None:
+    """A done run between them starts the count again; a different reason does too."""
+    reasons = {"x": "the disk smells", "y": "the fan sings", "z": "the disk smells"}
+    seen: list[str] = []
+
+    def when(name: str, *_: int) -> bool:
+        seen.append(name)
+        return name in reasons
+
+    with failing(lambda: NonFinite(reasons[seen[-1]]), when):
+        said = house.fluxrun("queue", *(lora(house, name) for name in ("x", "y", "z", "a")))
+    assert said.code == 1
+    assert state(house, "a")["state"] == "done"
+    assert_same(house, other=whole)
+
+
+def test_fail_fast(house: House) -> None:
+    with failing(lambda: NonFinite("nothing but NaN"), lambda name, *_: name == "a"):
+        said = house.fluxrun("queue", lora(house, "a"), lora(house, "b"), "--fail-fast")
+    assert said.code == 1
+    assert (state(house, "b")["state"], state(house, "b")["error"]) == ("stopped", "not begun: --fail-fast")
+    go_on(house, "a.toml", "b.toml")
+
+
+def test_trouble_with_the_disk_pauses_the_run_and_the_next_goes_on(house: House, whole: Path) -> None:
+    error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "somewhere")
+    with failing(lambda: error, lambda name, step, *_: name == "a" and step == 3):
+        said = house.fluxrun("queue", lora(house, "a"), lora(house, "b"))
+    assert said.code == 3
+    reason = "No space left on device (somewhere); the checkpoint before it stands"
+    assert f"a: paused: {reason}\n" in said.err
+    assert (state(house)["state"], state(house)["error"]) == ("stopped", reason)
+    assert index(house)["a"]["error"] == reason
+    assert log(house).splitlines()[-1].endswith(reason)
+    assert_same(house, "b", whole)
+    go_on(house, "a.toml", "b.toml")
+    assert_same(house, "a", whole)
+
+
+@pytest.mark.parametrize("name", ["ENOSPC", "EDQUOT", "EIO", "EROFS", "EFBIG", "ENOENT", "EMFILE"])
+def test_which_errors_are_the_disks(name: str) -> None:
+    from runner.engine.trainer import verdict
+
+    code, _ = verdict(OSError(getattr(errno, name), "x"))
+    assert code == (Code.CRASHED if name in ("ENOENT", "EMFILE") else Code.DISK)
+
+
+def test_one_runs_failure_leaves_the_others_as_if_alone(house: House, whole: Path) -> None:
+    """Crashes, memory, and a failure for good, in one night; the last run knows nothing of them."""
+    with failing(ray, lambda name, *_: name == "x"), failing(no_memory, lambda name, *_: name == "y"):
+        said = house.fluxrun("queue", *(lora(house, name) for name in ("x", "a", "y", "b")))
+    assert said.code == 1
+    assert {name: record["state"] for name, record in index(house).items()} == {
+        "a": "done", "b": "done", "x": "failed", "y": "failed",
+    }  # fmt: skip
+    for name in ("a", "b"):
+        assert_same(house, name, whole)
+        assert set(export_bytes(house.folder / "runs" / name)) == set(export_bytes(whole / name))

@@ -1,0 +1,139 @@
+"""Where runs go, and how they are told to stop."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import PROJECT, House
+
+from runner.engine import slots
+from runner.rundir import Run
+from runner.screen import Screen
+
+
+@pytest.mark.parametrize(
+    ("gpus", "count", "most", "wanted"),
+    [
+        ("cpu", 2, 1, ["cpu", "cpu"]),
+        (None, 1, 1, [None]),  # no GPU to be seen: torch decides
+        ("0,2", 1, 1, ["0", "2"]),
+        ("0,2", 1, 2, ["0,2"]),
+    ],
+)
+def test_the_slots_of_a_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: str | None, count: int, most: int, wanted: list[str | None]
+) -> None:
+    monkeypatch.setattr(slots, "visible_gpus", lambda: 0)
+    assert [slot.gpus for slot in slots.make_slots(gpus, count, most, tmp_path)] == wanted
+
+
+def test_every_visible_gpu_is_a_slot_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    made = slots.make_slots(None, 1, 1, tmp_path)
+    assert [slot.gpus for slot in made] == ["0", "1"]
+    assert [lock.name for slot in made for lock in slot.locks] == ["4", "7"]  # the card's own, whoever counts how
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert slots.visible_gpus() == 0
+
+
+@pytest.mark.parametrize(
+    ("gpus", "options", "told"),
+    [
+        ("0,0", [], "wanted are GPU numbers, e.g. 0,1, each once, or `cpu` (found '0,0')"),
+        ("first", [], "wanted are GPU numbers, e.g. 0,1, each once, or `cpu` (found 'first')"),
+        ("0,1", ["--slots", "2"], "every GPU is one slot; --slots is for --gpus cpu"),
+    ],
+)
+def test_what_is_no_gpu_is_refused(house: House, gpus: str, options: list[str], told: str) -> None:
+    said = house.fluxrun("queue", house.spec(), "--gpus", gpus, *options)
+    assert said.code == 2
+    assert told in " ".join(said.err.split())
+    assert not (house.folder / "runs").exists()
+
+
+HOLD = "import sys, time\nfrom runner import files\nfrom pathlib import Path\n" \
+    "handle = files.take_lock(Path(sys.argv[1]))\nprint(handle, flush=True)\ntime.sleep(60)"  # fmt: skip
+
+
+def test_a_slot_that_another_queue_has_is_waited_for(house: House) -> None:
+    """Said once, with the process; then the run begins as soon as that process is gone."""
+    lock = house.folder / "runs" / ".slots" / "cpu-0"
+    lock.parent.mkdir(parents=True)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(lock)], stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(PROJECT)}
+    )
+    assert holder.stdout is not None
+    holder.stdout.readline()
+    said: list[str] = []
+
+    def line(self: Screen, text: str, run: str = "") -> None:
+        said.append(text)
+        if text.startswith("waiting"):
+            holder.kill()
+            holder.wait()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Screen, "line", line)
+        spec = house.spec(steps="steps = 1", prompts="prompts = []")
+        assert house.fluxrun("queue", spec, "--gpus", "cpu").code == 0
+    assert said[0] == f"waiting for the CPU, which process {holder.pid} uses"
+    assert said.count(said[0]) == 1
+
+
+def test_stop_where_nothing_works(house: House) -> None:
+    said = house.fluxrun("stop")
+    assert (said.code, said.err) == (1, "fluxrun: runs: no queue is at work there\n")
+    said = house.fluxrun("stop", "a")
+    assert (said.code, said.err) == (
+        1, "fluxrun: runs/a: nothing is working on it; `fluxrun status` tells what each run is doing\n",
+    )  # fmt: skip
+
+
+def test_a_run_that_waits_is_not_begun(house: House) -> None:
+    """Told while the run before it trains; the queue goes on with the one behind it."""
+    from runner import clerk
+
+    begin = clerk.Clerk.begin
+    told: list[str] = []
+
+    def beginning(self: Any, phase: Any, progress: Any) -> None:
+        if self.run.name == "a" and not told:
+            told.append(house.fluxrun("stop", "b").out)
+        begin(self, phase, progress)
+
+    specs = [house.spec(name, steps="steps = 1", prompts="prompts = []") for name in "abc"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(clerk.Clerk, "begin", beginning)
+        assert house.fluxrun("queue", *specs).code == 3
+    assert told == ["b: will not be begun\n"]
+    states = {row["name"]: row["state"] for row in json.loads(house.fluxrun("status", "--json").out)}
+    assert states == {"a": "done", "b": "stopped", "c": "done"}
+    assert house.fluxrun("queue", *specs).code == 0
+
+
+def test_stop_reaches_a_trainer_and_the_queue_goes_on(house: House) -> None:
+    long = house.spec("long", steps="steps = 100000", prompts="prompts = []")
+    short = house.spec("short", steps="steps = 1", prompts="prompts = []")
+    process = house.start("queue", long, short)
+    try:
+        run = Run(house.folder / "runs", "long")
+        while run.state().get("step", 0) < 1:
+            assert process.poll() is None
+            time.sleep(0.05)
+        said = house.fluxrun("stop", "long")
+        assert said.out.startswith("long: saves at its next step and stops (process ")
+        _, err = process.communicate()
+    finally:
+        process.kill()
+    assert process.returncode == 3, err
+    assert "long: stopped after step" in err
+    assert "short: done" in err
+    saved = max(step for step, _ in run.checkpoint_files())
+    assert (run.state()["state"], run.state()["step"]) == ("stopped", saved)
