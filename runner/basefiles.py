@@ -23,6 +23,7 @@ FLUX1: dict[str, Any] = {
     "pooled_projection_dim": 768,
 }
 CLIP_L = {"hidden_size": 768, "num_hidden_layers": 12}  # FLUX.1's text_encoder/config.json
+NEEDED = tuple(FLUX1)
 KNOWN = {
     f"black-forest-labs/FLUX.1-{kind}": {**FLUX1, "guidance_embeds": kind != "schnell"}
     for kind in ("dev", "schnell", "Krea-dev")
@@ -98,6 +99,25 @@ def clip_config(folder: Path | None) -> Mapping[str, Any] | None:
     """The CLIP encoder's config, or None for a hub model that is not on this disk."""
     path = folder / "text_encoder" / "config.json" if folder else None
     return json.loads(path.read_text()) if path and path.is_file() else None
+
+
+def broken_configs(folder: Path) -> list[str]:
+    """What is wrong with the two configs that a plan reads, where they are there."""
+    wanted = {"transformer": NEEDED, "text_encoder": tuple(CLIP_L)}
+    told = []
+    for part, keys in wanted.items():
+        path = folder / part / "config.json"
+        if not path.is_file():
+            continue
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            told.append(f"{path} is not JSON ({error}); fetch it again")
+            continue
+        missing = [key for key in keys if not (isinstance(found, dict) and isinstance(found.get(key), int))]
+        if missing:
+            told.append(f"{path} does not say {', '.join(missing)}; wanted is the config of a FLUX.1 model's {part}")
+    return told
 
 
 def clip_layers(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:

@@ -6,7 +6,7 @@ encoder's identity, dtype), so a changed picture or caption is a new key and not
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -38,6 +38,19 @@ class Cache:
         except BadFile:
             path.unlink(missing_ok=True)
             return None
+
+    def read(self, kind: str, keys: Iterable[str], make: Callable[[], None]) -> dict[str, Tensor]:
+        """All entries. Where some are not there, or not whole any more, `make` is asked once to make what is missing."""
+        found = {key: self.get(kind, key) for key in dict.fromkeys(keys)}
+        if any(value is None for value in found.values()):
+            make()
+            found |= {key: self.get(kind, key) for key, value in found.items() if value is None}
+        there = {key: value for key, value in found.items() if value is not None}
+        if len(there) < len(found):
+            raise BadFile(
+                f"{self.folder / kind}: {len(found) - len(there)} entries are damaged right after they were made"
+            )
+        return there
 
     def put(self, kind: str, key: str, value: Tensor, about: Mapping[str, str]) -> None:
         path = self.path(kind, key)

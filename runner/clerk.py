@@ -87,6 +87,7 @@ class Clerk:
 
     def step(self, step: Step) -> None:
         self.writer.look()
+        self.run.fence()
         self.at_step, self.loss = step.number, step.smoothed
         self.seconds.append(step.seconds)
         for tracker in self.trackers:
@@ -145,7 +146,7 @@ class Clerk:
     def close(self) -> None:
         """However the run ends: what is being written is finished, and the state says how far it came."""
         self.writer.close()
-        if self.run.state().get("state") == "running":
+        if self.run.lease().attempt == self.run.attempt and self.run.state().get("state") == "running":
             with files.if_there_is_room():
                 self.run.write_state("running", durable=False, **self.facts())
         for tracker in self.trackers:
@@ -154,8 +155,8 @@ class Clerk:
     def save(self, made: Checkpoint) -> None:
         """Begin to write it; whatever comes of that is raised by the next step, save or `settle`."""
         self.writer.save(made)
-        self.sum_up()
         self.heartbeat()  # what is saved is what a run that stops here says it has done
+        self.sum_up()
 
     def settle(self) -> None:
         """Wait until all that was saved is on the disk."""

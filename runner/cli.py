@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from runner.errors import FluxrunError, SpecError
+from runner.complete import run_names
+from runner.errors import Fault, FluxrunError, SpecError
 
 if TYPE_CHECKING:
+    from runner.finding import Finding
     from runner.prepare import Job
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -27,13 +29,23 @@ class Group(click.Group):
         try:
             return super().invoke(ctx)
         except SpecError as error:
-            for fault in error.faults:
-                click.echo(fault, err=True)
+            _echo_faults(error.faults)
             click.echo(f"{_count(len(error.faults), 'fault')}; nothing was started", err=True)
             ctx.exit(error.exit_code)
         except FluxrunError as error:
             click.echo(f"fluxrun: {error}", err=True)
             ctx.exit(error.exit_code)
+
+
+def _echo_faults(faults: Sequence[Fault]) -> None:
+    """On a terminal with the line and a caret below each."""
+    from runner.caret import excerpts
+
+    shown = excerpts(faults) if sys.stderr.isatty() else {}
+    for fault in faults:
+        click.echo(fault, err=True)
+        if fault in shown:
+            click.echo(shown[fault], err=True)
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -66,10 +78,13 @@ specs_argument = click.argument("specs", nargs=-1, required=True, type=click.Pat
 @click.option("--allow-commands", is_flag=True, help="Run what a spec's notify.command says.")
 @click.option("--dry-run", is_flag=True, help="The same as `fluxrun plan`.")
 @click.option("--fresh", is_flag=True, help="Move an existing run folder of another spec aside.")
+@click.option(
+    "--no-check", is_flag=True, help="Do not look at pictures, base, disk and logins first (`fluxrun check`)."
+)
 @click.pass_context
 def queue(
     ctx: click.Context, specs: tuple[Path, ...], runs: Path, as_json: bool, gpus: str | None, slots: int, retries: int,
-    stop_at: str | None, fail_fast: bool, allow_commands: bool, dry_run: bool, fresh: bool,
+    stop_at: str | None, fail_fast: bool, allow_commands: bool, dry_run: bool, fresh: bool, no_check: bool,
 ) -> None:  # fmt: skip
     """Run a batch: validate all, plan all, then run what is not done.
 
@@ -101,18 +116,38 @@ def queue(
             raise click.BadParameter(str(error), param_hint="--gpus") from None
         screen = Screen()
         todo = _without_done(jobs, screen)
+        if todo and not no_check and not _all_well(todo, runs, gpus):
+            ctx.exit(2)
         for job in todo:
             if job.verdict.state == "changed":
                 screen.line(f"{job.plan.name}: the old run now is {job.run.put_aside()}")
         make_folder(runs)
-        code = run_queue(todo, runs, places, screen, stop, retries=retries, fail_fast=fail_fast) if todo else 0
+        code = run_queue(todo, runs, places, screen, stop, retries=retries, fail_fast=fail_fast)
     if as_json:
         _print_records(runs, {job.plan.name for job in jobs})
     ctx.exit(code)
 
 
+def _all_well(jobs: list[Job], runs: Path, gpus: str | None) -> bool:
+    """`fluxrun check` of what is to run: its warnings and errors on stderr, and whether there is no error."""
+    from runner.check import check, seen_of
+
+    found = [one for one in check(seen_of(jobs), (), runs, gpus) if one.level != "note"]
+    errors = sum(one.level == "error" for one in found)
+    _echo_findings(found, err=True)
+    if errors:
+        click.echo(f"{_count(errors, 'error')}; nothing was started (--no-check starts in spite of them)", err=True)
+    return errors == 0
+
+
+def _echo_findings(found: Iterable[Finding], *, err: bool) -> None:
+    for one in found:
+        for line in one.lines():
+            click.echo(line, err=err)
+
+
 @main.command()
-@click.argument("names", nargs=-1, metavar="[RUN]...")
+@click.argument("names", nargs=-1, metavar="[RUN]...", shell_complete=run_names)
 @runs_option
 def stop(names: tuple[str, ...], runs: Path) -> None:
     """Stop runs, or with none named every queue on this runs folder: each saves at its next step; `queue` goes on."""
@@ -158,8 +193,17 @@ def _without_done(jobs: list[Job], screen: Any) -> list[Job]:
 def plan(ctx: click.Context, specs: tuple[Path, ...], runs: Path, as_json: bool) -> None:
     """Validate and print the plan; touches nothing, needs no GPU and no torch."""
     from runner import plan as planning
-    from runner.prepare import prepare
+    from runner.prepare import jobs_of, prepare, survey
 
+    if sys.stdout.isatty() and not as_json:
+        from runner import nightplan, pace
+
+        seen, faults = survey(list(specs), runs, fetch=False, fresh=False)
+        if shown := jobs_of(seen):
+            nightplan.draw(_console(), shown, pace.times(shown, runs), time.time())
+        if faults:
+            raise SpecError(faults)
+        return
     jobs: list[Job] = []
     errors: list[dict[str, Any]] = []
     try:
@@ -180,21 +224,18 @@ def plan(ctx: click.Context, specs: tuple[Path, ...], runs: Path, as_json: bool)
         ]
         click.echo(json.dumps({"runs": rows, "errors": errors}, indent=1))
         ctx.exit(2 if errors else 0)
+    from runner.nightplan import sizes_line, sweep_line
+
     for job in jobs:
         click.echo(f"{job.plan.name}  ({job.file})  {job.verdict.state}: {job.verdict.reason}")
-        click.echo(f"  {'images':<15}{_sizes_line(job.plan.sizes)}")
+        if job.source.swept:
+            click.echo(f"  {'sweep':<15}{sweep_line(job.source.swept)}")
+        click.echo(f"  {'images':<15}{sizes_line(job.plan.sizes)}")
         for phase in job.plan.phases:
             click.echo("  " + _phase_line(planning.describe(phase)))
         for note in job.plan.notes:
             click.echo(f"  note: {note}")
     click.echo(f"{_count(len(jobs), 'run')}, {sum(job.plan.steps for job in jobs)} steps")
-
-
-def _sizes_line(sizes: Mapping[tuple[int, int], int] | None) -> str:
-    if sizes is None:
-        return "counted when the data set is here"
-    table = ", ".join(f"{count} at {width}x{height}" for (width, height), count in sizes.items())
-    return f"{table}; none is dropped{', no batch mixes sizes' if len(sizes) > 1 else ''}"
 
 
 def _phase_line(facts: dict[str, Any]) -> str:
@@ -216,7 +257,7 @@ def _count(number: int, noun: str) -> str:
 
 
 @main.command()
-@click.argument("names", nargs=-1, metavar="[RUN]...")
+@click.argument("names", nargs=-1, metavar="[RUN]...", shell_complete=run_names)
 @runs_option
 @json_option
 @click.option("--watch", is_flag=True, help="Redraw every second, until Ctrl-C.")
@@ -342,7 +383,7 @@ def _console() -> Any:
 
 
 @main.command()
-@click.argument("names", nargs=-1, required=True, metavar="RUN...")
+@click.argument("names", nargs=-1, required=True, metavar="RUN...", shell_complete=run_names)
 @runs_option
 @click.option("--prompt", "prompts", multiple=True, help="With the tokens' names as in the spec. Default: the spec's.")
 @click.option("--count", type=click.IntRange(min=1), default=1, show_default=True, help="Pictures per prompt.")
@@ -386,32 +427,46 @@ def board(runs: Path, port: int) -> None:
     metavar="COMMAND",
     help="A command line of train_dreambooth_lora_flux_advanced.py, or - for stdin.",
 )
-def new(file: Path, command: str | None) -> None:
-    """Write a commented spec; FILE must not exist yet."""
+@click.option(
+    "--template",
+    type=click.Choice(["pivotal", "lora", "inversion"]),
+    default="pivotal",
+    show_default=True,
+    help="What it trains.",
+)
+def new(file: Path, command: str | None, template: str) -> None:
+    """Write a commented spec; FILE must not exist yet. Its schema, for editors, is put beside it."""
     from runner.migrate import CommandError, spec_from_command
-    from runner.newspec import commented_spec
+    from runner.newspec import SCHEMA, commented_spec
+    from runner.spec import schema_text
 
     if file.exists():
         raise click.BadParameter(f"{file} exists; name another file", param_hint="FILE")
-    text = commented_spec()
+    text = commented_spec(template)
     if command is not None:
         try:
-            text = spec_from_command(sys.stdin.read() if command == "-" else command)
+            text = f"#:schema ./{SCHEMA}\n" + spec_from_command(sys.stdin.read() if command == "-" else command)
         except CommandError as error:
             raise click.BadParameter(str(error), param_hint="--from-command") from None
     from runner.files import make_folder, write_text
 
     make_folder(file.parent)
     write_text(file, text)
+    write_text(file.parent / SCHEMA, schema_text())
     click.echo(f"{file}: `fluxrun plan {file}` checks it", err=True)
 
 
 @main.command()
-def schema() -> None:
-    """JSON Schema of a spec, for editors."""
-    from runner.spec import json_schema
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="A file. Default: stdout.")
+def schema(out: Path | None) -> None:
+    """JSON Schema of a spec, for editors: a line `#:schema ./FILE` at a spec's top turns completion on."""
+    from runner.files import write_text
+    from runner.spec import schema_text
 
-    click.echo(json.dumps(json_schema(), indent=1))
+    if out is None:
+        click.echo(schema_text(), nl=False)
+    else:
+        write_text(out, schema_text())
 
 
 @main.command()
@@ -445,7 +500,7 @@ def report(runs: Path) -> None:
 
 
 @main.command("export")
-@click.argument("name", metavar="RUN")
+@click.argument("name", metavar="RUN", shell_complete=run_names)
 @runs_option
 @click.option("--step", type=click.IntRange(min=0), help="From the checkpoint of this step. Default: the newest.")
 @click.option("--push", is_flag=True, help="Upload them, as hub.repo and hub.private say.")
@@ -473,3 +528,36 @@ def convert(file: Path, to: str, out: Path | None) -> None:
     path, error = write(file, to, out)
     click.echo(f"{path}: read back; the largest difference of a weight's change is {error:.2g}", err=True)
     click.echo(path)
+
+
+@main.command()
+@specs_argument
+@runs_option
+@json_option
+@click.option("--gpus", help="GPU numbers, e.g. 0,1, or `cpu`, as for `queue`. Default: all GPUs.")
+@click.option("--step", is_flag=True, help="Also train a step or two of each shape, and measure time and memory.")
+@click.pass_context
+def check(ctx: click.Context, specs: tuple[Path, ...], runs: Path, as_json: bool, gpus: str | None, step: bool) -> None:
+    """Everything that can be known before the night: the plan, every picture and caption, the base's files, disk,
+    memory, GPUs, logins, versions. `queue` does it first by itself. Exit code 2 where something is wrong.
+    """
+    from runner.check import check as look
+    from runner.prepare import survey
+
+    seen, faults = survey(list(specs), runs, fetch=True, fresh=False)
+    found = look(seen, faults, runs, gpus)
+    if step and not any(one.level == "error" for one in found):
+        from runner.trystep import try_steps
+
+        found += try_steps(seen, gpus)
+    counts = {level: sum(one.level == level for one in found) for level in ("error", "warning", "note")}
+    if as_json:
+        names = [one.spec.name for one in seen]
+        click.echo(
+            json.dumps({"runs": names, "findings": [one.as_json() for one in found], "counts": counts}, indent=1)
+        )
+    else:
+        _echo_findings(found, err=False)
+        told = ", ".join(_count(number, level) for level, number in counts.items())
+        click.echo(f"{_count(len(seen), 'run')}: {told}")
+    ctx.exit(2 if counts["error"] else 0)

@@ -165,16 +165,13 @@ class CachedEncoder:
 
     def __init__(self, desk: Desk, encoder: str, weights: Weights) -> None:
         self.device, self.encoder = desk.base.device, encoder
-        self.values: dict[tuple[str, str], Tensor] = {}
-        for caption in desk.captions:
-            for pooling in desk.poolings if encoder == "clip" else ("diffusers",):
-                key = desk.text_key(encoder, caption, pooling, weights)
-                value = desk.cache.get(encoder, key)
-                if value is None:  # damaged or pruned since it was made
-                    encode_captions(desk, encoder, weights)
-                    value = desk.cache.get(encoder, key)
-                assert value is not None
-                self.values[caption, pooling] = value
+        keys = {
+            (caption, pooling): desk.text_key(encoder, caption, pooling, weights)
+            for caption in desk.captions
+            for pooling in (desk.poolings if encoder == "clip" else ("diffusers",))
+        }
+        found = desk.cache.read(encoder, keys.values(), lambda: encode_captions(desk, encoder, weights))
+        self.values = {read: found[key] for read, key in keys.items()}
 
     def embed(self, captions: Sequence[str], pooling: str) -> Tensor:
         chosen = pooling if self.encoder == "clip" else "diffusers"

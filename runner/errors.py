@@ -95,7 +95,9 @@ class BadFile(FluxrunError):
     pass
 
 
-DISK_TROUBLE = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG}
+DISK_TROUBLE = {
+    errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM, errno.ESTALE,
+}  # fmt: skip
 
 
 def disk_trouble(error: BaseException) -> bool:

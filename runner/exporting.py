@@ -22,6 +22,7 @@ def export_run(runs: Path, name: str, step: int | None, *, gpus: str | None, pus
     run = Run(runs, name)
     if not run.spec_file.is_file():
         raise FluxrunError(f"{run.folder}: no such run; `fluxrun status` names those there are")
+    run.refuse_if_held()
     with run.locked(), StopRequest() as stop:
         run.attempt = run.lease().attempt  # no attempt of its own: it trains nothing
         spec = read_spec(run.spec_file)

@@ -146,7 +146,7 @@ def comparable(specs: Iterable[Mapping[str, Any]]) -> bool:
 
 
 def short_labels(names: Sequence[str]) -> list[str]:
-    """ "SWEEP/lora.rank=4,train.lr=0.001" -> "rank=4, lr=0.001", with SWEEP before it where there are several; the names as
+    """What sweeps vary: "SWEEP/lora.rank=4,train.lr=0.001" -> "rank=4, lr=0.001", after SWEEP where there are several; names as
     they are where that would make two alike."""
     sweeps = {name.partition("/")[0] for name in names if "/" in name}
     labels = []

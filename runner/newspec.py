@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import tomli_w
@@ -31,13 +32,16 @@ from runner.spec import (
     Validate,
 )  # fmt: skip
 
-HEAD = """# A fluxrun spec. Lines with a leading # show a key's default; take the # away to change it.
+SCHEMA = "fluxrun.schema.json"
+HEAD = f"""#:schema ./{SCHEMA}
+# A fluxrun spec: {{what}}. Lines with a leading # show a key's default; take the # away to change it.
 # `fluxrun plan FILE` checks it and says what would happen, `fluxrun queue FILE` does it.
 
 # seed = 0
 """
+Values = dict[str, Any]
 # (heading, model, whether the table stands there already, values written out)
-TABLES: tuple[tuple[str, type[BaseModel], bool, dict[str, Any]], ...] = (
+TABLES: tuple[tuple[str, type[BaseModel], bool, Values], ...] = (
     ("[model]", Model, True, {"base": "black-forest-labs/FLUX.1-dev"}),
     ("[data]", Data, True, {"source": "my-pictures", "prompt": "a photo of TOK"}),
     ("[[tokens]]", Token, True, {"name": "TOK"}),
@@ -68,8 +72,42 @@ NOTES = {
 }
 
 
-def commented_spec() -> str:
-    return HEAD + "".join("\n" + "\n".join(_table(*table)) + "\n" for table in TABLES)
+@dataclass(frozen=True)
+class Template:
+    """`out`: tables that stand there as comments only; `written`: values beside or instead of those of TABLES."""
+
+    what: str
+    out: frozenset[str] = frozenset()
+    written: dict[str, Values] = field(default_factory=dict)
+
+
+TEMPLATES = {
+    "pivotal": Template("pivotal tuning, new words learned beside a LoRA"),
+    "lora": Template(
+        "a LoRA alone",
+        frozenset({"[[tokens]]", "[inversion]"}),
+        {
+            "[data]": {"source": "my-pictures", "prompt": "a photo of ohwx dog"},
+            "[validate]": {"prompts": ["a photo of ohwx dog on a beach"]},
+        },
+    ),
+    "inversion": Template(
+        "textual inversion alone, new words and no LoRA",
+        written={
+            "[inversion]": {"encoders": ["clip", "t5"], "until": 1.0, "lr": 1e-3},
+            "[lora]": {"until": 0.0},
+        },
+    ),
+}
+
+
+def commented_spec(template: str = "pivotal") -> str:
+    chosen = TEMPLATES[template]
+    tables = [
+        _table(heading, model, there and heading not in chosen.out, chosen.written.get(heading, written))
+        for heading, model, there, written in TABLES
+    ]
+    return HEAD.format(what=chosen.what) + "".join("\n" + "\n".join(lines) + "\n" for lines in tables)
 
 
 def _table(heading: str, model: type[BaseModel], there: bool, written: dict[str, Any]) -> Iterator[str]:
@@ -77,13 +115,13 @@ def _table(heading: str, model: type[BaseModel], there: bool, written: dict[str,
         yield f"# {NOTES[heading]}"
     mark = "" if there else "# "
     yield f"{mark}{heading}"
-    for name, field in model.model_fields.items():
+    for name, about in model.model_fields.items():
         if heading == "[train]" and name == "weighting":
             continue
         if name in written:
-            yield f"{mark}{toml_value(name, written[name])}{_about(field)}"
+            yield f"{mark}{toml_value(name, written[name])}{_about(about)}"
         else:
-            yield f"# {toml_value(name, _default(field))}{_about(field)}"
+            yield f"# {toml_value(name, _default(about))}{_about(about)}"
 
 
 def _about(field: FieldInfo) -> str:

@@ -132,16 +132,8 @@ class FlowObjective:
 
 def _moments(desk: Desk) -> dict[View, Tensor]:
     """What every view became in the VAE; equal pixels share one tensor."""
-    by_key: dict[str, Tensor] = {}
-    for key in desk.latent_keys.values():
-        if key not in by_key:
-            value = desk.cache.get("latents", key)
-            if value is None:  # damaged or pruned since it was made
-                encode_latents(desk)
-                value = desk.cache.get("latents", key)
-            assert value is not None
-            by_key[key] = value
-    return {view: by_key[key] for view, key in desk.latent_keys.items()}
+    found = desk.cache.read("latents", desk.latent_keys.values(), lambda: encode_latents(desk))
+    return {view: found[key] for view, key in desk.latent_keys.items()}
 
 
 def _on(noised: flux.Noised, device: torch.device) -> flux.Noised:

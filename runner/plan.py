@@ -277,7 +277,10 @@ def _phases(
         start = stop
         chained("ends", stop)
     pictures = len(spec.validation.prompts) * spec.validation.count
-    made = [spec.name, spec.validation.model_dump(mode="json"), spec.export.model_dump(mode="json")]
+    made = [
+        spec.name,
+        *(table.model_dump(mode="json", exclude_defaults=True) for table in (spec.validation, spec.export)),
+    ]
     shown = json.dumps(made, sort_keys=True)
     phases.append(Export("export", start, pictures, key_of(key, "export", shown)))
     return tuple(phases)
@@ -370,7 +373,7 @@ def _layer_faults(spec: Spec, facts: Facts) -> Iterator[tuple[str, str]]:
 
 
 def _token_faults(spec: Spec, facts: Facts, known: Sequence[tokens.Placeholder]) -> Iterator[tuple[str, str]]:
-    if facts.captions is None:
+    if not facts.captions:  # unknown, or all held out, which is told elsewhere
         return
     used = {name for caption in facts.captions for name in tokens.named(caption, known)}
     for index, placeholder in enumerate(known):

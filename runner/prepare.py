@@ -9,11 +9,11 @@ import difflib
 import functools
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from runner import classfolder, data, hub, sources
-from runner.basefiles import BUILTIN, clip_config, fingerprint, local_folder, transformer_config
+from runner.basefiles import BUILTIN, broken_configs, clip_config, fingerprint, local_folder, transformer_config
 from runner.data import DataError, Pictures
 from runner.digest import key_of
 from runner.errors import Fault, FluxrunError, SpecError
@@ -21,9 +21,26 @@ from runner.plan import Facts, Plan, PlanError, make_plan
 from runner.rundir import WAYS_OUT, Run, Verdict
 from runner.sources import COLUMNAR, Source
 from runner.spec import Spec
-from runner.specload import Loaded, load_all, local_path, touches
+from runner.specload import Loaded, load_all, path_at, touches
+from runner.specload import Source as SpecSource
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One run asked for, as far as it could be looked at; None where something was wrong, or only the hub knows.
+
+    `spec` has absolute paths; `bad`: its faulty keys.
+    """
+
+    source: SpecSource
+    spec: Spec
+    bad: frozenset[str]
+    pictures: Pictures | None
+    plan: Plan | None
+    run: Run
+    verdict: Verdict | None
 
 
 @dataclass(frozen=True)
@@ -36,69 +53,93 @@ class Job:
     pictures: Pictures | None  # None: a hub data set not fetched yet
     run: Run
     verdict: Verdict
+    source: SpecSource
 
 
 def prepare(paths: Sequence[Path], runs: Path, *, fetch: bool, fresh: bool) -> list[Job]:
     """Raises SpecError with all faults of all specs. `fetch`: hub data sets are loaded and
     the login for a push is tried, so that they can be checked."""
-    loaded, faults = load_all(paths)
-    jobs: list[Job] = []
-    ask_hub = functools.cache(hub.login_fault)  # once for all specs
-    shared: dict[Source, Pictures | list[str] | None] = {}
-    for one in loaded:
-        found = _prepare_one(one, runs, fetch, fresh, shared)
-        if isinstance(found, Job) and fetch and found.spec.hub.push and found.verdict.state != "done":
-            wrong = ask_hub()
-            found = [one.source.fault("hub.push", wrong)] if wrong else found
-        if isinstance(found, Job):
-            jobs.append(found)
-        else:
-            faults += found
+    seen, faults = survey(paths, runs, fetch=fetch, fresh=fresh)
     if faults:
         raise SpecError(faults)
-    return jobs
+    return jobs_of(seen)
 
 
-def _prepare_one(
+def jobs_of(seen: Sequence[Seen]) -> list[Job]:
+    """Those that have a plan."""
+    return [
+        Job(one.source.file, one.spec, one.plan, one.pictures, one.run, one.verdict, one.source)
+        for one in seen
+        if one.plan and one.verdict
+    ]
+
+
+def survey(paths: Sequence[Path], runs: Path, *, fetch: bool, fresh: bool) -> tuple[list[Seen], list[Fault]]:
+    """Every run asked for, and every fault of every spec."""
+    loaded, faults = load_all(paths)
+    shared: dict[Source, Pictures | list[str] | None] = {}
+    seen = []
+    ask_hub = functools.cache(hub.login_fault)  # once for all specs
+    for one in loaded:
+        found, told = _look(one, runs, fetch, fresh, shared)
+        if fetch and found.spec.hub.push and found.plan and not _is_done(found) and (wrong := ask_hub()):
+            found = replace(found, bad=found.bad | {"hub.push"})
+            told = [*told, one.source.fault("hub.push", wrong)]
+        seen.append(found)
+        faults += told
+    return seen, faults
+
+
+def _is_done(seen: Seen) -> bool:
+    return seen.verdict is not None and seen.verdict.state == "done"
+
+
+def _look(
     loaded: Loaded, runs: Path, fetch: bool, fresh: bool, shared: dict[Source, Pictures | list[str] | None]
-) -> Job | list[Fault]:
+) -> tuple[Seen, list[Fault]]:
     spec, source = _absolute(loaded), loaded.source
     told = _base_faults(spec)
     asked = data_source(spec)
     if asked not in shared:  # a sweep reads its data once
-        shared[asked] = _pictures(asked, source.file.parent, fetch)
-    pictures = shared[asked]
-    if isinstance(pictures, list):
-        told += [("data.source", message) for message in pictures]
-        pictures = None
+        shared[asked] = _pictures(asked, source.place("data.source")[0].parent, fetch)
+    found = shared[asked]
+    if isinstance(found, list):
+        told += [("data.source", message) for message in found]
+        found = None
     told += [*_prior_faults(spec), *_nested_folders(spec, runs)]
-    found = pictures
+    pictures = found.hold_out(spec.data.holdout) if found else None
+    plan = verdict = None
+    broken = _config_faults(spec)
     try:
-        pictures = found.hold_out(spec.data.holdout) if found else None
-        plan = plan_of(spec, pictures)
+        plan = None if broken else plan_of(spec, pictures)
     except PlanError as error:
         told += [fault for fault in error.faults if found is not None or not told or fault[0] != "train.epochs"]
     except FluxrunError as error:  # an image whose size cannot be read
         told.append(("data.source", str(error)))
-    if told or loaded.bad:
-        return [source.fault(*fault) for fault in told if not any(touches(fault[0], bad) for bad in loaded.bad)]
+    told += broken
     run = Run(runs, spec.name)
-    verdict = run.verdict(spec, plan)
-    if verdict.state == "changed" and not fresh:
-        return [source.fault("name", f"{run.folder} holds another run: {verdict.reason}; {WAYS_OUT}")]
-    return Job(source.file, spec, plan, pictures, run, verdict)
+    faults = [source.fault(*fault) for fault in told if not any(touches(fault[0], bad) for bad in loaded.bad)]
+    if faults or loaded.bad:
+        plan = None
+    if plan:
+        verdict = run.verdict(spec, plan)
+        if verdict.state == "changed" and not fresh:
+            faults.append(source.fault("name", f"{run.folder} holds another run: {verdict.reason}; {WAYS_OUT}"))
+    bad = loaded.bad | {key for key, _ in told}
+    return Seen(source, spec, frozenset(bad), pictures, plan, run, verdict), faults
 
 
 def _absolute(loaded: Loaded) -> Spec:
     """The spec with its paths resolved, so that the run's own copy of it can be read from anywhere."""
     spec, source = loaded.spec, loaded.source
-    folder, base = local_path(spec.data.source, source), local_path(spec.model.base, source)
+    folder = path_at(spec.data.source, source, "data.source")
+    base = path_at(spec.model.base, source, "model.base")
     update: dict[str, object] = {
-        "data": spec.data.model_copy(update={"source": str(folder)} if folder else {}),
-        "model": spec.model.model_copy(update={"base": str(base)} if base else {}),
+        "data": spec.data.model_copy(update={"source": str(folder)} if folder.exists() else {}),
+        "model": spec.model.model_copy(update={"base": str(base)} if base.exists() else {}),
     }
     if spec.prior is not None:  # need not exist yet
-        images = (source.file.parent / Path(spec.prior.images).expanduser()).resolve()
+        images = path_at(spec.prior.images, source, "prior.images")
         update["prior"] = spec.prior.model_copy(update={"images": str(images)})
     return spec.model_copy(update=update)
 
@@ -154,6 +195,11 @@ def _base_faults(spec: Spec) -> list[tuple[str, str]]:
             ("model.base", f"{folder} holds no model_index.json; wanted is a model in diffusers' layout (FluxPipeline)")
         ]
     return []
+
+
+def _config_faults(spec: Spec) -> list[tuple[str, str]]:
+    folder = local_folder(spec.model.base)
+    return [("model.base", message) for message in broken_configs(folder)] if folder else []
 
 
 def _pictures(asked: Source, near: Path, fetch: bool) -> Pictures | list[str] | None:

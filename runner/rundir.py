@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import time
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tomli_w
-
 from runner import files
 from runner.digest import key_of
 from runner.errors import BadFile, Held, Refused
+from runner.origins import annotated
 from runner.plan import NOT_IN_KEY, OPEN_ENDED, SPAN_KEYS, Plan, as_json
 from runner.processes import Process
 from runner.spec import Spec, dump
@@ -40,6 +39,10 @@ class Lease:
 
     attempt: int
     holder: Process | None
+
+
+def _unsaid(_: str) -> str:
+    return "not told"
 
 
 class Run:
@@ -94,10 +97,11 @@ class Run:
             return None
         return holder
 
-    def enlist(self, spec: Spec, plan: Plan, version: str) -> int:
+    def enlist(self, spec: Spec, plan: Plan, version: str, origin: Callable[[str], str] = _unsaid) -> int:
         """Make the run this process's to start, and write what it is. The number of the attempt to come.
 
-        The spec that stands there already must give the same training. Raises Held, Refused.
+        `origin`: where a dotted key's value came from. The spec that stands there already must give the same training.
+        Raises Held, Refused.
         """
         self._no_links()
         try:
@@ -105,10 +109,15 @@ class Run:
                 if (holder := self.holder()) and holder != Process.own():
                     raise self._held()
                 self.told_to_stop()  # what an earlier queue was told is not meant for this one
-                self._claim(spec, plan, version)
+                self._claim(spec, plan, version, origin)
                 return self._lease(self.lease().attempt + 1)
         except Held:  # by the lock: name who started its holder
             raise self._held() from None
+
+    def refuse_if_held(self) -> None:
+        """Raises Held where a queue has it, perhaps without having begun."""
+        if self.holder():
+            raise self._held()
 
     def _held(self) -> Held:
         holder = self.lease().holder
@@ -259,18 +268,27 @@ class Run:
         ]
         return {key: f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in keys if old.get(key) != new.get(key)}
 
-    def _claim(self, spec: Spec, plan: Plan, version: str) -> None:
+    def _claim(self, spec: Spec, plan: Plan, version: str, origin: Callable[[str], str]) -> None:
         if (verdict := self.verdict(spec, plan)).state == "changed":
             raise Refused(f"{self.folder} holds another run ({verdict.reason}); {WAYS_OUT}")
         resolved = {**dump(spec), VERSION_TABLE: {"version": version}}
+
+        def told(key: str) -> str:
+            return "what wrote this file" if key.startswith(f"{VERSION_TABLE}.") else origin(key)
+
         keys = {"key": plan.key, "training_key": plan.training_key}
         files.write_json(self.plan_file, {"format": FORMAT, **as_json(plan), **keys})
-        files.write_text(self.spec_file, tomli_w.dumps(resolved))  # after the plan: with a spec there is a run
+        files.write_text(self.spec_file, annotated(resolved, told))  # after the plan: with a spec there is a run
         digest = key_of(str(sorted(map(str, dump(spec).items()))))
         facts = {key: value for key, value in read_state(self.state_file).items() if key in PROGRESS}
         self.write_state(
             "waiting", **facts, plan_key=plan.key, spec_digest=digest, steps=plan.steps, base=spec.model.base
         )
+
+    def split(self, batch_size: int) -> int:
+        """Into how many parts a micro-batch is cut, as an earlier attempt found out."""
+        found = int(read_state(self.state_file).get("split", 1))
+        return found if found > 0 and batch_size % found == 0 else 1
 
     def sample_files(self) -> dict[int, dict[int, Path]]:
         """The sample pictures: by step, then by their number among the run's prompts and seeds."""
@@ -298,8 +316,7 @@ class Run:
     def put_aside(self) -> Path:
         """Move the whole folder out of the way, for --fresh; nothing trained is deleted. Raises Held."""
         with self.locked():
-            if self.holder():
-                raise self._held()
+            self.refuse_if_held()
             target = _free_name(self.folder.with_name(f"{self.folder.name}.old"))
             self.folder.rename(target)
         files.DISK.sync_folder(target.parent)

@@ -94,7 +94,10 @@ def _is_image(path: Path, folder: Path) -> bool:
 
 def _side_caption(path: Path) -> str | None:
     side = path.with_suffix(".txt")
-    return " ".join(side.read_text(encoding="utf-8-sig").split()) if side.is_file() else None
+    try:
+        return " ".join(side.read_text(encoding="utf-8-sig").split()) if side.is_file() else None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{side} is not UTF-8 ({error}); save it as UTF-8") from error
 
 
 def opener(path: Path) -> Callable[[], Image]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -263,9 +264,20 @@ def dump(spec: Spec) -> dict[str, Any]:
 
 
 def json_schema() -> dict[str, Any]:
-    """JSON Schema of a spec file, for editors."""
+    """JSON Schema of a spec file, for editors. What a spec must have may stand in the file that it extends."""
     schema = Spec.model_json_schema(by_alias=True)
-    schema["required"] = [name for name in schema["required"] if name != "name"]
+    for table in ("Model", "Data"):
+        schema["$defs"][table].pop("required")
+    del schema["required"]
+    schema["if"] = {"not": {"required": ["extends"]}}
+    schema["then"] = {
+        "required": ["model", "data", "train"],
+        "properties": {"model": {"required": ["base"]}, "data": {"required": ["source"]}},
+    }
+    schema["properties"]["extends"] = {
+        "type": "string",
+        "description": "A TOML file, relative to this one, whose keys this file's are laid over",
+    }
     schema["properties"]["sweep"] = {
         "type": "object",
         "description": "Dotted keys with lists of values: one run for each combination",
@@ -273,3 +285,7 @@ def json_schema() -> dict[str, Any]:
     }
     schema["title"] = "fluxrun spec"
     return schema
+
+
+def schema_text() -> str:
+    return json.dumps(json_schema(), indent=1) + "\n"

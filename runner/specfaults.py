@@ -235,5 +235,5 @@ def _keys_of(path: Where, tables: Mapping[str, Any]) -> set[str]:
             if any(tag in get_args(f.annotation) for n, f in m.model_fields.items() if n in ("name", "scheme"))
         ]
         models = chosen or models
-    extra = {"sweep"} if not path else set()
+    extra = {"sweep", "extends"} if not path else set()
     return {field.alias or name for model in models for name, field in model.model_fields.items()} | extra

@@ -5,19 +5,18 @@ from __future__ import annotations
 import copy
 import itertools
 import re
-import tomllib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from runner.errors import Fault, SpecError
+from runner.inherit import Places, mere_bases, merged, place_of
 from runner.spec import Spec
 from runner.specfaults import Where, explain, show
 from runner.specrules import broken_rules, fill_defaults, secrets
-from runner.tomllines import key_lines, line_of
 
 # For required keys that are missing or wrong, so that the rest of the spec can still be looked at.
 STAND_INS: dict[str, Any] = {
@@ -30,18 +29,32 @@ STAND_INS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Source:
-    """Where a spec came from, so that later checks can point at a line. `swept`: keys that [sweep] set."""
+    """Where a spec came from, so that later checks can point at a line. `places`: of its keys, in the file itself or in
+    one that it extends; `swept`: what [sweep] set; `written`: every dotted key that stands somewhere."""
 
     file: Path
-    lines: Mapping[Where, int]
-    swept: frozenset[str] = frozenset()
+    places: Places
+    swept: Mapping[str, Any] = field(default_factory=dict)
+    written: frozenset[str] = frozenset()
 
-    def fault(self, key: str, message: str) -> Fault:
+    def place(self, key: str) -> tuple[Path, int]:
         if key in self.swept:
-            where: Where = ("sweep", key) if ("sweep", key) in self.lines else ("sweep", *key.split("."))
+            where: Where = ("sweep", key) if ("sweep", key) in self.places else ("sweep", *key.split("."))
         else:
             where = tuple(int(part) if part.isdigit() else part for part in key.split(".") if part)
-        return Fault(self.file, line_of(self.lines, where), key, message)
+        return place_of(self.places, where) or (self.file, 1)
+
+    def fault(self, key: str, message: str) -> Fault:
+        return Fault(*self.place(key), key, message)
+
+    def origin(self, key: str) -> str:
+        """Where a resolved spec's value came from, in words."""
+        if key in self.swept or (key == "name" and self.swept):
+            return f"sweep in {self.file if key == 'name' else self.place(key)[0]}"
+        if key not in self.written:
+            return "default"
+        file, _ = self.place(key)
+        return f"set in {file}" if file == self.file else f"extended from {file}"
 
 
 @dataclass(frozen=True)
@@ -74,10 +87,9 @@ def load_all(paths: Sequence[Path]) -> tuple[list[Loaded], list[Fault]]:
     return loaded, list(dict.fromkeys(faults))
 
 
-def local_path(text: str, source: Source) -> Path | None:
-    """The existing file or folder that a spec's text names, relative to the spec file; None where there is none."""
-    path = (source.file.parent / Path(text).expanduser()).resolve()
-    return path if path.exists() else None
+def path_at(text: str, source: Source, key: str) -> Path:
+    """The path that a key's text names, relative to the file that it stands in."""
+    return (source.place(key)[0].parent / Path(text).expanduser()).resolve()
 
 
 def _files(paths: Sequence[Path], faults: list[Fault]) -> list[Path]:
@@ -87,44 +99,26 @@ def _files(paths: Sequence[Path], faults: list[Fault]) -> list[Path]:
             inside = sorted(path.glob("*.toml"))
             if not inside:
                 faults.append(Fault(path, 1, "", "no *.toml in this folder; name a spec file, or a folder of them"))
-            files += inside
+            bases = mere_bases(inside)
+            files += [file for file in inside if file.resolve() not in bases]
         else:
             files.append(path)
     return list(dict.fromkeys(files))
 
 
-def _read(file: Path) -> tuple[dict[str, Any], str]:
-    """Raises a Fault's parts as SpecError."""
-    try:
-        text = file.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise SpecError([Fault(file, 1, "", "no such file; a SPEC is a TOML file, or a folder of them")]) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise SpecError([Fault(file, 1, "", f"cannot be read ({error})")]) from error
-    try:
-        return tomllib.loads(text), text
-    except ValueError as error:  # TOMLDecodeError, and int() itself for thousands of digits
-        found = re.search(r"at line (\d+)", str(error))
-        line = int(found[1]) if found else text.count("\n") + 1
-        what = re.sub(r" \(at .*\)$", "", str(error))
-        raise SpecError([Fault(file, line, "", f"not TOML: {what}")]) from error
-    except RecursionError as error:
-        raise SpecError([Fault(file, 1, "", "not a spec: nested too deeply")]) from error
-
-
 def _variants(file: Path, faults: list[Fault]) -> Iterator[tuple[dict[str, Any], Source]]:
     """The tables of each run that a file asks for: one, or the product of [sweep]'s lists."""
     try:
-        tables, text = _read(file)
+        tables, places = merged(file)
     except SpecError as error:
         faults += error.faults
         return
-    source = Source(file, key_lines(text))
-    tables.setdefault("name", file.stem)
     tables.pop("fluxrun", None)  # in a run folder's own spec, which is a spec like any other
     sweep = _flat_sweep(tables.pop("sweep", {}))
+    source = Source(file, places, {}, frozenset(_dotted(tables)))
+    tables.setdefault("name", file.stem)
     bad = [
-        Fault(file, line_of(source.lines, ("sweep", key)), f"sweep.{key}", message)
+        Fault(*(place_of(places, ("sweep", key)) or (file, 1)), f"sweep.{key}", message)
         for key, message in _sweep_faults(sweep)
     ]
     if bad:
@@ -139,7 +133,21 @@ def _variants(file: Path, faults: list[Fault]) -> Iterator[tuple[dict[str, Any],
             _set(variant, key, value)
         label = ",".join(f"{key}={_safe(value)}" for key, value in zip(sweep, values, strict=True))
         variant["name"] = f"{tables['name']}/{label}"
-        yield variant, Source(file, source.lines, frozenset(sweep))
+        swept = dict(zip(sweep, values, strict=True))
+        yield variant, Source(file, places, swept, source.written)
+
+
+def _dotted(value: Any, prefix: str = "") -> Iterator[str]:
+    """Every key of nested tables and arrays of tables: "lora.rank", "tokens.0.name"."""
+    items: Iterable[tuple[Any, Any]] = ()
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list) and value and all(isinstance(one, dict) for one in value):
+        items = enumerate(value)
+    if prefix:
+        yield prefix
+    for key, inner in items:
+        yield from _dotted(inner, f"{prefix}.{key}" if prefix else str(key))
 
 
 def _flat_sweep(sweep: Any, prefix: str = "") -> dict[str, Any]:

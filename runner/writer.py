@@ -29,7 +29,9 @@ class Writer:
     ) -> None:
         self.folder, self.keep, self.kept_always = folder, keep, kept_always
         self.fence, self.log, self.disk = fence, log, disk
+        self.best: int | None = None
         self.pool = ThreadPoolExecutor(1, "checkpoint")
+        self.pool.submit(int)  # starts the thread now: a signal while it starts would leave it to itself
         self.pending: Future[None] | None = None
 
     def save(self, made: Checkpoint) -> None:
@@ -64,7 +66,9 @@ class Writer:
                 f"{error}; so it was read back right after it was written: the disk is failing, or the memory. The "
                 "checkpoint before it stands; the same command goes on from there"
             ) from error
-        self._prune(made)
+        self.fence()
+        self.best = made.scalars.get("meters", {}).get("best_step")
+        self._prune(made.step)
         self.log(f"checkpoint at step {made.step}")
 
     def _make_sure_of_room(self, made: Checkpoint) -> None:
@@ -76,12 +80,12 @@ class Writer:
                 f"{(size + SPARE) >> 20}; the checkpoint before it stands. Free some space, then the same command goes on"
             )
 
-    def _prune(self, made: Checkpoint) -> None:
+    def _prune(self, step: int) -> None:
         """Those of later steps are another plan's, and left alone; the best step's is kept for the export."""
-        spared = {*self.kept_always, made.scalars.get("meters", {}).get("best_step")}
-        there = [(number, path) for number, path in steps_in(self.folder) if number <= made.step]
+        spared = {*self.kept_always, self.best}
+        there = [(number, path) for number, path in steps_in(self.folder) if number <= step]
         for number, path in [one for one in there if one[0] not in spared][self.keep :]:
-            assert number < made.step
+            assert number < step
             try:
                 self.disk.unlink(path)
             except OSError as error:  # one file too many harms nothing

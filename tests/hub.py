@@ -17,7 +17,8 @@ class Hub:
     """What was asked of it: repositories as created, files by repository and path, the tokens that came.
 
     And how it behaves: `login`: the status it answers to who-am-I; `role`: the token's; `down`: how many commits it still
-    answers with 412, which the client does not try again by itself.
+    answers with 412, which the client does not try again by itself; `refusals`: what it answers to a GET whose path ends
+    so, as (status, the hub's error code).
     """
 
     address: str = ""
@@ -27,6 +28,7 @@ class Hub:
     login: int = 200
     role: str = "write"
     down: int = 0
+    refusals: dict[str, tuple[int, str]] = field(default_factory=dict)
 
 
 @contextmanager
@@ -43,8 +45,22 @@ def hub(owner: str) -> Iterator[Hub]:
             self.wfile.write(body)
 
         def do_GET(self) -> None:
+            for end, (status, code) in seen.refusals.items():
+                if self.path.split("?")[0].endswith(end):
+                    self.send_response(status)
+                    self.send_header("X-Error-Code", code)
+                    self.send_header("Content-Length", "0")
+                    self.end_headers()
+                    return
+            if "/api/models/" in self.path:
+                files = [
+                    {"rfilename": "transformer/a.safetensors", "size": 3 << 30},
+                    {"rfilename": "x", "size": 9 << 40},
+                ]
+                self.answer({"id": "some/model", "sha": "0" * 40, "siblings": files})
+                return
             token = {"accessToken": {"role": seen.role}}
-            self.answer({"name": owner, "type": "user", "orgs": [], "auth": token}, seen.login)
+            self.answer({"name": owner, "type": "user", "orgs": [{"name": "me"}], "auth": token}, seen.login)
 
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))

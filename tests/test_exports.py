@@ -280,7 +280,7 @@ def test_export_tells_what_is_missing(mine: House) -> None:
     assert "runs/a/checkpoints: no checkpoint to export" in said.err
     with files.locked(mine.folder / "runs" / "a" / ".lock"):
         said = mine.fluxrun("export", "a")
-    assert f"process {os.getpid()} is working on this run" in said.err
+    assert f"process {os.getpid()} is working on it; wait for it, or stop it" in said.err
 
 
 def test_an_interrupted_run_exports_what_it_has(house: House) -> None:

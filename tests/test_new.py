@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
 from pathlib import Path
 
 import pytest
-from conftest import House
+from conftest import PICTURES, House
 
 from runner.migrate import NO_COUNTERPART, PLAIN, SWITCHES, CommandError, _known, spec_from_command
-from runner.spec import Spec, dump
+from runner.newspec import TEMPLATES
+from runner.spec import Spec, dump, json_schema
 from runner.specfaults import _all_keys
 from runner.specload import load
 
@@ -23,12 +25,22 @@ def bare(tmp_path: Path) -> House:
     return house
 
 
-def test_a_new_spec_names_every_key_and_loads(bare: House) -> None:
-    said = bare.fluxrun("new", "a.toml")
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_new_spec_names_every_key_and_plans(bare: House, template: str) -> None:
+    said = bare.fluxrun("new", "a.toml", "--template", template)
     assert (said.code, said.err) == (0, "a.toml: `fluxrun plan a.toml` checks it\n")
     text = (bare.folder / "a.toml").read_text()
     [loaded] = load([bare.folder / "a.toml"])
-    assert loaded.spec.tokens[0].name == "TOK"
+    assert not loaded.bad
+    (bare.folder / "my-pictures" / "a.png").write_bytes((PICTURES / "01.png").read_bytes())
+    planned = json.loads(bare.fluxrun("plan", "a.toml", "--json").out)
+    assert planned["errors"] == []
+    kinds = {
+        "pivotal": ["encode", "joint", "encode", "lora", "export"],
+        "lora": ["encode", "lora", "export"],
+        "inversion": ["encode", "inversion", "export"],
+    }
+    assert [phase["kind"] for phase in planned["runs"][0]["phases"]] == kinds[template]
     written = {re.sub(r"^# ", "", line).split(" =")[0] for line in text.splitlines() if " = " in line}
     wanted = {name.rsplit(".", 1)[-1] for name, field in _all_keys(Spec)} - {
         "model", "data", "prior", "tokens", "inversion", "lora", "text_lora", "train", "weighting", "optimizer",
@@ -39,6 +51,31 @@ def test_a_new_spec_names_every_key_and_loads(bare: House) -> None:
     again = bare.fluxrun("new", "a.toml")
     assert again.code == 2
     assert "a.toml exists; name another file" in again.err
+
+
+def test_an_editor_finds_the_schema_beside_a_new_spec(bare: House) -> None:
+    """Even Better TOML and Taplo read the first line's `#:schema`, a path beside the spec: it works without a net."""
+    bare.fluxrun("new", "sub/a.toml")
+    first = (bare.folder / "sub" / "a.toml").read_text().splitlines()[0]
+    assert first == "#:schema ./fluxrun.schema.json"
+    beside = (bare.folder / "sub" / "fluxrun.schema.json").read_text()
+    assert json.loads(beside)["title"] == "fluxrun spec"
+    assert bare.fluxrun("schema", "--out", "x.json").out == ""
+    assert (bare.folder / "x.json").read_text() == beside == bare.fluxrun("schema").out
+    command = "x_flux.py --dataset_name=my-pictures --instance_prompt=a"
+    bare.fluxrun("new", "b.toml", "--from-command", command)
+    assert (bare.folder / "b.toml").read_text().splitlines()[0] == first
+
+
+def test_the_schema_takes_what_may_be_inherited() -> None:
+    """A spec alone must name its base; one that extends another need not."""
+    schema = json_schema()
+    assert schema["if"] == {"not": {"required": ["extends"]}}
+    assert schema["then"]["properties"] == {"model": {"required": ["base"]}, "data": {"required": ["source"]}}
+    assert "required" not in schema
+    assert "required" not in schema["$defs"]["Model"]
+    assert schema["$defs"]["Token"]["required"] == ["name"]
+    assert schema["properties"]["extends"]["type"] == "string"
 
 
 EXAMPLE = r"""

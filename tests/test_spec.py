@@ -295,4 +295,4 @@ def test_help_and_plan_cost_next_to_nothing() -> None:
 def test_the_schema_names_the_keys() -> None:
     schema = json_schema()
     assert {"model", "data", "tokens", "validate", "sweep", "optimizer"} <= schema["properties"].keys()
-    assert schema["required"] == ["model", "data", "train"]
+    assert schema["then"]["required"] == ["model", "data", "train"]

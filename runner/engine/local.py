@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +13,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
+from runner import files
 from runner.engine.process import Trainer
 from runner.engine.slots import Slot
 from runner.errors import Code, FluxrunError, Held, Paused, disk_trouble
@@ -120,7 +120,7 @@ def run_queue(
 def _enlist(queue: Queue, job: Job) -> None:
     work = Work(job)
     try:
-        work.attempt = job.run.enlist(job.spec, job.plan, version("fluxrun"))
+        work.attempt = job.run.enlist(job.spec, job.plan, version("fluxrun"), job.source.origin)
     except FluxrunError as error:
         queue.screen.line(f"not run: {error}", work.name)
         queue.left |= isinstance(error, Held)
@@ -131,7 +131,7 @@ def _enlist(queue: Queue, job: Job) -> None:
         queue.screen.line(f"not run: {error}", work.name)
         queue.left = True
     else:
-        work.split = int(job.run.state().get("split", 1))
+        work.split = job.run.split(job.spec.train.batch_size)
         queue.waiting.append(work)
 
 
@@ -362,7 +362,7 @@ def _newest(work: Work) -> int:
 
 def _make_sure_of_room(job: Job) -> None:
     """Raises Paused where the disk cannot take what the plan says the run will write."""
-    free = shutil.disk_usage(job.run.folder).free
+    free = files.DISK.free(job.run.folder)
     have = sum(path.stat().st_size for path in job.run.folder.rglob("*") if path.is_file())
     if free + have < job.plan.disk_bytes:
         raise Paused(

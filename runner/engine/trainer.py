@@ -92,7 +92,7 @@ def _train(run: Run, attempt: int, gpus: str | None, say: Say, stop: StopRequest
         raise FluxrunError(f"data.source: {error}") from error
     plan = plan_of(spec, pictures)
     _same_as_planned(run, plan)
-    model, split = spec.model, int(run.state().get("split", 1))
+    model, split = spec.model, run.split(spec.train.batch_size)
     base = flux.open_base(model.base, model.revision, model.variant, where, device.resolve_dtype(model.dtype, where))
     with crew(spec, plan.key, run.runs, where, split) as ranks:
         execute(run, spec, plan, pictures, base, open_cache(run.runs), say, stop, ranks, attempt=attempt, split=split)

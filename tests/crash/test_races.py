@@ -146,6 +146,8 @@ def test_a_trainer_whose_attempt_is_over_writes_nothing(house: House, step: int)
     before: dict[str, Any] = {}
 
     def taken_over() -> BaseException:
+        while step and f"checkpoint at step {step}\n" not in run.log_file.read_text():
+            time.sleep(0.01)  # it was written behind the training's back, and in time
         leased(run, parent(), attempt=9)
         before.update(tree(run))
         return AssertionError("never raised")

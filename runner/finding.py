@@ -1,0 +1,81 @@
+"""What a check found: how bad, about what, where it is written, what to do next. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from runner.errors import Fault
+from runner.specload import Source
+
+Level = Literal["error", "warning", "note"]
+LEVELS: tuple[Level, ...] = ("error", "warning", "note")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """error: the run would fail or be wrong; warning: it will run, and is likely not what was meant; note: good to know.
+
+    `fault` is what and where; where it is about the machine and no spec, its file is None. `more`: one line each.
+    """
+
+    level: Level
+    message: str
+    file: Path | None = None
+    line: int | None = None
+    key: str = ""
+    more: tuple[str, ...] = ()
+
+    @property
+    def fault(self) -> Fault | None:
+        """As the spec's faults are told, where it is about a spec."""
+        return Fault(self.file, self.line or 1, self.key, self.message) if self.file else None
+
+    def __str__(self) -> str:
+        return f"{self.level}: {self.fault or _printable(self.message)}"
+
+    def lines(self, most: int = 10) -> list[str]:
+        """As told on a screen: the finding, then at most so many of its lines."""
+        shown = self.more if len(self.more) <= most + 1 else (*self.more[:most], f"and {len(self.more) - most} more")
+        return [str(self), *(f"    {_printable(line)}" for line in shown)]
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "level": self.level,
+            "file": str(self.file) if self.file else None,
+            "line": self.line,
+            "key": self.key or None,
+            "message": self.message,
+            "more": list(self.more),
+        }
+
+
+def at(source: Source, level: Level, key: str, message: str, more: Iterable[str] = ()) -> Finding:
+    """About a key of a spec."""
+    file, line = source.place(key)
+    return Finding(level, message, file, line, key, tuple(more))
+
+
+def here(level: Level, message: str, more: Iterable[str] = ()) -> Finding:
+    """About this machine, or its logins."""
+    return Finding(level, message, more=tuple(more))
+
+
+def in_order(found: Iterable[Finding]) -> list[Finding]:
+    """The worst first, then as they were found; each once."""
+    return sorted(dict.fromkeys(found), key=lambda one: LEVELS.index(one.level))
+
+
+def size(count: float) -> str:
+    """Bytes for people."""
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+
+
+def count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

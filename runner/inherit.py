@@ -1,0 +1,119 @@
+"""A spec file with what it extends: tables merge key by key, anything else is replaced; where each key stands is kept."""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from runner.errors import Fault, SpecError
+from runner.tomllines import Path as Where
+from runner.tomllines import key_lines, line_of
+
+KEY = "extends"
+DEEPEST = 8  # files in a chain; more is a mistake rather than a wish
+
+Places = Mapping[Where, tuple[Path, int]]
+
+
+def merged(file: Path, below: tuple[Path, ...] = ()) -> tuple[dict[str, Any], Places]:
+    """The tables of a spec file laid over those of the file it extends, and file and line of each key.
+
+    below: the files that led here. Raises SpecError.
+    """
+    tables, text = read_toml(file)
+    lines = key_lines(text)
+    places: Places = {where: (file, line) for where, line in lines.items()}
+    if KEY not in tables:
+        return tables, places
+    told, chain = tables.pop(KEY), (*below, file)
+    base = _base(told, chain, line_of(lines, (KEY,)))
+    under, under_places = merged(base, chain)
+    return _laid_over(under, under_places, tables, places)
+
+
+def _base(told: Any, chain: tuple[Path, ...], line: int) -> Path:
+    file = chain[-1]
+
+    def refused(message: str) -> SpecError:
+        return SpecError([Fault(file, line, KEY, message)])
+
+    if not isinstance(told, str) or not told:
+        raise refused(f'no file name (found {told!r}); wanted is one TOML file, e.g. extends = "base.toml"')
+    base = Path(os.path.normpath(file.parent / Path(told).expanduser()))
+    if base.resolve() in [one.resolve() for one in chain]:
+        way = " -> ".join(one.name for one in (*chain, base))
+        raise refused(f"the files extend each other in a circle ({way}); take one {KEY} out")
+    if len(chain) >= DEEPEST:
+        raise refused(f"more than {DEEPEST} files extend each other (found {told!r}); write some of them into one")
+    if not base.is_file():
+        raise refused(f"no such file (found {told!r}); wanted is a TOML file, named relative to this one")
+    return base
+
+
+def _laid_over(
+    under: Mapping[str, Any], under_places: Places, over: Mapping[str, Any], over_places: Places, at: Where = ()
+) -> tuple[dict[str, Any], Places]:
+    tables = dict(under)
+    places = dict(under_places)
+    for key, value in over.items():
+        where = (*at, key)
+        if isinstance(value, dict) and isinstance(tables.get(key), dict):
+            tables[key], places = _laid_over(tables[key], places, value, {}, where)  # type: ignore[assignment]
+        else:
+            tables[key] = value
+            places = {old: place for old, place in places.items() if old[: len(where)] != where}
+    return tables, {**places, **over_places}
+
+
+def place_of(places: Places, where: Where) -> tuple[Path, int] | None:
+    """File and line of a key, else of the nearest table around it."""
+    for length in range(len(where), 0, -1):
+        if where[:length] in places:
+            return places[where[:length]]
+    return None
+
+
+def mere_bases(files: Iterable[Path]) -> set[Path]:
+    """Those files that others of these extend and that are no whole spec: nobody means them as runs."""
+    found: dict[Path, dict[str, Any]] = {}
+    extended: set[Path] = set()
+    for file in files:
+        try:
+            own, _ = read_toml(file)
+            found[file.resolve()] = merged(file)[0]
+        except SpecError:
+            continue  # told when the file is read as a spec
+        if isinstance(told := own.get(KEY), str):
+            extended.add((file.parent / Path(told).expanduser()).resolve())
+    return {file for file in extended & found.keys() if not _whole(found[file])}
+
+
+def _whole(tables: Mapping[str, Any]) -> bool:
+    def has(table: str, *keys: str) -> bool:
+        inner = tables.get(table)
+        return isinstance(inner, dict) and any(key in inner for key in keys)
+
+    return has("model", "base") and has("data", "source") and has("train", "steps", "epochs")
+
+
+def read_toml(file: Path) -> tuple[dict[str, Any], str]:
+    """Raises SpecError with what is wrong with the file as such."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise SpecError([Fault(file, 1, "", "no such file; a SPEC is a TOML file, or a folder of them")]) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError([Fault(file, 1, "", f"cannot be read ({error})")]) from error
+    try:
+        return tomllib.loads(text), text
+    except ValueError as error:  # TOMLDecodeError, and int() itself for thousands of digits
+        found = re.search(r"at line (\d+)", str(error))
+        line = int(found[1]) if found else text.count("\n") + 1
+        what = re.sub(r" \(at .*\)$", "", str(error))
+        raise SpecError([Fault(file, line, "", f"not TOML: {what}")]) from error
+    except RecursionError as error:
+        raise SpecError([Fault(file, 1, "", "not a spec: nested too deeply")]) from error
