@@ -90,7 +90,7 @@ def test_weights_and_biases_gets_the_numbers(house: House, monkeypatch: pytest.M
     run = house.folder / "runs" / "a"
     [record] = run.glob("wandb/offline-run-*/run-fluxrun-a.wandb")
     content = record.read_bytes()
-    for key in (b"train/loss", b"eval/loss", b"samples/0", b"lora.rank"):
+    for key in (b"train/loss", b"eval/loss", b"samples/a-TOK", b"lora.rank"):
         assert key in content
     assert not list(run.glob("events.out.*"))
 

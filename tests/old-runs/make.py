@@ -62,6 +62,8 @@ def main(out: Path) -> None:
         log.write_text(re.sub(r"^[\d-]+ [\d:]+", "2023-11-14 22:13:20", log.read_text(), flags=re.MULTILINE))
         (run / ".lock").unlink()
     scrub(out / "runs" / "index.jsonl")
+    (out / "runs" / "index.html").unlink()  # made again by every queue, and full of paths
+    shutil.rmtree(out / "runs" / ".slots")
     (out / "runs").rename(out / "night")  # `runs` is what git ignores
 
 
