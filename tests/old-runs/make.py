@@ -36,8 +36,7 @@ to = []
 
 
 def main(out: Path) -> None:
-    from conftest import House
-    from night import stopping_after
+    from conftest import House, stopping_after
     from PIL import Image
 
     out.mkdir()
