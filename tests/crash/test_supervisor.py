@@ -183,7 +183,7 @@ def test_a_known_failure_is_not_tried_again(house: House) -> None:
     assert (state(house)["state"], state(house)["error"]) == ("failed", "nothing but NaN")
     house.write("pictures/9.png", "no picture at all")
     (house.folder / "pictures" / "9.txt").write_text("a TOK")
-    said = house.fluxrun("queue", lora(house, "b"))
+    said = house.fluxrun("queue", lora(house, "b"), "--no-check")
     assert said.code == 1
     assert "trying again" not in said.err
     assert state(house, "b")["attempts"] == 1
