@@ -58,8 +58,8 @@ def time_left(states: Sequence[Mapping[str, Any]]) -> float | None:
     paces = [state["s_per_step"] for state in going if state.get("s_per_step")]
     if not paces:
         return None
-    pace = statistics.median(paces)
-    running = [_steps_left(state) * (state.get("s_per_step") or pace) for state in going]
+    pace: float = statistics.median(paces)
+    running = [_steps_left(state) * float(state.get("s_per_step") or pace) for state in going]
     later = sum(_steps_left(state) for state in waiting) * pace
     return max(max(running), (sum(running) + later) / len(going))
 

@@ -10,8 +10,8 @@ import struct
 from pathlib import Path
 
 import pytest
-from conftest import PROJECT, House
-from night import go_on, lora, stopping_after
+from conftest import PROJECT, House, stopping_after
+from night import go_on, lora
 from PIL import Image
 
 from runner import checkpoint

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import House, export_bytes
-from night import assert_same, failing, go_on, index, log, lora, state, stopping_after, unbroken
+from conftest import House, export_bytes, stopping_after
+from night import assert_same, failing, go_on, index, log, lora, state, unbroken
 from safetensors.torch import load_file
 
 from runner.errors import Code, NonFinite
