@@ -89,6 +89,8 @@ class Inline:
             self.code = train_run(*self.told, self.gpus, events.append, stop)
         return events
 
+    lives = True
+
     def dismiss(self) -> None:
         """Nothing to end."""
 

@@ -14,6 +14,9 @@ import pytest
 from conftest import PROJECT, House
 
 from runner.engine import slots
+from runner.engine.process import Trainer
+from runner.engine.trainer import sender
+from runner.errors import Code
 from runner.rundir import Run
 from runner.screen import Screen
 
@@ -85,6 +88,33 @@ def test_a_slot_that_another_queue_has_is_waited_for(house: House) -> None:
         assert house.fluxrun("queue", spec, "--gpus", "cpu").code == 0
     assert said[0] == f"waiting for the CPU, which process {holder.pid} uses"
     assert said.count(said[0]) == 1
+
+
+def test_a_trainer_that_goes_without_a_word_has_done_nothing(tmp_path: Path) -> None:
+    """Whatever its exit code; and one that died while it waited for another run harms nobody."""
+    trainer = Trainer.__new__(Trainer)
+    trainer.process = subprocess.Popen([sys.executable, "-c", ""], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    trainer.code, trainer._rest = None, b""
+    assert trainer.process.wait() == 0
+    trainer.order(tmp_path, 1)
+    assert trainer.poll() == []
+    assert trainer.code == Code.CRASHED
+    assert not trainer.lives
+    trainer.dismiss()
+
+
+def test_an_event_is_whole_or_not_there() -> None:
+    """However long a reason is, and however few bytes the pipe has left."""
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    send = sender(write)
+    for _ in range(200):
+        send({"say": "ended", "reason": "ä" * 5000})
+    os.close(write)
+    with open(read, "rb") as pipe:
+        lines = pipe.read().splitlines()
+    assert 10 < len(lines) < 200  # what did not fit was dropped, not torn
+    assert {json.loads(line)["reason"] for line in lines} == {"ä" * 300}
 
 
 def test_stop_where_nothing_works(house: House) -> None:

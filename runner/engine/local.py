@@ -172,6 +172,8 @@ def _begin(queue: Queue, place: Place, work: Work, threads: int | None, start: S
     work.heard, work.slowest, work.hung = time.monotonic(), None, False
     queue.screen.later_steps = sum(other.job.plan.steps for other in queue.waiting)
     place.work = work
+    if place.trainer is not None and not place.trainer.lives:  # killed while it waited
+        _dismiss(place)
     if place.trainer is None:
         place.trainer = start(run.folder, work.attempt, place.slot.gpus, threads)
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -45,8 +46,11 @@ class Trainer:
         """Another run for a process that has done its last one."""
         self.code = None
         assert self.process.stdin is not None
-        self.process.stdin.write(f"{attempt} {folder}\n".encode())
-        self.process.stdin.flush()
+        try:
+            self.process.stdin.write(f"{attempt} {folder}\n".encode())
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            return  # it has just died, as `poll` will find
 
     def poll(self) -> list[Event]:
         """What it has said since the last call."""
@@ -57,7 +61,7 @@ class Trainer:
         if any(event["say"] == "done" for event in events):
             self.code = Code.DONE
         elif data is not None:
-            self.code = self.process.wait()
+            self.code = self.process.wait() or Code.CRASHED  # one that is done says so before it goes
         return [event for event in events if event["say"] != "done"]
 
     def _read(self) -> bytes | None:
@@ -72,20 +76,25 @@ class Trainer:
     def pid(self) -> int:
         return self.process.pid
 
+    @property
+    def lives(self) -> bool:
+        return self.process.poll() is None
+
     def ask(self) -> None:
         """Save and stop; asked again, stop at once."""
-        if self.process.poll() is None:
+        if self.lives:
             self.process.terminate()
 
     def kill(self) -> None:
-        if self.process.poll() is None:
+        if self.lives:
             self.process.kill()
 
     def dismiss(self) -> None:
         """No more runs."""
         for pipe in (self.process.stdin, self.process.stdout):
             if pipe is not None:
-                pipe.close()
+                with contextlib.suppress(BrokenPipeError):  # an order that it did not live to read
+                    pipe.close()
         try:
             self.process.wait(PATIENCE)
         except subprocess.TimeoutExpired:

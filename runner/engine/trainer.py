@@ -24,6 +24,7 @@ from runner.rundir import Run, read_spec
 from runner.say import Event, Say
 from runner.stop import StopRequest
 
+SHORT = 300
 LONGEST = 4000  # bytes of an event; a write of up to 4,096 to a pipe is all or nothing (pipe(7))
 
 
@@ -53,8 +54,8 @@ def sender(pipe: int) -> Callable[[Event], None]:
 
     def send(event: Event) -> None:
         line = json.dumps(event)
-        if len(line) > LONGEST:
-            line = json.dumps({**event, "text": str(event.get("text"))[: LONGEST // 8] + " ..."})
+        if len(line) > LONGEST:  # of which JSON makes up to six bytes a character
+            line = json.dumps({key: value[:SHORT] if isinstance(value, str) else value for key, value in event.items()})
         try:
             os.write(pipe, f"{line}\n".encode())
         except BlockingIOError:
@@ -73,7 +74,7 @@ def train_run(folder: Path, attempt: int, gpus: str | None, send: Callable[[Even
     except (Exception, KeyboardInterrupt) as error:
         # Whatever it is, it is this run's alone, and told here.
         code, reason = verdict(error)
-        send({"say": "ended", "reason": reason[: LONGEST // 2]})
+        send({"say": "ended", "reason": reason})
         if code is not Code.HELD:  # the folder is not ours to write in
             say.log(reason if code is Code.STOPPED else f"{traceback.format_exc()}{reason}")
             _write_down(run, attempt, "stopped" if code in (Code.STOPPED, Code.DISK) else "failed", reason)
