@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from runner import files
-from runner.index import spec_values, telling
+from runner.index import short_labels, spec_values, telling
 from runner.rundir import Run, find_runs
+from runner.statefile import is_number
 
 FILE = "events.out.tfevents.0.fluxrun"
 FEW = 12  # distinct values that are offered as check boxes
@@ -68,6 +69,7 @@ def _content(run: Run, specs: Mapping[str, Mapping[str, Any]], keys: Sequence[st
     from tensorboard.summary.writer.record_writer import RecordWriter
 
     state = run.state()
+    label = dict(zip(specs, short_labels(list(specs)), strict=True))[run.name]
     began = state.get("started")
     time = float(began) if isinstance(began, int | float) else 0.0
     session = {key: _simple(value) for key, value in specs[run.name].items()}
@@ -80,7 +82,7 @@ def _content(run: Run, specs: Mapping[str, Mapping[str, Any]], keys: Sequence[st
             metrics=[hp.Metric(tag, display_name=title) for tag, title in METRICS],
             time_created_secs=time,
         ),
-        hp.hparams_pb(session, trial_id=run.name, start_time_secs=time),
+        hp.hparams_pb(session, trial_id=label, start_time_secs=time),
         *_end(state),
         _text(custom_scalar.CONFIG_SUMMARY_TAG, custom_scalar.create_summary_metadata(), _layout().SerializeToString()),  # type: ignore[no-untyped-call]
         _text("spec", text.create_summary_metadata("spec", ""), _as_code(run.spec_file).encode()),  # type: ignore[no-untyped-call]
@@ -134,7 +136,7 @@ def _simple(value: Any) -> bool | float | str:
     """HParams knows these three."""
     if isinstance(value, bool | str):
         return value
-    return float(value) if isinstance(value, int | float) else str(value)
+    return float(value) if is_number(value) else str(value)
 
 
 def _layout() -> Any:

@@ -87,6 +87,7 @@ class Clerk:
 
     def step(self, step: Step) -> None:
         self.writer.look()
+        self.run.fence()
         self.at_step, self.loss = step.number, step.smoothed
         self.seconds.append(step.seconds)
         for tracker in self.trackers:

@@ -197,10 +197,11 @@ def plan(ctx: click.Context, specs: tuple[Path, ...], runs: Path, as_json: bool)
 
     if sys.stdout.isatty() and not as_json:
         from runner import nightplan, pace
+        from runner.tables import console
 
         seen, faults = survey(list(specs), runs, fetch=False, fresh=False)
         if shown := jobs_of(seen):
-            nightplan.draw(_console(), shown, pace.times(shown, runs), time.time())
+            nightplan.draw(console(), shown, pace.times(shown, runs), time.time())
         if faults:
             raise SpecError(faults)
         return
@@ -274,15 +275,19 @@ def status(names: tuple[str, ...], runs: Path, as_json: bool, watch: bool) -> No
     if as_json:
         click.echo(json.dumps(states(), indent=1))
         return
+    from runner.tables import STATUS, console, table
+
     if not watch:
-        _console().print(_table(states(), STATUS))
+        console().print(table(states(), STATUS))
         return
     from rich.live import Live
 
-    with Live(console=_console(), refresh_per_second=1) as live:
+    from runner.watching import view
+
+    with Live(view(runs, names), console=console(), auto_refresh=False, vertical_overflow="visible") as live:
         while True:
-            live.update(_table(states(), STATUS))
             time.sleep(1)
+            live.update(view(runs, names), refresh=True)
 
 
 @main.command()
@@ -304,82 +309,17 @@ def results(runs: Path, as_json: bool, as_comma: bool, sort: str) -> None:
     elif as_json:
         click.echo(json.dumps([asdict(record) for record in records], indent=1))
     else:
-        keys = {key: _spec_cell(key) for key in telling(record.spec for record in records)[:SPEC_COLUMNS]}
-        [run, state, *others] = RESULTS.items()
-        _console().print(_table([asdict(record) for record in records], dict([run, state, *keys.items(), *others])))
+        from runner.tables import console, results_table
 
-
-SPEC_COLUMNS = 6  # of a terminal's table; --csv and the page have all
-
-
-def _spec_cell(key: str) -> Cell:
-    return lambda row: "" if row["spec"].get(key) is None else str(row["spec"][key])
+        console().print(
+            results_table([asdict(record) for record in records], telling(record.spec for record in records))
+        )
 
 
 def _print_records(runs: Path, names: set[str]) -> None:
     from runner.index import results as read
 
     click.echo(json.dumps([asdict(record) for record in read(runs) if record.name in names], indent=1))
-
-
-Cell = Callable[[dict[str, Any]], str]
-
-
-def _plain(key: str, form: str = "") -> Cell:
-    return lambda row: "" if row.get(key) is None else format(row[key], form)
-
-
-def _memory(row: dict[str, Any]) -> str:
-    return f"{row['peak_memory_bytes'] / 2**30:.2f} GiB" if row.get("peak_memory_bytes") else ""
-
-
-def _wall(row: dict[str, Any]) -> str:
-    from runner.clock import clock
-
-    return clock(row["wall_s"]) if row.get("wall_s") else ""
-
-
-STATUS: dict[str, Cell] = {
-    "run": _plain("name"),
-    "state": _plain("state"),
-    "phase": _plain("phase"),
-    "step": lambda row: f"{row.get('step', 0)}/{row.get('steps', '?')}",
-    "loss": _plain("train_loss", ".4f"),
-    "s/step": _plain("s_per_step", ".3g"),
-    "wall": _wall,
-    "reason": _plain("error"),
-}
-RESULTS: dict[str, Cell] = {
-    "run": _plain("name"),
-    "state": _plain("state"),
-    "steps": _plain("steps"),
-    "train loss": _plain("train_loss", ".4f"),
-    "eval loss": _plain("eval_loss", ".4f"),
-    "s/step": _plain("s_per_step", ".3g"),
-    "wall": _wall,
-    "peak memory": _memory,
-    "exports": lambda row: str(len(row["exports"])),
-    "error": _plain("error"),
-}
-
-
-def _table(rows: list[dict[str, Any]], columns: dict[str, Cell]) -> Any:
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=box.SIMPLE)
-    for title in columns:
-        table.add_column(title)
-    for row in rows:
-        table.add_row(*(Text(cell(row)) for cell in columns.values()))  # Text: a run's words are no markup
-    return table
-
-
-def _console() -> Any:
-    from rich.console import Console
-
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 200)  # a pipe has no width to fold at
 
 
 @main.command()
@@ -477,6 +417,7 @@ def schema(out: Path | None) -> None:
 def compare(names: tuple[str, ...], runs: Path, as_json: bool, out: Path | None) -> None:
     """Runs side by side: the spec keys that differ, how they did, the held-out loss at each noise level, pictures."""
     from runner import compare as comparing
+    from runner.tables import console
 
     found = comparing.compare(runs, names)
     if out is not None:
@@ -485,7 +426,7 @@ def compare(names: tuple[str, ...], runs: Path, as_json: bool, out: Path | None)
         click.echo(json.dumps(found, indent=1))
     else:
         for part in comparing.as_tables(found):
-            _console().print(part)
+            console().print(part)
     if out is not None:
         click.echo(str(out), err=True)
 

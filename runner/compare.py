@@ -10,7 +10,7 @@ from typing import Any
 from runner import files
 from runner.clock import clock
 from runner.errors import FluxrunError
-from runner.index import Record, comparable, differing, record_of
+from runner.index import Record, comparable, differing, record_of, short_labels
 from runner.rundir import Run, find_runs
 from runner.series import read_history
 from runner.shots import shots
@@ -67,7 +67,7 @@ def as_tables(found: Mapping[str, Any]) -> Iterator[Any]:
     def table(title: str, rows: Sequence[tuple[str, Sequence[str]]]) -> Table:
         made = Table(box=box.SIMPLE, title=title, title_justify="left")
         made.add_column("")
-        for name in found["runs"]:
+        for name in short_labels(found["runs"]):
             made.add_column(Text(name), overflow="fold")
         for key, cells in rows:
             made.add_row(Text(key), *map(Text, cells))
@@ -117,7 +117,7 @@ def _loss(value: float | None) -> str:
 
 
 def _verdicts(found: Mapping[str, Any]) -> Iterator[str]:
-    first, *others = found["runs"]
+    first, *others = short_labels(found["runs"])
     for place, name in enumerate(others, 1):
         pairs = [(a[0], a[place]) for a in found["by_sigma"].values() if a[0] is not None and a[place] is not None]
         if pairs:
@@ -139,7 +139,7 @@ def write_sheet(runs: Path, names: Sequence[str], out: Path) -> None:
         raise FluxrunError("these runs share no picture of the same prompt and seed; set validate.prompts alike")
     rows = [(f"{prompt} (seed {seed})", [_opened(one[prompt, seed]) for one in drawn]) for prompt, seed in shared]
     buffer = io.BytesIO()
-    sheet(rows, [run.name.rpartition("/")[2] for run in chosen]).save(buffer, "PNG")
+    sheet(rows, short_labels([run.name for run in chosen])).save(buffer, "PNG")
     files.make_folder(out.parent)
     files.write_bytes(out, [buffer.getvalue()])
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ def results(runs: Path | str) -> list[Record]:
 def record_of(run: Run) -> Record:
     state = run.state()
     known = {key: value for key, value in state.items() if key in Record.__dataclass_fields__}
-    return Record(**{"state": "unknown", **known, "name": run.name, "spec": spec_values(run)})
+    return Record(**{**known, "name": run.name, "spec": spec_values(run)})
 
 
 def sort_records(records: Iterable[Record], key: str) -> list[Record]:
@@ -142,3 +143,15 @@ EVALUATED_ON = ("model.base", "data.source", "data.holdout", "data.resolution", 
 def comparable(specs: Iterable[Mapping[str, Any]]) -> bool:
     """Whether the eval losses are of the same pictures under the same base."""
     return not set(differing(specs)) & set(EVALUATED_ON)
+
+
+def short_labels(names: Sequence[str]) -> list[str]:
+    """What sweeps vary: "SWEEP/lora.rank=4,train.lr=0.001" -> "rank=4, lr=0.001", after SWEEP where there are several; names as
+    they are where that would make two alike."""
+    sweeps = {name.partition("/")[0] for name in names if "/" in name}
+    labels = []
+    for name in names:
+        sweep, _, values = name.partition("/")
+        short = re.sub(r"(^|,)(?:[a-z_0-9]+\.)+(?=[a-z_0-9]+=)", r"\1", values).replace(",", ", ")
+        labels.append(name if not values else f"{sweep}: {short}" if len(sweeps) > 1 else short)
+    return labels if len(set(labels)) == len(labels) else list(names)

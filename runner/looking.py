@@ -67,7 +67,6 @@ def copies(looks: Sequence[Look]) -> list[tuple[int, int, bool]]:
         apart = np.bitwise_count(hashes[first + 1 :] ^ hashes[first])
         for second in first + 1 + np.flatnonzero(apart <= HASH_APART):
             one, other = looks[first], looks[int(second)]
-            same = one.pixels == other.pixels
-            if same or int(np.abs(one.thumb - other.thumb).max()) <= THUMB_APART:
-                found.append((first, int(second), same))
+            if int(np.abs(one.thumb - other.thumb).max()) <= THUMB_APART:
+                found.append((first, int(second), one.pixels == other.pixels))
     return found

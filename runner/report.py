@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import re
 import shlex
 import time
 from collections.abc import Mapping, Sequence
@@ -21,7 +20,7 @@ from urllib.parse import quote
 
 from runner import files
 from runner.clock import clock
-from runner.index import Record, comparable, record_of, telling
+from runner.index import Record, comparable, record_of, short_labels, telling
 from runner.rundir import Run, find_runs
 from runner.series import Series, read_history
 from runner.shots import shots
@@ -37,7 +36,7 @@ LOG_LINES = 25
 
 def write_report(runs: Path) -> Path:
     """Write RUNS/index.html whole, and return its path."""
-    html = render(runs)
+    html = render(runs).encode(errors="replace").decode()  # a folder's name need not be text
     files.write_text(files.make_folder(runs) / "index.html", html)
     return runs / "index.html"
 
@@ -98,18 +97,6 @@ def _folders(runs: Path) -> list[Folder]:
             )
         )  # fmt: skip
     return out
-
-
-def short_labels(names: Sequence[str]) -> list[str]:
-    """ "SWEEP/lora.rank=4,train.lr=0.001" -> "rank=4, lr=0.001", with SWEEP before it where there are several; the names as
-    they are where that would make two alike."""
-    sweeps = {name.partition("/")[0] for name in names if "/" in name}
-    labels = []
-    for name in names:
-        sweep, _, values = name.partition("/")
-        short = re.sub(r"(^|,)(?:[a-z_0-9]+\.)+(?=[a-z_0-9]+=)", r"\1", values).replace(",", ", ")
-        labels.append(name if not values else f"{sweep}: {short}" if len(sweeps) > 1 else short)
-    return labels if len(set(labels)) == len(labels) else list(names)
 
 
 def _summary(found: Sequence[Folder]) -> dict[str, Any]:
@@ -247,7 +234,7 @@ def _shots(spec: Mapping[str, Any]) -> list[tuple[str, int]]:
 
 def _link(path: Path, runs: Path) -> str:
     """Relative to the page, and nothing but that: the dot keeps a name from being taken for a scheme."""
-    return "./" + quote(path.relative_to(runs).as_posix())
+    return "./" + quote(path.relative_to(runs).as_posix(), errors="surrogateescape")
 
 
 # ---- details -------------------------------------------------------------------------------------------------------

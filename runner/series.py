@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from runner import files
+from runner.statefile import is_number
 
 Series = dict[int, float]  # by step, in their order
 
@@ -53,7 +54,7 @@ def read_history(path: Path) -> dict[str, Series]:
     for line in _lines(path):
         step = line.pop("step")
         for name, value in line.items():
-            if isinstance(value, int | float) and math.isfinite(value):
+            if is_number(value):
                 found.setdefault(name, {})[step] = float(value)
     return {name: dict(sorted(series.items())) for name, series in found.items()}
 

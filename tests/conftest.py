@@ -7,7 +7,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -190,3 +191,21 @@ def export_bytes(run: Path) -> dict[str, bytes]:
     }
     assert found, f"{run} exported nothing"
     return found
+
+
+@contextmanager
+def stopping_after(step: int) -> Iterator[None]:
+    """Ask the run to stop, as a signal would, once it reports this step."""
+    from runner import clerk, stop
+
+    reached: list[int] = []
+    report, asked = clerk.Clerk.step, stop.StopRequest.__call__
+
+    def reporting(self: Any, one: Any) -> None:
+        reached.append(one.number)
+        report(self, one)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(clerk.Clerk, "step", reporting)
+        patch.setattr(stop.StopRequest, "__call__", lambda self: asked(self) or step in reached)
+        yield

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import House, export_bytes
+from conftest import House, export_bytes, stopping_after
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -90,7 +88,7 @@ def test_weights_and_biases_gets_the_numbers(house: House, monkeypatch: pytest.M
     run = house.folder / "runs" / "a"
     [record] = run.glob("wandb/offline-run-*/run-fluxrun-a.wandb")
     content = record.read_bytes()
-    for key in (b"train/loss", b"eval/loss", b"samples/0", b"lora.rank"):
+    for key in (b"train/loss", b"eval/loss", b"samples/a-TOK", b"lora.rank"):
         assert key in content
     assert not list(run.glob("events.out.*"))
 
@@ -174,24 +172,6 @@ def test_a_run_goes_on_in_the_dtype_it_was_begun_in(house: House, monkeypatch: p
     said = house.fluxrun("queue", spec)
     assert said.code == 1
     assert "model.dtype: runs/a was begun with torch.float32, now it is torch.bfloat16; name it in the spec" in said.err
-
-
-@contextmanager
-def stopping_after(step: int) -> Iterator[None]:
-    """Ask the run to stop, as a signal would, once it reports this step."""
-    from runner import clerk, stop
-
-    reached: list[int] = []
-    report, asked = clerk.Clerk.step, stop.StopRequest.__call__
-
-    def reporting(self: Any, one: Any) -> None:
-        reached.append(one.number)
-        report(self, one)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(clerk.Clerk, "step", reporting)
-        patch.setattr(stop.StopRequest, "__call__", lambda self: asked(self) or step in reached)
-        yield
 
 
 @pytest.mark.parametrize("kind", ["text lora", "prior", "fp16", "adamw8bit", "prodigy"])

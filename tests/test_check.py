@@ -471,6 +471,11 @@ def test_what_is_told_of_captions(own_pictures: House) -> None:
     )
 
 
+def test_a_token_that_no_caption_names_is_told_once(house: House) -> None:
+    _, found = report(house, house.spec(name='name = "SKS"'))
+    assert [one for level in found.values() for one in level if "'SKS'" in one] == found["error"]
+
+
 def test_other_things_that_are_likely_not_meant(own_pictures: House, monkeypatch: Patch) -> None:
     (own_pictures.folder / "classes").mkdir()
     more = '[prior]\nimages = "classes"\nprompt = "a TOK"\n'

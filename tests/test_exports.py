@@ -14,11 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import House, export_bytes
+from conftest import House, export_bytes, stopping_after
 from PIL import Image
 from readers import comfyui_embedding, diffusers_reads_kohya, forge_embedding
 from safetensors.torch import load_file
-from test_abilities import stopping_after
 
 from runner import export, files, flux, sample, tensors, tokens, verify
 from runner.basefiles import BUILTIN, licence

@@ -78,6 +78,8 @@ def test_faults_in_inherited_keys_point_at_the_other_file(tmp_path: Path) -> Non
     assert [fault.split(": ")[0] for fault in faults(path)] == [
         "a.toml:6"
     ]  # the other array is replaced, faults and all
+    path = files(tmp_path, OWN.replace('name = "ABC"', "vectors = 1"))
+    assert [fault.split(": ")[:2] for fault in faults(path)] == [["a.toml:5", "tokens.0.name"]]
     path = files(tmp_path, OWN, BASE.replace("[lora]", "[lora"))
     assert faults(path) == ["shared/base.toml:9: not TOML: Expected ']' at the end of a table declaration"]
 

@@ -57,7 +57,9 @@ def test_history_survives_a_torn_line_and_a_resume(tmp_path: Path) -> None:
 def test_history_takes_no_file_for_none_and_skips_what_is_no_line(tmp_path: Path) -> None:
     assert read_history(tmp_path / "none") == {}
     bad = tmp_path / "bad"
-    bad.write_text('[]\n{"step": "x"}\nnull\n{"step": 1, "a": "<b>", "c": 2}\n\xff\n', encoding="latin-1")
+    bad.write_text(
+        '[]\n{"step": "x"}\nnull\n{"step": 1, "a": "<b>", "c": 2, "d": 1' + "0" * 400 + "}\n\xff\n", encoding="latin-1"
+    )
     assert read_history(bad) == {"c": {1: 2.0}}
 
 
@@ -295,11 +297,14 @@ def test_a_foreign_or_damaged_folder_is_read_as_far_as_it_can(night: House) -> N
     runs = night.folder / "runs"
     write_run(runs, "foreign", eval_loss="<b>", steps=True, exports=["../../x", 3], versions=[1], wall_s=[2])
     (runs / "c" / "spec.toml").write_text("not [ toml")
+    (runs / "a" / "spec.toml").write_text(f"seed = 1{'0' * 400}\nat = 2020-01-01\n")
+    with_events(runs / "a")
+    write_board(runs)
     (runs / "b" / "state.json").write_text('{"state": 7}')
     records = {record.name: record for record in runner.results(runs)}
     assert (records["foreign"].eval_loss, records["foreign"].exports, records["foreign"].versions) == (None, [], {})
     assert records["c"].spec == {}
-    assert records["b"].state == "unknown"
+    assert (records["b"].state, records["b"].eval_loss) == ("stopped", None)
     for command in (["results"], ["results", "--csv"], ["report"], ["compare", "foreign", "c"]):
         assert night.fluxrun(*command).code == 0
 

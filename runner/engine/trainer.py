@@ -32,6 +32,7 @@ def main(folder: Path, attempt: int, gpus: str | None, stop: StopRequest) -> Cod
     events = os.dup(sys.stdout.fileno())
     os.set_blocking(events, False)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print is for the log
+    flux.quiet()
     device.settle_libraries()
     code = train_run(folder, attempt, gpus, sender(events), stop)
     while code is Code.DONE:

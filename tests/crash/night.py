@@ -62,24 +62,6 @@ def failing(error: Callable[[], BaseException], when: Moment, times: int = 10**6
         yield failed
 
 
-@contextmanager
-def stopping_after(step: int) -> Iterator[None]:
-    """Ask the run to stop, as a signal would, once it reports this step."""
-    from runner import clerk, stop
-
-    reached: list[int] = []
-    report, asked = clerk.Clerk.step, stop.StopRequest.__call__
-
-    def reporting(self: Any, one: Any) -> None:
-        reached.append(one.number)
-        report(self, one)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(clerk.Clerk, "step", reporting)
-        patch.setattr(stop.StopRequest, "__call__", lambda self: asked(self) or step in reached)
-        yield
-
-
 def state(house: House, name: str = "a") -> dict[str, Any]:
     found: dict[str, Any] = json.loads((house.folder / "runs" / name / "state.json").read_text())
     return found

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import House
-from night import failing, go_on, lora, stopping_after
+from conftest import House, stopping_after
+from night import failing, go_on, lora
 
 STEPS = 4
 

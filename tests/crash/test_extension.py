@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import House, export_bytes
-from night import assert_same, go_on, lora, state, stopping_after, unbroken
+from conftest import House, export_bytes, stopping_after
+from night import assert_same, go_on, lora, state, unbroken
 
 INVERSION = {"rank": "rank = 4\nuntil = 0", "encoders": 'encoders = ["clip"]', "prompts": "prompts = []"}
 PIVOTAL = {"rank": "rank = 4", "encoders": 'encoders = ["clip"]', "prompts": "prompts = []"}

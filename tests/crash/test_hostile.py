@@ -10,8 +10,8 @@ import struct
 from pathlib import Path
 
 import pytest
-from conftest import PROJECT, House
-from night import go_on, lora, stopping_after
+from conftest import PROJECT, House, stopping_after
+from night import go_on, lora
 from PIL import Image
 
 from runner import checkpoint
@@ -65,7 +65,7 @@ def test_a_base_of_pickles_is_refused(house: House) -> None:
     for weights in (base / "text_encoder").glob("*.safetensors"):
         weights.with_name("pytorch_model.bin").write_bytes(b"a pickle would be here")
         weights.unlink()
-    said = house.fluxrun("queue", lora(house, base='base = "base"'))
+    said = house.fluxrun("queue", lora(house, base='base = "base"'), "--no-check")
     assert said.code == 1
     assert (
         f"a: failed: model.base: {base}/text_encoder has no .safetensors file; other weights (.bin, .ckpt) can run code when "
@@ -89,7 +89,7 @@ def test_links_out_of_a_run_folder_are_refused(house: House, name: str) -> None:
     run = house.folder / "runs" / "a"
     run.mkdir(parents=True)
     (run / name).symlink_to(outside / "run.log" if name in ("run.log", ".lock") else outside)
-    said = house.fluxrun("queue", lora(house))
+    said = house.fluxrun("queue", lora(house), "--no-check")
     assert said.code == 1
     link = f"runs/a/{name} is a symbolic link; fluxrun writes only inside a run's own folder: take it away"
     assert said.err == f"a: not run: {link}\n"
@@ -289,7 +289,7 @@ def test_a_picture_that_is_none_of_ours_is_refused_by_name(
     with pytest.raises(FluxrunError, match=r"pictures/9\.png: not a readable image"):
         data.decode(bad)
     if kind == "EPS":
-        said = house.fluxrun("queue", lora(house))
+        said = house.fluxrun("queue", lora(house), "--no-check")
         assert said.code == 1
         assert f"a: failed: {path}: not a readable image (cannot identify image file" in said.err
 

@@ -229,7 +229,7 @@ def test_racing_commands_make_one_trainer(house: House) -> None:
     """Real processes: one trains, the others name it and leave; the run is as if there had been one."""
     spec = lora(house)
     unbroken(house, spec)
-    racers = [house.start("queue", spec, "--gpus", "cpu") for _ in range(6)]
+    racers = [house.start("queue", spec, "--gpus", "cpu", "--no-check") for _ in range(6)]
     told = {racer.pid: (*racer.communicate(), racer.returncode) for racer in racers}
     [winner] = [pid for pid, (_, __, code) in told.items() if code == 0]
     for pid, (_, err, code) in told.items():

@@ -36,8 +36,7 @@ to = []
 
 
 def main(out: Path) -> None:
-    from conftest import House
-    from night import stopping_after
+    from conftest import House, stopping_after
     from PIL import Image
 
     out.mkdir()
@@ -62,6 +61,8 @@ def main(out: Path) -> None:
         log.write_text(re.sub(r"^[\d-]+ [\d:]+", "2023-11-14 22:13:20", log.read_text(), flags=re.MULTILINE))
         (run / ".lock").unlink()
     scrub(out / "runs" / "index.jsonl")
+    (out / "runs" / "index.html").unlink()  # made again by every queue, and full of paths
+    shutil.rmtree(out / "runs" / ".slots")
     (out / "runs").rename(out / "night")  # `runs` is what git ignores
 
 
