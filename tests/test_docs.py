@@ -19,10 +19,9 @@ from pathlib import Path
 
 import click
 import pytest
-from conftest import PICTURES, PIVOTAL, PROJECT, House, Inline
+from conftest import PICTURES, PIVOTAL, PROJECT, House
 
 from runner.cli import main
-from runner.engine import local
 from runner.spec import Spec
 from runner.specfaults import _all_keys
 
@@ -288,8 +287,3 @@ def test_the_readme_leads_to_every_guide_and_pages_are_short() -> None:
         lines = page.read_text().count("\n")
         assert lines <= 120 or page.name == "keys.md", f"{page.name} has {lines} lines"
     assert (PROJECT / "CONTRIBUTING.md").read_text().count("\n") < 40
-
-
-def test_commands_here_train_in_this_process() -> None:
-    """Else each would start a process, and these tests would take minutes."""
-    assert local.Trainer is Inline
