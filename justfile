@@ -26,6 +26,10 @@ lint:
     {{venv}}ruff format .
     {{venv}}mypy
 
+# write docs/keys.md, the key reference, from the spec's models
+keys:
+    {{venv}}python tools/key_reference.py
+
 # train the bundled base again, from nothing (about two hours on two cores)
 tiny-base:
     {{venv}}python tools/make_tiny_base.py --out runner/bases/tiny
