@@ -6,6 +6,8 @@ encoder's identity, dtype), so a changed picture or caption is a new key and not
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -34,6 +36,8 @@ class Cache:
             found, about = tensors.load(path)
             if (about.get("kind"), about.get("key", key)) != (kind, key):  # early entries do not know their key
                 raise BadFile(f"{path}: the header says {about.get('kind')} {about.get('key')}")
+            with contextlib.suppress(OSError):  # another user's, or a disk that is only read: then it just looks older
+                os.utime(path)  # when it was last asked for, for `fluxrun cache prune`
             return found["value"]
         except BadFile:
             path.unlink(missing_ok=True)

@@ -71,6 +71,9 @@ specs_argument = click.argument("specs", nargs=-1, required=True, type=click.Pat
 @runs_option
 @json_option
 @click.option("--gpus", help="GPU numbers, e.g. 0,1: one run each; `cpu` forces the CPU. Default: all GPUs.")
+@click.option(
+    "--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True, help="Where runs run."
+)
 @click.option("--slots", type=click.IntRange(1, 64), default=1, show_default=True, help="Runs at a time on a CPU.")
 @click.option("--retries", type=click.IntRange(0), default=2, show_default=True, help="Tries after a crash, per run.")
 @click.option("--stop-at", metavar="HH:MM", help="Save and stop at this time; the same command goes on.")
@@ -83,13 +86,17 @@ specs_argument = click.argument("specs", nargs=-1, required=True, type=click.Pat
 )
 @click.pass_context
 def queue(
-    ctx: click.Context, specs: tuple[Path, ...], runs: Path, as_json: bool, gpus: str | None, slots: int, retries: int,
-    stop_at: str | None, fail_fast: bool, allow_commands: bool, dry_run: bool, fresh: bool, no_check: bool,
+    ctx: click.Context, specs: tuple[Path, ...], runs: Path, as_json: bool, gpus: str | None, engine: str, slots: int,
+    retries: int, stop_at: str | None, fail_fast: bool, allow_commands: bool, dry_run: bool, fresh: bool, no_check: bool,
 ) -> None:  # fmt: skip
     """Run a batch: validate all, plan all, then run what is not done.
 
     A SPEC is a file, or a folder (every *.toml in it). Typing the same command again means "go on".
     """
+    if engine != "local":
+        raise click.BadParameter(
+            f"{engine!r} is not available yet; runs go to this machine's slots", param_hint="--engine"
+        )
     if dry_run:
         ctx.invoke(plan, specs=specs, runs=runs, as_json=as_json)
         return
@@ -502,3 +509,34 @@ def check(ctx: click.Context, specs: tuple[Path, ...], runs: Path, as_json: bool
         told = ", ".join(_count(number, level) for level, number in counts.items())
         click.echo(f"{_count(len(seen), 'run')}: {told}")
     ctx.exit(2 if counts["error"] else 0)
+
+
+@main.group(invoke_without_command=True)
+@runs_option
+@json_option
+@click.pass_context
+def cache(ctx: click.Context, runs: Path, as_json: bool) -> None:
+    """What the shared cache of latents and text embeddings holds."""
+    from runner import caching
+
+    ctx.obj = runs
+    if ctx.invoked_subcommand is not None:
+        return
+    kinds = caching.listing(runs)
+    if as_json:
+        click.echo(json.dumps(caching.as_json(kinds), indent=1))
+        return
+    from runner.tables import console
+
+    console().print(caching.as_table(kinds))
+
+
+@cache.command("prune")
+@click.option("--days", type=click.FloatRange(min=0), default=30, show_default=True, help="Kept if asked for since.")
+@click.pass_obj
+def cache_prune(runs: Path, days: float) -> None:
+    """Remove what no run has asked for in a while; it is made again where it is wanted."""
+    from runner.caching import prune
+
+    entries, size = prune(runs, days)
+    click.echo(f"{entries:,} entries removed, {size / 2**20:,.1f} MiB")

@@ -1,0 +1,81 @@
+"""`fluxrun cache`: what the shared cache holds, and letting go of what nobody asked for in a while. No torch.
+
+Nothing is lost with an entry but the time to make it again: it is a function of what it is named by.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from runner import files
+from runner.errors import Held
+from runner.rundir import find_runs
+
+DAY = 86400.0
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Entries of one kind: latents, or text embeddings by encoder. bytes: on the disk; oldest, newest: days since they were
+    last asked for."""
+
+    kind: str
+    entries: int
+    bytes: int
+    oldest: float
+    newest: float
+
+
+def listing(runs: Path) -> list[Kind]:
+    now, found = time.time(), []
+    for folder in sorted(path for path in (runs / "cache").glob("*") if path.is_dir()):
+        facts = [path.stat() for path in _entries(folder)]
+        if facts:
+            days = [max(0.0, now - fact.st_mtime) / DAY for fact in facts]
+            found.append(Kind(folder.name, len(facts), sum(fact.st_size for fact in facts), max(days), min(days)))
+    return found
+
+
+def prune(runs: Path, days: float) -> tuple[int, int]:
+    """Remove what was not asked for in `days`: (entries, bytes). Raises Held while a queue works, which may be about to."""
+    if busy := next((holder for run in find_runs(runs) if (holder := run.holder())), None):
+        raise Held(
+            f"process {busy.pid} is working on {runs}, and may be about to read its cache; wait for it, or stop it"
+        )
+    limit, entries, size = time.time() - days * DAY, 0, 0
+    for path in _entries(runs / "cache"):
+        fact = path.stat()
+        if fact.st_mtime < limit:
+            path.unlink()
+            entries, size = entries + 1, size + fact.st_size
+    for folder in {path.parent for path in (runs / "cache").rglob(f".*{files.ASIDE}")}:
+        files.sweep_aside(folder)
+    return entries, size
+
+
+def as_table(kinds: list[Kind]) -> Table:
+    from rich import box
+
+    table = Table(box=box.SIMPLE)
+    for title in ("kind", "entries", "size", "last asked for"):
+        table.add_column(title)
+    for one in kinds:
+        table.add_row(
+            one.kind, f"{one.entries:,}", f"{one.bytes / 2**20:,.1f} MiB", f"{one.newest:.0f}-{one.oldest:.0f} days ago"
+        )
+    total = sum(one.bytes for one in kinds)
+    table.add_row("all", f"{sum(one.entries for one in kinds):,}", f"{total / 2**20:,.1f} MiB", "")
+    return table
+
+
+def as_json(kinds: list[Kind]) -> dict[str, Any]:
+    return {"kinds": [asdict(one) for one in kinds], "bytes": sum(one.bytes for one in kinds)}
+
+
+def _entries(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*.safetensors") if path.is_file() and not path.is_symlink()]
