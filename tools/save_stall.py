@@ -1,6 +1,6 @@
 """What a checkpoint costs the training: written behind its back, and written while it waits, in units of a step.
 
-    python tools/save_stall.py [--rounds 8] [--every 10] [--batch 4]
+    python tools/save_stall.py [--rounds 8] [--every 10] [--batch 4] [--rank 16]
 
 Turns of `--every` times three steps with a save after the first and the second third: none of them, both in the
 background, both in the foreground, follow each other in one process; quoted are medians over the rounds of each round's
@@ -31,12 +31,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--every", type=int, default=10)
     parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--rank", type=int, default=16, help="of the LoRA; the checkpoint grows with it")
     parser.add_argument("--pictures", type=Path, default=Path("specs/quickstart"))
     given = parser.parse_args()
     flux.quiet()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        desk = make_desk(folder, given.pictures.resolve(), given.batch)
+        desk = make_desk(folder, given.pictures.resolve(), given.batch, given.rank)
         [phase] = desk.plan.training
         transformer, adapter = learn.load_transformer(desk, phase, Weights())
         encoders = learn.load_encoders(desk, phase, Weights())

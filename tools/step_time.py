@@ -36,7 +36,7 @@ resolution = 64
 prompt = "a thing"
 center_crop = true
 [lora]
-rank = 16
+rank = {rank}
 layers = "attention+mlp"
 [train]
 steps = 100000
@@ -45,9 +45,9 @@ lr = 1e-4
 """
 
 
-def make_desk(folder: Path, pictures: Path, batch: int) -> Desk:
+def make_desk(folder: Path, pictures: Path, batch: int, rank: int = 16) -> Desk:
     file = folder / "step.toml"
-    file.write_text(SPEC.format(pictures=pictures, batch=batch))
+    file.write_text(SPEC.format(pictures=pictures, batch=batch, rank=rank))
     [job] = prepare([file], folder / "runs", fetch=False, fresh=False)
     assert job.pictures is not None
     base = flux.open_base("builtin:tiny", None, None, torch.device("cpu"), torch.float32)
