@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from runner.complete import run_names
-from runner.errors import Fault, FluxrunError, SpecError
+from runner.errors import Code, Fault, FluxrunError, SpecError
 
 if TYPE_CHECKING:
     from runner.finding import Finding
@@ -176,10 +177,12 @@ def run_one(folder: Path, attempt: int, parent: int | None, gpus: str | None) ->
 
     if parent is not None:
         die_with(parent)
-    with StopRequest() as stop:  # before anything that takes its time
+    code: int = Code.STOPPED
+    with StopRequest() as stop, suppress(KeyboardInterrupt):  # a second signal may come when the run has ended already
         from runner.engine.trainer import main as train
 
-        sys.exit(train(folder, attempt, gpus, stop))
+        code = train(folder, attempt, gpus, stop)
+    sys.exit(code)
 
 
 def _without_done(jobs: list[Job], screen: Any) -> list[Job]:

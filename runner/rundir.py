@@ -17,7 +17,7 @@ from runner.origins import annotated
 from runner.plan import NOT_IN_KEY, OPEN_ENDED, SPAN_KEYS, Plan, as_json
 from runner.processes import Process
 from runner.spec import Spec, dump
-from runner.statefile import PROGRESS, is_number, read_json, read_state, writable
+from runner.statefile import PROGRESS, is_number, is_text, read_json, read_state, writable
 from runner.stepfiles import steps_in
 
 FORMAT = 1  # of state.json, plan.json and lease.json; older ones are read as long as they can be
@@ -305,7 +305,7 @@ class Run:
 
     def pin(self, what: str, value: str, way_out: str) -> None:
         """Remember what the training sees that no key could know beforehand. Raises Refused where it is another now."""
-        pinned = read_json(self.pins_file)
+        pinned = {name: found for name, found in read_json(self.pins_file).items() if is_text(found)}
         if pinned.setdefault(what, value) != value:
             then, now = (str(one) if len(str(one)) < 40 else f"{one[:12]}..." for one in (pinned[what], value))
             raise Refused(

@@ -90,6 +90,14 @@ def test_a_slot_that_another_queue_has_is_waited_for(house: House) -> None:
     assert said.count(said[0]) == 1
 
 
+def test_the_queue_itself_imports_no_torch() -> None:
+    """It is there all night beside the trainers, and need not hold their memory."""
+    code = "import sys; from runner.engine import local, process, slots; from runner import prepare, check, morning, screen; " \
+        "print('torch' in sys.modules, 'diffusers' in sys.modules)"  # fmt: skip
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PROJECT)
+    assert said.stdout == "False False\n"
+
+
 def test_a_trainer_that_goes_without_a_word_has_done_nothing(tmp_path: Path) -> None:
     """Whatever its exit code; and one that died while it waited for another run harms nobody."""
     trainer = Trainer.__new__(Trainer)

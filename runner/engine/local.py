@@ -224,7 +224,7 @@ def _unstick(queue: Queue, work: Work, trainer: Trainer) -> None:
 def _ended(queue: Queue, work: Work, code: int) -> None:
     """What becomes of a run whose trainer has ended with `code`."""
     if code in (-signal.SIGTERM, -signal.SIGINT):  # it was asked before it could answer
-        code, work.reason = Code.STOPPED, "stopped before it began"
+        code, work.reason = Code.STOPPED, work.reason or "stopped before it began"
     if code == Code.MEMORY and work.split == 1 and (split := _smaller(work)):
         work.split = split
         batch, times = work.job.spec.train.batch_size // split, work.job.spec.train.accumulate * split
