@@ -91,7 +91,9 @@ class Soak:
             assert step >= self.newest.get(folder.parent.name, 0), f"{folder}: lost a saved step"
             self.newest[folder.parent.name] = step
         rows, deadline = self.rows(), time.monotonic() + 10
-        while any(row["state"] == "running" for row in rows):  # a trainer that its queue had just begun is about to die
+        while any(
+            row["state"] in ("running", "waiting") for row in rows
+        ):  # a trainer that its queue had just begun is about to die
             assert time.monotonic() < deadline, "an orphan"
             rows = self.rows()
         for row in rows:
