@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,7 +77,3 @@ def adapter_metadata(shape: LoraShape) -> dict[str, Any]:
     config = LoraConfig(r=shape.rank, lora_alpha=shape.alpha, lora_dropout=shape.dropout).to_dict()  # type: ignore[arg-type]
     config["target_modules"] = sorted(shape.layers)
     return {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
-
-
-def parameter_count(layers: Mapping[str, Sequence[int]], rank: int) -> int:
-    return sum(rank * (out + inside) for out, inside in layers.values())
