@@ -6,7 +6,7 @@ import platform
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -31,6 +31,14 @@ from runner.writer import Writer
 HEARTBEAT = 1.0  # seconds between writes of the step into state.json
 
 
+@dataclass(frozen=True)
+class Spent:
+    """On one phase, over all attempts. peak: bytes, as `device.peak_memory` counts them."""
+
+    seconds: float
+    peak: int
+
+
 class Clerk:
     """Writes down how one run goes: checkpoints, state, log, events."""
 
@@ -45,6 +53,11 @@ class Clerk:
         self.meters = Meters(**progress.scalars["meters"]) if progress else Meters()
         self.loss = self.meters.smoothed
         self.before = run.state()
+        self.spent: dict[str, Spent] = {
+            name: Spent(facts.get("seconds", 0.0), int(facts.get("peak_memory_bytes", 0)))
+            for name, facts in self.before.get("phases", {}).items()
+        }
+        self.entered: float | None = None
         device.reset_peak(where)
         self.trackers = [
             History(run.history_file, self.at_step),
@@ -72,11 +85,19 @@ class Clerk:
             "skipped_steps": self.meters.skipped or None,
             "wall_s": round(self.before.get("wall_s", 0.0) + time.monotonic() - self.began, 3),
             "s_per_step": statistics.median(self.seconds) if self.seconds else self.before.get("s_per_step"),
-            "peak_memory_bytes": max(device.peak_memory(self.where), self.before.get("peak_memory_bytes", 0)),
-        }
+            "peak_memory_bytes": max(
+                device.peak_memory(self.where), self.before.get("peak_memory_bytes", 0),
+                *(one.peak for one in self.spent.values()),
+            ),
+            "phases": {
+                name: {"seconds": round(one.seconds, 3), "peak_memory_bytes": one.peak}
+                for name, one in self.spent.items()
+            },
+        }  # fmt: skip
 
     def begin(self, phase: Phase, progress: Checkpoint | None) -> None:
-        self.phase = phase
+        self.phase, self.entered = phase, time.monotonic()
+        device.reset_peak(self.where)
         self.heartbeat(durable=True)
         if isinstance(phase, Joint | Inversion | Lora):
             done = progress.step if progress else phase.start
@@ -84,6 +105,17 @@ class Clerk:
             self.say.begin_phase(phase.name, done, phase.stop, "steps")
         else:
             self.say.line(f"{phase.name}: started")
+
+    def leave(self) -> None:
+        """The phase has ended, or the run in the middle of it."""
+        if self.entered is None:
+            return
+        before = self.spent.get(self.phase.name, Spent(0.0, 0))
+        seconds = before.seconds + time.monotonic() - self.entered
+        self.spent[self.phase.name], self.entered = (
+            Spent(seconds, max(before.peak, device.peak_memory(self.where))),
+            None,
+        )
 
     def step(self, step: Step) -> None:
         self.writer.look()
@@ -146,6 +178,7 @@ class Clerk:
     def close(self) -> None:
         """However the run ends: what is being written is finished, and the state says how far it came."""
         self.writer.close()
+        self.leave()
         if self.run.lease().attempt == self.run.attempt and self.run.state().get("state") == "running":
             with files.if_there_is_room():
                 self.run.write_state("running", durable=False, **self.facts())

@@ -28,7 +28,7 @@ from runner.tensors import raw
 from runner.views import Size, View, group
 
 PARTS = {"clip": ("text_encoder", "tokenizer"), "t5": ("text_encoder_2", "tokenizer_2")}
-EVAL_IMAGES = 8  # of the training images, where none is held out: a loss over all of a large set would take its time
+EVAL_SIGMAS = tuple(k / 10 for k in range(1, 10))
 
 
 @dataclass(frozen=True)
@@ -76,10 +76,19 @@ class Desk:
         own = self.spec.prior
         return classfolder.pictures(Path(own.images), own.count, own.prompt) if own else ()
 
+    @property
+    def eval_points(self) -> tuple[tuple[View, tuple[float, ...]], ...]:
+        """What the eval loss is taken at: every held-out picture at every sigma. Where none is held out, every sigma once,
+        each at another of the training pictures: a look shall cost a few steps, and tells less there anyway."""
+        views = self.eval_views
+        if self.pictures.held:
+            return tuple((view, EVAL_SIGMAS) for view in views)
+        return tuple((view, EVAL_SIGMAS[at :: len(views)]) for at, view in enumerate(views))
+
     @cached_property
     def eval_views(self) -> tuple[View, ...]:
         """The held-out pictures, or some training ones: their middles, at each one's first size."""
-        chosen = self.pictures.held or self.pictures.items[:EVAL_IMAGES]
+        chosen = self.pictures.held or self.pictures.items[: len(EVAL_SIGMAS)]
         first: dict[str, View] = {}
         for size, pictures in self._grouped(chosen).items():
             for picture in pictures:

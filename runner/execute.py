@@ -72,6 +72,7 @@ def execute(
                     case Export():
                         delivered = deliver(order, best_of(run, progress, say) if spec.export.best else progress)
                         clerk.show_pictures(plan.steps, [picture for _, picture in delivered.pictures])
+                clerk.leave()
                 say.end_phase()
             assert delivered is not None  # every plan ends with an export
             clerk.finish(delivered)

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from runner import flux, views
-from runner.desk import Desk
+from runner.desk import EVAL_SIGMAS, Desk
 from runner.device import autocast, move
 from runner.encode import CachedEncoder, LiveEncoder, encode_latents
 from runner.seeds import derive
 from runner.views import Size, View
 
 Encoders = Mapping[str, LiveEncoder | CachedEncoder]
-EVAL_SIGMAS = tuple(k / 10 for k in range(1, 10))
 
 
 class FlowObjective:
@@ -100,20 +100,21 @@ class FlowObjective:
     # ---- evaluation ------------------------------------------------------------------------------------------------
 
     def evaluate(self) -> dict[float, float]:
-        """Unweighted loss at nine fixed sigmas, a mean over the eval pictures; noise fixed by the picture's name alone, so
+        """Unweighted loss at nine fixed sigmas, each a mean over its pictures; noise fixed by the picture's name alone, so
         that runs of any seed and weighting compare."""
         desk, device = self.desk, self.desk.base.device
-        total = dict.fromkeys(EVAL_SIGMAS, 0.0)
+        points = desk.eval_points
+        total, shown = dict.fromkeys(EVAL_SIGMAS, 0.0), Counter(sigma for _, sigmas in points for sigma in sigmas)
         pooling = "eos" if desk.spec.inversion.pooling == "eos" else "diffusers"
         self.transformer.eval()
-        for view in desk.eval_views:
+        for view, all_sigmas in points:
             moments = self.moments[view]
             mean = (moments.float().chunk(2)[0][None] - self.scale.shift) * self.scale.scaling
             with torch.no_grad():
                 text = self.read([view.picture.caption], pooling)
             fits = desk.spec.train.batch_size // desk.split
-            for start in range(0, len(EVAL_SIGMAS), fits):
-                sigmas = EVAL_SIGMAS[start : start + fits]
+            for start in range(0, len(all_sigmas), fits):
+                sigmas = all_sigmas[start : start + fits]
                 parts = []
                 for sigma in sigmas:
                     generator = torch.Generator().manual_seed(derive(0, "eval", view.picture.name, str(sigma)))
@@ -125,7 +126,7 @@ class FlowObjective:
                 for sigma, error in zip(
                     sigmas, (made.float() - noised.target).square().flatten(1).mean(1), strict=True
                 ):
-                    total[sigma] += float(error) / len(desk.eval_views)
+                    total[sigma] += float(error) / shown[sigma]
         self.transformer.train()
         return total
 

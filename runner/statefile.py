@@ -33,6 +33,7 @@ PROGRESS: dict[str, Callable[[object], bool]] = {
     "ended": is_text,
     "exports": _texts,
     "export_errors": _table_of(is_number),
+    "phases": _table_of(_table_of(is_number)),
 }
 KINDS: dict[str, Callable[[object], bool]] = {
     **PROGRESS,

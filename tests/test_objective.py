@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from runner import data, flux, text, tokens
 from runner.basefiles import BUILTIN
 from runner.checkpoint import Weights
-from runner.desk import Desk
+from runner.desk import EVAL_SIGMAS, Desk
 from runner.encode import CachedEncoder, LiveEncoder, encode, encode_captions
 from runner.errors import FluxrunError
 from runner.learn import load_encoders, load_transformer, trainable
-from runner.objective import EVAL_SIGMAS, FlowObjective
+from runner.objective import FlowObjective
 from runner.plan import Encode
 from runner.seeds import derive
 from runner.views import View
@@ -379,7 +379,10 @@ def test_the_eval_loss_is_fixed_by_the_pictures_alone(house: House) -> None:
 
 def test_with_nothing_held_out_some_training_pictures_are_looked_at(house: House) -> None:
     desk = desk_of(spec_of(house))
-    assert [view.picture.name for view in desk.eval_views] == [f"{index:02d}.png" for index in range(1, 9)]
+    assert [view.picture.name for view in desk.eval_views] == [f"{index:02d}.png" for index in range(1, 10)]
+    assert [sigmas for _, sigmas in desk.eval_points] == [
+        (sigma,) for sigma in EVAL_SIGMAS
+    ]  # a look costs nine forwards
     assert all(view.variant is None for view in desk.eval_views)
     assert isinstance(desk.eval_views[0], View)
     assert isinstance(desk.pictures, data.Pictures)
