@@ -34,6 +34,7 @@ def train_phase(
 
     `save` may only begin to write; `settle` returns once all of it is written.
     """
+    desk.shelf.live.clear()
     past = before.weights if before else Weights()
     meters = Meters(**before.scalars["meters"]) if before else Meters()
     transformer, adapter = load_transformer(desk, phase, past)
@@ -80,6 +81,7 @@ def train_phase(
         objective.close()
         settle()
     desk.shelf.put(desk.base, desk.spec.model, transformer)
+    desk.shelf.live = {name: one for name, one in encoders.items() if isinstance(one, LiveEncoder)}
     return last[0]
 
 

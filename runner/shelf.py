@@ -6,7 +6,7 @@ Reading FLUX.1's 24 GB again at every pivot, export and next run would cost a ba
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -19,10 +19,12 @@ from runner.spec import Model
 @dataclass
 class Shelf:
     """One transformer at most. It is lent whole: whoever takes it is its only owner until it is put back, so one that
-    was on its way when something went wrong is never seen again."""
+    was on its way when something went wrong is never seen again. `live`: encoders that have just learned, for the one
+    pass that encodes what they make of the captions."""
 
     key: str = ""
     kept: nn.Module | None = None
+    live: dict[str, Any] = field(default_factory=dict)
 
     def take(self, base: flux.Base, own: Model) -> nn.Module:
         """The base's transformer without adapters, in eval mode: the one kept where it is the same, or else a loaded one."""
