@@ -165,7 +165,7 @@ TABLE: dict[str, tuple[Any, Probe, Any, dict[str, Any]]] = {
     "data.buckets": (True, lambda d: d.plan.sizes, {(48, 80): 1, (64, 64): 8, (80, 48): 1}, {"data__source": "shapes"}),
     "data.center_crop": (True, pixels, NOW, {"data__center_crop": False, "data__source": "shapes"}),
     "data.random_flip": (True, pixels, NOW, {}),
-    "data.variants": (3, lambda d: len(d.views), 30 + 8, {"data__center_crop": False}),
+    "data.variants": (3, lambda d: len(d.views), 30 + 9, {"data__center_crop": False}),
     "data.interpolation": ("nearest", pixels, NOW, {"data__resolution": 48}),
     "data.caption_dropout": (1.0, lambda d: {caption for *_, caption in shown(d)}, {""}, {}),
     "data.holdout": (4, lambda d: (len(d.pictures.items), len(d.eval_views)), (6, 4), {}),
