@@ -21,6 +21,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from bench import (
@@ -42,6 +43,7 @@ from bench import (
 from watch import OUR_IMPORTS, fluxrun, imports, watch
 
 EVERY = 10  # steps of a block, with a save or without
+SAVES = 4  # a round
 ROWS = [["base", "what", "median s (min-max)"]]
 
 
@@ -50,7 +52,7 @@ def tell(base: str, what: str, seconds: list[float]) -> None:
     print(" | ".join(ROWS[-1]), flush=True)
 
 
-def commands(base: Path, name: str, given: Asked, rounds: int) -> None:
+def commands(name: str, given: Asked, rounds: int) -> None:
     with tempfile.TemporaryDirectory() as where:
         folder = Path(where)
         (folder / "a.toml").write_text(given.text)
@@ -68,8 +70,6 @@ def commands(base: Path, name: str, given: Asked, rounds: int) -> None:
 
 def one_queue(given: Asked) -> dict[str, float]:
     """Moments of a queue of two, as seconds since the command was typed."""
-    from dataclasses import replace
-
     with tempfile.TemporaryDirectory() as where:
         folder = Path(where)
         for seed, spec in enumerate("ab"):
@@ -94,7 +94,7 @@ def one_queue(given: Asked) -> dict[str, float]:
         return moments
 
 
-def queue(base: Path, name: str, given: Asked, rounds: int) -> None:
+def queue(name: str, given: Asked, rounds: int) -> None:
     all_moments = [one_queue(given) for _ in range(rounds)]
     for what, start, end in (
         ("to the first step of a queue", None, "a first"),
@@ -119,9 +119,7 @@ def until_a_new_step(folder: Path) -> float:
     return found[0]
 
 
-def resume(base: Path, name: str, given: Asked, rounds: int) -> None:
-    from dataclasses import replace
-
+def resume(name: str, given: Asked, rounds: int) -> None:
     with tempfile.TemporaryDirectory() as where:
         folder = Path(where)
         (folder / "a.toml").write_text(replace(given, steps=10**6).text)
@@ -129,14 +127,12 @@ def resume(base: Path, name: str, given: Asked, rounds: int) -> None:
         tell(name, "again, to the first new step", [until_a_new_step(folder) for _ in range(rounds)])
 
 
-def checkpoint(base: Path, name: str, given: Asked, rounds: int) -> None:
-    from dataclasses import replace
-
+def checkpoint(name: str, given: Asked, rounds: int) -> None:
     moments: list[float] = []
 
     def heard(_: int) -> bool:
         moments.append(time.perf_counter())
-        return len(moments) >= 2 * EVERY * (rounds + 2)
+        return len(moments) >= 2 * EVERY * (SAVES * rounds + 1)
 
     with tempfile.TemporaryDirectory() as where:
         asked = replace(given, encoders=(), prompt="a photo of a thing", steps=10**6, save_every=2 * EVERY)
@@ -153,7 +149,7 @@ def checkpoint(base: Path, name: str, given: Asked, rounds: int) -> None:
     print(" | ".join(ROWS[-1]), flush=True)
 
 
-PARTS: dict[str, Callable[[Path, str, Asked, int], None]] = {
+PARTS: dict[str, Callable[[str, Asked, int], None]] = {
     "commands": commands,
     "queue": queue,
     "resume": resume,
@@ -182,7 +178,7 @@ def main() -> None:
                     base, pictures, size.resolution, size.tokens, size.batch, rank, "adamw", ("clip", "t5"),
                     steps=given.steps,
                 )  # fmt: skip
-                PARTS[part](base, name, asked, given.rounds)
+                PARTS[part](name, asked, given.rounds)
     table(ROWS)
 
 
