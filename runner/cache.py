@@ -15,6 +15,7 @@ from torch import Tensor
 
 from runner import files, tensors
 from runner.errors import BadFile
+from runner.statefile import read_json
 
 
 class Cache:
@@ -23,6 +24,19 @@ class Cache:
 
     def path(self, kind: str, key: str) -> Path:
         return self.folder / kind / key[:2] / f"{key}.safetensors"
+
+    def note(self, key: str) -> dict[str, str]:
+        """What `put_note` wrote; {} where there is nothing, or nothing whole."""
+        found = read_json(self._note(key))
+        return found if all(isinstance(value, str) for value in found.values()) else {}
+
+    def put_note(self, key: str, facts: Mapping[str, str]) -> None:
+        """A few words that are a function of their key, e.g. which latents a data set comes to."""
+        files.make_folder(self._note(key).parent)
+        files.write_json(self._note(key), dict(facts))
+
+    def _note(self, key: str) -> Path:
+        return self.folder / "views" / key[:2] / f"{key}.json"
 
     def has(self, kind: str, key: str) -> bool:
         return self.path(kind, key).is_file()

@@ -169,8 +169,9 @@ def stop(names: tuple[str, ...], runs: Path) -> None:
 @click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option("--attempt", type=int, required=True)
 @click.option("--parent", type=int, help="Die with this process.")
+@click.option("--later", multiple=True, type=click.Path(path_type=Path))
 @click.option("--gpus")
-def run_one(folder: Path, attempt: int, parent: int | None, gpus: str | None) -> None:
+def run_one(folder: Path, attempt: int, parent: int | None, later: tuple[Path, ...], gpus: str | None) -> None:
     """What a queue starts for each slot: trains the run in FOLDER, then those named on stdin."""
     from runner.processes import die_with
     from runner.stop import StopRequest
@@ -179,9 +180,10 @@ def run_one(folder: Path, attempt: int, parent: int | None, gpus: str | None) ->
         die_with(parent)
     code: int = Code.STOPPED
     with StopRequest() as stop, suppress(KeyboardInterrupt):  # a second signal may come when the run has ended already
+        from runner.engine.trainer import Told
         from runner.engine.trainer import main as train
 
-        code = train(folder, attempt, gpus, stop)
+        code = train(Told(folder, attempt, later), gpus, stop)
     sys.exit(code)
 
 
@@ -202,7 +204,9 @@ def _without_done(jobs: list[Job], screen: Any) -> list[Job]:
 @click.pass_context
 def plan(ctx: click.Context, specs: tuple[Path, ...], runs: Path, as_json: bool) -> None:
     """Validate and print the plan; touches nothing, needs no GPU and no torch."""
+    from runner import forecast
     from runner import plan as planning
+    from runner.engine.slots import visible_gpus
     from runner.prepare import jobs_of, prepare, survey
 
     if sys.stdout.isatty() and not as_json:
@@ -211,7 +215,8 @@ def plan(ctx: click.Context, specs: tuple[Path, ...], runs: Path, as_json: bool)
 
         seen, faults = survey(list(specs), runs, fetch=False, fresh=False)
         if shown := jobs_of(seen):
-            nightplan.draw(console(), shown, pace.times(shown, runs), time.time())
+            cached = forecast.lines(shown, runs, visible_gpus() > 0)
+            nightplan.draw(console(), shown, pace.times(shown, runs), cached, time.time())
         if faults:
             raise SpecError(faults)
         return
@@ -230,6 +235,7 @@ def plan(ctx: click.Context, specs: tuple[Path, ...], runs: Path, as_json: bool)
                 "spec": str(job.file),
                 "state": job.verdict.state,
                 "reason": job.verdict.reason,
+                "cache": forecast.as_json(forecast.forecast(job, runs, visible_gpus() > 0)),
             }
             for job in jobs
         ]
@@ -237,6 +243,7 @@ def plan(ctx: click.Context, specs: tuple[Path, ...], runs: Path, as_json: bool)
         ctx.exit(2 if errors else 0)
     from runner.nightplan import sizes_line, sweep_line
 
+    cached = forecast.lines(jobs, runs, visible_gpus() > 0)
     for job in jobs:
         click.echo(f"{job.plan.name}  ({job.file})  {job.verdict.state}: {job.verdict.reason}")
         if job.source.swept:
@@ -244,6 +251,8 @@ def plan(ctx: click.Context, specs: tuple[Path, ...], runs: Path, as_json: bool)
         click.echo(f"  {'images':<15}{sizes_line(job.plan.sizes)}")
         for phase in job.plan.phases:
             click.echo("  " + _phase_line(planning.describe(phase)))
+        if job.plan.name in cached:
+            click.echo(f"  {cached[job.plan.name]}")
         for note in job.plan.notes:
             click.echo(f"  note: {note}")
     click.echo(f"{_count(len(jobs), 'run')}, {sum(job.plan.steps for job in jobs)} steps")

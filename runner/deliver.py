@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -14,11 +15,12 @@ from PIL import Image
 
 from runner import export, files, hub, sample, tokens, verify
 from runner.basefiles import licence, transformer_config
+from runner.cache import Cache
 from runner.card import CURVE, model_card
 from runner.checkpoint import Checkpoint, Weights
 from runner.curve import draw_curve
 from runner.device import DTYPES, release
-from runner.encode import text_lora_shape
+from runner.encode import frozen_t5, text_lora_shape
 from runner.errors import Interrupted
 from runner.export import About, Shapes
 from runner.flux import Base
@@ -26,6 +28,7 @@ from runner.learn import lora_shape
 from runner.rundir import Run, flat
 from runner.sample import Exported
 from runner.say import Say
+from runner.shelf import Shelf
 from runner.spec import Spec, dump
 from runner.tokens import Placeholder, expand
 
@@ -39,6 +42,8 @@ class Order:
     base: Base
     say: Say
     stop_requested: Callable[[], bool]
+    cache: Cache
+    shelf: Shelf
 
     @property
     def placeholders(self) -> tuple[Placeholder, ...]:
@@ -146,7 +151,8 @@ def _verified_pictures(
     exported = export.exported_files(folder, order.spec.name, placeholders)
     order.say.line("export: reading the files back with diffusers")
     plain, learned = _read_prompts(order, stored, shapes, exported, [prompt for prompt, _ in shots])
-    pipe = sample.image_pipeline(order.base)
+    transformer = order.shelf.take(order.base, order.spec.model)
+    pipe = sample.image_pipeline(order.base, transformer, with_vae=bool(shots))
     size = sample.size_of(order.spec)
     order.say.begin_phase("pictures", 0, 2 * len(shots), "pictures")
     columns: list[list[Image.Image]] = []
@@ -163,6 +169,7 @@ def _verified_pictures(
             if order.stop_requested():
                 raise Interrupted("stopped before the exports were complete; the same command goes on")
         columns.append(column)
+    order.shelf.put(order.base, order.spec.model, transformer)
     order.say.end_phase()
     if shots:
         rows = [(prompt, [before, after]) for (prompt, _), before, after in zip(shots, *columns, strict=True)]
@@ -175,8 +182,11 @@ def _read_prompts(
 ) -> tuple[list[sample.Read], list[sample.Read]]:
     """The prompts as the base reads them, and with what was learned in the text encoders; that is compared on the way."""
     length = order.spec.model.max_sequence_length
-    pipe = sample.text_pipeline(order.base, None)
-    plain = sample.read_prompts(pipe, prompts, length)
+    written = [expand(prompt, order.placeholders) for prompt in prompts]
+    live = "t5" in stored.rows  # else T5 reads what it read before the training, and the cache has that
+    pipe = sample.text_pipeline(order.base, None, with_t5=live)
+    read = functools.partial(frozen_t5, order.base, order.cache, order.spec)
+    plain = sample.read_prompts(pipe, prompts, length, texts=None if live else read(prompts))
     if exported.embeddings:
         sample.load_embeddings(pipe, exported.embeddings, order.placeholders)
     verify.loaded_embeddings(pipe, stored, [piece for one in order.placeholders for piece in one.pieces])
@@ -184,7 +194,7 @@ def _read_prompts(
         sample.load_text_lora(pipe, exported.lora)
     if shapes.text_lora:
         verify.loaded_lora(pipe.text_encoder, stored.text_lora, shapes.text_lora)
-    learned = sample.read_prompts(pipe, [expand(prompt, order.placeholders) for prompt in prompts], length)
+    learned = sample.read_prompts(pipe, written, length, texts=None if live else read(written))
     del pipe
     release(order.base.device)
     return plain, learned

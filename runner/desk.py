@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from runner import classfolder, data, device, files, flux, tokens
+from runner import classfolder, data, device, files, flux, keys, tokens
 from runner.basefiles import PARTS as PARTS_OF_BASE
 from runner.basefiles import fingerprint
 from runner.cache import Cache
@@ -20,14 +20,15 @@ from runner.checkpoint import Weights
 from runner.data import Picture, Pictures
 from runner.digest import key_of
 from runner.errors import Interrupted
+from runner.keys import Entry
 from runner.plan import Plan, resolutions
 from runner.ranks import Ranks
 from runner.say import Say
+from runner.shelf import Shelf
 from runner.spec import Spec
 from runner.tensors import raw
 from runner.views import Size, View, group
 
-PARTS = {"clip": ("text_encoder", "tokenizer"), "t5": ("text_encoder_2", "tokenizer_2")}
 EVAL_SIGMAS = tuple(k / 10 for k in range(1, 10))
 
 
@@ -42,6 +43,7 @@ class Desk:
     ranks: Ranks
     stop_requested: Callable[[], bool]
     split: int = 1  # parts that a micro-batch is cut into, where the memory was too small for it whole
+    shelf: Shelf = field(default_factory=Shelf)
     prints: dict[str, str] = field(default_factory=dict)  # fingerprints of the base's parts, once per run
 
     def part_print(self, part: str) -> str:
@@ -109,8 +111,18 @@ class Desk:
 
     @cached_property
     def latent_keys(self) -> dict[View, str]:
-        """Decodes every picture, so it is kept for the whole run."""
-        return {view: self._latent_key(pixels) for view, pixels in self.pixels(self.views)}
+        """A key is of the pixels, so every picture must be decoded for it; the cache remembers what that came to."""
+        note = keys.views_key(self.spec, self.pictures.fingerprint, self.part_print("vae"), str(self.vae_base.dtype))
+        known = self.cache.note(note) if note else {}
+        made_here = set(self.class_pictures)
+        own = [view for view in self.views if view.picture not in made_here]
+        if any(_name(view) not in known for view in own):
+            known = {_name(view): self._latent_key(pixels) for view, pixels in self.pixels(own)}
+            if note:
+                self.cache.put_note(note, known)
+        classes = [view for view in self.views if view.picture in made_here]
+        drawn = {view: self._latent_key(pixels) for view, pixels in self.pixels(classes)}
+        return {view: drawn[view] if view in drawn else known[_name(view)] for view in self.views}
 
     def pixels(self, views: Sequence[View]) -> Iterator[tuple[View, Any]]:
         """Each view's pixels; every picture is decoded once, by `data.workers` threads."""
@@ -148,33 +160,27 @@ class Desk:
 
     @cached_property
     def captions(self) -> tuple[str, ...]:
-        """Every caption or prompt that training, evaluation or a validation picture may read, as written."""
-        own = self.spec
-        return tuple(dict.fromkeys([
-            *self.pictures.captions,
-            *(view.picture.caption for view in self.eval_views),
-            *([""] if own.data.caption_dropout > 0 else []),
-            *([own.prior.prompt] if own.prior else []),
-            *(own.validation.prompts if own.validation.every else ()),
-        ]))  # fmt: skip
+        return keys.captions(self.spec, self.pictures)
 
-    @property
-    def poolings(self) -> tuple[str, ...]:
-        """Where CLIP's pooled vector is read. Pictures are drawn by stock diffusers, so its way is always there."""
-        own = self.spec.inversion.pooling
-        return ("diffusers", "eos") if own == "both" else tuple(dict.fromkeys(("diffusers", own)))
+    def entries(self, encoder: str, weights: Weights) -> dict[str, Entry]:
+        """All that `encoder` has to read, by the keys of the cache; the encoder as `weights` have changed it."""
+        key = self.text_keys(encoder, weights)
+        return {key(one): one for one in keys.entries(self.spec, self.pictures, self.plan.placeholders, encoder)}
 
     def text_key(self, encoder: str, caption: str, pooling: str, weights: Weights) -> str:
         """`caption` as written; the encoder as `weights` have changed it."""
-        length = self.spec.model.max_sequence_length if encoder == "t5" else 77
+        written = tokens.expand(caption, self.plan.placeholders)
+        return self.text_keys(encoder, weights)(keys.entry(self.spec, encoder, written, pooling))
+
+    def text_keys(self, encoder: str, weights: Weights) -> Callable[[Entry], str]:
+        """The digest of what was learned is the same for all texts."""
         learned = [weights.rows[encoder]] if encoder in weights.rows else []
         learned += [weights.text_lora[name] for name in sorted(weights.text_lora)] if encoder == "clip" else []
         scale = [self.spec.text_lora.alpha] if self.spec.text_lora and encoder == "clip" and weights.text_lora else []
-        return key_of(
-            encoder, tokens.expand(caption, self.plan.placeholders), files.sha256([raw(one).data for one in learned]),
-            *[self.part_print(part) for part in PARTS[encoder]], length, str(self.base.dtype), *scale,
-            pooling if encoder == "clip" else None,
-        )  # fmt: skip
+        prints = {part: self.part_print(part) for part in keys.PARTS[encoder]}
+        digest = files.sha256([raw(one).data for one in learned])
+        alpha = [one for one in scale if one is not None]
+        return lambda asked: keys.text_key(encoder, asked, prints, str(self.base.dtype), digest, alpha)
 
     @property
     def pieces(self) -> list[str]:
@@ -183,6 +189,11 @@ class Desk:
     def check_stop(self) -> None:
         if self.stop_requested():
             raise Interrupted("stopped before training was complete; the same command goes on")
+
+
+def _name(view: View) -> str:
+    width, height = view.size
+    return f"{view.picture.name}|{width}x{height}|{view.variant}"
 
 
 def open_base_of(spec: Spec, gpus: str | None) -> flux.Base:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import resource
+import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -13,6 +15,7 @@ import torch
 
 from runner.errors import FluxrunError
 
+TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -71,7 +74,12 @@ def move(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Copy to the device without making the host wait (pinned, asynchronous on CUDA)."""
     if device.type != "cuda" or tensor.device == device:
         return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
+    return pin(tensor, device).to(device, non_blocking=True)
+
+
+def pin(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """In memory that the device can copy from by itself, where it is a GPU."""
+    return tensor.pin_memory() if device.type == "cuda" and tensor.device.type == "cpu" else tensor
 
 
 def copy_out(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -87,10 +95,21 @@ def copy_out(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def release(device: torch.device) -> None:
-    """Give back what dropped modules held."""
+    """Give back what dropped modules held. glibc keeps freed memory for itself unless it is asked: half of a phase's peak."""
     gc.collect()
+    if TRIM is not None:
+        TRIM(0)
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def memory_in_use(device: torch.device) -> int:
+    """Bytes of this process: those of live tensors on a GPU, or what is resident and no file's on a CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.memory_allocated(device))
+    if not STATUS.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return _status("RssAnon")
 
 
 def reset_peak(device: torch.device) -> None:
@@ -106,6 +125,11 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     if CLEAR_REFS.exists():
-        [line] = [line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM:")]
-        return int(line.split()[1]) * 1024
+        return _status("VmHWM")
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _status(name: str) -> int:
+    """A size in bytes from /proc/self/status."""
+    [line] = [line for line in STATUS.read_text().splitlines() if line.startswith(f"{name}:")]
+    return int(line.split()[1]) * 1024

@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from runner import flux, lora, text, tokens
-from runner.basefiles import clip_config, clip_layers
+from runner import files, flux, keys, lora, text, tokens
+from runner.basefiles import clip_config, clip_layers, fingerprint
+from runner.cache import Cache
 from runner.checkpoint import Weights
 from runner.desk import Desk
 from runner.device import move, release
 from runner.errors import FluxrunError
+from runner.keys import Entry
 from runner.lora import LoraShape
-from runner.plan import Encode
+from runner.plan import ENCODERS, Encode, Plan
 from runner.spec import Spec
 
-LOADERS = {"clip": flux.load_clip, "t5": flux.load_t5}
 
+def encode(desk: Desk, phase: Encode, weights: Weights, beside: Sequence[Desk] = ()) -> None:
+    """Fill the cache with what training will read. A model is loaded only if something of it is missing.
 
-def encode(desk: Desk, phase: Encode, weights: Weights) -> None:
-    """Fill the cache with what training will read. A model is loaded only if something of it is missing."""
+    `beside`: runs of the same base that come later; what the encoders read for them as they are is encoded in the same
+    pass, so that T5 is loaded once for a whole queue.
+    """
     if phase.latents:
         encode_latents(desk)
-    for encoder in phase.encoders:
-        encode_captions(desk, encoder, weights)
+    for encoder in ENCODERS:
+        others = [other for other in beside if reads(other.plan, encoder)]
+        if encoder in phase.encoders or others:
+            own = desk.entries(encoder, weights) if encoder in phase.encoders else {}
+            encode_texts(desk, encoder, weights, own, others)
 
 
 def encode_latents(desk: Desk) -> None:
@@ -35,6 +43,7 @@ def encode_latents(desk: Desk) -> None:
     desk.say.line(f"encode: latents of {len(set(desk.latent_keys.values()))} views, {len(made)} to make")
     if not made:
         return
+    desk.shelf.clear(desk.base)
     vae = flux.load_vae(desk.vae_base)
     desk.say.begin_phase("encode latents", 0, len(made), "views")
     for done, (view, pixels) in enumerate(desk.pixels(list(made.values())), 1):
@@ -46,27 +55,62 @@ def encode_latents(desk: Desk) -> None:
     release(desk.base.device)
 
 
-def encode_captions(desk: Desk, encoder: str, weights: Weights) -> None:
-    poolings = desk.poolings if encoder == "clip" else ("diffusers",)
-    keys = {
-        (caption, pooling): desk.text_key(encoder, caption, pooling, weights)
-        for caption in desk.captions
-        for pooling in poolings
-    }
-    missing = [which for which, key in keys.items() if not desk.cache.has(encoder, key)]
-    desk.say.line(f"encode: {encoder} embeddings of {len(desk.captions)} captions, {len(missing)} to make")
-    if not missing:
+def encode_texts(
+    desk: Desk, encoder: str, weights: Weights, own: Mapping[str, Entry], others: Sequence[Desk] = ()
+) -> None:
+    """`own`: what this run reads, by key; `others`: runs that come later."""
+    later: dict[str, Entry] = {}
+    for other in others:
+        later |= other.entries(encoder, Weights())
+    if own:
+        desk.say.line(f"encode: {encoder} embeddings of {len(own)} texts, {_count(desk, encoder, own)} to make")
+    if ahead := _count(desk, encoder, later.keys() - own.keys()):
+        desk.say.line(f"encode: {encoder} embeddings of {ahead} texts for runs that come later")
+    entries = {**own, **later}
+    if not _count(desk, encoder, entries):
         return
-    live = LiveEncoder.load(desk, encoder, weights)
-    desk.say.begin_phase(f"encode {encoder}", 0, len(missing), "captions")
-    for done, (caption, pooling) in enumerate(missing, 1):
-        with torch.no_grad():
-            value = live.embed([caption], pooling)[0].cpu()
-        desk.cache.put(encoder, keys[caption, pooling], value, {})
-        desk.say.progress(done, len(missing), "captions")
-        desk.check_stop()
-    del live
+    lock = files.make_folder(desk.cache.folder) / f".{encoder}.lock"
+    with files.locked(lock, patience=math.inf, waiting=desk.check_stop):  # another slot may be making the very same
+        missing = [(key, one) for key, one in entries.items() if not desk.cache.has(encoder, key)]
+        if missing:
+            _make_texts(desk, encoder, weights, missing)
     release(desk.base.device)
+
+
+def _count(desk: Desk, encoder: str, keys: Iterable[str]) -> int:
+    return sum(not desk.cache.has(encoder, key) for key in keys)
+
+
+def _make_texts(desk: Desk, encoder: str, weights: Weights, missing: Sequence[tuple[str, Entry]]) -> None:
+    if encoder == "t5" and "t5" not in weights.rows:  # a T5 that learned was beside the transformer already
+        desk.shelf.clear(desk.base)
+    live = LiveEncoder.load(desk, encoder, weights)
+    desk.say.begin_phase(f"encode {encoder}", 0, len(missing), "texts")
+    for done, (key, one) in enumerate(missing, 1):
+        desk.cache.put(encoder, key, live.read(one).cpu(), {})
+        desk.say.progress(done, len(missing), "texts")
+        desk.check_stop()
+
+
+def reads(plan: Plan, encoder: str) -> bool:
+    """Whether a run reads what `encoder` makes of texts as it is, before anything is learned."""
+    return any(isinstance(phase, Encode) and phase.at == 0 and encoder in phase.encoders for phase in plan.phases)
+
+
+def frozen_t5(base: flux.Base, cache: Cache, spec: Spec, written: Sequence[str]) -> list[Tensor]:
+    """What the base's own T5 makes of texts, [T, width] each; it is loaded only if the cache lacks one."""
+    prints = {part: fingerprint(base.folder / part) for part in keys.PARTS["t5"]}
+    entries = [keys.entry(spec, "t5", one, "diffusers") for one in written]
+    wanted = [keys.text_key("t5", one, prints, str(base.dtype)) for one in entries]
+
+    def make() -> None:
+        live = LiveEncoder("t5", flux.load_t5(base), flux.load_tokenizer(base, "t5"), 0.0)
+        for key, one in zip(wanted, entries, strict=True):
+            cache.put("t5", key, live.read(one).cpu(), {})
+
+    found = cache.read("t5", wanted, make)
+    release(base.device)
+    return [found[key] for key in wanted]
 
 
 def text_lora_shape(spec: Spec, base: flux.Base) -> LoraShape:
@@ -95,7 +139,7 @@ class LiveEncoder:
     ) -> LiveEncoder:
         """`weights` are copied in. Where there is nothing to copy yet and it shall learn, it is initialised here, since
         rows are drawn at the table's scale."""
-        tokenizer, model = flux.load_tokenizer(desk.base, encoder), LOADERS[encoder](desk.base)
+        tokenizer, model = flux.load_tokenizer(desk.base, encoder), flux.load_encoder(desk.base, encoder)
         made = cls(encoder, model, tokenizer, text.table_std(model))
         if encoder in weights.rows or learn_rows:
             counts = [(len(placeholder.pieces), placeholder.initializer) for placeholder in desk.plan.placeholders]
@@ -120,8 +164,7 @@ class LiveEncoder:
         length = desk.spec.model.max_sequence_length
         for caption in desk.captions:
             written = tokens.expand(caption, desk.plan.placeholders)
-            ids = text.clip_ids(tokenizer, written) if encoder == "clip" else text.t5_ids(tokenizer, written, length)
-            made.ids[caption] = ids.to(desk.base.device)
+            made.ids[caption] = made._ids(written, length)
         if learn_rows:
             made.check_tokens(desk)
         return made
@@ -148,8 +191,23 @@ class LiveEncoder:
                 raise FluxrunError(told)
             desk.say.line(told)
 
+    def read(self, asked: Entry) -> Tensor:
+        """One embedding for the cache."""
+        with torch.no_grad():
+            return self._states(self._ids(asked.written, asked.length)[None], asked.pooling)[0]
+
+    def _ids(self, written: str, length: int) -> Tensor:
+        found = (
+            text.clip_ids(self.tokenizer, written)
+            if self.encoder == "clip"
+            else text.t5_ids(self.tokenizer, written, length)
+        )
+        return found.to(next(self.model.parameters()).device)
+
     def embed(self, captions: Sequence[str], pooling: str) -> Tensor:
-        ids = torch.stack([self.ids[caption] for caption in captions])
+        return self._states(torch.stack([self.ids[caption] for caption in captions]), pooling)
+
+    def _states(self, ids: Tensor, pooling: str) -> Tensor:
         if self.encoder == "t5":
             return text.t5_states(self.model, ids)
         eos = None if pooling == "diffusers" else int(self.tokenizer.eos_token_id)
@@ -165,17 +223,23 @@ class CachedEncoder:
 
     def __init__(self, desk: Desk, encoder: str, weights: Weights) -> None:
         self.device, self.encoder = desk.base.device, encoder
-        keys = {
-            (caption, pooling): desk.text_key(encoder, caption, pooling, weights)
+        key, known = desk.text_keys(encoder, weights), desk.plan.placeholders
+        wanted = {
+            (caption, pooling): key(keys.entry(desk.spec, encoder, tokens.expand(caption, known), pooling))
             for caption in desk.captions
-            for pooling in (desk.poolings if encoder == "clip" else ("diffusers",))
+            for pooling in (keys.poolings(desk.spec) if encoder == "clip" else ("diffusers",))
         }
-        found = desk.cache.read(encoder, keys.values(), lambda: encode_captions(desk, encoder, weights))
-        self.values = {read: found[key] for read, key in keys.items()}
+        own = desk.entries(encoder, weights)
+        found = desk.cache.read(encoder, wanted.values(), lambda: encode_texts(desk, encoder, weights, own))
+        self.values = {read: found[key] for read, key in wanted.items()}
+
+    def look_up(self, captions: Sequence[str], pooling: str) -> Tensor:
+        """In host memory."""
+        chosen = pooling if self.encoder == "clip" else "diffusers"
+        return torch.stack([self.values[caption, chosen] for caption in captions])
 
     def embed(self, captions: Sequence[str], pooling: str) -> Tensor:
-        chosen = pooling if self.encoder == "clip" else "diffusers"
-        return move(torch.stack([self.values[caption, chosen] for caption in captions]), self.device)
+        return move(self.look_up(captions, pooling), self.device)
 
     def settle(self) -> None:
         """Nothing here changes."""

@@ -21,6 +21,7 @@ from runner.prior import fill_classes
 from runner.ranks import Ranks
 from runner.rundir import Run
 from runner.say import Say
+from runner.shelf import Shelf
 from runner.spec import Spec
 from runner.stepfiles import file_name
 
@@ -38,13 +39,16 @@ def execute(
     *,
     attempt: int,
     split: int,
+    shelf: Shelf,
+    beside: Callable[[], list[Desk]],
 ) -> None:
-    """Raises whatever ends the run early; the caller writes that into its state."""
+    """`shelf`: what the process has kept of earlier runs; `beside`: the desks of runs that come later. Raises whatever
+    ends the run early; the caller writes that into its state."""
     with run.locked():
         run.take(attempt)
         ranks.wait()
-        desk = Desk(spec, plan, pictures, base, cache, say, ranks, stop_requested, split)
-        order = Order(run, spec, base, say, stop_requested)
+        desk = Desk(spec, plan, pictures, base, cache, say, ranks, stop_requested, split, shelf)
+        order = Order(run, spec, base, say, stop_requested, cache, shelf)
         delivered: Delivered | None = None
         run.pin("model.dtype", str(base.dtype), "name it in the spec, or go on where it was begun")
         if local_folder(spec.model.base) is None:  # what a name on the hub stands for may change
@@ -63,7 +67,8 @@ def execute(
                         fill_classes(desk)
                         run.pin("the class images", classfolder.fingerprint(desk.class_pictures), "put them back")
                     case Encode():
-                        encode(desk, phase, progress.weights if progress else Weights())
+                        first = progress is None
+                        encode(desk, phase, progress.weights if progress else Weights(), beside() if first else ())
                     case Joint() | Inversion() | Lora():
                         ranks.wait()
                         progress = train_phase(desk, phase, progress, clerk.save, clerk.settle, clerk.step, clerk.show)

@@ -10,9 +10,11 @@ from runner.clerk import export_facts
 from runner.deliver import Order, deliver, push
 from runner.desk import open_base_of
 from runner.errors import BadFile, FluxrunError
+from runner.execute import open_cache
 from runner.index import write_index
 from runner.rundir import Run, read_spec
 from runner.say import Say
+from runner.shelf import Shelf
 from runner.stop import StopRequest
 
 
@@ -29,7 +31,7 @@ def export_run(runs: Path, name: str, step: int | None, *, gpus: str | None, pus
         made = _checkpoint(run, step, say)
         say.line(f"{name}: exporting step {made.step}")
         flux.quiet()
-        order = Order(run, spec, open_base_of(spec, gpus), say, stop)
+        order = Order(run, spec, open_base_of(spec, gpus), say, stop, open_cache(runs), Shelf())
         delivered = deliver(order, made)
         run.amend(**export_facts(run, delivered))
         if push_too:

@@ -70,7 +70,9 @@ def in_order(found: Iterable[Finding]) -> list[Finding]:
 
 def size(count: float) -> str:
     """Bytes for people."""
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+    if count >= 2**30:
+        return f"{count / 2**30:.1f} GiB"
+    return f"{count / 2**20:.0f} MiB" if count >= 2**20 or not count else f"{count / 2**10:.0f} KiB"
 
 
 def count(number: int, noun: str) -> str:

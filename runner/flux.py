@@ -6,9 +6,11 @@ The only file that knows the model library. Shapes: B batch, C = 16 latent chann
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,6 +68,11 @@ def load_t5(base: Base) -> nn.Module:
     return _load(T5EncoderModel, base, "text_encoder_2")
 
 
+def load_encoder(base: Base, encoder: str) -> nn.Module:
+    """ "clip" or "t5"."""
+    return load_clip(base) if encoder == "clip" else load_t5(base)
+
+
 def load_vae(base: Base) -> nn.Module:
     from diffusers import AutoencoderKL
 
@@ -75,7 +82,9 @@ def load_vae(base: Base) -> nn.Module:
 def load_transformer(base: Base) -> nn.Module:
     from diffusers import FluxTransformer2DModel
 
-    return _load(FluxTransformer2DModel, base, "transformer")
+    model = _load(FluxTransformer2DModel, base, "transformer")
+    model.pos_embed = Rotary(model.pos_embed)  # type: ignore[arg-type]
+    return model
 
 
 def load_tokenizer(base: Base, encoder: str) -> Any:
@@ -235,25 +244,68 @@ Predict = Callable[[Noised, Text, int, int], Tensor]
 def predictor(transformer: nn.Module, guidance: float, device: torch.device, dtype: torch.dtype) -> Predict:
     """The transformer's velocity prediction: (noised, text, latent height, latent width) -> [B, N, 4*C].
 
-    Bases without a guidance embedding (FLUX.1-schnell) are told no guidance.
+    Bases without a guidance embedding (FLUX.1-schnell) are told no guidance. What only depends on the shape is made once.
     """
     guided = bool(transformer.config.guidance_embeds)  # type: ignore[union-attr]
-    positions: dict[tuple[int, int], Tensor] = {}
+
+    @functools.cache
+    def ids(length: int, h: int, w: int) -> tuple[Tensor, Tensor]:
+        return torch.zeros(length, 3, device=device, dtype=dtype), image_ids(h, w, device, dtype)
+
+    @functools.cache
+    def told(count: int) -> Tensor | None:
+        return torch.full((count,), guidance, device=device) if guided else None
 
     def predict(noised: Noised, text: Text, h: int, w: int) -> Tensor:
         count, length = text.txt.shape[:2]
-        if (h, w) not in positions:
-            positions[h, w] = image_ids(h, w, device, dtype)
-        out: Tensor = transformer(
-            hidden_states=noised.img.to(dtype),
-            timestep=noised.timesteps,
-            guidance=torch.full((count,), guidance, device=device) if guided else None,
-            pooled_projections=text.vec,
-            encoder_hidden_states=text.txt,
-            txt_ids=torch.zeros(length, 3, device=device, dtype=dtype),
-            img_ids=positions[h, w],
-            return_dict=False,
-        )[0]
+        txt_ids, img_ids = ids(length, h, w)
+        with rotary_of(transformer, (length, h, w)):
+            out: Tensor = transformer(
+                hidden_states=noised.img.to(dtype),
+                timestep=noised.timesteps,
+                guidance=told(count),
+                pooled_projections=text.vec,
+                encoder_hidden_states=text.txt,
+                txt_ids=txt_ids,
+                img_ids=img_ids,
+                return_dict=False,
+            )[0]
         return out
 
     return predict
+
+
+class Rotary(nn.Module):
+    """The transformer's own position embedding, which it computes in every forward pass, kept per shape while the caller
+    says which shape that is."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.shape: tuple[int, int, int] | None = None
+        self.tables: dict[tuple[int, int, int], Any] = {}
+
+    def forward(self, ids: Tensor) -> Any:
+        if self.shape is None:  # stock diffusers draws
+            return self.inner(ids)
+        if self.shape not in self.tables:
+            self.tables[self.shape] = self.inner(ids)
+        return self.tables[self.shape]
+
+
+def forget_shapes(transformer: nn.Module) -> None:
+    """Drop what was kept per shape."""
+    assert isinstance(transformer.pos_embed, Rotary)
+    transformer.pos_embed.tables.clear()
+
+
+@contextmanager
+def rotary_of(transformer: nn.Module, shape: tuple[int, int, int]) -> Iterator[None]:
+    """Within, the ids are those of this (text length, latent height, latent width)."""
+    rotary = transformer.pos_embed
+    assert isinstance(rotary, Rotary)
+    rotary.shape = shape
+    try:
+        yield
+    finally:
+        rotary.shape = None

@@ -77,13 +77,15 @@ def train_phase(
             save=keep, report=tell, look=look, stop_requested=desk.stop_requested,
         )  # fmt: skip
     finally:
+        objective.close()
         settle()
+    desk.shelf.put(desk.base, desk.spec.model, transformer)
     return last[0]
 
 
 def load_transformer(desk: Desk, phase: TrainPhase, past: Weights) -> tuple[nn.Module, dict[str, nn.Parameter]]:
     """The frozen base with its adapter, {} where it has none yet; the adapter learns only if the phase says so."""
-    transformer = flux.load_transformer(desk.base)
+    transformer = desk.shelf.take(desk.base, desk.spec.model)
     if desk.spec.model.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()  # type: ignore[operator]
     adapter: dict[str, nn.Parameter] = {}

@@ -43,12 +43,24 @@ def attach_lora(model: Any, shape: LoraShape, seed: int) -> dict[str, nn.Paramet
     parameters = adapter_parameters(model)
     if len(parameters) != 2 * len(shape.layers):
         raise ValueError(f"peft adapted {len(parameters) // 2} layers, planned were {len(shape.layers)}")
+    for module in model.modules():
+        # under autocast peft's cast to fp32 would be cast back at once, and be kept for the backward pass at twice the
+        # size; dropout is drawn in fp32 all the same
+        if hasattr(module, "cast_input_dtype_enabled"):
+            module.cast_input_dtype_enabled = shape.dropout > 0
     for name, parameter in parameters.items():
         parameter.data = parameter.data.float()
         if ".lora_A." in name:
             generator = torch.Generator().manual_seed(derive(seed, "lora", name))
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) / shape.rank)
     return parameters
+
+
+def detach_lora(model: Any) -> None:
+    """Take every adapter out again; the layers below them are the very ones that were there before."""
+    model.unload_lora()
+    for name in ("peft_config", "_hf_peft_config_loaded"):  # class attributes where no adapter ever was
+        vars(model).pop(name, None)
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

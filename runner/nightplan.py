@@ -26,10 +26,11 @@ COLOURS = {Joint: "magenta", Lora: "cyan", Inversion: "yellow"}
 STATES = {"done": "green", "resume": "yellow", "new": "bold", "changed": "red"}
 
 
-def draw(console: Console, jobs: Sequence[Job], times: Sequence[Time], now: float) -> None:
-    """`now`: when the night begins, seconds since 1970. Runs are taken to go one after the other."""
+def draw(console: Console, jobs: Sequence[Job], times: Sequence[Time], cached: Mapping[str, str], now: float) -> None:
+    """`cached`: what there is in the cache, by run; `now`:
+    when the night begins, seconds since 1970. Runs are taken to go one after the other."""
     console.print(_table(jobs, times, now, console.width))
-    told = (Text(line) for line in (*_sweeps(jobs), *_images(jobs), *_notes(jobs)))
+    told = (Text(line) for line in (*_sweeps(jobs), *_images(jobs), *_same(cached), *_notes(jobs)))
     for line in (*told, *_sum(jobs, times, now)):
         console.print(line, soft_wrap=True)
 

@@ -4,19 +4,36 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from runner import flux, views
+from runner.ahead import Ahead
 from runner.desk import EVAL_SIGMAS, Desk
-from runner.device import autocast, move
+from runner.device import autocast, move, pin
 from runner.encode import CachedEncoder, LiveEncoder, encode_latents
 from runner.seeds import derive
 from runner.views import Size, View
 
 Encoders = Mapping[str, LiveEncoder | CachedEncoder]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A part of a micro-batch in pinned host memory. texts: embeddings by encoder, of those that look them up; h, w: of the
+    latents; shown: how many are no class images; dropout: seed of the adapters'."""
+
+    noised: flux.Noised
+    texts: Mapping[str, Tensor]
+    captions: list[str]
+    pooling: str
+    h: int
+    w: int
+    shown: int
+    dropout: int
 
 
 class FlowObjective:
@@ -32,6 +49,10 @@ class FlowObjective:
         weighting = spec.train.weighting.model_dump(exclude={"scheme"})
         self.flow = flux.Flow(base, flux.Weighting(spec.train.weighting.scheme, **weighting))
         self.predict = flux.predictor(transformer, spec.train.guidance, base.device, base.dtype)
+        self.ahead = Ahead(self.prepare)
+
+    def close(self) -> None:
+        self.ahead.close()
 
     # ---- training --------------------------------------------------------------------------------------------------
 
@@ -58,8 +79,8 @@ class FlowObjective:
             out += [(View(desk.class_pictures[index], size, None), own.prior.prompt) for index, _ in drawn]
         return out
 
-    def loss(self, step: int, micro: int) -> Tensor:
-        """`micro` counts the parts of micro-batches, of which a step has accumulate * split on each rank."""
+    def prepare(self, step: int, micro: int) -> Prepared:
+        """All of a part of a micro-batch that needs no device."""
         desk, own, device = self.desk, self.desk.spec, self.desk.base.device
         whole, part = divmod(micro, desk.split)
         whole = whole * desk.ranks.count + desk.ranks.rank
@@ -73,15 +94,35 @@ class FlowObjective:
             generator = torch.Generator().manual_seed(derive(own.seed, kind, step, whole * count + at))
             latents = flux.draw_latents(self.moments[batch[place][0]][None], self.scale, generator)
             parts.append(self.flow.noise(latents, self.flow.draw(1, generator), generator))
-        noised = _on(flux.stack(parts), device)
-        if own.lora.dropout > 0:  # dropout can only draw from the global generator
-            torch.manual_seed(derive(own.seed, "dropout", step, whole, *([part] if part else [])))
-        text = self.read([batch[place][1] for place in places], self._pooling(step, whole))
+        captions, pooling = [batch[place][1] for place in places], self._pooling(step, whole)
+        texts = {
+            name: pin(encoder.look_up(captions, pooling), device)
+            for name, encoder in self.encoders.items()
+            if isinstance(encoder, CachedEncoder)
+        }
+        dropout = derive(own.seed, "dropout", step, whole, *([part] if part else []))
         h, w = self.moments[batch[0][0]].shape[-2:]
+        noised = _each(flux.stack(parts), lambda tensor: pin(tensor, device))
+        return Prepared(noised, texts, captions, pooling, h, w, len(chosen), dropout)
+
+    def loss(self, step: int, micro: int) -> Tensor:
+        """`micro` counts the parts of micro-batches, of which a step has accumulate * split on each rank."""
+        desk, own, device = self.desk, self.desk.spec, self.desk.base.device
+        last = micro + 1 == own.train.accumulate * desk.split
+        made = self.ahead.get((step, micro), then=(step + 1, 0) if last else (step, micro + 1))
+        noised = _each(made.noised, lambda tensor: move(tensor, device))
+        if own.lora.dropout > 0:  # dropout can only draw from the global generator
+            torch.manual_seed(made.dropout)
+        txt, vec = (
+            move(made.texts[name], device)
+            if name in made.texts
+            else self.encoders[name].embed(made.captions, made.pooling)
+            for name in ("t5", "clip")
+        )
         with autocast(device, desk.base.dtype):
-            prediction = self.predict(noised, text, h, w)
+            prediction = self.predict(noised, flux.Text(txt, vec), made.h, made.w)
         errors = self.flow.errors(prediction, noised)
-        shown = len(chosen)
+        shown = made.shown
         return errors[:shown].mean() + (own.prior.weight * errors[shown:].mean() if own.prior else 0.0)
 
     def _pooling(self, step: int, micro: int) -> str:
@@ -119,7 +160,7 @@ class FlowObjective:
                 for sigma in sigmas:
                     generator = torch.Generator().manual_seed(derive(0, "eval", view.picture.name, str(sigma)))
                     parts.append(flux.mix(mean, torch.tensor([sigma]), torch.tensor([sigma]), generator))
-                noised = _on(flux.stack(parts), device)
+                noised = _each(flux.stack(parts), lambda tensor: move(tensor, device))
                 read = flux.Text(text.txt.expand(len(sigmas), -1, -1), text.vec.expand(len(sigmas), -1))
                 with torch.no_grad(), autocast(device, desk.base.dtype):
                     made = self.predict(noised, read, *moments.shape[-2:])
@@ -137,5 +178,5 @@ def _moments(desk: Desk) -> dict[View, Tensor]:
     return {view: found[key] for view, key in desk.latent_keys.items()}
 
 
-def _on(noised: flux.Noised, device: torch.device) -> flux.Noised:
-    return flux.Noised(*(move(part, device) for part in (noised.img, noised.target, noised.sigmas, noised.timesteps)))
+def _each(noised: flux.Noised, change: Callable[[Tensor], Tensor]) -> flux.Noised:
+    return flux.Noised(*(change(part) for part in (noised.img, noised.target, noised.sigmas, noised.timesteps)))

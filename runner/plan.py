@@ -125,9 +125,12 @@ class Lora:
 
 @dataclass(frozen=True)
 class Export:
+    """`encoders`: those that are loaded for it; what T5 reads without having learned anything is in the cache."""
+
     name: str
     at: int
     pictures: int
+    encoders: tuple[str, ...]
     key: str
 
 
@@ -282,7 +285,8 @@ def _phases(
         *(table.model_dump(mode="json", exclude_defaults=True) for table in (spec.validation, spec.export)),
     ]
     shown = json.dumps(made, sort_keys=True)
-    phases.append(Export("export", start, pictures, key_of(key, "export", shown)))
+    read = ENCODERS if known and "t5" in live else ("clip",)
+    phases.append(Export("export", start, pictures, read, key_of(key, "export", shown)))
     return tuple(phases)
 
 
@@ -428,7 +432,9 @@ def resident(phase: Phase) -> tuple[str, ...]:
             return (*(names[e] for e in phase.encoders), *(("vae",) if phase.latents else ()))
         case Joint() | Inversion() | Lora():
             return ("transformer", *(names[e] for part in phase.trains for e in part.encoders))
-        case Prior() | Export():
+        case Export():
+            return (*(names[e] for e in phase.encoders), "transformer", *(("vae",) if phase.pictures else ()))
+        case Prior():
             return ("text_encoder", "text_encoder_2", "transformer", "vae")
 
 

@@ -28,11 +28,13 @@ def fill_classes(desk: Desk) -> None:
             return
         dtype = DTYPES[own.dtype] if own.dtype else desk.base.dtype
         base = Base(desk.base.folder, desk.base.variant, desk.base.device, dtype)
+        desk.shelf.clear(base)
         pipe = sample.text_pipeline(base, None)
         [read] = sample.read_prompts(pipe, [own.prompt], desk.spec.model.max_sequence_length)
         del pipe
         release(base.device)
-        pipe = sample.image_pipeline(base)
+        transformer = desk.shelf.take(base, desk.spec.model)
+        pipe = sample.image_pipeline(base, transformer)
         desk.say.begin_phase("class images", there, own.count, "images")
         number = 0
         while (there := len(classfolder.paths(folder))) < own.count:
@@ -47,6 +49,7 @@ def fill_classes(desk: Desk) -> None:
                 files.write_png(_path(folder, one), image)
             desk.say.progress(there + len(made), own.count, "images")
             desk.check_stop()
+        desk.shelf.put(base, desk.spec.model, transformer)
     release(desk.base.device)
 
 

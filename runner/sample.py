@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from runner import tokens
+from runner import flux, tokens
 from runner.device import release
 from runner.flux import Base
 from runner.sheet import sheet as sheet
@@ -50,12 +50,13 @@ def load_embeddings(pipe: Any, file: Path, placeholders: Sequence[tokens.Placeho
         )
 
 
-def text_pipeline(base: Base, exported: Exported | None) -> Any:
+def text_pipeline(base: Base, exported: Exported | None, *, with_t5: bool = True) -> Any:
     """A FluxPipeline of the two encoders alone, with the learned tokens and the CLIP encoder's LoRA."""
     from diffusers import FluxPipeline
 
+    without = {} if with_t5 else {"text_encoder_2": None, "tokenizer_2": None}
     pipe = FluxPipeline.from_pretrained(
-        base.folder, transformer=None, vae=None, dtype=base.dtype, variant=base.variant, use_safetensors=True
+        base.folder, transformer=None, vae=None, **without, dtype=base.dtype, variant=base.variant, use_safetensors=True
     ).to(base.device)
     if exported is not None and exported.embeddings is not None:
         load_embeddings(pipe, exported.embeddings, exported.placeholders)
@@ -75,9 +76,16 @@ def load_text_lora(pipe: Any, file: Path) -> None:
         )
 
 
-def read_prompts(pipe: Any, prompts: Sequence[str], length: int, scale: float = 1.0) -> list[Read]:
-    """`scale`: strength of the CLIP encoder's LoRA, where it has one."""
+def read_prompts(
+    pipe: Any, prompts: Sequence[str], length: int, scale: float = 1.0, texts: Sequence[Tensor] | None = None
+) -> list[Read]:
+    """`scale`: strength of the CLIP encoder's LoRA, where it has one; `texts`: what T5 makes of the prompts, each
+    [T, width], for a pipeline without it."""
     more = {} if scale == 1.0 else {"lora_scale": scale}
+    if texts is not None:
+        with torch.no_grad():
+            vectors = [pipe._get_clip_prompt_embeds(prompt=prompt, device=pipe.device) for prompt in prompts]
+        return [Read(txt[None].cpu(), vec.cpu()) for txt, vec in zip(texts, vectors, strict=True)]
     with torch.no_grad():
         pairs = [
             pipe.encode_prompt(prompt=prompt, prompt_2=None, max_sequence_length=length, **more)[:2]
@@ -86,13 +94,15 @@ def read_prompts(pipe: Any, prompts: Sequence[str], length: int, scale: float = 
     return [Read(txt.cpu(), vec.cpu()) for txt, vec in pairs]
 
 
-def image_pipeline(base: Base) -> Any:
-    """A FluxPipeline of transformer and VAE alone."""
+def image_pipeline(base: Base, transformer: Any, *, with_vae: bool = True) -> Any:
+    """A FluxPipeline of this transformer and the base's VAE alone."""
     from diffusers import FluxPipeline
 
-    without = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
+    without = dict.fromkeys(
+        ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", *(() if with_vae else ("vae",)))
+    )
     pipe = FluxPipeline.from_pretrained(
-        base.folder, **without, dtype=base.dtype, variant=base.variant, use_safetensors=True
+        base.folder, **without, transformer=transformer, dtype=base.dtype, variant=base.variant, use_safetensors=True
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(base.device)
@@ -155,7 +165,7 @@ def sample(
     reads = read_prompts(pipe, [tokens.expand(prompt, placeholders) for prompt, _ in prompts], length, scale)
     del pipe
     release(base.device)
-    pipe = image_pipeline(base)
+    pipe = image_pipeline(base, flux.load_transformer(base))
     if exported is not None and exported.lora is not None:
         load_lora(pipe, exported.lora)
     return [

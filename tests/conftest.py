@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -72,21 +72,25 @@ class Said:
 class Inline:
     """A queue's trainer without a process of its own: the same code here, which spares every test the start of one."""
 
-    def __init__(self, folder: Path, attempt: int, gpus: str | None, threads: int | None) -> None:
-        self.gpus = gpus
-        self.order(folder, attempt)
+    def __init__(
+        self, folder: Path, attempt: int, later: Sequence[Path], gpus: str | None, threads: int | None
+    ) -> None:
+        from runner.engine.trainer import Warm
 
-    def order(self, folder: Path, attempt: int) -> None:
+        self.gpus, self.warm = gpus, Warm()
+        self.order(folder, attempt, later)
+
+    def order(self, folder: Path, attempt: int, later: Sequence[Path]) -> None:
         self.code: int | None = None
-        self.told = folder, attempt
+        self.told = folder, attempt, tuple(later)
 
     def poll(self) -> list[Any]:
-        from runner.engine.trainer import train_run
+        from runner.engine.trainer import Told, train_run
         from runner.stop import StopRequest
 
         events: list[Any] = []
         with StopRequest() as stop:
-            self.code = train_run(*self.told, self.gpus, events.append, stop)
+            self.code = train_run(Told(*self.told), self.gpus, events.append, stop, self.warm)
         return events
 
     lives = True

@@ -102,9 +102,9 @@ def test_a_trainer_that_goes_without_a_word_has_done_nothing(tmp_path: Path) -> 
     """Whatever its exit code; and one that died while it waited for another run harms nobody."""
     trainer = Trainer.__new__(Trainer)
     trainer.process = subprocess.Popen([sys.executable, "-c", ""], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    trainer.code, trainer._rest = None, b""
+    trainer.code, trainer.worn, trainer._rest = None, False, b""
     assert trainer.process.wait() == 0
-    trainer.order(tmp_path, 1)
+    trainer.order(tmp_path, 1, [])
     assert trainer.poll() == []
     assert trainer.code == Code.CRASHED
     assert not trainer.lives

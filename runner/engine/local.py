@@ -31,7 +31,8 @@ HANG_FLOOR = 600.0  # seconds without a sign of life in a training phase, at lea
 HANG_STEPS = 50  # the same in steps, of the slowest so far
 TICK = 0.05  # seconds between looks at the trainers
 
-Start = Callable[[Path, int, str | None, int | None], Trainer]
+AHEAD = 100  # waiting runs whose captions a run's encoders may read as well
+Start = Callable[[Path, int, Sequence[Path], str | None, int | None], Trainer]
 
 
 @dataclass
@@ -174,10 +175,11 @@ def _begin(queue: Queue, place: Place, work: Work, threads: int | None, start: S
     place.work = work
     if place.trainer is not None and not place.trainer.lives:  # killed while it waited
         _dismiss(place)
+    later = [other.job.run.folder for other in queue.waiting[:AHEAD]]
     if place.trainer is None:
-        place.trainer = start(run.folder, work.attempt, place.slot.gpus, threads)
+        place.trainer = start(run.folder, work.attempt, later, place.slot.gpus, threads)
     else:
-        place.trainer.order(run.folder, work.attempt)
+        place.trainer.order(run.folder, work.attempt, later)
 
 
 def _look(queue: Queue, place: Place) -> bool:

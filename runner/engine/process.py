@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from runner.engine.slots import seen
@@ -22,9 +23,11 @@ class Trainer:
     gpus: as --gpus takes them; threads: how many it may compute with on the CPU; None leaves either to torch.
     """
 
-    def __init__(self, folder: Path, attempt: int, gpus: str | None, threads: int | None) -> None:
+    def __init__(
+        self, folder: Path, attempt: int, later: Sequence[Path], gpus: str | None, threads: int | None
+    ) -> None:
         command = [sys.executable, "-P", "-m", "runner", "_run-one", str(folder), "--attempt", str(attempt)]
-        command += ["--parent", str(os.getpid())]
+        command += ["--parent", str(os.getpid()), *(f"--later={path}" for path in later)]
         environment = dict(os.environ)
         if threads is not None:
             environment["OMP_NUM_THREADS"] = str(threads)
@@ -40,14 +43,16 @@ class Trainer:
         assert self.process.stdout is not None
         os.set_blocking(self.process.stdout.fileno(), False)
         self.code: int | None = None
+        self.worn = False  # it says that it had better end
         self._rest = b""
 
-    def order(self, folder: Path, attempt: int) -> None:
+    def order(self, folder: Path, attempt: int, later: Sequence[Path]) -> None:
         """Another run for a process that has done its last one."""
         self.code = None
+        told = {"folder": str(folder), "attempt": attempt, "later": list(map(str, later))}
         assert self.process.stdin is not None
         try:
-            self.process.stdin.write(f"{attempt} {folder}\n".encode())
+            self.process.stdin.write(f"{json.dumps(told)}\n".encode())
             self.process.stdin.flush()
         except BrokenPipeError:
             return  # it has just died, as `poll` will find
@@ -58,8 +63,8 @@ class Trainer:
             self._rest += data
         *lines, self._rest = self._rest.split(b"\n")
         events: list[Event] = [json.loads(line) for line in lines]
-        if any(event["say"] == "done" for event in events):
-            self.code = Code.DONE
+        if done := [event for event in events if event["say"] == "done"]:
+            self.code, self.worn = Code.DONE, bool(done[0]["worn"])
         elif data is not None:
             self.code = self.process.wait() or Code.CRASHED  # one that is done says so before it goes
         return [event for event in events if event["say"] != "done"]
@@ -78,7 +83,8 @@ class Trainer:
 
     @property
     def lives(self) -> bool:
-        return self.process.poll() is None
+        """Whether it can be told another run."""
+        return not self.worn and self.process.poll() is None
 
     def ask(self) -> None:
         """Save and stop; asked again, stop at once."""

@@ -9,44 +9,89 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from runner import device, flux, sources
-from runner.data import DataError
+from runner.cache import Cache
+from runner.data import DataError, Pictures
+from runner.desk import Desk
 from runner.engine.crew import crew
 from runner.errors import Code, FluxrunError, Refused, disk_trouble
 from runner.execute import execute, open_cache
-from runner.plan import Plan
+from runner.plan import Plan, PlanError
 from runner.prepare import data_source, plan_of
+from runner.ranks import Ranks
 from runner.rundir import Run, read_spec
 from runner.say import Event, Say
+from runner.shelf import Shelf
+from runner.sources import Source
+from runner.spec import Spec
 from runner.stop import StopRequest
 
+LEAK = 256 << 20  # bytes that may stay behind between runs
+SAME_ENCODERS = ("base", "revision", "variant", "dtype", "quantize")
 SHORT = 300
 LONGEST = 4000  # bytes of an event; a write of up to 4,096 to a pipe is all or nothing (pipe(7))
 
 
-def main(folder: Path, attempt: int, gpus: str | None, stop: StopRequest) -> Code:
-    """The run in `folder`, then those that stdin names, a line "ATTEMPT FOLDER" each, for as long as all is well."""
+@dataclass(frozen=True)
+class Told:
+    """A run to train; `later`: folders of runs that wait for their turn, whose captions may be encoded with its own."""
+
+    folder: Path
+    attempt: int
+    later: tuple[Path, ...] = ()
+
+    @classmethod
+    def read(cls, line: str) -> Told:
+        """As `runner.engine.process` writes it."""
+        facts = json.loads(line)
+        return cls(Path(facts["folder"]), facts["attempt"], tuple(map(Path, facts["later"])))
+
+
+def main(told: Told, gpus: str | None, stop: StopRequest) -> Code:
+    """The run that it is told, then those that stdin names, a line each, for as long as all is well."""
     events = os.dup(sys.stdout.fileno())
     os.set_blocking(events, False)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print is for the log
     flux.quiet()
     device.settle_libraries()
-    code = train_run(folder, attempt, gpus, sender(events), stop)
+    warm = Warm()
+    code = train_run(told, gpus, sender(events), stop, warm)
     while code is Code.DONE:
-        sender(events)({"say": "done"})
-        order = sys.stdin.readline().split(maxsplit=1)
-        if not order:
+        worn = warm.worn(gpus)
+        sender(events)({"say": "done", "worn": worn})
+        line = "" if worn else sys.stdin.readline()
+        if not line:
             break
-        folder = Path(order[1].rstrip("\n"))
-        with (folder / "run.log").open("a") as log:
+        told = Told.read(line)
+        with (told.folder / "run.log").open("a") as log:
             for stream in (sys.stdout, sys.stderr):
                 os.dup2(log.fileno(), stream.fileno())
-        code = train_run(folder, int(order[0]), gpus, sender(events), stop)
+        code = train_run(told, gpus, sender(events), stop, warm)
     return code
+
+
+@dataclass
+class Warm:
+    """What a trainer process keeps from run to run. `first`: bytes in use after its first run, less what is kept on
+    purpose; `data`: data sets of runs that come later, read once."""
+
+    shelf: Shelf = field(default_factory=Shelf)
+    first: int | None = None
+    data: dict[Source, Pictures] = field(default_factory=dict)
+
+    def worn(self, gpus: str | None) -> bool:
+        """Whether memory did not come back, so that the next run had better have a process of its own."""
+        where = device.choose(gpus)
+        device.release(where)
+        left = device.memory_in_use(where) - self.shelf.bytes
+        if self.first is None:
+            self.first = left
+        return left - self.first > LEAK
 
 
 def sender(pipe: int) -> Callable[[Event], None]:
@@ -64,12 +109,12 @@ def sender(pipe: int) -> Callable[[Event], None]:
     return send
 
 
-def train_run(folder: Path, attempt: int, gpus: str | None, send: Callable[[Event], None], stop: StopRequest) -> Code:
-    """Train the run in `folder` and write down how it ended: in its log and state, by an event and by the code."""
-    run = Run.at(folder)
+def train_run(told: Told, gpus: str | None, send: Callable[[Event], None], stop: StopRequest, warm: Warm) -> Code:
+    """Train a run and write down how it ended: in its log and state, by an event and by the code."""
+    run, attempt = Run.at(told.folder), told.attempt
     say = Say(send, run.log_file)
     try:
-        _train(run, attempt, gpus, say, stop)
+        _train(run, told, gpus, say, stop, warm)
         return Code.DONE
     except (Exception, KeyboardInterrupt) as error:
         # Whatever it is, it is this run's alone, and told here.
@@ -83,7 +128,7 @@ def train_run(folder: Path, attempt: int, gpus: str | None, send: Callable[[Even
         torch.cuda.empty_cache()  # does nothing without a GPU
 
 
-def _train(run: Run, attempt: int, gpus: str | None, say: Say, stop: StopRequest) -> None:
+def _train(run: Run, told: Told, gpus: str | None, say: Say, stop: StopRequest, warm: Warm) -> None:
     spec = read_spec(run.spec_file)
     where = device.choose(gpus)
     device.prepare(where, tf32=spec.model.tf32)
@@ -96,8 +141,35 @@ def _train(run: Run, attempt: int, gpus: str | None, say: Say, stop: StopRequest
     _same_as_planned(run, plan)
     model, split = spec.model, run.split(spec.train.batch_size)
     base = flux.open_base(model.base, model.revision, model.variant, where, device.resolve_dtype(model.dtype, where))
+    cache = open_cache(run.runs)
+
+    def beside() -> list[Desk]:
+        return [desk for folder in told.later if (desk := _later(folder, spec, base, cache, say, warm))]
+
     with crew(spec, plan.key, run.runs, where, split) as ranks:
-        execute(run, spec, plan, pictures, base, open_cache(run.runs), say, stop, ranks, attempt=attempt, split=split)
+        execute(
+            run, spec, plan, pictures, base, cache, say, stop, ranks, attempt=told.attempt, split=split, shelf=warm.shelf,
+            beside=beside,
+        )  # fmt: skip
+
+
+def _later(folder: Path, now: Spec, base: flux.Base, cache: Cache, say: Say, warm: Warm) -> Desk | None:
+    """A run that comes later, if it reads its captions with the encoders of this one. What is wrong with it is its own
+    affair, and will be told when its turn has come."""
+    run = Run.at(folder)
+    try:
+        spec = read_spec(run.spec_file)
+        asked = data_source(spec)
+        if any(getattr(spec.model, name) != getattr(now.model, name) for name in SAME_ENCODERS):
+            return None
+        if asked not in warm.data:
+            warm.data[asked] = sources.read(asked)
+        pictures = warm.data[asked].hold_out(spec.data.holdout)
+        plan = plan_of(spec, pictures)
+    except (DataError, FluxrunError, PlanError, OSError) as error:
+        say.log(f"the captions of {run.name} are not encoded ahead: {error}")
+        return None
+    return Desk(spec, plan, pictures, base, cache, say, Ranks(), lambda: False)
 
 
 def _same_as_planned(run: Run, plan: Plan) -> None:

@@ -187,7 +187,7 @@ def overtaken(then: Any, at: int) -> Any:
 
 
 def test_an_attempt_that_is_over_before_it_begins(house: House) -> None:
-    from runner.engine.trainer import train_run
+    from runner.engine.trainer import Told, Warm, train_run
     from runner.errors import Code
     from runner.stop import StopRequest
 
@@ -196,7 +196,7 @@ def test_an_attempt_that_is_over_before_it_begins(house: House) -> None:
     job.run.next_attempt()
     before = tree(job.run)
     told: list[Any] = []
-    assert train_run(job.run.folder, 1, "cpu", told.append, StopRequest()) == Code.HELD
+    assert train_run(Told(job.run.folder, 1), "cpu", told.append, StopRequest(), Warm()) == Code.HELD
     assert told[-1]["reason"] == f"{job.run.folder}: attempt 2 has begun, this is attempt 1; nothing was written"
     assert tree(job.run) == before
 

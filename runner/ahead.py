@@ -1,0 +1,30 @@
+"""Making what will be asked for next while the device computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Generic, TypeVar
+
+Made = TypeVar("Made")
+Place = tuple[int, int]  # (step, micro)
+
+
+class Ahead(Generic[Made]):
+    """`make` must be a function of its arguments alone, so that nothing but the time depends on who calls it when."""
+
+    def __init__(self, make: Callable[[int, int], Made]) -> None:
+        self.make = make
+        self.pool = ThreadPoolExecutor(1, "ahead")
+        self.next: tuple[Place, Future[Made]] | None = None
+
+    def get(self, wanted: Place, then: Place) -> Made:
+        """What `make` gives for `wanted`; it begins with `then`, what is likely to be wanted next."""
+        waiting, self.next = self.next, None
+        made = waiting[1].result() if waiting and waiting[0] == wanted else self.make(*wanted)
+        self.next = then, self.pool.submit(self.make, *then)
+        return made
+
+    def close(self) -> None:
+        self.pool.shutdown(cancel_futures=True)
+        self.next = None

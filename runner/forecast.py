@@ -1,0 +1,91 @@
+"""Which of a run's latents and text embeddings the cache has already, and what making the others will take. No torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from runner import keys
+from runner.basefiles import clip_config, fingerprint, local_folder
+from runner.finding import size
+from runner.plan import Encode
+from runner.prepare import Job
+from runner.statefile import read_json
+
+BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+TORCH = {"bf16": "torch.bfloat16", "fp16": "torch.float16", "fp32": "torch.float32"}
+CHANNELS = 2 * 16  # mean and log-variance of FLUX's 16 latent channels
+
+
+@dataclass(frozen=True)
+class Hits:
+    """Of one kind: entries that are there, those to be made, and the bytes on the disk that these will be."""
+
+    there: int
+    missing: int
+    bytes: int
+
+
+def forecast(job: Job, runs: Path, on_gpu: bool) -> dict[str, Hits]:
+    """By kind: "latents", "clip", "t5", as far as it can be told: a base or data set of the hub is looked at when it is
+    here. Only what the first encode phase makes; what learns is encoded when it has learned."""
+    folder, pictures = local_folder(job.spec.model.base), job.pictures
+    if folder is None or pictures is None:
+        return {}
+    spec, cache = job.spec, runs / "cache"
+    dtype = spec.model.dtype or ("bf16" if on_gpu else "fp32")
+    [first] = [phase for phase in job.plan.phases if isinstance(phase, Encode) and phase.at == 0]
+    vae_dtype = "fp32" if dtype == "fp16" else dtype
+    found = {"latents": _latents(job, cache, fingerprint(folder / "vae"), vae_dtype)}
+    for encoder in first.encoders:
+        prints = {part: fingerprint(folder / part) for part in keys.PARTS[encoder]}
+        entries = list(keys.entries(spec, pictures, job.plan.placeholders, encoder))
+        wanted = {keys.text_key(encoder, one, prints, TORCH[dtype]) for one in entries}
+        each = BYTES[dtype] * _width(folder, encoder) * (spec.model.max_sequence_length if encoder == "t5" else 1)
+        found[encoder] = _hits(cache, encoder, wanted, each)
+    return found
+
+
+def _latents(job: Job, cache: Path, vae: str, dtype: str) -> Hits:
+    """The keys are of pixels, so they are known only where the data set was decoded before."""
+    assert job.pictures is not None
+    note = keys.views_key(job.spec, job.pictures.fingerprint, vae, TORCH[dtype])
+    known = read_json(cache / "views" / note[:2] / f"{note}.json") if note else {}
+    sizes = job.plan.sizes or {}
+    each = max((width * height // 64 for width, height in sizes), default=0) * CHANNELS * BYTES[dtype]
+    if known:
+        return _hits(cache, "latents", {str(key) for key in known.values()}, each)
+    views = sum(sizes.values()) * (job.spec.data.variants or 1) + len(job.pictures.held)
+    return Hits(0, views, views * each)
+
+
+def _hits(cache: Path, kind: str, wanted: set[str], each: int) -> Hits:
+    there = sum((cache / kind / key[:2] / f"{key}.safetensors").is_file() for key in wanted)
+    return Hits(there, len(wanted) - there, (len(wanted) - there) * each)
+
+
+def _width(folder: Path, encoder: str) -> int:
+    if encoder == "clip":
+        return int((clip_config(folder) or {}).get("hidden_size", 768))
+    config: Mapping[str, Any] = json.loads((folder / "text_encoder_2" / "config.json").read_text(encoding="utf-8"))
+    return int(config["d_model"])
+
+
+def line(found: Mapping[str, Hits]) -> str:
+    """For the plan of one run."""
+    parts = [f"{kind} {one.there} of {one.there + one.missing}" for kind, one in found.items()]
+    left = sum(one.bytes for one in found.values())
+    return ", ".join(parts) + (f"; {size(left)} to make" if left else "; nothing to make")
+
+
+def as_json(found: Mapping[str, Hits]) -> dict[str, Any]:
+    return {kind: asdict(one) for kind, one in found.items()}
+
+
+def lines(jobs: Sequence[Job], runs: Path, on_gpu: bool) -> dict[str, str]:
+    """Of every run whose cache can be told."""
+    told = {job.plan.name: forecast(job, runs, on_gpu) for job in jobs}
+    return {name: f"in the cache: {line(found)}" for name, found in told.items() if found}

@@ -1,0 +1,60 @@
+"""What a trainer process keeps on the device from phase to phase and from run to run: the frozen transformer, bare.
+
+Reading FLUX.1's 24 GB again at every pivot, export and next run would cost a batch more than its shortest runs take.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from runner import device, flux, lora
+from runner.basefiles import fingerprint
+from runner.spec import Model
+
+
+@dataclass
+class Shelf:
+    """One transformer at most. It is lent whole: whoever takes it is its only owner until it is put back, so one that
+    was on its way when something went wrong is never seen again."""
+
+    key: str = ""
+    kept: nn.Module | None = None
+
+    def take(self, base: flux.Base, own: Model) -> nn.Module:
+        """The base's transformer without adapters, in eval mode: the one kept where it is the same, or else a loaded one."""
+        wanted = _key(base, own)
+        if self.kept is None or self.key != wanted:
+            self.clear(base)
+            return flux.load_transformer(base)
+        model, self.kept = self.kept, None
+        return model
+
+    def put(self, base: flux.Base, own: Model, model: nn.Module) -> None:
+        """Take it back for the next one, as it was lent; a compiled one is dropped, since its code has adapters in it."""
+        if own.compile:
+            return
+        lora.detach_lora(model)
+        flux.forget_shapes(model)
+        model.disable_gradient_checkpointing()  # type: ignore[operator]
+        self.key, self.kept = _key(base, own), model.requires_grad_(False).eval()
+
+    def clear(self, base: flux.Base) -> None:
+        """Give the memory back, for a model that is not needed beside a transformer."""
+        if self.kept is not None:
+            self.kept = None
+            device.release(base.device)
+
+    @property
+    def bytes(self) -> int:
+        """Held by what is kept."""
+        return sum(tensor.nbytes for tensor in self.kept.state_dict().values()) if self.kept is not None else 0
+
+
+def _key(base: flux.Base, own: Model) -> str:
+    """What makes two transformers the same: the files, and everything that changes how they are loaded."""
+    facts: list[Any] = [str(base.folder), fingerprint(base.folder / "transformer"), base.variant, str(base.device)]
+    return json.dumps([*facts, str(base.dtype), own.quantize])
