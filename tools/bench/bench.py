@@ -123,7 +123,7 @@ def train_here(asked: Asked, folder: Path, heard: Callable[[int], bool]) -> Path
     """Train as a trainer process does, but in this one. `heard(step)` is called at the end of every step, and stops the
     run by True. The folder of the run."""
     from runner import device
-    from runner.engine.trainer import train_run
+    from runner.engine.trainer import Told, Warm, train_run
     from runner.errors import Code
     from runner.prepare import prepare
 
@@ -141,7 +141,7 @@ def train_here(asked: Asked, folder: Path, heard: Callable[[int], bool]) -> Path
         if event["say"] == "step" and not enough:
             enough = heard(event["number"])
 
-    code = train_run(job.run.folder, attempt, "cpu", send, lambda: enough)  # type: ignore[arg-type]
+    code = train_run(Told(job.run.folder, attempt), "cpu", send, lambda: enough, Warm())  # type: ignore[arg-type]
     if not enough:
         raise SystemExit(f"the run ended too early, with {Code(code).name}: {ended}")
     job.run.give_up()
