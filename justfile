@@ -38,9 +38,16 @@ tiny-base:
 check-base:
     {{venv}}python tools/check_tiny_base.py
 
-# a step of the LoRA phase against a bare loop
-step-time:
-    {{venv}}python tools/step_time.py
+# all benchmarks but those against the reference (40 minutes on an otherwise idle machine; tools/bench/README.md)
+bench:
+    {{venv}}python tools/bench/step.py
+    {{venv}}python tools/bench/lora_memory.py
+    {{venv}}python tools/bench/startup.py
+    {{venv}}python tools/bench/growth.py
+
+# whole runs against diffusers' train_dreambooth_lora_flux_advanced.py, which SCRIPT names (an hour)
+bench-reference SCRIPT *ARGS:
+    {{venv}}python tools/bench/against_reference.py --script {{SCRIPT}} {{ARGS}}
 
 # one short run per combination of what learns, prior, optimizer and dtype (minutes)
 matrix:

@@ -101,10 +101,12 @@ def main() -> None:
     import diffusers
     import transformers
 
-    for library in (
-        diffusers,
-        transformers,
-    ):  # they look for torchvision while they are imported, and shall not find this one
+    libraries = [diffusers, transformers]
+    if "--dataset_name" in sys.argv:  # then the script imports it itself
+        import datasets
+
+        libraries.append(datasets)
+    for library in libraries:  # they look for torchvision while they are imported, and shall not find this one
         assert library.__version__
     try:
         import torchvision.transforms  # noqa: F401
