@@ -313,6 +313,12 @@ def _optional(seen: Seen) -> Iterator[Finding]:
             seen.source, "error", "optimizer.name",
             'adamw8bit needs bitsandbytes, which is not installed; pip install "fluxrun[8bit]"',
         )  # fmt: skip
+    if seen.spec.model.quantize == "nf4" and find_spec("bitsandbytes") is None:
+        yield at(
+            seen.source, "error", "model.quantize",
+            'nf4 needs bitsandbytes, which is not installed; pip install "fluxrun[quant]", or use int8 or fp8, which need '
+            "nothing",
+        )  # fmt: skip
     if "wandb" in seen.spec.track.to and find_spec("wandb") is None:
         yield at(seen.source, "error", "track.to", 'wandb is not installed; pip install "fluxrun[wandb]"')
 

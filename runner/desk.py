@@ -169,11 +169,12 @@ class Desk:
         length = self.spec.model.max_sequence_length if encoder == "t5" else 77
         learned = [weights.rows[encoder]] if encoder in weights.rows else []
         learned += [weights.text_lora[name] for name in sorted(weights.text_lora)] if encoder == "clip" else []
+        held = [self.base.quantize] if encoder == "t5" and self.base.quantize != "none" else []
         scale = [self.spec.text_lora.alpha] if self.spec.text_lora and encoder == "clip" and weights.text_lora else []
         return key_of(
             encoder, tokens.expand(caption, self.plan.placeholders), files.sha256([raw(one).data for one in learned]),
             *[self.part_print(part) for part in PARTS[encoder]], length, str(self.base.dtype), *scale,
-            pooling if encoder == "clip" else None,
+            pooling if encoder == "clip" else None, *held,
         )  # fmt: skip
 
     @property
@@ -185,8 +186,9 @@ class Desk:
             raise Interrupted("stopped before training was complete; the same command goes on")
 
 
-def open_base_of(spec: Spec, gpus: str | None) -> flux.Base:
+def open_base_of(spec: Spec, gpus: str | None, cache: Cache) -> flux.Base:
     """The spec's base on the device that `gpus` chooses, with the process set up for it."""
     own, where = spec.model, device.choose(gpus)
     device.prepare(where, tf32=own.tf32)
-    return flux.open_base(own.base, own.revision, own.variant, where, device.resolve_dtype(own.dtype, where))
+    dtype = device.resolve_dtype(own.dtype, where)
+    return flux.open_base(own.base, own.revision, own.variant, where, dtype, own.quantize, cache.folder)

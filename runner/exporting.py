@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from runner import checkpoint, flux
+from runner.cache import Cache
 from runner.checkpoint import Checkpoint
 from runner.clerk import export_facts
 from runner.deliver import Order, deliver, push
@@ -29,7 +30,7 @@ def export_run(runs: Path, name: str, step: int | None, *, gpus: str | None, pus
         made = _checkpoint(run, step, say)
         say.line(f"{name}: exporting step {made.step}")
         flux.quiet()
-        order = Order(run, spec, open_base_of(spec, gpus), say, stop)
+        order = Order(run, spec, open_base_of(spec, gpus, Cache(run.runs / "cache")), say, stop)
         delivered = deliver(order, made)
         run.amend(**export_facts(run, delivered))
         if push_too:

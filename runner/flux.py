@@ -14,9 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
-from runner.basefiles import PARTS, local_folder
+from runner import quant
+from runner.basefiles import PARTS, fingerprint, local_folder
+from runner.digest import key_of
 from runner.errors import FluxrunError
 
 Generator = torch.Generator
@@ -24,15 +27,21 @@ Generator = torch.Generator
 
 @dataclass(frozen=True)
 class Base:
-    """A base model on this disk. `dtype` is the frozen parts' own; `device` is where they are loaded to."""
+    """A base model on this disk. `dtype` is the frozen parts' own; `device` is where they are loaded to. `quantize`: none, or
+    what the transformer and T5 are held in; `cache`: the folder where they are kept so, if anywhere."""
 
     folder: Path
     variant: str | None
     device: torch.device
     dtype: torch.dtype
+    quantize: str = "none"
+    cache: Path | None = None
 
 
-def open_base(text: str, revision: str | None, variant: str | None, device: torch.device, dtype: torch.dtype) -> Base:
+def open_base(
+    text: str, revision: str | None, variant: str | None, device: torch.device, dtype: torch.dtype,
+    quantize: str = "none", cache: Path | None = None,
+) -> Base:  # fmt: skip
     """Find the base on disk (`builtin:tiny`, a folder), or fetch its diffusers parts from the hub."""
     folder = local_folder(text)
     if folder is None:
@@ -40,7 +49,7 @@ def open_base(text: str, revision: str | None, variant: str | None, device: torc
 
         wanted = ["model_index.json", *(f"{part}/*" for part in PARTS)]  # not the single-file copies beside them
         folder = Path(snapshot_download(text, revision=revision, allow_patterns=wanted))
-    return Base(folder, variant, device, dtype)
+    return Base(folder, variant, device, dtype, quantize, cache)
 
 
 def quiet() -> None:
@@ -63,6 +72,11 @@ def load_clip(base: Base) -> nn.Module:
 def load_t5(base: Base) -> nn.Module:
     from transformers import T5EncoderModel
 
+    if base.quantize != "none":
+        folder = _weights_folder(base, "text_encoder_2")
+        with torch.device("meta"):
+            empty = T5EncoderModel(T5EncoderModel.config_class.from_pretrained(folder))
+        return _quantized(empty, base, "text_encoder_2")
     return _load(T5EncoderModel, base, "text_encoder_2")
 
 
@@ -75,6 +89,11 @@ def load_vae(base: Base) -> nn.Module:
 def load_transformer(base: Base) -> nn.Module:
     from diffusers import FluxTransformer2DModel
 
+    if base.quantize != "none":
+        folder = _weights_folder(base, "transformer")
+        with torch.device("meta"):
+            empty = FluxTransformer2DModel.from_config(FluxTransformer2DModel.load_config(folder))
+        return _quantized(empty, base, "transformer")
     return _load(FluxTransformer2DModel, base, "transformer")
 
 
@@ -85,19 +104,48 @@ def load_tokenizer(base: Base, encoder: str) -> Any:
     return AutoTokenizer.from_pretrained(base.folder, subfolder={"clip": "tokenizer", "t5": "tokenizer_2"}[encoder])
 
 
-def _load(kind: Any, base: Base, part: str) -> nn.Module:
-    """One frozen part, from safetensors alone: the libraries would take a pickle too, which can run any code."""
+def _weights_folder(base: Base, part: str) -> Path:
+    """Raises FluxrunError where the weights are no safetensors: the libraries would take a pickle too, which can run any code."""
     folder = base.folder / part
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         raise FluxrunError(
             f"model.base: {folder} has no .safetensors file; other weights (.bin, .ckpt) can run code when they are read, "
             "so fluxrun does not: save the model again with safe_serialization=True"
         )
+    return folder
+
+
+def _load(kind: Any, base: Base, part: str) -> nn.Module:
+    """One frozen part, whole."""
+    _weights_folder(base, part)
     loaded = kind.from_pretrained(
         base.folder, subfolder=part, dtype=base.dtype, variant=base.variant, use_safetensors=True
     )
     frozen: nn.Module = loaded.to(base.device).requires_grad_(False).eval()
     return frozen
+
+
+def _quantized(empty: nn.Module, base: Base, part: str) -> nn.Module:
+    """One frozen part whose linear layers are held in fewer bits; `empty` is on the meta device."""
+    folder = base.folder / part
+    key = key_of("quantized", quant.FORMAT, fingerprint(folder), base.variant, base.quantize, str(base.dtype))
+    kept = base.cache / "quantized" / key[:2] / f"{key}.safetensors" if base.cache else None
+    return quant.fill(empty, weight_files(folder, base.variant), base.quantize, base.dtype, base.device, kept)
+
+
+def weight_files(folder: Path, variant: str | None) -> dict[str, Path]:
+    """The file of each tensor of a part, as the libraries choose it: the one file, or an index beside several."""
+    mark = f".{variant}" if variant else ""
+    for stem in ("diffusion_pytorch_model", "model"):
+        whole, index = folder / f"{stem}{mark}.safetensors", folder / f"{stem}.safetensors.index{mark}.json"
+        if whole.is_file():
+            with safe_open(whole, framework="pt") as opened:
+                return dict.fromkeys(opened.keys(), whole)
+        if index.is_file():
+            found: dict[str, str] = json.loads(index.read_text())["weight_map"]
+            return {name: folder / Path(file).name for name, file in found.items()}
+    there = ", ".join(sorted(path.name for path in folder.glob("*.safetensors*"))) or "none"
+    raise FluxrunError(f"model.variant: {folder} has no such weights (found {variant!r}); its files are: {there}")
 
 
 # ---- latents -------------------------------------------------------------------------------------------------------

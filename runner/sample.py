@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from runner import tokens
+from runner import flux, tokens
 from runner.device import release
 from runner.flux import Base
 from runner.sheet import sheet as sheet
@@ -55,8 +55,9 @@ def text_pipeline(base: Base, exported: Exported | None) -> Any:
     from diffusers import FluxPipeline
 
     pipe = FluxPipeline.from_pretrained(
-        base.folder, transformer=None, vae=None, dtype=base.dtype, variant=base.variant, use_safetensors=True
-    ).to(base.device)
+        base.folder, transformer=None, vae=None, dtype=base.dtype, variant=base.variant, use_safetensors=True,
+        **({} if base.quantize == "none" else {"text_encoder_2": flux.load_t5(base)}),
+    ).to(base.device)  # fmt: skip
     if exported is not None and exported.embeddings is not None:
         load_embeddings(pipe, exported.embeddings, exported.placeholders)
     if exported is not None and exported.lora is not None:
@@ -87,13 +88,15 @@ def read_prompts(pipe: Any, prompts: Sequence[str], length: int, scale: float = 
 
 
 def image_pipeline(base: Base) -> Any:
-    """A FluxPipeline of transformer and VAE alone."""
+    """A FluxPipeline of transformer and VAE alone. A base that was trained on quantised is drawn with quantised: the card may
+    hold no other."""
     from diffusers import FluxPipeline
 
     without = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
     pipe = FluxPipeline.from_pretrained(
-        base.folder, **without, dtype=base.dtype, variant=base.variant, use_safetensors=True
-    )
+        base.folder, **without, dtype=base.dtype, variant=base.variant, use_safetensors=True,
+        **({} if base.quantize == "none" else {"transformer": flux.load_transformer(base)}),
+    )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(base.device)
 

@@ -31,7 +31,9 @@ class Model(Table):
     revision: Line | None = key(None, "Branch, tag or commit of a hub base")
     variant: Line | None = key(None, "Weight file variant, e.g. fp16")
     dtype: Dtype | None = key(None, "Of the frozen base; default bf16 on a GPU, fp32 on a CPU")
-    quantize: Literal["none", "int8", "fp8", "nf4"] = key("none", "Quantisation of the frozen transformer and T5")
+    quantize: Literal["none", "int8", "fp8", "nf4"] = key(
+        "none", "Frozen transformer and T5 in 8 or 4 bits; nf4 needs bitsandbytes"
+    )
     gradient_checkpointing: bool = key(False, "Recompute activations in the backward pass: less memory, slower")
     compile: bool = key(False, "torch.compile the transformer's blocks")
     tf32: bool = key(True, "Allow TF32 matmuls on a GPU")

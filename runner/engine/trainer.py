@@ -95,9 +95,10 @@ def _train(run: Run, attempt: int, gpus: str | None, say: Say, stop: StopRequest
     plan = plan_of(spec, pictures)
     _same_as_planned(run, plan)
     model, split = spec.model, run.split(spec.train.batch_size)
-    base = flux.open_base(model.base, model.revision, model.variant, where, device.resolve_dtype(model.dtype, where))
+    cache, dtype = open_cache(run.runs), device.resolve_dtype(model.dtype, where)
+    base = flux.open_base(model.base, model.revision, model.variant, where, dtype, model.quantize, cache.folder)
     with crew(spec, plan.key, run.runs, where, split) as ranks:
-        execute(run, spec, plan, pictures, base, open_cache(run.runs), say, stop, ranks, attempt=attempt, split=split)
+        execute(run, spec, plan, pictures, base, cache, say, stop, ranks, attempt=attempt, split=split)
 
 
 def _same_as_planned(run: Run, plan: Plan) -> None:
