@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from runner.attention import ON_A_GPU, PACKAGES
 from runner.basefiles import BUILTIN, KNOWN, linear_layers
 from runner.engine import slots
 from runner.finding import Finding, at, count, here, size
@@ -176,6 +177,11 @@ def _on_the_cpu(
                 f"no GPU was found, so {size(need)} of weights are trained on the CPU, where a step takes minutes; use a "
                 "machine with an NVIDIA GPU, or say --gpus cpu if that is meant",
             )  # fmt: skip
+        if one.spec.model.attention in ON_A_GPU:
+            yield at(
+                one.source, "error", "model.attention",
+                f"needs an NVIDIA GPU, and this run is on the CPU (found {one.spec.model.attention!r}); use \"native\"",
+            )  # fmt: skip
         yield from _half(one)
 
 
@@ -318,6 +324,12 @@ def _optional(seen: Seen) -> Iterator[Finding]:
             seen.source, "error", "model.quantize",
             'nf4 needs bitsandbytes, which is not installed; pip install "fluxrun[quant]", or use int8 or fp8, which need '
             "nothing",
+        )  # fmt: skip
+    package, wanted = PACKAGES.get(seen.spec.model.attention, ("torch", ""))
+    if find_spec(package) is None:
+        yield at(
+            seen.source, "error", "model.attention",
+            f'{seen.spec.model.attention} needs {package}, which is not installed; pip install "{wanted}", or use "native"',
         )  # fmt: skip
     if "wandb" in seen.spec.track.to and find_spec("wandb") is None:
         yield at(seen.source, "error", "track.to", 'wandb is not installed; pip install "fluxrun[wandb]"')

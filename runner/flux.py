@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from runner import quant
+from runner.attention import ON_A_GPU
 from runner.basefiles import PARTS, fingerprint, local_folder
 from runner.digest import key_of
 from runner.errors import FluxrunError
@@ -95,6 +97,31 @@ def load_transformer(base: Base) -> nn.Module:
             empty = FluxTransformer2DModel.from_config(FluxTransformer2DModel.load_config(folder))
         return _quantized(empty, base, "transformer")
     return _load(FluxTransformer2DModel, base, "transformer")
+
+
+def set_attention(transformer: Any, backend: str) -> None:
+    """Choose the transformer's attention by diffusers' name. Raises FluxrunError where this machine cannot do it."""
+    from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+
+    if backend in ON_A_GPU and transformer.device.type != "cuda":
+        raise FluxrunError(f"model.attention: {backend} needs an NVIDIA GPU (found {transformer.device}); use native")
+    try:
+        transformer.set_attention_backend(backend)
+    except RuntimeError as error:
+        raise FluxrunError(f"model.attention: {backend} cannot be used here ({error}); or use native") from error
+    finally:  # diffusers makes it everyone's: the next run in this process, and pictures, have not asked for it
+        _AttentionBackendRegistry.set_active_backend(AttentionBackendName.NATIVE)
+
+
+def recompute(transformer: Any, every: int) -> None:
+    """Gradient checkpointing of every so many blocks: their activations are made again in the backward pass."""
+    blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+    chosen = {id(block) for block in blocks[::every]}
+
+    def call(block: nn.Module, *inputs: Any) -> Any:
+        return checkpoint(block, *inputs, use_reentrant=False) if id(block) in chosen else block(*inputs)
+
+    transformer.enable_gradient_checkpointing(call)
 
 
 def load_tokenizer(base: Base, encoder: str) -> Any:

@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from runner.attention import Attention
+
 Dtype = Literal["bf16", "fp16", "fp32"]
 Natural = Annotated[int, Field(ge=1, le=2**31)]
 Whole = Annotated[int, Field(ge=0, le=2**31)]
@@ -34,7 +36,10 @@ class Model(Table):
     quantize: Literal["none", "int8", "fp8", "nf4"] = key(
         "none", "Frozen transformer and T5 in 8 or 4 bits; nf4 needs bitsandbytes"
     )
-    gradient_checkpointing: bool = key(False, "Recompute activations in the backward pass: less memory, slower")
+    gradient_checkpointing: bool | Natural = key(
+        False, "Recompute activations in the backward pass, of every block or every n-th: less memory, slower"
+    )
+    attention: Attention = key("native", "Attention of the transformer while it trains, by diffusers' names")
     compile: bool = key(False, "torch.compile the transformer's blocks")
     tf32: bool = key(True, "Allow TF32 matmuls on a GPU")
     max_sequence_length: Annotated[int, Field(ge=8, le=512)] = key(512, "Tokens that T5 reads")

@@ -294,6 +294,8 @@ BROKEN: dict[str, Setup] = {
     "more GPUs than there are": gpu("0, GPU-a, Test Card, 24000, 23000, 8.6", more="[compute]\ngpus = 2\n"),
     "no bitsandbytes": without("bitsandbytes", '[optimizer]\nname = "adamw8bit"\n'),
     "no bitsandbytes for nf4": without("bitsandbytes", "", base='base = "builtin:tiny"\nquantize = "nf4"'),
+    "no flash attention": without("flash_attn", "", base='base = "builtin:tiny"\nattention = "flash"'),
+    "attention of a GPU": spec(base='base = "builtin:tiny"\nattention = "_native_cudnn"'),
     "no wandb": without("wandb", WANDB),
     # ---- logins
     "W&B without a login": appended(WANDB),
