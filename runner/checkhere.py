@@ -182,6 +182,11 @@ def _on_the_cpu(
                 one.source, "error", "model.attention",
                 f"needs an NVIDIA GPU, and this run is on the CPU (found {one.spec.model.attention!r}); use \"native\"",
             )  # fmt: skip
+        if one.spec.model.offload != "none":
+            yield at(
+                one.source, "warning", "model.offload",
+                "this run is on the CPU, where it saves nothing and costs time; take this key out",
+            )  # fmt: skip
         yield from _half(one)
 
 

@@ -191,4 +191,6 @@ def open_base_of(spec: Spec, gpus: str | None, cache: Cache) -> flux.Base:
     own, where = spec.model, device.choose(gpus)
     device.prepare(where, tf32=own.tf32)
     dtype = device.resolve_dtype(own.dtype, where)
-    return flux.open_base(own.base, own.revision, own.variant, where, dtype, own.quantize, cache.folder)
+    return flux.open_base(
+        own.base, own.revision, own.variant, where, dtype, own.quantize, cache.folder, own.offload == "blocks"
+    )

@@ -5,8 +5,9 @@ from __future__ import annotations
 import gc
 import os
 import resource
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -72,6 +73,47 @@ def move(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     if device.type != "cuda" or tensor.device == device:
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def held_for(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor's numbers in host memory, from where `Lane` can copy while the device computes."""
+    host = tensor.detach().cpu()
+    return host.pin_memory() if device.type == "cuda" else host
+
+
+@dataclass(frozen=True)
+class Arriving:
+    """Tensors on their way to the device; they are there, for what is computed from then on, after `wait`."""
+
+    tensors: list[torch.Tensor]
+    event: torch.cuda.Event | None
+
+    def wait(self) -> list[torch.Tensor]:
+        if self.event is not None:
+            torch.cuda.current_stream(self.tensors[0].device).wait_event(self.event)
+        return self.tensors
+
+
+class Lane:
+    """Copies to the device beside the computation: by a stream of its own on CUDA; elsewhere at once."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+    def send(self, hosts: Sequence[torch.Tensor]) -> Arriving:
+        """The memory is the computing stream's, which frees it too: so the copy begins after what computes in it now, and
+        nothing may let go of it before `wait`."""
+        made = [torch.empty_like(host, device=self.device) for host in hosts]
+        if self.stream is None:
+            for tensor, host in zip(made, hosts, strict=True):
+                tensor.copy_(host)
+            return Arriving(made, None)
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            for tensor, host in zip(made, hosts, strict=True):
+                tensor.copy_(host, non_blocking=True)
+            return Arriving(made, self.stream.record_event())
 
 
 def copy_out(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

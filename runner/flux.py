@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from runner.attention import ON_A_GPU
 from runner.basefiles import PARTS, fingerprint, local_folder
 from runner.digest import key_of
 from runner.errors import FluxrunError
+from runner.offload import spread
 
 Generator = torch.Generator
 
@@ -30,7 +31,8 @@ Generator = torch.Generator
 @dataclass(frozen=True)
 class Base:
     """A base model on this disk. `dtype` is the frozen parts' own; `device` is where they are loaded to. `quantize`: none, or
-    what the transformer and T5 are held in; `cache`: the folder where they are kept so, if anywhere."""
+    what the transformer and T5 are held in; `cache`: the folder where they are kept so, if anywhere; `offload`: whether their
+    blocks wait in host memory."""
 
     folder: Path
     variant: str | None
@@ -38,11 +40,12 @@ class Base:
     dtype: torch.dtype
     quantize: str = "none"
     cache: Path | None = None
+    offload: bool = False
 
 
 def open_base(
     text: str, revision: str | None, variant: str | None, device: torch.device, dtype: torch.dtype,
-    quantize: str = "none", cache: Path | None = None,
+    quantize: str = "none", cache: Path | None = None, offload: bool = False,
 ) -> Base:  # fmt: skip
     """Find the base on disk (`builtin:tiny`, a folder), or fetch its diffusers parts from the hub."""
     folder = local_folder(text)
@@ -51,7 +54,7 @@ def open_base(
 
         wanted = ["model_index.json", *(f"{part}/*" for part in PARTS)]  # not the single-file copies beside them
         folder = Path(snapshot_download(text, revision=revision, allow_patterns=wanted))
-    return Base(folder, variant, device, dtype, quantize, cache)
+    return Base(folder, variant, device, dtype, quantize, cache, offload)
 
 
 def quiet() -> None:
@@ -74,12 +77,11 @@ def load_clip(base: Base) -> nn.Module:
 def load_t5(base: Base) -> nn.Module:
     from transformers import T5EncoderModel
 
-    if base.quantize != "none":
-        folder = _weights_folder(base, "text_encoder_2")
-        with torch.device("meta"):
-            empty = T5EncoderModel(T5EncoderModel.config_class.from_pretrained(folder))
-        return _quantized(empty, base, "text_encoder_2")
-    return _load(T5EncoderModel, base, "text_encoder_2")
+    def empty(folder: Path) -> Any:
+        return T5EncoderModel(T5EncoderModel.config_class.from_pretrained(folder))
+
+    made: Any = _load_large(T5EncoderModel, empty, base, "text_encoder_2")
+    return spread(made, list(made.encoder.block), base.device) if base.offload else made  # type: ignore[no-any-return]
 
 
 def load_vae(base: Base) -> nn.Module:
@@ -91,12 +93,16 @@ def load_vae(base: Base) -> nn.Module:
 def load_transformer(base: Base) -> nn.Module:
     from diffusers import FluxTransformer2DModel
 
-    if base.quantize != "none":
-        folder = _weights_folder(base, "transformer")
-        with torch.device("meta"):
-            empty = FluxTransformer2DModel.from_config(FluxTransformer2DModel.load_config(folder))
-        return _quantized(empty, base, "transformer")
-    return _load(FluxTransformer2DModel, base, "transformer")
+    def empty(folder: Path) -> Any:
+        return FluxTransformer2DModel.from_config(FluxTransformer2DModel.load_config(folder))
+
+    made: Any = _load_large(FluxTransformer2DModel, empty, base, "transformer")
+    return spread(made, blocks_of(made), base.device) if base.offload else made  # type: ignore[no-any-return]
+
+
+def blocks_of(transformer: Any) -> list[nn.Module]:
+    """In the order in which they run."""
+    return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
 
 
 def set_attention(transformer: Any, backend: str) -> None:
@@ -115,8 +121,7 @@ def set_attention(transformer: Any, backend: str) -> None:
 
 def recompute(transformer: Any, every: int) -> None:
     """Gradient checkpointing of every so many blocks: their activations are made again in the backward pass."""
-    blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
-    chosen = {id(block) for block in blocks[::every]}
+    chosen = {id(block) for block in blocks_of(transformer)[::every]}
 
     def call(block: nn.Module, *inputs: Any) -> Any:
         return checkpoint(block, *inputs, use_reentrant=False) if id(block) in chosen else block(*inputs)
@@ -152,12 +157,19 @@ def _load(kind: Any, base: Base, part: str) -> nn.Module:
     return frozen
 
 
-def _quantized(empty: nn.Module, base: Base, part: str) -> nn.Module:
-    """One frozen part whose linear layers are held in fewer bits; `empty` is on the meta device."""
-    folder = base.folder / part
+def _load_large(kind: Any, empty: Callable[[Path], Any], base: Base, part: str) -> nn.Module:
+    """One of the two large parts, quantised where the base says so; in host memory where its blocks will wait there. `empty`:
+    the model without weights."""
+    if base.offload:
+        base = replace(base, device=torch.device("cpu"))
+    if base.quantize == "none":
+        return _load(kind, base, part)
+    folder = _weights_folder(base, part)
+    with torch.device("meta"):
+        model = empty(folder)
     key = key_of("quantized", quant.FORMAT, fingerprint(folder), base.variant, base.quantize, str(base.dtype))
     kept = base.cache / "quantized" / key[:2] / f"{key}.safetensors" if base.cache else None
-    return quant.fill(empty, weight_files(folder, base.variant), base.quantize, base.dtype, base.device, kept)
+    return quant.fill(model, weight_files(folder, base.variant), base.quantize, base.dtype, base.device, kept)
 
 
 def weight_files(folder: Path, variant: str | None) -> dict[str, Path]:

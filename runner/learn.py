@@ -85,7 +85,7 @@ def load_transformer(desk: Desk, phase: TrainPhase, past: Weights) -> tuple[nn.M
     """The frozen base with its adapter, {} where it has none yet; the adapter learns only if the phase says so."""
     transformer = flux.load_transformer(desk.base)
     flux.set_attention(transformer, desk.spec.model.attention)
-    if every := int(desk.spec.model.gradient_checkpointing):
+    if (every := int(desk.spec.model.gradient_checkpointing)) and not desk.base.offload:  # which recomputes all of them
         flux.recompute(transformer, every)
     adapter: dict[str, nn.Parameter] = {}
     if trains_lora(phase) or past.lora:

@@ -44,7 +44,7 @@ def attach_lora(model: Any, shape: LoraShape, seed: int) -> dict[str, nn.Paramet
     if len(parameters) != 2 * len(shape.layers):
         raise ValueError(f"peft adapted {len(parameters) // 2} layers, planned were {len(shape.layers)}")
     for name, parameter in parameters.items():
-        parameter.data = parameter.data.float()
+        parameter.data = parameter.data.to(model.device, torch.float32)  # its layer may wait elsewhere
         if ".lora_A." in name:
             generator = torch.Generator().manual_seed(derive(seed, "lora", name))
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) / shape.rank)

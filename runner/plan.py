@@ -33,6 +33,7 @@ NOT_IN_KEY = (
     "data.source",
     "data.workers",
     "model.base",
+    "model.offload",
     "prior.images",
     "prior.batch_size",
 )

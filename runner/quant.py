@@ -111,7 +111,11 @@ class QuantLinear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """Made at each asking: peft and T5 ask for its dtype and device."""
+        """Of the weight's shape, dtype and device, which peft and T5 ask for; NaN, for whoever would compute with it."""
+        nothing = torch.full((1, 1), torch.nan, dtype=self.dtype, device=self.codes.device)
+        return nothing.expand(self.out_features, self.in_features)
+
+    def whole(self) -> Tensor:
         return dequantize(self.codes, self.scale, self.scheme, (self.out_features, self.in_features), self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:

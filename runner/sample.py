@@ -55,9 +55,10 @@ def text_pipeline(base: Base, exported: Exported | None) -> Any:
     from diffusers import FluxPipeline
 
     pipe = FluxPipeline.from_pretrained(
-        base.folder, transformer=None, vae=None, dtype=base.dtype, variant=base.variant, use_safetensors=True,
-        **({} if base.quantize == "none" else {"text_encoder_2": flux.load_t5(base)}),
-    ).to(base.device)  # fmt: skip
+        base.folder, transformer=None, vae=None, text_encoder_2=flux.load_t5(base), dtype=base.dtype, variant=base.variant,
+        use_safetensors=True,
+    )  # fmt: skip
+    pipe.text_encoder.to(base.device)  # and not the pipeline: blocks that wait in host memory stay there
     if exported is not None and exported.embeddings is not None:
         load_embeddings(pipe, exported.embeddings, exported.placeholders)
     if exported is not None and exported.lora is not None:
@@ -94,11 +95,12 @@ def image_pipeline(base: Base) -> Any:
 
     without = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
     pipe = FluxPipeline.from_pretrained(
-        base.folder, **without, dtype=base.dtype, variant=base.variant, use_safetensors=True,
-        **({} if base.quantize == "none" else {"transformer": flux.load_transformer(base)}),
+        base.folder, **without, transformer=flux.load_transformer(base), dtype=base.dtype, variant=base.variant,
+        use_safetensors=True,
     )  # fmt: skip
+    pipe.vae.to(base.device)
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(base.device)
+    return pipe
 
 
 def load_lora(pipe: Any, file: Path) -> None:
@@ -108,6 +110,9 @@ def load_lora(pipe: Any, file: Path) -> None:
     )
     if any(name.startswith("transformer.") for name in state):
         pipe.load_lora_into_transformer(state, None, pipe.transformer, metadata=metadata, _pipeline=pipe)
+        for name, parameter in pipe.transformer.named_parameters():
+            if ".lora_" in name:  # made where its layer is, which may wait in host memory
+                parameter.data = parameter.data.to(pipe.transformer.device)
 
 
 def size_of(spec: Spec) -> int:

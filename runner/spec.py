@@ -40,6 +40,9 @@ class Model(Table):
         False, "Recompute activations in the backward pass, of every block or every n-th: less memory, slower"
     )
     attention: Attention = key("native", "Attention of the transformer while it trains, by diffusers' names")
+    offload: Literal["none", "blocks"] = key(
+        "none", "Where the transformer's and T5's blocks wait for their turn: on the device, or in host memory"
+    )
     compile: bool = key(False, "torch.compile the transformer's blocks")
     tf32: bool = key(True, "Allow TF32 matmuls on a GPU")
     max_sequence_length: Annotated[int, Field(ge=8, le=512)] = key(512, "Tokens that T5 reads")

@@ -162,7 +162,9 @@ def desk_of(spec: Path) -> Desk:
     [job] = prepare([spec], spec.parent / "runs", fetch=True, fresh=False)
     cpu, model = torch.device("cpu"), job.spec.model
     cache, dtype = Cache(spec.parent / "runs" / "cache"), device.resolve_dtype(model.dtype, cpu)
-    base = flux.open_base(model.base, model.revision, model.variant, cpu, dtype, model.quantize, cache.folder)
+    base = flux.open_base(
+        model.base, model.revision, model.variant, cpu, dtype, model.quantize, cache.folder, model.offload == "blocks"
+    )
     assert job.pictures is not None
     return Desk(job.spec, job.plan, job.pictures, base, cache, Say(), Ranks(), lambda: False)
 

@@ -143,6 +143,9 @@ TABLE: dict[str, tuple[Any, Probe, Any, dict[str, Any]]] = {
     ),
     "model.dtype": ("bf16", lambda d: next(transformer_of(d).parameters()).dtype, torch.bfloat16, {}),
     "model.gradient_checkpointing": (True, lambda d: transformer_of(d).gradient_checkpointing, True, {}),
+    "model.offload": (
+        "blocks", lambda d: "forward" in vars(transformer_of(d).transformer_blocks[0]), True, {},
+    ),
     "model.attention": (
         "_native_math",
         lambda d: transformer_of(d).transformer_blocks[0].attn.processor._attention_backend.value, "_native_math", {},

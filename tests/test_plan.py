@@ -118,7 +118,12 @@ def test_every_value_that_changes_the_result_changes_the_key(tmp_path: Path) -> 
         assert make_plan(spec_of(tmp_path, extra), FACTS).training[-1].key != first.training[-1].key, extra
     for facts in (Facts(("a TOK",), 8, "other", "base", None), Facts(("a TOK",), 8, "data", "other", None)):
         assert make_plan(spec_of(tmp_path), facts).training[-1].key != first.training[-1].key
-    for extra in ("[checkpoint]\nevery = 3", '[validate]\nprompts = ["x"]', "[track]\nto = []"):
+    for extra in (
+        "[checkpoint]\nevery = 3",
+        '[validate]\nprompts = ["x"]',
+        "[track]\nto = []",
+        '[model]\noffload = "blocks"\n',
+    ):
         assert make_plan(spec_of(tmp_path, extra), FACTS).training[-1].key == first.training[-1].key, extra
     assert make_plan(spec_of(tmp_path, '[validate]\nprompts = ["x"]'), FACTS).key != first.key
 

@@ -3,16 +3,19 @@ for another attention's rounding."""
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import House, desk_of
+from conftest import House, desk_of, export_bytes, stopping_after
 from test_objective import jolt, objective_of, spec_of
 from torch import Tensor, nn
 
-from runner import attention, flux
+from runner import attention, device, flux, offload
+from runner.device import Arriving, Lane
 from runner.errors import FluxrunError
 
 
@@ -106,3 +109,116 @@ def test_half_attention_and_fp32_do_not_go_together(house: House) -> None:
     said = house.fluxrun("plan", spec)
     assert said.code == 2
     assert 'model.attention: _native_cudnn takes bf16 and fp16 alone (model.dtype is fp32); use "native"' in said.err
+
+
+# ---- offloading ----------------------------------------------------------------------------------------------------
+
+
+class Sent(Lane):
+    """A lane whose host memory holds nothing but NaN: whatever is computed with must have been sent. It counts what is there."""
+
+    def __init__(self, where: torch.device) -> None:
+        super().__init__(where)
+        self.true: dict[int, Tensor] = {}
+        self.order: list[int] = []
+
+    def send(self, hosts: Any) -> Arriving:
+        for host in hosts:
+            if id(host) not in self.true:
+                self.true[id(host)] = host.clone()
+                host.view(torch.uint8).fill_(0xFF)  # NaN in every float, -1 in int8
+        self.order.append(id(hosts))
+        return Arriving([self.true[id(host)].clone() for host in hosts], None)
+
+
+@pytest.mark.parametrize("scheme", ["none", "int8", "nf4"])
+def test_offloaded_blocks_train_to_the_same_bits(house: House, monkeypatch: pytest.MonkeyPatch, scheme: str) -> None:
+    """LoRA with dropout, and rows through T5's blocks. At most two blocks of each model are there at a time, and the backward
+    pass brings them from the last to the first."""
+    lines, changes = f'quantize = "{scheme}"', {"rank": "rank = 4\ndropout = 0.3"}
+    wanted = gradients(with_model(house, lines, **changes))
+    chains: list[offload.Chain] = []
+    made, come = offload.Chain.__init__, offload.Chain._come
+    there: list[int] = []
+    order: list[tuple[int, int]] = []
+
+    def noted(chain: offload.Chain, *what: Any) -> None:
+        made(chain, *what)
+        chains.append(chain)
+
+    def coming(chain: offload.Chain, index: int) -> None:
+        come(chain, index)
+        order.append((chains.index(chain), index))
+        there.append(len(chain.coming) + 1)
+
+    monkeypatch.setattr(offload, "Lane", Sent)
+    monkeypatch.setattr(offload.Chain, "__init__", noted)
+    monkeypatch.setattr(offload.Chain, "_come", coming)
+    objective, kinds = objective_of(desk_of(with_model(house, f'{lines}\noffload = "blocks"', **changes)))
+    jolt(kinds)
+    order.clear()
+    assert equal(stepped(objective, kinds), wanted)
+    assert max(there) == 2
+    flow, t5 = (chains.index(chain) for chain in chains[-2:])
+    assert [index for which, index in order if which == flow] == [0, 1, 2, 3, 4, 5, 5, 4, 3, 2, 1, 0]
+    assert [index for which, index in order if which == t5] == [0, 1, 1, 0]
+    lane = chains[flow].lane
+    assert isinstance(lane, Sent)
+    assert len(lane.order) <= 14  # each once a pass, but for one where the pass turns: what comes next was foreseen
+
+
+def test_an_offloaded_run_is_the_same_run(house: House) -> None:
+    """As typed: begun whole, gone on with offloaded, since that is not in the key; to the same bytes."""
+    spec = with_model(house, 'quantize = "int8"')
+    assert house.fluxrun("queue", spec).code == 0
+    runs = house.folder / "runs"
+    whole = export_bytes(runs / "a")
+    shutil.rmtree(runs / "a")
+    with stopping_after(2):
+        assert house.fluxrun("queue", spec).code == 3
+    with_model(house, 'quantize = "int8"\noffload = "blocks"')
+    said = house.fluxrun("queue", spec)
+    assert said.code == 0, said.err
+    found = export_bytes(runs / "a")
+    card = "export/README.md"  # names the settings
+    assert {name: data for name, data in found.items() if name != card} == {
+        name: data for name, data in whole.items() if name != card
+    }
+    assert house.fluxrun("sample", "a", "--prompt", "a TOK", "--steps", "1").code == 0
+
+
+def test_offloading_and_what_it_does_not_go_with(house: House) -> None:
+    spec = with_model(house, 'offload = "blocks"\ngradient_checkpointing = 2\ncompile = true')
+    said = house.fluxrun("plan", spec).err
+    assert (
+        "model.gradient_checkpointing: blocks that are offloaded are all recomputed (found 2); take this key out"
+        in said
+    )
+    assert "model.compile: compiled blocks cannot be offloaded (found true); take one of the two keys out" in said
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scheme", ["none", "int8", "fp8", "nf4"])
+def test_on_a_gpu_offloaded_blocks_train_to_the_same_bits_in_less_memory(house: House, scheme: str) -> None:
+    found, peaks = [], []
+    where = torch.device("cuda", 0)
+    for where_they_wait in ("none", "blocks"):
+        desk = desk_of(
+            with_model(house, f'quantize = "{scheme}"\noffload = "{where_they_wait}"\ngradient_checkpointing = true')
+        )
+        desk = replace(desk, base=replace(desk.base, device=where, dtype=torch.bfloat16))
+        objective, kinds = objective_of(desk)
+        jolt(kinds)
+        stepped(objective, kinds)
+        for kind in kinds.values():
+            for value in kind.values():
+                value.grad = None
+        device.release(where)
+        device.reset_peak(where)
+        found.append(stepped(objective, kinds))
+        torch.cuda.synchronize(where)
+        peaks.append(device.peak_memory(where))
+        del objective, kinds
+        device.release(where)
+    assert equal(found[0], found[1])
+    assert peaks[1] < peaks[0]

@@ -67,6 +67,7 @@ VALUES = {  # every key of the contract, with a value that is not its default
     "model.dtype": '"bf16"',
     "model.quantize": '"nf4"',
     "model.gradient_checkpointing": "3",
+    "model.offload": '"blocks"',
     "model.attention": '"flash"',
     "model.compile": "true",
     "model.tf32": "false",

@@ -78,7 +78,9 @@ def main() -> None:
         raise FluxrunError("the data changed while the run was starting; start it again")
     model, runs = spec.model, Path(order["runs"])
     cache, dtype = Cache(runs / "cache"), device.resolve_dtype(model.dtype, where)
-    base = flux.open_base(model.base, model.revision, model.variant, where, dtype, model.quantize, cache.folder)
+    base = flux.open_base(
+        model.base, model.revision, model.variant, where, dtype, model.quantize, cache.folder, model.offload == "blocks"
+    )
     ranks.join(order["address"], where)
     try:
         assist(Run(runs, spec.name), spec, plan, pictures, base, cache, ranks, order["split"])

@@ -96,7 +96,9 @@ def _train(run: Run, attempt: int, gpus: str | None, say: Say, stop: StopRequest
     _same_as_planned(run, plan)
     model, split = spec.model, run.split(spec.train.batch_size)
     cache, dtype = open_cache(run.runs), device.resolve_dtype(model.dtype, where)
-    base = flux.open_base(model.base, model.revision, model.variant, where, dtype, model.quantize, cache.folder)
+    base = flux.open_base(
+        model.base, model.revision, model.variant, where, dtype, model.quantize, cache.folder, model.offload == "blocks"
+    )
     with crew(spec, plan.key, run.runs, where, split) as ranks:
         execute(run, spec, plan, pictures, base, cache, say, stop, ranks, attempt=attempt, split=split)
 
