@@ -32,6 +32,7 @@ def choose(gpus: str | None) -> torch.device:
 def prepare(device: torch.device, *, tf32: bool) -> None:
     """Process-wide settings: repeatable kernels, and TF32 matmuls where the spec allows them."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats itself only with this
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled_folder()))
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs a write per buffer
     torch.backends.cuda.matmul.allow_tf32 = tf32
@@ -39,6 +40,12 @@ def prepare(device: torch.device, *, tf32: bool) -> None:
     torch.backends.cudnn.benchmark = False
     if device.type == "cuda":
         torch.cuda.set_device(device)
+
+
+def compiled_folder() -> Path:
+    """Where torch keeps what model.compile made, Triton's kernels too, over a restart of the machine. The user's own folder, not
+    the runs': it holds code and pickles, which nobody should get with a folder of runs."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fluxrun" / "compile"
 
 
 def settle_libraries() -> None:

@@ -206,3 +206,24 @@ def test_a_file_that_lacks_a_tensor_is_refused(house: House) -> None:
     base = flux.Base(house.folder / "base", None, CPU, torch.float32, "int8")
     with pytest.raises(FluxrunError, match=r"no file has transformer_blocks\.0\.attn\.to_q\.codes \(2 tensors"):
         flux.load_transformer(base)
+
+
+def test_what_a_run_needs_at_least_is_told_by_its_scheme(tmp_path: Path) -> None:
+    """Else `check` would refuse, on a small card, the very specs that are for it."""
+    from test_plan import FACTS
+    from test_plan import spec_of as planned
+
+    from runner.checkhere import needed, numbers_of
+    from runner.plan import make_plan
+
+    numbers = numbers_of("black-forest-labs/FLUX.1-dev", {})
+    found = {}
+    for lines in ("", 'quantize = "int8"\n', 'quantize = "nf4"\n', 'offload = "blocks"\n'):
+        spec = planned(tmp_path, f"[model]\n{lines}")
+        found[lines.partition("=")[2].strip().strip('"')] = needed(spec, make_plan(spec, FACTS), numbers, on_gpu=True)[
+            0
+        ]
+    assert found[""] > 22e9
+    assert 11e9 < found["int8"] < 13e9
+    assert 6e9 < found["nf4"] < 8e9
+    assert found["blocks"] < 1e9

@@ -3,6 +3,7 @@ for another attention's rounding."""
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -222,3 +223,30 @@ def test_on_a_gpu_offloaded_blocks_train_to_the_same_bits_in_less_memory(house: 
         device.release(where)
     assert equal(found[0], found[1])
     assert peaks[1] < peaks[0]
+
+
+# ---- compiling -----------------------------------------------------------------------------------------------------
+
+
+def test_what_was_compiled_is_kept_in_the_users_own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    device.prepare(torch.device("cpu"), tf32=True)
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "fluxrun" / "compile")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "mine")
+    device.prepare(torch.device("cpu"), tf32=True)
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "mine"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lines", ["", 'quantize = "int8"', 'quantize = "nf4"', "gradient_checkpointing = 2"])
+def test_compiled_blocks_train_close_to_the_plain_ones(
+    house: House, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, lines: str
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compile"))
+    loss, found = gradients(with_model(house, f"{lines}\ncompile = true"))
+    plain, wanted = gradients(with_model(house, lines))
+    torch.testing.assert_close(loss, plain, rtol=1e-4, atol=0)
+    for name, grad in wanted.items():
+        assert (found[name] - grad).norm() <= 1e-3 * grad.norm(), name
+    assert any((tmp_path / "compile").rglob("*"))
