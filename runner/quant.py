@@ -47,10 +47,8 @@ def quantize(weight: Tensor, scheme: str) -> tuple[Tensor, Tensor]:
 def dequantize(codes: Tensor, scale: Tensor, scheme: str, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """The weight that codes stand for, [out, in] in `dtype`."""
     if scheme == "nf4":
-        functional, flat = (
-            _bitsandbytes(),
-            torch.Size([shape[0] * shape[1]]),
-        )  # 0.50's CPU kernel wants whole blocks in a row
+        # One row: 0.50's CPU kernel wants whole blocks in each, and gives two dimensions where one is asked for.
+        functional, flat = _bitsandbytes(), torch.Size([1, shape[0] * shape[1]])
         state = functional.QuantState(scale, flat, blocksize=NF4_BLOCK, quant_type="nf4", dtype=dtype)
         made: Tensor = functional.dequantize_4bit(codes, state)
         return made.view(shape)

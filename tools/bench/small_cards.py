@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -22,13 +24,19 @@ CPU = torch.device("cpu")
 SIDE, WORDS = 32, 64  # latent side (a picture of 256 pixels) and tokens of text
 
 
-def load(base: flux.Base) -> tuple[torch.nn.Module, float, int]:
-    """(transformer, seconds, most bytes while it was loaded beyond those before)."""
-    device.release(base.device)
+def load(base: flux.Base) -> tuple[float, int]:
+    """(seconds, most bytes while the transformer was loaded beyond those before) of this process' first."""
+    device.settle_libraries()
     device.reset_peak(base.device)
     before, started = device.peak_memory(base.device), time.perf_counter()
-    made = flux.load_transformer(base)
-    return made, time.perf_counter() - started, device.peak_memory(base.device) - before
+    flux.load_transformer(base)
+    return time.perf_counter() - started, device.peak_memory(base.device) - before
+
+
+def in_a_process(model: Path, scheme: str, cache: str) -> tuple[float, float]:
+    command = [sys.executable, __file__, str(model), "--load", scheme, "--cache", cache]
+    seconds, most = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()
+    return float(seconds), int(most) / 2**20
 
 
 def step(transformer: torch.nn.Module, base: flux.Base, count: int) -> tuple[float, int, float]:
@@ -64,15 +72,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--load", help=argparse.SUPPRESS)  # only load this scheme, once
+    parser.add_argument("--cache", type=Path, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     flux.quiet()
-    print("scheme  keys           weights   load   again   peak of loading  step    graph      loss")
+    if asked.load:
+        print(*load(flux.Base(asked.model, None, CPU, torch.float32, asked.load, asked.cache)))
+        return
+    print("scheme  keys        weights   load, peak       again, peak      step    graph    loss")
     with tempfile.TemporaryDirectory() as name:
         for scheme in ("none", *quant.CODES, "nf4"):
+            (first, most), (again, most_again) = (in_a_process(asked.model, scheme, name) for _ in range(2))
             base = flux.Base(asked.model, None, CPU, torch.float32, scheme, Path(name))
-            made, first, most = load(base)
+            made = flux.load_transformer(base)
             size = sum(tensor.numel() * tensor.element_size() for tensor in (*made.parameters(), *made.buffers()))
-            made, again, most_again = load(base)
             for keys in ("", "recompute 1", "recompute 2"):
                 config = dict(made.config)
                 layers = tuple(lora_layers(linear_layers(config), "attention"))
@@ -82,8 +95,8 @@ def main() -> None:
                     flux.recompute(made, int(keys.split()[1]))
                 seconds, held, loss = step(made.train(), base, asked.steps)
                 print(
-                    f"{scheme:7} {keys:12} {size / 2**20:6.0f} MiB {first:5.2f} s {again:5.2f} s "
-                    f"{most / 2**20:4.0f}, {most_again / 2**20:4.0f} MiB {seconds:6.3f} s {held / 2**20:5.0f} MiB {loss:.5f}"
+                    f"{scheme:7} {keys:11} {size / 2**20:4.0f} MiB {first:5.2f} s {most:4.0f} MiB {again:5.2f} s "
+                    f"{most_again:4.0f} MiB {seconds:6.3f} s {held / 2**20:4.0f} MiB {loss:.5f}"
                 )
 
 
