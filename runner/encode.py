@@ -105,7 +105,8 @@ def frozen_t5(base: flux.Base, cache: Cache, spec: Spec, written: Sequence[str])
     """What the base's own T5 makes of texts, [T, width] each; it is loaded only if the cache lacks one."""
     prints = {part: fingerprint(base.folder / part) for part in keys.PARTS["t5"]}
     entries = [keys.entry(spec, "t5", one, "diffusers") for one in written]
-    wanted = [keys.text_key("t5", one, prints, str(base.dtype)) for one in entries]
+    held = [base.quantize] if base.quantize != "none" else []
+    wanted = [keys.text_key("t5", one, prints, str(base.dtype), held=held) for one in entries]
 
     def make() -> None:
         live = LiveEncoder("t5", flux.load_t5(base), flux.load_tokenizer(base, "t5"), 0.0)

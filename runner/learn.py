@@ -87,9 +87,10 @@ def train_phase(
 
 def load_transformer(desk: Desk, phase: TrainPhase, past: Weights) -> tuple[nn.Module, dict[str, nn.Parameter]]:
     """The frozen base with its adapter, {} where it has none yet; the adapter learns only if the phase says so."""
-    transformer = desk.shelf.take(desk.base, desk.spec.model)
-    if desk.spec.model.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()  # type: ignore[operator]
+    transformer = desk.shelf.take(desk.base)
+    flux.set_attention(transformer, desk.spec.model.attention)
+    if (every := int(desk.spec.model.gradient_checkpointing)) and not desk.base.offload:  # which recomputes all of them
+        flux.recompute(transformer, every)
     adapter: dict[str, nn.Parameter] = {}
     if trains_lora(phase) or past.lora:
         adapter = lora.attach_lora(transformer, lora_shape(desk.spec, desk.base), desk.spec.seed)

@@ -78,15 +78,15 @@ def test_another_base_or_dtype_is_another_transformer(house: House, monkeypatch:
     loaded = loads(monkeypatch, "load_transformer")
     desk, shelf = desk_of(house.spec("a")), Shelf()
     own = desk.spec.model
-    one = shelf.take(desk.base, own)
+    one = shelf.take(desk.base)
     shelf.put(desk.base, own, one)
     assert shelf.bytes > 1_000_000
-    assert shelf.take(desk.base, own) is one
+    assert shelf.take(desk.base) is one
     assert shelf.bytes == 0  # lent, and so gone if it does not come back
-    assert shelf.take(desk.base, own) is not one
+    assert shelf.take(desk.base) is not one
     shelf.put(desk.base, own, one)
     half = flux.Base(desk.base.folder, None, desk.base.device, torch.bfloat16)
-    assert next(shelf.take(half, own).parameters()).dtype == torch.bfloat16
+    assert next(shelf.take(half).parameters()).dtype == torch.bfloat16
     assert shelf.bytes == 0
     assert len(loaded) == 3
 
