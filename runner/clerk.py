@@ -58,7 +58,6 @@ class Clerk:
             for name, facts in self.before.get("phases", {}).items()
         }
         self.entered: float | None = None
-        device.reset_peak(where)
         self.trackers = [
             History(run.history_file, self.at_step),
             *trackers(run.folder, run.name, spec.track.to, self.at_step, flat(dump(spec))),
@@ -68,6 +67,8 @@ class Clerk:
                 write_session(run)
         pivots = {phase.stop for phase in plan.training}
         self.writer = Writer(run.checkpoints, spec.checkpoint.keep, pivots, run.fence, say.log)
+        self.held = device.held_memory(where)
+        device.reset_peak(where)
         run.write_state(
             "running", attempts=run.attempt, started=self.before.get("started") or time.time(), step=self.at_step,
             versions=versions(),
@@ -89,6 +90,7 @@ class Clerk:
                 device.peak_memory(self.where), self.before.get("peak_memory_bytes", 0),
                 *(one.peak for one in self.spent.values()),
             ),
+            "memory_before_models": self.held,
             "phases": {
                 name: {"seconds": round(one.seconds, 3), "peak_memory_bytes": one.peak}
                 for name, one in self.spent.items()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
 import os
 import resource
@@ -91,6 +93,8 @@ def release(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+    with contextlib.suppress(AttributeError, OSError):  # glibc keeps what was freed; others have no such call
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def reset_peak(device: torch.device) -> None:
@@ -101,11 +105,24 @@ def reset_peak(device: torch.device) -> None:
         CLEAR_REFS.write_text("5")  # resets VmHWM, see proc(5)
 
 
+def held_memory(device: torch.device) -> int:
+    """Bytes now, of the same kind as `peak_memory`: so before any model is there, what the libraries take."""
+    release(device)
+    if device.type == "cuda":
+        return int(torch.cuda.memory_allocated(device))
+    return _status("VmRSS") if STATUS.exists() else 0
+
+
 def peak_memory(device: torch.device) -> int:
     """Bytes since `reset_peak`: the most the GPU allocator held, or on a CPU the most this process had resident."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     if CLEAR_REFS.exists():
-        [line] = [line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM:")]
-        return int(line.split()[1]) * 1024
+        return _status("VmHWM")
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _status(name: str) -> int:
+    """A line of proc(5)'s status, which is in KiB, in bytes."""
+    [line] = [line for line in STATUS.read_text().splitlines() if line.startswith(f"{name}:")]
+    return int(line.split()[1]) * 1024
