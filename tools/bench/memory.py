@@ -110,10 +110,10 @@ def measure(folder: Path, model: Path, case: str, changes: dict[str, Any], more:
     command = [sys.executable, "-m", "runner"]
     environment = {**os.environ, "PYTHONPATH": str(PROJECT), "HF_HUB_OFFLINE": "1", **more}
     told = subprocess.run(
-        [*command, "plan", spec, "--json"], cwd=place, env=environment, capture_output=True, text=True, check=True
+        [*command, "plan", spec, "--json", "--gpus", "cpu"], cwd=place, env=environment, capture_output=True, text=True, check=True
     )
     [planned] = json.loads(told.stdout)["runs"]
-    estimates = {one["name"]: one.get("memory", {}).get("total", 0) for one in planned["phases"]}
+    estimates = {one["name"]: one["memory"]["total"] for one in planned["phases"]}
     done = subprocess.run(
         [*command, "queue", spec, "--gpus", "cpu", "--no-check"], cwd=place, env=environment, capture_output=True, text=True
     )
