@@ -71,18 +71,23 @@ def transformer_saved(config: Config, batch: Batch, width: Width, what: Learning
     around = {name.split(".")[0] for name in what.layers if "blocks." not in name}
     pooled = what.pooled or "time_text_embed" in around
     reached = pooled or what.states or bool(around & {"x_embedder", "context_embedder"})
+    adapted: dict[str, dict[str, tuple[int, int]]] = {}
+    for name, shape in what.layers.items():
+        stack, place, suffix = (*name.split(".", 2), "", "")[:3]
+        adapted.setdefault(f"{stack}.{place}", {})[suffix] = shape
     blocks: list[int] = []
+    known: dict[tuple[str, ...], int] = {}
     inputs = 0
     for kind, count in (("transformer_blocks", "num_layers"), ("single_transformer_blocks", "num_single_layers")):
         for index in range(config[count]):
-            prefix = f"{kind}.{index}."
-            own = {name.removeprefix(prefix): name for name in what.layers if name.startswith(prefix)}
+            own = adapted.get(f"{kind}.{index}", {})
             reached = reached or bool(own)
             if not reached:
                 continue
-            block = _double if kind == "transformer_blocks" else _single
-            saved = block(own, d, heads, batch, width, what, pooled)
-            blocks.append(saved + _loras(own, what, width))
+            if (alike := (kind, *own)) not in known:
+                block = _double if kind == "transformer_blocks" else _single
+                known[alike] = block(own, d, heads, batch, width, what, pooled) + _loras(own, what, width)
+            blocks.append(known[alike])
             inputs += batch.both * d * width.narrow
     rotary = 2 * (batch.img + batch.txt) * config["attention_head_dim"] * 4
     ends = batch.both * d * width.narrow if width.wide == width.narrow else batch.images * batch.img * d * width.wide
@@ -104,9 +109,7 @@ def _width(config: Config) -> int:
     return int(config["attention_head_dim"] * config["num_attention_heads"])
 
 
-def _double(
-    own: Collection[str], d: int, heads: int, batch: Batch, width: Width, what: Learning, pooled: bool
-) -> int:
+def _double(own: Collection[str], d: int, heads: int, batch: Batch, width: Width, what: Learning, pooled: bool) -> int:
     total = _attention(d, heads, batch, width)
     for tokens, names in ((batch.img, DOUBLE_IMG), (batch.txt, DOUBLE_TXT)):
         q, k, v, out, first, second, norm = names
@@ -124,9 +127,7 @@ def _double(
     return total
 
 
-def _single(
-    own: Collection[str], d: int, heads: int, batch: Batch, width: Width, what: Learning, pooled: bool
-) -> int:
+def _single(own: Collection[str], d: int, heads: int, batch: Batch, width: Width, what: Learning, pooled: bool) -> int:
     modulated = pooled or "norm.linear" in own
     total = _attention(d, heads, batch, width)
     total += batch.both * d * 3 * width.wide  # into the norm, and into those of q and k
@@ -153,9 +154,9 @@ def _middles(names: Collection[str], tokens: int, d: int, what: Learning, width:
     return len(names) * (tokens * what.rank * width.narrow + dropped)
 
 
-def _loras(own: Mapping[str, str], what: Learning, width: Width) -> int:
+def _loras(own: Mapping[str, tuple[int, int]], what: Learning, width: Width) -> int:
     """16-bit copies that autocast makes of the adapters."""
-    numbers = sum(what.rank * (out + inside) for out, inside in (what.layers[name] for name in own.values()))
+    numbers = sum(what.rank * (out + inside) for out, inside in own.values())
     return numbers * width.narrow if width.narrow < 4 else 0
 
 

@@ -99,7 +99,7 @@ def queue(
             f"{engine!r} is not available yet; runs go to this machine's slots", param_hint="--engine"
         )
     if dry_run:
-        ctx.invoke(plan, specs=specs, runs=runs, as_json=as_json)
+        ctx.invoke(plan, specs=specs, runs=runs, as_json=as_json, gpus=gpus)
         return
     from runner.engine.local import run_queue
     from runner.engine.slots import make_slots
@@ -199,11 +199,15 @@ def _without_done(jobs: list[Job], screen: Any) -> list[Job]:
 @specs_argument
 @runs_option
 @json_option
+@click.option("--gpus", help="`cpu`: memory is estimated for a CPU. Default: for a GPU.")
 @click.pass_context
-def plan(ctx: click.Context, specs: tuple[Path, ...], runs: Path, as_json: bool) -> None:
+def plan(ctx: click.Context, specs: tuple[Path, ...], runs: Path, as_json: bool, gpus: str | None) -> None:
     """Validate and print the plan; touches nothing, needs no GPU and no torch."""
+    from runner import fitting
     from runner import plan as planning
     from runner.prepare import jobs_of, prepare, survey
+
+    on_gpu = gpus != "cpu"
 
     if sys.stdout.isatty() and not as_json:
         from runner import nightplan, pace
@@ -211,7 +215,7 @@ def plan(ctx: click.Context, specs: tuple[Path, ...], runs: Path, as_json: bool)
 
         seen, faults = survey(list(specs), runs, fetch=False, fresh=False)
         if shown := jobs_of(seen):
-            nightplan.draw(console(), shown, pace.times(shown, runs), time.time())
+            nightplan.draw(console(), shown, pace.times(shown, runs), time.time(), on_gpu=on_gpu)
         if faults:
             raise SpecError(faults)
         return
@@ -226,7 +230,7 @@ def plan(ctx: click.Context, specs: tuple[Path, ...], runs: Path, as_json: bool)
     if as_json:
         rows = [
             {
-                **planning.as_json(job.plan),
+                **fitting.with_memory(planning.as_json(job.plan), job, on_gpu=on_gpu),
                 "spec": str(job.file),
                 "state": job.verdict.state,
                 "reason": job.verdict.reason,
@@ -244,6 +248,8 @@ def plan(ctx: click.Context, specs: tuple[Path, ...], runs: Path, as_json: bool)
         click.echo(f"  {'images':<15}{sizes_line(job.plan.sizes)}")
         for phase in job.plan.phases:
             click.echo("  " + _phase_line(planning.describe(phase)))
+        for line in fitting.lines(job, on_gpu=on_gpu):
+            click.echo(f"  {line}")
         for note in job.plan.notes:
             click.echo(f"  note: {note}")
     click.echo(f"{_count(len(jobs), 'run')}, {sum(job.plan.steps for job in jobs)} steps")

@@ -8,9 +8,23 @@ from typing import Any
 
 from runner import activations
 from runner.activations import Batch, Learning, Width
-from runner.basefiles import linear_layers, lora_layers
-from runner.plan import MOMENTS, Encode, Inversion, Joint, Lora, Phase, Plan, Prior, Train, learning, resident, resolutions, trains_lora
-from runner.shapes import Shapes, read_shapes
+from runner.basefiles import linear_layers
+from runner.plan import (
+    MOMENTS,
+    Encode,
+    Inversion,
+    Joint,
+    Lora,
+    Phase,
+    Plan,
+    Prior,
+    Train,
+    learning,
+    resident,
+    resolutions,
+    trains_lora,
+)
+from runner.shapes import Shapes, chosen_layers, read_shapes
 from runner.spec import Spec
 
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -58,7 +72,7 @@ class Change:
 @dataclass(frozen=True)
 class Fit:
     """What a run's largest phase needs of a card, margin included; cards: those that have it, in GB as sold; changes: what
-    to set for a smaller one, the cheapest first and each on top of those before it."""
+    to set for a smaller one, each with all that costs less."""
 
     phase: str
     needs: int
@@ -127,7 +141,7 @@ class _Desk:
         return Width(self.narrow, 4 if self.on_gpu else self.narrow)
 
     def weights(self, parts: tuple[str, ...], narrow: int | None = None) -> int:
-        each, numbers = narrow or self.narrow, self.shapes.numbers()
+        each, numbers = narrow or self.narrow, self.shapes.numbers
         matrix = QUANTIZED.get(self.spec.model.quantize, each)
         return int(sum(numbers[part][0] * matrix + numbers[part][1] * each for part in parts))
 
@@ -183,7 +197,7 @@ class _Desk:
         pixels = max(width * height for width, height in self.sizes())
         batch = Batch(images, pixels // 256, spec.model.max_sequence_length)
         rows, text_lora = learning(phase, "token rows"), learning(phase, "text lora")
-        layers = lora_layers(linear_layers(shapes.transformer), spec.lora.layers) if trains_lora(phase) else {}
+        layers = chosen_layers(shapes, spec.lora.layers) if trains_lora(phase) else {}
         what = Learning(
             layers, spec.lora.rank, spec.lora.dropout > 0, "clip" in (*rows, *text_lora), "t5" in rows
         )  # fmt: skip
@@ -236,17 +250,17 @@ def cards_for(bytes_: int) -> tuple[int, ...]:
 def fit(spec: Spec, plan: Plan, shapes: Shapes) -> Fit:
     name, most = _largest(spec, plan, shapes)
     changes: list[Change] = []
-    keys: list[str] = []
-    changed, best = spec, most
+    keys: dict[str, str] = {}
+    cards = cards_for(most)
     for text, update in _changes(spec):
-        changed, plan = _set(changed, update), _replanned(plan, update)
-        keys.append(text)
-        now = _largest(changed, plan, shapes)[1]
-        if now < best:
-            changes.append(Change(tuple(keys), now))
-            best = now
-        if cards_for(now) == CARDS:
+        if cards == CARDS:
             break
+        spec, plan = _set(spec, update), _replanned(plan, update)
+        keys[text.split(" =")[0]] = text  # int8 gives way to nf4
+        now = _largest(spec, plan, shapes)[1]
+        if cards_for(now) != cards:
+            cards = cards_for(now)
+            changes.append(Change(tuple(keys.values()), now))
     return Fit(name, most, cards_for(most), tuple(changes))
 
 
@@ -267,11 +281,12 @@ def _changes(spec: Spec) -> Iterator[tuple[str, dict[str, dict[str, Any]]]]:
         yield "model.gradient_checkpointing = true", {"model": {"gradient_checkpointing": True}}
     if spec.model.dtype == "fp32":
         yield 'model.dtype = "bf16"', {"model": {"dtype": "bf16"}}
+    if spec.model.quantize == "none":
+        yield 'model.quantize = "int8"', {"model": {"quantize": "int8"}}
     if spec.tokens and spec.inversion.encoders != ("clip",):
         yield 'inversion.encoders = ["clip"]', {"inversion": {"encoders": ("clip",)}}
-    kinds = ("int8", "nf4") if spec.model.quantize == "none" else ("nf4",) if spec.model.quantize != "nf4" else ()
-    for kind in kinds:
-        yield f'model.quantize = "{kind}"', {"model": {"quantize": kind}}
+    if spec.model.quantize != "nf4":
+        yield 'model.quantize = "nf4"', {"model": {"quantize": "nf4"}}
     if isinstance(spec.data.resolution, int) and spec.data.resolution > 512:
         yield "data.resolution = 512", {"data": {"resolution": 512}, "validation": {"size": 512}}
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-from runner.basefiles import CLIP_L, FLUX1, KNOWN, linear_layers, local_folder
+from runner.basefiles import CLIP_L, FLUX1, KNOWN, linear_layers, local_folder, lora_layers
 
 Config = Mapping[str, Any]
 
@@ -27,15 +28,16 @@ VAE: Config = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Shapes:
-    """The configs of a base's four parts."""
+    """The configs of a base's four parts. Equal to itself alone, so that what is computed of it can be kept."""
 
     transformer: Config
     clip: Config
     t5: Config
     vae: Config
 
+    @cached_property
     def numbers(self) -> dict[str, tuple[int, int]]:
         """By part: (in the matrices that `model.quantize` makes smaller, in the rest)."""
         return {
@@ -44,6 +46,12 @@ class Shapes:
             "text_encoder_2": t5_numbers(self.t5),
             "vae": (0, vae_numbers(self.vae)),
         }
+
+
+@lru_cache(maxsize=16)
+def chosen_layers(shapes: Shapes, wanted: str | tuple[str, ...]) -> dict[str, tuple[int, int]]:
+    """The transformer's linear layers that get a LoRA, shaped (out, in)."""
+    return lora_layers(linear_layers(shapes.transformer), wanted)
 
 
 def read_shapes(base: str) -> Shapes | None:
@@ -55,7 +63,7 @@ def read_shapes(base: str) -> Shapes | None:
     try:
         read = [{**known, **json.loads(_config(folder, part))} for part, known in parts.items()]
         shapes = Shapes(*read)
-        shapes.numbers()
+        assert shapes.numbers
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return shapes
@@ -110,4 +118,4 @@ def vae_numbers(config: Config) -> int:
     up += sum(conv(side, side) for side in c[1:])
     quant = conv(2 * latent, 2 * latent, 1) * bool(config["use_quant_conv"])
     quant += conv(latent, latent, 1) * bool(config["use_post_quant_conv"])
-    return down + up + quant
+    return int(down + up + quant)

@@ -87,7 +87,8 @@ def main() -> None:
         outside = 0
         for case, changes in CASES.items():
             if options.only in case:
-                for phase, estimated, measured in measure(folder, model, case, {**changes, "steps": options.steps}, EXACT if not options.heap else {}):
+                asked = {**changes, "steps": options.steps}
+                for phase, estimated, measured in measure(folder, model, case, asked, {} if options.heap else EXACT):
                     ratio = estimated / measured
                     outside += not 0.9 <= ratio <= 1.15
                     print(f"{case:<30}{phase:<16}{estimated:>10.1f}{measured:>10.1f}{ratio:>7.2f}", flush=True)
@@ -101,7 +102,9 @@ def make_pictures(folder: Path) -> None:
         (folder / f"{index}.txt").write_text(f"a TOK on a table, number {index}")
 
 
-def measure(folder: Path, model: Path, case: str, changes: dict[str, Any], more: dict[str, str]) -> list[tuple[str, float, float]]:
+def measure(
+    folder: Path, model: Path, case: str, changes: dict[str, Any], more: dict[str, str]
+) -> list[tuple[str, float, float]]:
     """(phase, estimated, measured) in MiB."""
     place = folder / case.replace(" ", "-").replace(",", "").replace("+", "-")
     place.mkdir()
@@ -110,12 +113,21 @@ def measure(folder: Path, model: Path, case: str, changes: dict[str, Any], more:
     command = [sys.executable, "-m", "runner"]
     environment = {**os.environ, "PYTHONPATH": str(PROJECT), "HF_HUB_OFFLINE": "1", **more}
     told = subprocess.run(
-        [*command, "plan", spec, "--json", "--gpus", "cpu"], cwd=place, env=environment, capture_output=True, text=True, check=True
+        [*command, "plan", spec, "--json", "--gpus", "cpu"],
+        cwd=place,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     [planned] = json.loads(told.stdout)["runs"]
     estimates = {one["name"]: one["memory"]["total"] for one in planned["phases"]}
     done = subprocess.run(
-        [*command, "queue", spec, "--gpus", "cpu", "--no-check"], cwd=place, env=environment, capture_output=True, text=True
+        [*command, "queue", spec, "--gpus", "cpu", "--no-check"],
+        cwd=place,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     if done.returncode:
         raise SystemExit(f"{case}: {done.stdout}{done.stderr}")
