@@ -108,7 +108,10 @@ def estimate(spec: Spec, plan: Plan, shapes: Shapes, *, on_gpu: bool) -> dict[st
             case Encode():
                 found[phase.name] = desk.encoding(phase, _learned(plan, phase.at))
             case Prior():
-                found[phase.name] = desk.drawing(max(resolutions(spec)), spec.prior.batch_size if spec.prior else 1, 0)
+                assert spec.prior is not None
+                if spec.prior.dtype:
+                    desk = replace(desk, spec=_set(spec, {"model": {"dtype": spec.prior.dtype}}))
+                found[phase.name] = desk.drawing(max(resolutions(spec)), spec.prior.batch_size, 0)
             case Joint() | Inversion() | Lora():
                 found[phase.name] = desk.training(phase)
             case _:
@@ -211,11 +214,23 @@ class _Desk:
         if "text_encoder_2" in parts:
             saved += activations.t5_saved(shapes.t5, images, spec.model.max_sequence_length, narrow)
         saved += activations.backward_buffers(shapes.transformer, batch, self.width) + self.unpacked(parts)
+        saved = max(saved, self.looking(batch))
         trained = sum(part.parameters or 0 for part in phase.trains)
         held = trained + self.stopped(phase)
         moments = int(4 * trained * MOMENTS[spec.optimizer.name])
         copied = 0 if self.on_gpu else 4 * trained + moments  # the last checkpoint, in host memory
         return Memory(self.weights(parts), 4 * held, 4 * trained, moments + copied, saved, self.workspace)
+
+    def looking(self, batch: Batch) -> int:
+        """Pictures between two steps: the VAE comes to what is there."""
+        own = self.spec.validation
+        if not (own.every and own.prompts):
+            return 0
+        side = own.size or max(resolutions(self.spec))
+        one = replace(batch, images=1, img=(side // 16) ** 2)
+        forward = activations.forward_buffers(self.shapes.transformer, one, self.width)
+        decoded = activations.vae_decoder_buffers(self.shapes.vae, side * side, self.narrow)
+        return self.weights(("vae",)) + max(forward, decoded)
 
     def stopped(self, phase: Train) -> int:
         """Numbers of a LoRA that stays in place while it learns no more."""
