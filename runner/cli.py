@@ -101,6 +101,7 @@ def queue(
     if dry_run:
         ctx.invoke(plan, specs=specs, runs=runs, as_json=as_json, gpus=gpus)
         return
+    from runner import pace, pacebook
     from runner.engine.local import run_queue
     from runner.engine.slots import make_slots
     from runner.files import make_folder
@@ -131,6 +132,7 @@ def queue(
                 screen.line(f"{job.plan.name}: the old run now is {job.run.put_aside()}")
         make_folder(runs)
         code = run_queue(todo, runs, places, screen, stop, retries=retries, fail_fast=fail_fast)
+        pace.remember(todo, on_gpu=pacebook.on_gpus(places))
     if as_json:
         _print_records(runs, {job.plan.name for job in jobs})
     ctx.exit(code)
@@ -203,19 +205,21 @@ def _without_done(jobs: list[Job], screen: Any) -> list[Job]:
 @click.pass_context
 def plan(ctx: click.Context, specs: tuple[Path, ...], runs: Path, as_json: bool, gpus: str | None) -> None:
     """Validate and print the plan; touches nothing, needs no GPU and no torch."""
-    from runner import fitting
+    from runner import fitting, pace
     from runner import plan as planning
+    from runner.engine import slots
     from runner.prepare import jobs_of, prepare, survey
 
     on_gpu = gpus != "cpu"
+    here = on_gpu and slots.NVIDIA.is_dir()  # where runs would go from here, whose times are wanted
 
     if sys.stdout.isatty() and not as_json:
-        from runner import nightplan, pace
+        from runner import nightplan
         from runner.tables import console
 
         seen, faults = survey(list(specs), runs, fetch=False, fresh=False)
         if shown := jobs_of(seen):
-            nightplan.draw(console(), shown, pace.times(shown, runs), time.time(), on_gpu=on_gpu)
+            nightplan.draw(console(), shown, pace.times(shown, runs, on_gpu=here), time.time(), on_gpu=on_gpu)
         if faults:
             raise SpecError(faults)
         return
@@ -234,8 +238,9 @@ def plan(ctx: click.Context, specs: tuple[Path, ...], runs: Path, as_json: bool,
                 "spec": str(job.file),
                 "state": job.verdict.state,
                 "reason": job.verdict.reason,
+                "time": vars(took),
             }
-            for job in jobs
+            for job, took in zip(jobs, pace.times(jobs, runs, on_gpu=here), strict=True)
         ]
         click.echo(json.dumps({"runs": rows, "errors": errors}, indent=1))
         ctx.exit(2 if errors else 0)

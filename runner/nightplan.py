@@ -102,7 +102,7 @@ def _sum(jobs: Sequence[Job], times: Sequence[Time], now: float) -> Iterator[Tex
     elif unknown:
         yield said.append("; when it ends is unknown", style="bold")
         yield Text(
-            "? no earlier run here has the same base and size, so the time of a step is not known "
+            "? no earlier run on this machine has the same base and size, so the time of a step is not known "
             f"({', '.join(unknown[:3])}{', ...' if len(unknown) > 3 else ''}); `fluxrun check --step` measures it",
             style="dim",
         )
