@@ -169,8 +169,8 @@ def t5_saved(config: Config, captions: int, tokens: int, narrow: int) -> int:
     norm = count * d * (4 if narrow == 4 else 4 + narrow)  # T5's norms go through fp32
     attention = count * (4 * inner * narrow + config["num_heads"] * 4)
     gated = count * 6 * config["d_ff"] * narrow  # gelu_new is written out, step by step
-    bias = config["num_heads"] * tokens * tokens * narrow
-    return int(config["num_layers"] * (2 * norm + attention + gated) + norm + bias)
+    bias = config["num_heads"] * tokens * tokens * narrow  # of positions, made contiguous in every layer anew
+    return int(config["num_layers"] * (2 * norm + attention + gated + bias) + norm)
 
 
 def t5_buffers(config: Config, captions: int, tokens: int, narrow: int) -> int:

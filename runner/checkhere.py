@@ -14,12 +14,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from runner import estimate, fitting
+from runner import estimate
 from runner.basefiles import BUILTIN, KNOWN, linear_layers
 from runner.engine import slots
 from runner.finding import Finding, at, count, here, size
 from runner.plan import MOMENTS, Plan, Train, resident, resolutions
 from runner.prepare import Seen
+from runner.shapes import read_shapes
 from runner.spec import Spec
 
 QUANTIZED_PARTS = ("transformer", "text_encoder_2")
@@ -162,7 +163,7 @@ def _on_gpus(seen: Seen, plan: Plan, gpus: Sequence[Gpu], numbers: Mapping[str, 
         yield at(
             seen.source, "warning", "model.base",
             f"phase {need.likely_phase} needs about {size(need.likely)}, margin included, and {has}; "
-            f"{_smaller(spec, plan, gpu)}; `fluxrun check --step` measures it",
+            f"{_smaller(spec, plan, need, gpu)}; `fluxrun check --step` measures it",
         )  # fmt: skip
     if spec.model.dtype in (None, "bf16") and gpu.capability is not None and gpu.capability < 8:
         yield at(
@@ -181,14 +182,14 @@ def _on_gpus(seen: Seen, plan: Plan, gpus: Sequence[Gpu], numbers: Mapping[str, 
         )  # fmt: skip
 
 
-def _smaller(spec: Spec, plan: Plan, gpu: Gpu) -> str:
+def _smaller(spec: Spec, plan: Plan, need: Need, gpu: Gpu) -> str:
     """What to do where the estimate is above what is free."""
-    fit = fitting.fit_of(spec, plan)
-    for change in fit.changes if fit else ():
+    if need.likely is not None and need.likely <= gpu.total:
+        return "end what holds its memory (`nvidia-smi` names it)"
+    shapes = read_shapes(spec.model.base)
+    for change in estimate.ways(spec, plan, shapes) if shapes else ():
         if change.needs <= gpu.free:
             return f"set {', '.join(change.keys)} ({size(change.needs)})"
-    if fit and fit.needs <= gpu.total:
-        return "end what holds its memory (`nvidia-smi` names it)"
     return "use a larger GPU"
 
 

@@ -264,19 +264,23 @@ def cards_for(bytes_: int) -> tuple[int, ...]:
 
 def fit(spec: Spec, plan: Plan, shapes: Shapes) -> Fit:
     name, most = _largest(spec, plan, shapes)
-    changes: list[Change] = []
-    keys: dict[str, str] = {}
-    cards = cards_for(most)
-    for text, update in _changes(spec):
+    cards, changes = cards_for(most), []
+    for change in ways(spec, plan, shapes):
         if cards == CARDS:
             break
+        if cards_for(change.needs) != cards:
+            cards = cards_for(change.needs)
+            changes.append(change)
+    return Fit(name, most, cards_for(most), tuple(changes))
+
+
+def ways(spec: Spec, plan: Plan, shapes: Shapes) -> Iterator[Change]:
+    """To need less, the cheapest first, each with all those before it."""
+    keys: dict[str, str] = {}
+    for text, update in _changes(spec):
         spec, plan = _set(spec, update), _replanned(plan, update)
         keys[text.split(" =")[0]] = text  # int8 gives way to nf4
-        now = _largest(spec, plan, shapes)[1]
-        if cards_for(now) != cards:
-            cards = cards_for(now)
-            changes.append(Change(tuple(keys.values()), now))
-    return Fit(name, most, cards_for(most), tuple(changes))
+        yield Change(tuple(keys.values()), _largest(spec, plan, shapes)[1])
 
 
 def _largest(spec: Spec, plan: Plan, shapes: Shapes) -> tuple[str, int]:

@@ -7,17 +7,10 @@ from typing import Any
 
 from runner import estimate
 from runner.finding import size
-from runner.plan import Plan
 from runner.prepare import Job
 from runner.shapes import read_shapes
-from runner.spec import Spec
 
 UNKNOWN = "memory: not known before the base is on this disk (its configs tell it)"
-
-
-def fit_of(spec: Spec, plan: Plan) -> estimate.Fit | None:
-    shapes = read_shapes(spec.model.base)
-    return estimate.fit(spec, plan, shapes) if shapes else None
 
 
 def with_memory(document: dict[str, Any], job: Job, *, on_gpu: bool) -> dict[str, Any]:

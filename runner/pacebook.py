@@ -58,7 +58,9 @@ def entry_key(device: str, base: str, alike: str) -> str:
 
 def read() -> dict[str, list[dict[str, Any]]]:
     """What is kept: by `entry_key` a row for each number of images per step, the newest last."""
-    found = read_json(book())
+    found: dict[str, Any] = {}
+    with suppress(OSError):
+        found = read_json(book())
     entries = found.get("entries") if found.get("format") == FORMAT else None
     if not isinstance(entries, dict):
         return {}
