@@ -70,23 +70,24 @@ def transformer_saved(config: Config, batch: Batch, width: Width, what: Learning
     d, heads = config["attention_head_dim"] * config["num_attention_heads"], config["num_attention_heads"]
     around = {name.split(".")[0] for name in what.layers if "blocks." not in name}
     pooled = what.pooled or "time_text_embed" in around
-    reached = pooled or what.states or bool(around & {"x_embedder", "context_embedder"})
+    img_in, txt_in = "x_embedder" in around, what.states or "context_embedder" in around
     adapted: dict[str, dict[str, tuple[int, int]]] = {}
     for name, shape in what.layers.items():
         stack, place, suffix = (*name.split(".", 2), "", "")[:3]
         adapted.setdefault(f"{stack}.{place}", {})[suffix] = shape
     blocks: list[int] = []
-    known: dict[tuple[str, ...], int] = {}
+    known: dict[tuple[Any, ...], int] = {}
     inputs = 0
     for kind, count in (("transformer_blocks", "num_layers"), ("single_transformer_blocks", "num_single_layers")):
         for index in range(config[count]):
             own = adapted.get(f"{kind}.{index}", {})
-            reached = reached or bool(own)
-            if not reached:
+            if not (own or pooled or img_in or txt_in):
                 continue
-            if (alike := (kind, *own)) not in known:
+            if (alike := (kind, img_in, txt_in, *own)) not in known:
                 block = _double if kind == "transformer_blocks" else _single
-                known[alike] = block(own, d, heads, batch, width, what, pooled) + _loras(own, what, width)
+                saved = block(own, d, heads, batch, width, what, pooled, img_in, txt_in)
+                known[alike] = saved + _loras(own, what, width)
+            img_in = txt_in = True  # attention mixes them
             blocks.append(known[alike])
             inputs += batch.both * d * width.narrow
     rotary = 2 * (batch.img + batch.txt) * config["attention_head_dim"] * 4
@@ -109,14 +110,18 @@ def _width(config: Config) -> int:
     return int(config["attention_head_dim"] * config["num_attention_heads"])
 
 
-def _double(own: Collection[str], d: int, heads: int, batch: Batch, width: Width, what: Learning, pooled: bool) -> int:
+def _double(
+    own: Collection[str], d: int, heads: int, batch: Batch, width: Width, what: Learning, pooled: bool,
+    img_in: bool, txt_in: bool,
+) -> int:  # fmt: skip
+    """img_in, txt_in: whether what comes in already leads back to something that learns."""
     total = _attention(d, heads, batch, width)
-    for tokens, names in ((batch.img, DOUBLE_IMG), (batch.txt, DOUBLE_TXT)):
+    for tokens, names, led in ((batch.img, DOUBLE_IMG, img_in), (batch.txt, DOUBLE_TXT, txt_in)):
         q, k, v, out, first, second, norm = names
         modulated = pooled or norm in own
         count = batch.images * tokens
-        total += count * d * 4 * width.wide  # into both norms, and into those of q and k
-        total += count * heads * 2 * 4
+        total += count * d * width.wide * (led + 1)  # into both norms
+        total += count * (d * width.wide + heads * 4) * sum(led or modulated or name in own for name in (q, k))
         total += count * 4 * d * width.narrow  # into the GELU
         total += _inputs([name for name in (q, k, v) if name in own], count * d, width)
         total += count * d * width.narrow * (out in own) * (batch.images > 1 or width.narrow < 4)  # contiguous anew
@@ -127,12 +132,20 @@ def _double(own: Collection[str], d: int, heads: int, batch: Batch, width: Width
     return total
 
 
-def _single(own: Collection[str], d: int, heads: int, batch: Batch, width: Width, what: Learning, pooled: bool) -> int:
+def _single(
+    own: Collection[str], d: int, heads: int, batch: Batch, width: Width, what: Learning, pooled: bool,
+    img_in: bool, txt_in: bool,
+) -> int:  # fmt: skip
+    led = img_in or txt_in
     modulated = pooled or "norm.linear" in own
-    total = _attention(d, heads, batch, width)
-    total += batch.both * d * 3 * width.wide  # into the norm, and into those of q and k
-    total += batch.both * heads * 2 * 4
-    total += batch.both * 4 * d * width.narrow  # into the GELU
+    inner = led or modulated
+    asked = any(inner or name in own for name in ("attn.to_q", "attn.to_k", "attn.to_v"))
+    total = _attention(d, heads, batch, width) * asked
+    total += batch.both * d * width.wide * led  # into the norm
+    total += (
+        batch.both * (d * width.wide + heads * 4) * sum(inner or name in own for name in ("attn.to_q", "attn.to_k"))
+    )
+    total += batch.both * 4 * d * width.narrow * (inner or "proj_mlp" in own)  # into the GELU
     reading = [name for name in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp") if name in own]
     total += _inputs(reading, batch.both * d, width)
     total += batch.both * 5 * d * width.narrow * ("proj_out" in own)

@@ -94,10 +94,7 @@ def needed(spec: Spec, plan: Plan, numbers: Mapping[str, int], on_gpu: bool) -> 
             most = max(most, (int(sum(parts) + trained * 4 * (2 + MOMENTS[spec.optimizer.name])), phase.name))
         else:
             most = max(most, (max(parts, default=0), phase.name))  # one after the other
-    found = estimate.phases(spec, plan, on_gpu=on_gpu)
-    if found is None:
-        return Need(*most, None, "")
-    likely, name = max((estimate.needs(memory, on_gpu=on_gpu), name) for name, memory in found.items())
+    likely, name = estimate.most(spec, plan, on_gpu=on_gpu) or (None, "")
     return Need(*most, likely, name)
 
 

@@ -38,7 +38,7 @@ CPU_WORKSPACE, CPU_TRAINED = 22 << 20, 47 << 20
 
 # What a card must have beside it: CUDA's context and kernels, and what torch's allocator cannot fill of its blocks.
 CONTEXT, FRAGMENTS = 0.75 * 2**30, 0.05
-HEAP = 2.0  # the same of a CPU: glibc's heap keeps holes, about so many times the activations; measured
+HEAP = 2.0  # on a CPU glibc's heap keeps holes: up to so many times the activations without checkpointing; measured
 CARDS = (8, 12, 16, 24, 40, 80)  # GB, as sold
 
 
@@ -246,16 +246,22 @@ class _Desk:
 # ---- cards -----------------------------------------------------------------------------------------------------------
 
 
-def needs(memory: Memory, *, on_gpu: bool = True) -> int:
-    """What a card, or a machine, must have for it."""
-    if not on_gpu:
-        return int(memory.total + HEAP * memory.activations)
+def needs(memory: Memory) -> int:
+    """What a card must have for it."""
     return int(memory.total * (1 + FRAGMENTS) + CONTEXT)
 
 
-def least(memory: Memory) -> int:
-    """What it takes even if nothing were computed: weights, and what learns with its optimizer's numbers."""
-    return memory.weights + memory.adapters + memory.gradients + memory.optimizer
+def most(spec: Spec, plan: Plan, *, on_gpu: bool) -> tuple[int, str] | None:
+    """(bytes, phase) that a card, or this machine, must have, margin included; None where the base is not known."""
+    shapes = read_shapes(spec.model.base)
+    if shapes is None:
+        return None
+    found = estimate(spec, plan, shapes, on_gpu=on_gpu)
+    if on_gpu:
+        return max((needs(memory), name) for name, memory in found.items())
+    saving = _set(spec, {"model": {"gradient_checkpointing": False}})  # all of it passes through the heap, in time
+    passing = estimate(saving, plan, shapes, on_gpu=False)
+    return max((int(memory.total + HEAP * passing[name].activations), name) for name, memory in found.items())
 
 
 def cards_for(bytes_: int) -> tuple[int, ...]:

@@ -80,7 +80,7 @@ def test_the_transformer_saves_what_the_formula_says(
         what = Learning(chosen, rank, False, pooled, states)
         told = activations.transformer_saved(config, Batch(images, img, txt), width, what, False)
         real = transformer(config, list(chosen), rank, dtype, images, img, txt, pooled=pooled, states=states)
-        assert told == pytest.approx(real, rel=0.05), (pooled, states)
+        assert told == pytest.approx(real, rel=0.02), (pooled, states)
 
 
 def test_nothing_is_saved_before_the_first_thing_that_learns() -> None:
@@ -91,7 +91,8 @@ def test_nothing_is_saved_before_the_first_thing_that_learns() -> None:
     every = activations.transformer_saved(
         NARROW, batch, width, Learning(lora_layers(linear_layers(NARROW), "attention"), 4, False, False, False), False
     )
-    assert real <= told < every / 5
+    assert told == pytest.approx(real, rel=0.05)
+    assert told < every / 5
 
 
 def test_checkpointing_keeps_the_blocks_inputs_and_one_block() -> None:
@@ -101,7 +102,7 @@ def test_checkpointing_keeps_the_blocks_inputs_and_one_block() -> None:
     whole = activations.transformer_saved(FLUX1, batch, width, what, False)
     kept = activations.transformer_saved(FLUX1, batch, width, what, True)
     inputs = 57 * 4608 * 3072 * 2
-    assert inputs < kept < inputs + whole / 40
+    assert inputs + whole / 60 < kept < inputs + whole / 40
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -221,7 +222,7 @@ def test_the_plan_tells_cards_and_the_cheapest_way_to_a_smaller_one(house: House
     needs = [fits["needs_bytes"], *(one["needs_bytes"] for one in fits["changes"])]
     assert needs == sorted(needs, reverse=True)
     words = house.fluxrun("plan", path).out
-    assert "  memory: about encode 9.1 GiB, joint 89.9 GiB, encode-learned " in words
+    assert "  memory: about encode 9.1 GiB, joint 89.8 GiB, encode-learned " in words
     assert "fits no card of up to 80 GB (9" in words
     assert "; with train.batch_size = 1, train.accumulate = 2: 80 GB (" in words
 
