@@ -14,16 +14,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from runner import schemes
+from runner import estimate, schemes
 from runner.attention import ON_A_GPU, PACKAGES
 from runner.basefiles import BUILTIN, KNOWN, linear_layers
 from runner.engine import slots
 from runner.finding import Finding, at, count, here, size
 from runner.plan import MOMENTS, Plan, Train, resident, resolutions
 from runner.prepare import Seen
+from runner.shapes import read_shapes
 from runner.spec import Spec
 
-BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 LARGE = ("transformer", "text_encoder_2")  # what can be quantised, and offloaded
 SMALL = 2**30  # bytes of weights below which a base needs no GPU
 
@@ -71,19 +71,31 @@ def numbers_of(base: str, found: Mapping[str, int]) -> Mapping[str, int]:
     return found
 
 
-def needed(spec: Spec, plan: Plan, numbers: Mapping[str, int], on_gpu: bool) -> tuple[int, str]:
-    """(bytes, phase): what the weights, and the optimizer's numbers, of the largest phase take; activations come on top."""
-    each = BYTES[spec.model.dtype or ("bf16" if on_gpu else "fp32")]
+@dataclass(frozen=True)
+class Need:
+    """Bytes that a run's phases take at most. least: weights, and what learns with its optimizer's numbers; likely: with
+    activations and margin, by `runner.estimate`, None where the base's configs are not known."""
+
+    least: int
+    least_phase: str
+    likely: int | None
+    likely_phase: str
+
+
+def needed(spec: Spec, plan: Plan, numbers: Mapping[str, int], on_gpu: bool) -> Need:
+    """`numbers`: of each of the base's parts, as its files tell them."""
+    each = estimate.BYTES[spec.model.dtype or ("bf16" if on_gpu else "fp32")]
     away = LARGE if on_gpu and spec.model.offload != "none" else ()
     most = (0, "")
     for phase in plan.phases:
-        parts = [numbers.get(part, 0) * _bytes(spec, part, each) for part in resident(phase) if part not in away]
+        parts = [int(numbers.get(part, 0) * _bytes(spec, part, each)) for part in resident(phase) if part not in away]
         if isinstance(phase, Train):
             trained = sum(part.parameters or 0 for part in phase.trains)
             most = max(most, (int(sum(parts) + trained * 4 * (2 + MOMENTS[spec.optimizer.name])), phase.name))
         else:
-            most = max(most, (int(max(parts, default=0)), phase.name))  # one after the other
-    return most
+            most = max(most, (max(parts, default=0), phase.name))  # one after the other
+    likely, name = estimate.most(spec, plan, on_gpu=on_gpu) or (None, "")
+    return Need(*most, likely, name)
 
 
 def _bytes(spec: Spec, part: str, plain: float) -> float:
@@ -140,14 +152,20 @@ def _on_gpus(seen: Seen, plan: Plan, gpus: Sequence[Gpu], numbers: Mapping[str, 
             seen.source, "error", "compute.gpus",
             f"more GPUs than there are (found {spec.compute.gpus}, there are {len(gpus)}); lower it",
         )  # fmt: skip
-    need, phase = needed(spec, plan, numbers, on_gpu=True)
+    need = needed(spec, plan, numbers, on_gpu=True)
     gpu = min(gpus, key=lambda one: one.free)
-    if need > gpu.free:
-        way = "use a larger GPU" if need > gpu.total else "end what holds its memory (`nvidia-smi` names it)"
+    has = f"GPU {gpu.name} ({gpu.model}) has {size(gpu.free)} of {size(gpu.total)} free"
+    if need.least > gpu.free:
+        way = "use a larger GPU" if need.least > gpu.total else "end what holds its memory (`nvidia-smi` names it)"
         yield at(
             seen.source, "error", "model.base",
-            f"phase {phase} needs at least {size(need)} for its weights, and GPU {gpu.name} ({gpu.model}) has "
-            f"{size(gpu.free)} of {size(gpu.total)} free; {way}",
+            f"phase {need.least_phase} needs at least {size(need.least)} for its weights, and {has}; {way}",
+        )  # fmt: skip
+    elif need.likely is not None and need.likely > gpu.free:
+        yield at(
+            seen.source, "warning", "model.base",
+            f"phase {need.likely_phase} needs about {size(need.likely)}, margin included, and {has}; "
+            f"{_smaller(spec, plan, need, gpu)}; `fluxrun check --step` measures it",
         )  # fmt: skip
     if spec.model.dtype in (None, "bf16") and gpu.capability is not None and gpu.capability < 8:
         yield at(
@@ -157,7 +175,7 @@ def _on_gpus(seen: Seen, plan: Plan, gpus: Sequence[Gpu], numbers: Mapping[str, 
         )  # fmt: skip
     yield from _half(seen)
     available = memory_available()
-    each = BYTES[spec.model.dtype or "bf16"]
+    each = estimate.BYTES[spec.model.dtype or "bf16"]
     largest = int(max((count * _bytes(spec, part, each) for part, count in numbers.items()), default=0))
     if available is not None and largest > available:
         yield at(
@@ -167,23 +185,41 @@ def _on_gpus(seen: Seen, plan: Plan, gpus: Sequence[Gpu], numbers: Mapping[str, 
         )  # fmt: skip
 
 
+def _smaller(spec: Spec, plan: Plan, need: Need, gpu: Gpu) -> str:
+    """What to do where the estimate is above what is free."""
+    if need.likely is not None and need.likely <= gpu.total:
+        return "end what holds its memory (`nvidia-smi` names it)"
+    shapes = read_shapes(spec.model.base)
+    for change in estimate.ways(spec, plan, shapes) if shapes else ():
+        if change.needs <= gpu.free:
+            return f"set {', '.join(change.keys)} ({size(change.needs)})"
+    return "use a larger GPU"
+
+
 def _on_the_cpu(
     planned: Sequence[tuple[Seen, Plan]], numbers: Mapping[str, Mapping[str, int]], told: bool
 ) -> Iterator[Finding]:
     available = memory_available()
     for one, plan in planned:
         of_base = numbers.get(one.spec.model.base, {})
-        need, phase = needed(one.spec, plan, of_base, on_gpu=False)
-        if available is not None and need > available:
+        need = needed(one.spec, plan, of_base, on_gpu=False)
+        if available is not None and need.least > available:
             yield at(
                 one.source, "error", "model.base",
-                f"phase {phase} needs at least {size(need)} for its weights on the CPU, and this machine has "
+                f"phase {need.least_phase} needs at least {size(need.least)} for its weights on the CPU, and this machine has "
                 f"{size(available)} of memory free, swap included; use a GPU, or a machine with more",
             )  # fmt: skip
-        elif need > SMALL and not told:
+        elif available is not None and need.likely is not None and need.likely > available:
             yield at(
                 one.source, "warning", "model.base",
-                f"no GPU was found, so {size(need)} of weights are trained on the CPU, where a step takes minutes; use a "
+                f"phase {need.likely_phase} needs up to {size(need.likely)} on the CPU, and this machine has "
+                f"{size(available)} of memory free, swap included; lower train.batch_size or data.resolution, or set "
+                "model.gradient_checkpointing = true",
+            )  # fmt: skip
+        elif need.least > SMALL and not told:
+            yield at(
+                one.source, "warning", "model.base",
+                f"no GPU was found, so {size(need.least)} of weights are trained on the CPU, where a step takes minutes; use a "
                 "machine with an NVIDIA GPU, or say --gpus cpu if that is meant",
             )  # fmt: skip
         if one.spec.model.attention in ON_A_GPU:
@@ -287,7 +323,8 @@ def _cache_bytes(seen: Seen) -> int:
     count = len(seen.pictures.items) * (own.data.variants or 1) + len(seen.pictures.held)
     latents = sum(count * 32 * (side // 8) ** 2 * 4 for side in resolutions(own))
     return (
-        latents + len(seen.pictures.captions) * own.model.max_sequence_length * 4096 * BYTES[own.model.dtype or "bf16"]
+        latents
+        + len(seen.pictures.captions) * own.model.max_sequence_length * 4096 * estimate.BYTES[own.model.dtype or "bf16"]
     )
 
 

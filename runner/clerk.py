@@ -43,8 +43,10 @@ class Clerk:
     """Writes down how one run goes: checkpoints, state, log, events."""
 
     def __init__(
-        self, run: Run, plan: Plan, spec: Spec, say: Say, progress: Checkpoint | None, where: torch.device
-    ) -> None:
+        self, run: Run, plan: Plan, spec: Spec, say: Say, progress: Checkpoint | None, where: torch.device,
+        kept: int,
+    ) -> None:  # fmt: skip
+        """`kept`: bytes that an earlier run left on the device on purpose."""
         self.run, self.plan, self.spec, self.say, self.where = run, plan, spec, say, where
         self.phase: Phase = plan.phases[0]
         self.began, self.beat = time.monotonic(), 0.0
@@ -58,7 +60,6 @@ class Clerk:
             for name, facts in self.before.get("phases", {}).items()
         }
         self.entered: float | None = None
-        device.reset_peak(where)
         self.trackers = [
             History(run.history_file, self.at_step),
             *trackers(run.folder, run.name, spec.track.to, self.at_step, flat(dump(spec))),
@@ -68,6 +69,8 @@ class Clerk:
                 write_session(run)
         pivots = {phase.stop for phase in plan.training}
         self.writer = Writer(run.checkpoints, spec.checkpoint.keep, pivots, run.fence, say.log)
+        self.held = device.held_memory(where) - kept
+        device.reset_peak(where)
         run.write_state(
             "running", attempts=run.attempt, started=self.before.get("started") or time.time(), step=self.at_step,
             versions=versions(),
@@ -89,6 +92,7 @@ class Clerk:
                 device.peak_memory(self.where), self.before.get("peak_memory_bytes", 0),
                 *(one.peak for one in self.spent.values()),
             ),
+            "memory_before_models": self.held,
             "phases": {
                 name: {"seconds": round(one.seconds, 3), "peak_memory_bytes": one.peak}
                 for name, one in self.spent.items()

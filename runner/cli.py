@@ -99,8 +99,9 @@ def queue(
             f"{engine!r} is not available yet; runs go to this machine's slots", param_hint="--engine"
         )
     if dry_run:
-        ctx.invoke(plan, specs=specs, runs=runs, as_json=as_json)
+        ctx.invoke(plan, specs=specs, runs=runs, as_json=as_json, gpus=gpus)
         return
+    from runner import pace, pacebook
     from runner.engine.local import run_queue
     from runner.engine.slots import make_slots
     from runner.files import make_folder
@@ -131,6 +132,7 @@ def queue(
                 screen.line(f"{job.plan.name}: the old run now is {job.run.put_aside()}")
         make_folder(runs)
         code = run_queue(todo, runs, places, screen, stop, retries=retries, fail_fast=fail_fast)
+        pace.remember(todo, on_gpu=pacebook.on_gpus(places))
     if as_json:
         _print_records(runs, {job.plan.name for job in jobs})
     ctx.exit(code)
@@ -201,22 +203,27 @@ def _without_done(jobs: list[Job], screen: Any) -> list[Job]:
 @specs_argument
 @runs_option
 @json_option
+@click.option("--gpus", help="`cpu`: memory is estimated for a CPU. Default: for a GPU.")
 @click.pass_context
-def plan(ctx: click.Context, specs: tuple[Path, ...], runs: Path, as_json: bool) -> None:
+def plan(ctx: click.Context, specs: tuple[Path, ...], runs: Path, as_json: bool, gpus: str | None) -> None:
     """Validate and print the plan; touches nothing, needs no GPU and no torch."""
-    from runner import forecast
+    from runner import fitting, forecast, pace
     from runner import plan as planning
-    from runner.engine.slots import visible_gpus
+    from runner.engine import slots
     from runner.prepare import jobs_of, prepare, survey
 
+    on_gpu = gpus != "cpu"
+    here = on_gpu and slots.NVIDIA.is_dir()  # where runs would go from here, whose times are wanted
+
     if sys.stdout.isatty() and not as_json:
-        from runner import nightplan, pace
+        from runner import nightplan
         from runner.tables import console
 
         seen, faults = survey(list(specs), runs, fetch=False, fresh=False)
         if shown := jobs_of(seen):
-            cached = forecast.lines(shown, runs, visible_gpus() > 0)
-            nightplan.draw(console(), shown, pace.times(shown, runs), cached, time.time())
+            cached = forecast.lines(shown, runs, on_gpu=here)
+            times = pace.times(shown, runs, on_gpu=here)
+            nightplan.draw(console(), shown, times, cached, time.time(), on_gpu=on_gpu)
         if faults:
             raise SpecError(faults)
         return
@@ -231,19 +238,20 @@ def plan(ctx: click.Context, specs: tuple[Path, ...], runs: Path, as_json: bool)
     if as_json:
         rows = [
             {
-                **planning.as_json(job.plan),
+                **fitting.with_memory(planning.as_json(job.plan), job, on_gpu=on_gpu),
                 "spec": str(job.file),
                 "state": job.verdict.state,
                 "reason": job.verdict.reason,
-                "cache": forecast.as_json(forecast.forecast(job, runs, visible_gpus() > 0)),
+                "cache": forecast.as_json(forecast.forecast(job, runs, on_gpu=here)),
+                "time": vars(took),
             }
-            for job in jobs
+            for job, took in zip(jobs, pace.times(jobs, runs, on_gpu=here), strict=True)
         ]
         click.echo(json.dumps({"runs": rows, "errors": errors}, indent=1))
         ctx.exit(2 if errors else 0)
     from runner.nightplan import sizes_line, sweep_line
 
-    cached = forecast.lines(jobs, runs, visible_gpus() > 0)
+    cached = forecast.lines(jobs, runs, on_gpu=here)
     for job in jobs:
         click.echo(f"{job.plan.name}  ({job.file})  {job.verdict.state}: {job.verdict.reason}")
         if job.source.swept:
@@ -251,6 +259,8 @@ def plan(ctx: click.Context, specs: tuple[Path, ...], runs: Path, as_json: bool)
         click.echo(f"  {'images':<15}{sizes_line(job.plan.sizes)}")
         for phase in job.plan.phases:
             click.echo("  " + _phase_line(planning.describe(phase)))
+        for line in fitting.lines(job, on_gpu=on_gpu):
+            click.echo(f"  {line}")
         if job.plan.name in cached:
             click.echo(f"  {cached[job.plan.name]}")
         for note in job.plan.notes:

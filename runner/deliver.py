@@ -185,7 +185,7 @@ def _read_prompts(
     written = [expand(prompt, order.placeholders) for prompt in prompts]
     live = "t5" in stored.rows  # else T5 reads what it read before the training, and the cache has that
     pipe = sample.text_pipeline(order.base, None, with_t5=live)
-    read = functools.partial(frozen_t5, order.base, order.cache, order.spec)
+    read = functools.partial(frozen_t5, order.base, order.cache, order.shelf, order.spec)
     plain = sample.read_prompts(pipe, prompts, length, texts=None if live else read(prompts))
     if exported.embeddings:
         sample.load_embeddings(pipe, exported.embeddings, order.placeholders)

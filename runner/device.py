@@ -169,6 +169,14 @@ def reset_peak(device: torch.device) -> None:
         CLEAR_REFS.write_text("5")  # resets VmHWM, see proc(5)
 
 
+def held_memory(device: torch.device) -> int:
+    """Bytes now, of the same kind as `peak_memory`: so before any model is there, what the libraries take."""
+    release(device)
+    if device.type == "cuda":
+        return int(torch.cuda.memory_allocated(device))
+    return _status("VmRSS") if STATUS.exists() else 0
+
+
 def peak_memory(device: torch.device) -> int:
     """Bytes since `reset_peak`: the most the GPU allocator held, or on a CPU the most this process had resident."""
     if device.type == "cuda":
@@ -179,6 +187,6 @@ def peak_memory(device: torch.device) -> int:
 
 
 def _status(name: str) -> int:
-    """A size in bytes from /proc/self/status."""
+    """A line of proc(5)'s status, which is in KiB, in bytes."""
     [line] = [line for line in STATUS.read_text().splitlines() if line.startswith(f"{name}:")]
     return int(line.split()[1]) * 1024

@@ -19,6 +19,7 @@ from runner.errors import FluxrunError
 from runner.keys import Entry
 from runner.lora import LoraShape
 from runner.plan import ENCODERS, Encode, Plan
+from runner.shelf import Shelf
 from runner.spec import Spec
 
 
@@ -101,7 +102,7 @@ def reads(plan: Plan, encoder: str) -> bool:
     return any(isinstance(phase, Encode) and phase.at == 0 and encoder in phase.encoders for phase in plan.phases)
 
 
-def frozen_t5(base: flux.Base, cache: Cache, spec: Spec, written: Sequence[str]) -> list[Tensor]:
+def frozen_t5(base: flux.Base, cache: Cache, shelf: Shelf, spec: Spec, written: Sequence[str]) -> list[Tensor]:
     """What the base's own T5 makes of texts, [T, width] each; it is loaded only if the cache lacks one."""
     prints = {part: fingerprint(base.folder / part) for part in keys.PARTS["t5"]}
     entries = [keys.entry(spec, "t5", one, "diffusers") for one in written]
@@ -109,6 +110,7 @@ def frozen_t5(base: flux.Base, cache: Cache, spec: Spec, written: Sequence[str])
     wanted = [keys.text_key("t5", one, prints, str(base.dtype), held=held) for one in entries]
 
     def make() -> None:
+        shelf.clear(base)
         live = LiveEncoder("t5", flux.load_t5(base), flux.load_tokenizer(base, "t5"), 0.0)
         for key, one in zip(wanted, entries, strict=True):
             cache.put("t5", key, live.read(one).cpu(), {})

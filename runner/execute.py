@@ -54,7 +54,7 @@ def execute(
         if local_folder(spec.model.base) is None:  # what a name on the hub stands for may change
             run.pin("the base model", desk.base_print, "set model.revision to the commit it was begun with")
         progress = newest_checkpoint(run, plan, say)
-        clerk = Clerk(run, plan, spec, say, progress, base.device)
+        clerk = Clerk(run, plan, spec, say, progress, base.device, shelf.bytes)
         try:
             for phase in plan.phases:
                 if reason := done_already(phase, plan, progress):

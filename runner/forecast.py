@@ -29,7 +29,7 @@ class Hits:
     bytes: int
 
 
-def forecast(job: Job, runs: Path, on_gpu: bool) -> dict[str, Hits]:
+def forecast(job: Job, runs: Path, *, on_gpu: bool) -> dict[str, Hits]:
     """By kind: "latents", "clip", "t5", as far as it can be told: a base or data set of the hub is looked at when it is
     here. Only what the first encode phase makes; what learns is encoded when it has learned."""
     folder, pictures = local_folder(job.spec.model.base), job.pictures
@@ -86,7 +86,7 @@ def as_json(found: Mapping[str, Hits]) -> dict[str, Any]:
     return {kind: asdict(one) for kind, one in found.items()}
 
 
-def lines(jobs: Sequence[Job], runs: Path, on_gpu: bool) -> dict[str, str]:
+def lines(jobs: Sequence[Job], runs: Path, *, on_gpu: bool) -> dict[str, str]:
     """Of every run whose cache can be told."""
-    told = {job.plan.name: forecast(job, runs, on_gpu) for job in jobs}
+    told = {job.plan.name: forecast(job, runs, on_gpu=on_gpu) for job in jobs}
     return {name: f"in the cache: {line(found)}" for name, found in told.items() if found}

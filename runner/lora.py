@@ -43,17 +43,21 @@ def attach_lora(model: Any, shape: LoraShape, seed: int) -> dict[str, nn.Paramet
     parameters = adapter_parameters(model)
     if len(parameters) != 2 * len(shape.layers):
         raise ValueError(f"peft adapted {len(parameters) // 2} layers, planned were {len(shape.layers)}")
-    for module in model.modules():
-        # under autocast peft's cast to fp32 would be cast back at once, and be kept for the backward pass at twice the
-        # size; dropout is drawn in fp32 all the same
-        if hasattr(module, "cast_input_dtype_enabled"):
-            module.cast_input_dtype_enabled = shape.dropout > 0
+    spare_casts(model, shape.dropout)
     for name, parameter in parameters.items():
         parameter.data = parameter.data.to(model.device, torch.float32)  # its layer may wait elsewhere
         if ".lora_A." in name:
             generator = torch.Generator().manual_seed(derive(seed, "lora", name))
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) / shape.rank)
     return parameters
+
+
+def spare_casts(model: nn.Module, dropout: float) -> None:
+    """Let adapters take their input as it comes: under autocast peft's cast to fp32 would be cast back at once. Dropout is
+    drawn in fp32 all the same."""
+    for module in model.modules():
+        if hasattr(module, "cast_input_dtype_enabled"):
+            module.cast_input_dtype_enabled = dropout > 0
 
 
 def detach_lora(model: Any) -> None:

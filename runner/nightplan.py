@@ -14,6 +14,7 @@ from rich.text import Text
 
 from runner.clock import clock
 from runner.finding import size
+from runner.fitting import lines
 from runner.pace import Time
 from runner.plan import Inversion, Joint, Lora
 from runner.prepare import Job
@@ -26,11 +27,15 @@ COLOURS = {Joint: "magenta", Lora: "cyan", Inversion: "yellow"}
 STATES = {"done": "green", "resume": "yellow", "new": "bold", "changed": "red"}
 
 
-def draw(console: Console, jobs: Sequence[Job], times: Sequence[Time], cached: Mapping[str, str], now: float) -> None:
-    """`cached`: what there is in the cache, by run; `now`:
-    when the night begins, seconds since 1970. Runs are taken to go one after the other."""
+def draw(
+    console: Console, jobs: Sequence[Job], times: Sequence[Time], cached: Mapping[str, str], now: float, *,
+    on_gpu: bool = True,
+) -> None:  # fmt: skip
+    """`cached`: what there is in the cache, by run; `now`: when the night begins, seconds since 1970. Runs are taken to go
+    one after the other."""
     console.print(_table(jobs, times, now, console.width))
-    told = (Text(line) for line in (*_sweeps(jobs), *_images(jobs), *_same(cached), *_notes(jobs)))
+    lines = (*_sweeps(jobs), *_images(jobs), *_same(cached), *_memory(jobs, on_gpu), *_notes(jobs))
+    told = (Text(line) for line in lines)
     for line in (*told, *_sum(jobs, times, now)):
         console.print(line, soft_wrap=True)
 
@@ -102,7 +107,7 @@ def _sum(jobs: Sequence[Job], times: Sequence[Time], now: float) -> Iterator[Tex
     elif unknown:
         yield said.append("; when it ends is unknown", style="bold")
         yield Text(
-            "? no earlier run here has the same base and size, so the time of a step is not known "
+            "? no earlier run on this machine has the same base and size, so the time of a step is not known "
             f"({', '.join(unknown[:3])}{', ...' if len(unknown) > 3 else ''}); `fluxrun check --step` measures it",
             style="dim",
         )
@@ -134,6 +139,15 @@ def sweep_line(swept: Mapping[str, Any]) -> str:
 
 def _images(jobs: Sequence[Job]) -> Iterator[str]:
     yield from _same({job.plan.name: f"images: {sizes_line(job.plan.sizes)}" for job in jobs})
+
+
+def _memory(jobs: Sequence[Job], on_gpu: bool) -> Iterator[str]:
+    """What the runs that are to do will need, by formula."""
+    told: dict[str, list[str]] = {
+        job.plan.name: list(lines(job, on_gpu=on_gpu)) for job in jobs if job.verdict.state != "done"
+    }
+    for index in range(max((len(found) for found in told.values()), default=0)):
+        yield from _same({name: found[index] for name, found in told.items() if index < len(found)})
 
 
 def _notes(jobs: Sequence[Job]) -> Iterator[str]:

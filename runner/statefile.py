@@ -29,6 +29,7 @@ def _table_of(kind: Callable[[object], bool]) -> Callable[[object], bool]:
 PROGRESS: dict[str, Callable[[object], bool]] = {
     "phase": is_text,
     **dict.fromkeys(("step", "skipped_steps", "best_step", "exported_step", "peak_memory_bytes"), is_number),
+    "memory_before_models": is_number,
     **dict.fromkeys(("wall_s", "s_per_step", "train_loss", "eval_loss", "export_error"), is_number),
     "ended": is_text,
     "exports": _texts,

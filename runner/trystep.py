@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from runner import data, sources, tokens
+from runner import data, pace, pacebook, sources, tokens
 from runner.clock import clock
 from runner.data import Picture
 from runner.engine.local import run_queue
@@ -42,15 +42,9 @@ def try_steps(seen: Sequence[Seen], gpus: str | None) -> list[Finding]:
         most = max((job.spec.compute.gpus for job in jobs), default=1)
         if jobs:
             make_folder(scratch / "runs")
-            run_queue(
-                jobs,
-                scratch / "runs",
-                make_slots(gpus, 1, most, scratch / "runs"),
-                Screen(),
-                stop,
-                retries=0,
-                fail_fast=False,
-            )
+            places = make_slots(gpus, 1, most, scratch / "runs")
+            run_queue(jobs, scratch / "runs", places, Screen(), stop, retries=0, fail_fast=False)
+            pace.remember(jobs, on_gpu=pacebook.on_gpus(places))
         return [_told(one, shape, job) for one, shape, job in tried]
 
 

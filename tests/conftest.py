@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +28,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tiny base gains nothing from a second thread; the workers need it
 os.environ["SOURCE_DATE_EPOCH"] = "1769860800"  # 2026-01-31: runs that are compared may begin on two days
 PROJECT = Path(__file__).parent.parent
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="fluxrun-tests-")  # what a machine remembers is not for tests
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 PICTURES = PROJECT / "specs" / "quickstart"
 PIVOTAL = """
@@ -171,6 +175,12 @@ def desk_of(spec: Path) -> Desk:
     )
     assert job.pictures is not None
     return Desk(job.spec, job.plan, job.pictures, base, cache, Say(), Ranks(), lambda: False)
+
+
+@pytest.fixture(autouse=True)
+def _new_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that has never trained: no test knows what another one took."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
 
 
 @pytest.fixture

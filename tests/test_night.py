@@ -93,7 +93,7 @@ def test_times_that_nobody_knows_are_said_to_be_unknown(house: House) -> None:
     assert rows["b"][-2:] == ["?", "?"]
     assert rows["c"][-3:] == ["10", "1:00", "?"]  # it takes a minute, but nobody knows when it begins
     assert said[-2].endswith("; when it ends is unknown")
-    assert said[-1].startswith("? no earlier run here has the same base and size")
+    assert said[-1].startswith("? no earlier run on this machine has the same base and size")
     assert "(b)" in said[-1]
 
 
