@@ -16,6 +16,7 @@ class Ahead(Generic[Made]):
     def __init__(self, make: Callable[[int, int], Made]) -> None:
         self.make = make
         self.pool = ThreadPoolExecutor(1, "ahead")
+        self.pool.submit(int)  # starts the thread now: a signal while it starts would leave it to itself
         self.next: tuple[Place, Future[Made]] | None = None
 
     def get(self, wanted: Place, then: Place) -> Made:

@@ -21,8 +21,8 @@ DAY = 86400.0
 
 @dataclass(frozen=True)
 class Kind:
-    """Entries of one kind: latents, or text embeddings by encoder. bytes: on the disk; oldest, newest: days since they were
-    last asked for."""
+    """Entries of one kind: latents, text embeddings by encoder, or quantised models. bytes: on the disk; oldest, newest:
+    days since they were last asked for."""
 
     kind: str
     entries: int

@@ -14,6 +14,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from runner import schemes
+from runner.attention import ON_A_GPU, PACKAGES
 from runner.basefiles import BUILTIN, KNOWN, linear_layers
 from runner.engine import slots
 from runner.finding import Finding, at, count, here, size
@@ -22,6 +24,7 @@ from runner.prepare import Seen
 from runner.spec import Spec
 
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+LARGE = ("transformer", "text_encoder_2")  # what can be quantised, and offloaded
 SMALL = 2**30  # bytes of weights below which a base needs no GPU
 
 # Numbers in FLUX.1's parts beside the transformer (sums over the published files), for plans without its files.
@@ -71,15 +74,21 @@ def numbers_of(base: str, found: Mapping[str, int]) -> Mapping[str, int]:
 def needed(spec: Spec, plan: Plan, numbers: Mapping[str, int], on_gpu: bool) -> tuple[int, str]:
     """(bytes, phase): what the weights, and the optimizer's numbers, of the largest phase take; activations come on top."""
     each = BYTES[spec.model.dtype or ("bf16" if on_gpu else "fp32")]
+    away = LARGE if on_gpu and spec.model.offload != "none" else ()
     most = (0, "")
     for phase in plan.phases:
-        parts = [numbers.get(part, 0) * each for part in resident(phase)]
+        parts = [numbers.get(part, 0) * _bytes(spec, part, each) for part in resident(phase) if part not in away]
         if isinstance(phase, Train):
             trained = sum(part.parameters or 0 for part in phase.trains)
             most = max(most, (int(sum(parts) + trained * 4 * (2 + MOMENTS[spec.optimizer.name])), phase.name))
         else:
-            most = max(most, (max(parts, default=0), phase.name))  # one after the other
+            most = max(most, (int(max(parts, default=0)), phase.name))  # one after the other
     return most
+
+
+def _bytes(spec: Spec, part: str, plain: float) -> float:
+    """Of one number of a part."""
+    return schemes.BYTES.get(spec.model.quantize, plain) if part in LARGE else plain
 
 
 def check_devices(
@@ -148,7 +157,8 @@ def _on_gpus(seen: Seen, plan: Plan, gpus: Sequence[Gpu], numbers: Mapping[str, 
         )  # fmt: skip
     yield from _half(seen)
     available = memory_available()
-    largest = max(numbers.values(), default=0) * BYTES[spec.model.dtype or "bf16"]
+    each = BYTES[spec.model.dtype or "bf16"]
+    largest = int(max((count * _bytes(spec, part, each) for part, count in numbers.items()), default=0))
     if available is not None and largest > available:
         yield at(
             seen.source, "warning", "model.base",
@@ -175,6 +185,16 @@ def _on_the_cpu(
                 one.source, "warning", "model.base",
                 f"no GPU was found, so {size(need)} of weights are trained on the CPU, where a step takes minutes; use a "
                 "machine with an NVIDIA GPU, or say --gpus cpu if that is meant",
+            )  # fmt: skip
+        if one.spec.model.attention in ON_A_GPU:
+            yield at(
+                one.source, "error", "model.attention",
+                f"needs an NVIDIA GPU, and this run is on the CPU (found {one.spec.model.attention!r}); use \"native\"",
+            )  # fmt: skip
+        if one.spec.model.offload != "none":
+            yield at(
+                one.source, "warning", "model.offload",
+                "this run is on the CPU, where it saves nothing and costs time; take this key out",
             )  # fmt: skip
         yield from _half(one)
 
@@ -312,6 +332,18 @@ def _optional(seen: Seen) -> Iterator[Finding]:
         yield at(
             seen.source, "error", "optimizer.name",
             'adamw8bit needs bitsandbytes, which is not installed; pip install "fluxrun[8bit]"',
+        )  # fmt: skip
+    if seen.spec.model.quantize == "nf4" and find_spec("bitsandbytes") is None:
+        yield at(
+            seen.source, "error", "model.quantize",
+            'nf4 needs bitsandbytes, which is not installed; pip install "fluxrun[quant]", or use int8 or fp8, which need '
+            "nothing",
+        )  # fmt: skip
+    package, wanted = PACKAGES.get(seen.spec.model.attention, ("torch", ""))
+    if find_spec(package) is None:
+        yield at(
+            seen.source, "error", "model.attention",
+            f'{seen.spec.model.attention} needs {package}, which is not installed; pip install "{wanted}", or use "native"',
         )  # fmt: skip
     if "wandb" in seen.spec.track.to and find_spec("wandb") is None:
         yield at(seen.source, "error", "track.to", 'wandb is not installed; pip install "fluxrun[wandb]"')

@@ -151,7 +151,7 @@ def _verified_pictures(
     exported = export.exported_files(folder, order.spec.name, placeholders)
     order.say.line("export: reading the files back with diffusers")
     plain, learned = _read_prompts(order, stored, shapes, exported, [prompt for prompt, _ in shots])
-    transformer = order.shelf.take(order.base, order.spec.model)
+    transformer = order.shelf.take(order.base)
     pipe = sample.image_pipeline(order.base, transformer, with_vae=bool(shots))
     size = sample.size_of(order.spec)
     order.say.begin_phase("pictures", 0, 2 * len(shots), "pictures")

@@ -176,11 +176,12 @@ class Desk:
         """The digest of what was learned is the same for all texts."""
         learned = [weights.rows[encoder]] if encoder in weights.rows else []
         learned += [weights.text_lora[name] for name in sorted(weights.text_lora)] if encoder == "clip" else []
+        held = [self.base.quantize] if encoder == "t5" and self.base.quantize != "none" else []
         scale = [self.spec.text_lora.alpha] if self.spec.text_lora and encoder == "clip" and weights.text_lora else []
         prints = {part: self.part_print(part) for part in keys.PARTS[encoder]}
         digest = files.sha256([raw(one).data for one in learned])
         alpha = [one for one in scale if one is not None]
-        return lambda asked: keys.text_key(encoder, asked, prints, str(self.base.dtype), digest, alpha)
+        return lambda asked: keys.text_key(encoder, asked, prints, str(self.base.dtype), digest, alpha, held)
 
     @property
     def pieces(self) -> list[str]:
@@ -196,8 +197,11 @@ def _name(view: View) -> str:
     return f"{view.picture.name}|{width}x{height}|{view.variant}"
 
 
-def open_base_of(spec: Spec, gpus: str | None) -> flux.Base:
+def open_base_of(spec: Spec, gpus: str | None, cache: Cache) -> flux.Base:
     """The spec's base on the device that `gpus` chooses, with the process set up for it."""
     own, where = spec.model, device.choose(gpus)
     device.prepare(where, tf32=own.tf32)
-    return flux.open_base(own.base, own.revision, own.variant, where, device.resolve_dtype(own.dtype, where))
+    dtype = device.resolve_dtype(own.dtype, where)
+    return flux.open_base(
+        own.base, own.revision, own.variant, where, dtype, own.quantize, cache.folder, own.offload == "blocks"
+    )

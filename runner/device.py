@@ -7,8 +7,9 @@ import gc
 import os
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -34,6 +35,7 @@ def choose(gpus: str | None) -> torch.device:
 def prepare(device: torch.device, *, tf32: bool) -> None:
     """Process-wide settings: repeatable kernels, and TF32 matmuls where the spec allows them."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats itself only with this
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled_folder()))
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs a write per buffer
     torch.backends.cuda.matmul.allow_tf32 = tf32
@@ -41,6 +43,12 @@ def prepare(device: torch.device, *, tf32: bool) -> None:
     torch.backends.cudnn.benchmark = False
     if device.type == "cuda":
         torch.cuda.set_device(device)
+
+
+def compiled_folder() -> Path:
+    """Where torch keeps what model.compile made, Triton's kernels too, over a restart of the machine. The user's own folder, not
+    the runs': it holds code and pickles, which nobody should get with a folder of runs."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fluxrun" / "compile"
 
 
 def settle_libraries() -> None:
@@ -80,6 +88,47 @@ def move(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 def pin(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """In memory that the device can copy from by itself, where it is a GPU."""
     return tensor.pin_memory() if device.type == "cuda" and tensor.device.type == "cpu" else tensor
+
+
+def held_for(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor's numbers in host memory, from where `Lane` can copy while the device computes."""
+    host = tensor.detach().cpu()
+    return host.pin_memory() if device.type == "cuda" else host
+
+
+@dataclass(frozen=True)
+class Arriving:
+    """Tensors on their way to the device; they are there, for what is computed from then on, after `wait`."""
+
+    tensors: list[torch.Tensor]
+    event: torch.cuda.Event | None
+
+    def wait(self) -> list[torch.Tensor]:
+        if self.event is not None:
+            torch.cuda.current_stream(self.tensors[0].device).wait_event(self.event)
+        return self.tensors
+
+
+class Lane:
+    """Copies to the device beside the computation: by a stream of its own on CUDA; elsewhere at once."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+    def send(self, hosts: Sequence[torch.Tensor]) -> Arriving:
+        """The memory is the computing stream's, which frees it too: so the copy begins after what computes in it now, and
+        nothing may let go of it before `wait`."""
+        made = [torch.empty_like(host, device=self.device) for host in hosts]
+        if self.stream is None:
+            for tensor, host in zip(made, hosts, strict=True):
+                tensor.copy_(host)
+            return Arriving(made, None)
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            for tensor, host in zip(made, hosts, strict=True):
+                tensor.copy_(host, non_blocking=True)
+            return Arriving(made, self.stream.record_event())
 
 
 def copy_out(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -35,6 +35,8 @@ def encode(desk: Desk, phase: Encode, weights: Weights, beside: Sequence[Desk] =
         if encoder in phase.encoders or others:
             own = desk.entries(encoder, weights) if encoder in phase.encoders else {}
             encode_texts(desk, encoder, weights, own, others)
+    desk.shelf.live.clear()
+    release(desk.base.device)
 
 
 def encode_latents(desk: Desk) -> None:
@@ -84,7 +86,9 @@ def _count(desk: Desk, encoder: str, keys: Iterable[str]) -> int:
 def _make_texts(desk: Desk, encoder: str, weights: Weights, missing: Sequence[tuple[str, Entry]]) -> None:
     if encoder == "t5" and "t5" not in weights.rows:  # a T5 that learned was beside the transformer already
         desk.shelf.clear(desk.base)
-    live = LiveEncoder.load(desk, encoder, weights)
+    live = desk.shelf.live.get(encoder)
+    if live is None or not live.holds(weights):
+        live = LiveEncoder.load(desk, encoder, weights)
     desk.say.begin_phase(f"encode {encoder}", 0, len(missing), "texts")
     for done, (key, one) in enumerate(missing, 1):
         desk.cache.put(encoder, key, live.read(one).cpu(), {})
@@ -101,7 +105,8 @@ def frozen_t5(base: flux.Base, cache: Cache, spec: Spec, written: Sequence[str])
     """What the base's own T5 makes of texts, [T, width] each; it is loaded only if the cache lacks one."""
     prints = {part: fingerprint(base.folder / part) for part in keys.PARTS["t5"]}
     entries = [keys.entry(spec, "t5", one, "diffusers") for one in written]
-    wanted = [keys.text_key("t5", one, prints, str(base.dtype)) for one in entries]
+    held = [base.quantize] if base.quantize != "none" else []
+    wanted = [keys.text_key("t5", one, prints, str(base.dtype), held=held) for one in entries]
 
     def make() -> None:
         live = LiveEncoder("t5", flux.load_t5(base), flux.load_tokenizer(base, "t5"), 0.0)
@@ -190,6 +195,15 @@ class LiveEncoder:
             if len(cut) == len(naming):
                 raise FluxrunError(told)
             desk.say.line(told)
+
+    def holds(self, weights: Weights) -> bool:
+        """Whether it is as `weights` say, to the bit."""
+        rows, adapter = weights.rows.get(self.encoder), weights.text_lora if self.encoder == "clip" else {}
+        if (rows is None) != (self.rows is None) or adapter.keys() != self.adapter.keys():
+            return False
+        same = [] if rows is None or self.rows is None else [(self.rows, rows)]
+        same += [(self.adapter[name], adapter[name]) for name in adapter]
+        return all(torch.equal(one.detach().cpu(), other.cpu()) for one, other in same)
 
     def read(self, asked: Entry) -> Tensor:
         """One embedding for the cache."""

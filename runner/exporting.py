@@ -31,7 +31,8 @@ def export_run(runs: Path, name: str, step: int | None, *, gpus: str | None, pus
         made = _checkpoint(run, step, say)
         say.line(f"{name}: exporting step {made.step}")
         flux.quiet()
-        order = Order(run, spec, open_base_of(spec, gpus), say, stop, open_cache(runs), Shelf())
+        cache = open_cache(run.runs)
+        order = Order(run, spec, open_base_of(spec, gpus, cache), say, stop, cache, Shelf())
         delivered = deliver(order, made)
         run.amend(**export_facts(run, delivered))
         if push_too:

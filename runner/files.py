@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import struct
 import time
@@ -149,13 +150,20 @@ def tensors_digest(tensors: Mapping[str, Raw], metadata: Mapping[str, str]) -> s
     """SHA-256 over the metadata and all names, dtypes, shapes and bytes, in the order of names."""
 
     def chunks() -> Iterator[bytes | memoryview]:
-        yield json.dumps(sorted(metadata.items())).encode()
+        yield digest_head(metadata)
         for name in sorted(tensors):
-            raw = tensors[name]
-            yield json.dumps([name, raw.dtype, list(raw.shape), raw.data.nbytes]).encode()
-            yield raw.data
+            yield from digest_chunks(name, tensors[name])
 
     return sha256(chunks())
+
+
+def digest_head(metadata: Mapping[str, str]) -> bytes:
+    return json.dumps(sorted(metadata.items())).encode()
+
+
+def digest_chunks(name: str, raw: Raw) -> Iterator[bytes | memoryview]:
+    yield json.dumps([name, raw.dtype, list(raw.shape), raw.data.nbytes]).encode()
+    yield raw.data
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Raw], metadata: Mapping[str, str], *, disk: Disk = DISK) -> None:
@@ -186,7 +194,8 @@ def _order(tensors: Mapping[str, Raw]) -> list[str]:
 
 
 def _width(dtype: str) -> int:
-    return int("".join(filter(str.isdigit, dtype)) or 8)
+    bits = re.search(r"\d+", dtype)  # F8_E4M3 has more digits
+    return int(bits[0]) if bits else 8
 
 
 def read_metadata(path: Path) -> dict[str, str]:

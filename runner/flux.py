@@ -11,30 +11,44 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from runner.basefiles import PARTS, local_folder
+from runner import quant
+from runner.attention import ON_A_GPU
+from runner.basefiles import PARTS, fingerprint, local_folder
+from runner.digest import key_of
 from runner.errors import FluxrunError
+from runner.offload import spread
 
 Generator = torch.Generator
 
 
 @dataclass(frozen=True)
 class Base:
-    """A base model on this disk. `dtype` is the frozen parts' own; `device` is where they are loaded to."""
+    """A base model on this disk. `dtype` is the frozen parts' own; `device` is where they are loaded to. `quantize`: none, or
+    what the transformer and T5 are held in; `cache`: the folder where they are kept so, if anywhere; `offload`: whether their
+    blocks wait in host memory."""
 
     folder: Path
     variant: str | None
     device: torch.device
     dtype: torch.dtype
+    quantize: str = "none"
+    cache: Path | None = None
+    offload: bool = False
 
 
-def open_base(text: str, revision: str | None, variant: str | None, device: torch.device, dtype: torch.dtype) -> Base:
+def open_base(
+    text: str, revision: str | None, variant: str | None, device: torch.device, dtype: torch.dtype,
+    quantize: str = "none", cache: Path | None = None, offload: bool = False,
+) -> Base:  # fmt: skip
     """Find the base on disk (`builtin:tiny`, a folder), or fetch its diffusers parts from the hub."""
     folder = local_folder(text)
     if folder is None:
@@ -42,7 +56,7 @@ def open_base(text: str, revision: str | None, variant: str | None, device: torc
 
         wanted = ["model_index.json", *(f"{part}/*" for part in PARTS)]  # not the single-file copies beside them
         folder = Path(snapshot_download(text, revision=revision, allow_patterns=wanted))
-    return Base(folder, variant, device, dtype)
+    return Base(folder, variant, device, dtype, quantize, cache, offload)
 
 
 def quiet() -> None:
@@ -65,7 +79,11 @@ def load_clip(base: Base) -> nn.Module:
 def load_t5(base: Base) -> nn.Module:
     from transformers import T5EncoderModel
 
-    return _load(T5EncoderModel, base, "text_encoder_2")
+    def empty(folder: Path) -> Any:
+        return T5EncoderModel(T5EncoderModel.config_class.from_pretrained(folder))
+
+    made: Any = _load_large(T5EncoderModel, empty, base, "text_encoder_2")
+    return spread(made, list(made.encoder.block), base.device) if base.offload else made  # type: ignore[no-any-return]
 
 
 def load_encoder(base: Base, encoder: str) -> nn.Module:
@@ -82,9 +100,41 @@ def load_vae(base: Base) -> nn.Module:
 def load_transformer(base: Base) -> nn.Module:
     from diffusers import FluxTransformer2DModel
 
-    model = _load(FluxTransformer2DModel, base, "transformer")
-    model.pos_embed = Rotary(model.pos_embed)  # type: ignore[arg-type]
-    return model
+    def empty(folder: Path) -> Any:
+        return FluxTransformer2DModel.from_config(FluxTransformer2DModel.load_config(folder))
+
+    made: Any = _load_large(FluxTransformer2DModel, empty, base, "transformer")
+    made.pos_embed = Rotary(made.pos_embed)
+    return spread(made, blocks_of(made), base.device) if base.offload else made  # type: ignore[no-any-return]
+
+
+def blocks_of(transformer: Any) -> list[nn.Module]:
+    """In the order in which they run."""
+    return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+
+
+def set_attention(transformer: Any, backend: str) -> None:
+    """Choose the transformer's attention by diffusers' name. Raises FluxrunError where this machine cannot do it."""
+    from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+
+    if backend in ON_A_GPU and transformer.device.type != "cuda":
+        raise FluxrunError(f"model.attention: {backend} needs an NVIDIA GPU (found {transformer.device}); use native")
+    try:
+        transformer.set_attention_backend(backend)
+    except RuntimeError as error:
+        raise FluxrunError(f"model.attention: {backend} cannot be used here ({error}); or use native") from error
+    finally:  # diffusers makes it everyone's: the next run in this process, and pictures, have not asked for it
+        _AttentionBackendRegistry.set_active_backend(AttentionBackendName.NATIVE)
+
+
+def recompute(transformer: Any, every: int) -> None:
+    """Gradient checkpointing of every so many blocks: their activations are made again in the backward pass."""
+    chosen = {id(block) for block in blocks_of(transformer)[::every]}
+
+    def call(block: nn.Module, *inputs: Any) -> Any:
+        return checkpoint(block, *inputs, use_reentrant=False) if id(block) in chosen else block(*inputs)
+
+    transformer.enable_gradient_checkpointing(call)
 
 
 def load_tokenizer(base: Base, encoder: str) -> Any:
@@ -94,19 +144,55 @@ def load_tokenizer(base: Base, encoder: str) -> Any:
     return AutoTokenizer.from_pretrained(base.folder, subfolder={"clip": "tokenizer", "t5": "tokenizer_2"}[encoder])
 
 
-def _load(kind: Any, base: Base, part: str) -> nn.Module:
-    """One frozen part, from safetensors alone: the libraries would take a pickle too, which can run any code."""
+def _weights_folder(base: Base, part: str) -> Path:
+    """Raises FluxrunError where the weights are no safetensors: the libraries would take a pickle too, which can run any code."""
     folder = base.folder / part
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         raise FluxrunError(
             f"model.base: {folder} has no .safetensors file; other weights (.bin, .ckpt) can run code when they are read, "
             "so fluxrun does not: save the model again with safe_serialization=True"
         )
+    return folder
+
+
+def _load(kind: Any, base: Base, part: str) -> nn.Module:
+    """One frozen part, whole."""
+    _weights_folder(base, part)
     loaded = kind.from_pretrained(
         base.folder, subfolder=part, dtype=base.dtype, variant=base.variant, use_safetensors=True
     )
     frozen: nn.Module = loaded.to(base.device).requires_grad_(False).eval()
     return frozen
+
+
+def _load_large(kind: Any, empty: Callable[[Path], Any], base: Base, part: str) -> nn.Module:
+    """One of the two large parts, quantised where the base says so; in host memory where its blocks will wait there. `empty`:
+    the model without weights."""
+    if base.offload:
+        base = replace(base, device=torch.device("cpu"))
+    if base.quantize == "none":
+        return _load(kind, base, part)
+    folder = _weights_folder(base, part)
+    with torch.device("meta"):
+        model = empty(folder)
+    key = key_of("quantized", quant.FORMAT, fingerprint(folder), base.variant, base.quantize, str(base.dtype))
+    kept = base.cache / "quantized" / key[:2] / f"{key}.safetensors" if base.cache else None
+    return quant.fill(model, weight_files(folder, base.variant), base.quantize, base.dtype, base.device, kept)
+
+
+def weight_files(folder: Path, variant: str | None) -> dict[str, Path]:
+    """The file of each tensor of a part, as the libraries choose it: the one file, or an index beside several."""
+    mark = f".{variant}" if variant else ""
+    for stem in ("diffusion_pytorch_model", "model"):
+        whole, index = folder / f"{stem}{mark}.safetensors", folder / f"{stem}.safetensors.index{mark}.json"
+        if whole.is_file():
+            with safe_open(whole, framework="pt") as opened:
+                return dict.fromkeys(opened.keys(), whole)
+        if index.is_file():
+            found: dict[str, str] = json.loads(index.read_text())["weight_map"]
+            return {name: folder / Path(file).name for name, file in found.items()}
+    there = ", ".join(sorted(path.name for path in folder.glob("*.safetensors*"))) or "none"
+    raise FluxrunError(f"model.variant: {folder} has no such weights (found {variant!r}); its files are: {there}")
 
 
 # ---- latents -------------------------------------------------------------------------------------------------------

@@ -43,7 +43,8 @@ def forecast(job: Job, runs: Path, on_gpu: bool) -> dict[str, Hits]:
     for encoder in first.encoders:
         prints = {part: fingerprint(folder / part) for part in keys.PARTS[encoder]}
         entries = list(keys.entries(spec, pictures, job.plan.placeholders, encoder))
-        wanted = {keys.text_key(encoder, one, prints, TORCH[dtype]) for one in entries}
+        held = [spec.model.quantize] if encoder == "t5" and spec.model.quantize != "none" else []
+        wanted = {keys.text_key(encoder, one, prints, TORCH[dtype], held=held) for one in entries}
         each = BYTES[dtype] * _width(folder, encoder) * (spec.model.max_sequence_length if encoder == "t5" else 1)
         found[encoder] = _hits(cache, encoder, wanted, each)
     return found

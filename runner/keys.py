@@ -65,13 +65,13 @@ def entries(spec: Spec, pictures: Pictures, known: Sequence[Placeholder], encode
 
 def text_key(
     encoder: str, asked: Entry, prints: Mapping[str, str], dtype: str, learned: str = NOTHING_LEARNED,
-    scale: Sequence[float] = (),
+    scale: Sequence[float] = (), held: Sequence[str] = (),
 ) -> str:  # fmt: skip
     """prints: fingerprints of the base's parts; dtype: as torch writes it; learned: digest of what was learned in the
-    encoder; scale: its LoRA's alpha, if it has one."""
+    encoder; scale: its LoRA's alpha, if it has one; held: what it is quantised to, if it is."""
     parts = [prints[part] for part in PARTS[encoder]]
     pooling = asked.pooling if encoder == "clip" else None
-    return key_of(encoder, asked.written, learned, *parts, asked.length, dtype, *scale, pooling)
+    return key_of(encoder, asked.written, learned, *parts, asked.length, dtype, *scale, pooling, *held)
 
 
 def views_key(spec: Spec, data: str, vae: str, dtype: str) -> str | None:

@@ -34,6 +34,7 @@ def train_phase(
 
     `save` may only begin to write; `settle` returns once all of it is written.
     """
+    desk.shelf.live.clear()
     past = before.weights if before else Weights()
     meters = Meters(**before.scalars["meters"]) if before else Meters()
     transformer, adapter = load_transformer(desk, phase, past)
@@ -80,14 +81,16 @@ def train_phase(
         objective.close()
         settle()
     desk.shelf.put(desk.base, desk.spec.model, transformer)
+    desk.shelf.live = {name: one for name, one in encoders.items() if isinstance(one, LiveEncoder)}
     return last[0]
 
 
 def load_transformer(desk: Desk, phase: TrainPhase, past: Weights) -> tuple[nn.Module, dict[str, nn.Parameter]]:
     """The frozen base with its adapter, {} where it has none yet; the adapter learns only if the phase says so."""
-    transformer = desk.shelf.take(desk.base, desk.spec.model)
-    if desk.spec.model.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()  # type: ignore[operator]
+    transformer = desk.shelf.take(desk.base)
+    flux.set_attention(transformer, desk.spec.model.attention)
+    if (every := int(desk.spec.model.gradient_checkpointing)) and not desk.base.offload:  # which recomputes all of them
+        flux.recompute(transformer, every)
     adapter: dict[str, nn.Parameter] = {}
     if trains_lora(phase) or past.lora:
         adapter = lora.attach_lora(transformer, lora_shape(desk.spec, desk.base), desk.spec.seed)

@@ -49,7 +49,7 @@ def attach_lora(model: Any, shape: LoraShape, seed: int) -> dict[str, nn.Paramet
         if hasattr(module, "cast_input_dtype_enabled"):
             module.cast_input_dtype_enabled = shape.dropout > 0
     for name, parameter in parameters.items():
-        parameter.data = parameter.data.float()
+        parameter.data = parameter.data.to(model.device, torch.float32)  # its layer may wait elsewhere
         if ".lora_A." in name:
             generator = torch.Generator().manual_seed(derive(seed, "lora", name))
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) / shape.rank)

@@ -102,7 +102,16 @@ def _alike(tables: Mapping[str, Any]) -> str:
     """What two runs must share for their steps to take about the same time, as one text."""
     model, data = tables.get("model") or {}, tables.get("data") or {}
     lora, inversion = tables.get("lora") or {}, tables.get("inversion") or {}
-    model_keys = ("base", "dtype", "quantize", "gradient_checkpointing", "compile", "max_sequence_length")
+    model_keys = (
+        "base",
+        "dtype",
+        "quantize",
+        "gradient_checkpointing",
+        "attention",
+        "offload",
+        "compile",
+        "max_sequence_length",
+    )
     return repr(
         [
             *(model.get(key) for key in model_keys),

@@ -33,6 +33,7 @@ NOT_IN_KEY = (
     "data.source",
     "data.workers",
     "model.base",
+    "model.offload",
     "prior.images",
     "prior.batch_size",
 )
@@ -191,7 +192,6 @@ def make_plan(spec: Spec, facts: Facts) -> Plan:
     """Raises PlanError with everything that is wrong."""
     known = tokens.placeholders([(token.name, token.vectors, token.initializer) for token in spec.tokens])
     faults = [
-        *_unavailable(spec),
         *_token_faults(spec, facts, known),
         *_layer_faults(spec, facts),
         *_data_faults(spec, facts),
@@ -387,15 +387,6 @@ def _token_faults(spec: Spec, facts: Facts, known: Sequence[tokens.Placeholder])
                 f"no caption names this token (found {placeholder.name!r}), so it would learn nothing; write it as a "
                 f"whole word in data.prompt or the captions (the first caption is {facts.captions[0]!r})",
             )
-
-
-def _unavailable(spec: Spec) -> Iterator[tuple[str, str]]:
-    """Keys that the contract has and this version cannot honour: refused, never ignored."""
-    if spec.model.quantize != "none":
-        yield (
-            "model.quantize",
-            f"not available yet (found {spec.model.quantize!r}); take it out, or wait for a later fluxrun",
-        )
 
 
 # ---- as a document -------------------------------------------------------------------------------------------------

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 from runner import classfolder, files, sample
 from runner.desk import Desk
 from runner.device import DTYPES, release
-from runner.flux import Base
 from runner.plan import resolutions
 from runner.seeds import derive
 
@@ -27,13 +27,13 @@ def fill_classes(desk: Desk) -> None:
         if there >= own.count:
             return
         dtype = DTYPES[own.dtype] if own.dtype else desk.base.dtype
-        base = Base(desk.base.folder, desk.base.variant, desk.base.device, dtype)
+        base = replace(desk.base, dtype=dtype)
         desk.shelf.clear(base)
         pipe = sample.text_pipeline(base, None)
         [read] = sample.read_prompts(pipe, [own.prompt], desk.spec.model.max_sequence_length)
         del pipe
         release(base.device)
-        transformer = desk.shelf.take(base, desk.spec.model)
+        transformer = desk.shelf.take(base)
         pipe = sample.image_pipeline(base, transformer)
         desk.say.begin_phase("class images", there, own.count, "images")
         number = 0

@@ -54,10 +54,11 @@ def text_pipeline(base: Base, exported: Exported | None, *, with_t5: bool = True
     """A FluxPipeline of the two encoders alone, with the learned tokens and the CLIP encoder's LoRA."""
     from diffusers import FluxPipeline
 
-    without = {} if with_t5 else {"text_encoder_2": None, "tokenizer_2": None}
+    without = {"text_encoder_2": flux.load_t5(base)} if with_t5 else {"text_encoder_2": None, "tokenizer_2": None}
     pipe = FluxPipeline.from_pretrained(
         base.folder, transformer=None, vae=None, **without, dtype=base.dtype, variant=base.variant, use_safetensors=True
-    ).to(base.device)
+    )
+    pipe.text_encoder.to(base.device)  # and not the pipeline: blocks that wait in host memory stay there
     if exported is not None and exported.embeddings is not None:
         load_embeddings(pipe, exported.embeddings, exported.placeholders)
     if exported is not None and exported.lora is not None:
@@ -84,7 +85,9 @@ def read_prompts(
     more = {} if scale == 1.0 else {"lora_scale": scale}
     if texts is not None:
         with torch.no_grad():
-            vectors = [pipe._get_clip_prompt_embeds(prompt=prompt, device=pipe.device) for prompt in prompts]
+            vectors = [
+                pipe._get_clip_prompt_embeds(prompt=prompt, device=pipe.text_encoder.device) for prompt in prompts
+            ]
         return [Read(txt[None].cpu(), vec.cpu()) for txt, vec in zip(texts, vectors, strict=True)]
     with torch.no_grad():
         pairs = [
@@ -95,7 +98,8 @@ def read_prompts(
 
 
 def image_pipeline(base: Base, transformer: Any, *, with_vae: bool = True) -> Any:
-    """A FluxPipeline of this transformer and the base's VAE alone."""
+    """A FluxPipeline of this transformer and the base's VAE alone. A base that was trained on quantised is drawn with
+    quantised: the card may hold no other."""
     from diffusers import FluxPipeline
 
     without = dict.fromkeys(
@@ -104,8 +108,10 @@ def image_pipeline(base: Base, transformer: Any, *, with_vae: bool = True) -> An
     pipe = FluxPipeline.from_pretrained(
         base.folder, **without, transformer=transformer, dtype=base.dtype, variant=base.variant, use_safetensors=True
     )
+    if with_vae:
+        pipe.vae.to(base.device)
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(base.device)
+    return pipe
 
 
 def load_lora(pipe: Any, file: Path) -> None:
@@ -115,6 +121,9 @@ def load_lora(pipe: Any, file: Path) -> None:
     )
     if any(name.startswith("transformer.") for name in state):
         pipe.load_lora_into_transformer(state, None, pipe.transformer, metadata=metadata, _pipeline=pipe)
+        for name, parameter in pipe.transformer.named_parameters():
+            if ".lora_" in name:  # made where its layer is, which may wait in host memory
+                parameter.data = parameter.data.to(pipe.transformer.device)
 
 
 def size_of(spec: Spec) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from runner import device, export, files, flux, sample, tokens
+from runner.cache import Cache
 from runner.desk import open_base_of
 from runner.errors import FluxrunError
 from runner.rundir import Run, read_spec
@@ -71,7 +72,7 @@ def _draw(run: Run, spec: Spec, wish: Wish, gpus: str | None) -> list[Image.Imag
     placeholders = tokens.placeholders([(token.name, token.vectors, token.initializer) for token in spec.tokens])
     exported = export.exported_files(run.export, run.name, placeholders)
     return sample.sample(
-        open_base_of(spec, gpus), exported, wish.shots, length=spec.model.max_sequence_length, steps=wish.steps,
+        open_base_of(spec, gpus, Cache(run.runs / "cache")), exported, wish.shots, length=spec.model.max_sequence_length, steps=wish.steps,
         size=wish.size, scale=wish.scale,
     )  # fmt: skip
 

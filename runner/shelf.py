@@ -6,7 +6,7 @@ Reading FLUX.1's 24 GB again at every pivot, export and next run would cost a ba
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -19,14 +19,16 @@ from runner.spec import Model
 @dataclass
 class Shelf:
     """One transformer at most. It is lent whole: whoever takes it is its only owner until it is put back, so one that
-    was on its way when something went wrong is never seen again."""
+    was on its way when something went wrong is never seen again. `live`: encoders that have just learned, for the one
+    pass that encodes what they make of the captions."""
 
     key: str = ""
     kept: nn.Module | None = None
+    live: dict[str, Any] = field(default_factory=dict)
 
-    def take(self, base: flux.Base, own: Model) -> nn.Module:
+    def take(self, base: flux.Base) -> nn.Module:
         """The base's transformer without adapters, in eval mode: the one kept where it is the same, or else a loaded one."""
-        wanted = _key(base, own)
+        wanted = _key(base)
         if self.kept is None or self.key != wanted:
             self.clear(base)
             return flux.load_transformer(base)
@@ -39,8 +41,9 @@ class Shelf:
             return
         lora.detach_lora(model)
         flux.forget_shapes(model)
+        flux.set_attention(model, "native")
         model.disable_gradient_checkpointing()  # type: ignore[operator]
-        self.key, self.kept = _key(base, own), model.requires_grad_(False).eval()
+        self.key, self.kept = _key(base), model.requires_grad_(False).eval()
 
     def clear(self, base: flux.Base) -> None:
         """Give the memory back, for a model that is not needed beside a transformer."""
@@ -50,11 +53,13 @@ class Shelf:
 
     @property
     def bytes(self) -> int:
-        """Held by what is kept."""
-        return sum(tensor.nbytes for tensor in self.kept.state_dict().values()) if self.kept is not None else 0
+        """Held by what is kept, on its device: blocks may wait in host memory."""
+        tensors = list(self.kept.state_dict().values()) if self.kept is not None else []
+        where = "cuda" if any(tensor.is_cuda for tensor in tensors) else "cpu"
+        return sum(tensor.nbytes for tensor in tensors if tensor.device.type == where)
 
 
-def _key(base: flux.Base, own: Model) -> str:
+def _key(base: flux.Base) -> str:
     """What makes two transformers the same: the files, and everything that changes how they are loaded."""
     facts: list[Any] = [str(base.folder), fingerprint(base.folder / "transformer"), base.variant, str(base.device)]
-    return json.dumps([*facts, str(base.dtype), own.quantize])
+    return json.dumps([*facts, str(base.dtype), base.quantize, base.offload])

@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from runner.attention import Attention
+
 Dtype = Literal["bf16", "fp16", "fp32"]
 Natural = Annotated[int, Field(ge=1, le=2**31)]
 Whole = Annotated[int, Field(ge=0, le=2**31)]
@@ -31,8 +33,16 @@ class Model(Table):
     revision: Line | None = key(None, "Branch, tag or commit of a hub base")
     variant: Line | None = key(None, "Weight file variant, e.g. fp16")
     dtype: Dtype | None = key(None, "Of the frozen base; default bf16 on a GPU, fp32 on a CPU")
-    quantize: Literal["none", "int8", "fp8", "nf4"] = key("none", "Quantisation of the frozen transformer and T5")
-    gradient_checkpointing: bool = key(False, "Recompute activations in the backward pass: less memory, slower")
+    quantize: Literal["none", "int8", "fp8", "nf4"] = key(
+        "none", "Frozen transformer and T5 in 8 or 4 bits; nf4 needs bitsandbytes"
+    )
+    gradient_checkpointing: bool | Natural = key(
+        False, "Recompute activations in the backward pass, of every block or every n-th: less memory, slower"
+    )
+    attention: Attention = key("native", "Attention of the transformer while it trains, by diffusers' names")
+    offload: Literal["none", "blocks"] = key(
+        "none", "Where the transformer's and T5's blocks wait for their turn: on the device, or in host memory"
+    )
     compile: bool = key(False, "torch.compile the transformer's blocks")
     tf32: bool = key(True, "Allow TF32 matmuls on a GPU")
     max_sequence_length: Annotated[int, Field(ge=8, le=512)] = key(512, "Tokens that T5 reads")

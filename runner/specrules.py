@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from runner.attention import HALF
 from runner.spec import Spec
 from runner.specfaults import show
 
@@ -91,8 +92,24 @@ def broken_rules(spec: Spec, written: Mapping[str, Any]) -> Iterator[tuple[str, 
     for key in [f"stop.{name}" for name in ruled] + (["export.best"] if spec.export.best else []):
         if spec.validation.every is None:
             yield key, "goes by the eval loss, which is only taken every validate.every steps; set that too"
+    if spec.model.attention in HALF and spec.model.dtype == "fp32":
+        yield "model.attention", f'{spec.model.attention} takes bf16 and fp16 alone (model.dtype is fp32); use "native"'
+    yield from _offload(spec)
     yield from _prodigy(spec)
     yield from _schedule(spec)
+
+
+def _offload(spec: Spec) -> Iterator[tuple[str, str]]:
+    own = spec.model
+    if own.offload == "none":
+        return
+    if own.gradient_checkpointing > 1:
+        yield (
+            "model.gradient_checkpointing",
+            f"blocks that are offloaded are all recomputed (found {own.gradient_checkpointing}); take this key out",
+        )
+    if own.compile:
+        yield "model.compile", "compiled blocks cannot be offloaded (found true); take one of the two keys out"
 
 
 def _prodigy(spec: Spec) -> Iterator[tuple[str, str]]:

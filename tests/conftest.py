@@ -165,9 +165,11 @@ def desk_of(spec: Path) -> Desk:
     flux.quiet()
     [job] = prepare([spec], spec.parent / "runs", fetch=True, fresh=False)
     cpu, model = torch.device("cpu"), job.spec.model
-    base = flux.open_base(model.base, model.revision, model.variant, cpu, device.resolve_dtype(model.dtype, cpu))
+    cache, dtype = Cache(spec.parent / "runs" / "cache"), device.resolve_dtype(model.dtype, cpu)
+    base = flux.open_base(
+        model.base, model.revision, model.variant, cpu, dtype, model.quantize, cache.folder, model.offload == "blocks"
+    )
     assert job.pictures is not None
-    cache = Cache(spec.parent / "runs" / "cache")
     return Desk(job.spec, job.plan, job.pictures, base, cache, Say(), Ranks(), lambda: False)
 
 

@@ -201,12 +201,12 @@ def gpu(*rows: str, more: str = "", **changes: str) -> Setup:
     return setup
 
 
-def without(package: str, more: str) -> Setup:
+def without(package: str, more: str, **changes: str) -> Setup:
     def setup(house: House, patch: Patch) -> Path:
         found = checkhere.find_spec
         patch.setattr(checkhere, "find_spec", lambda name: None if name == package else found(name))
         patch.setenv("WANDB_MODE", "offline")
-        return appended(more)(house, patch)
+        return appended(more, **changes)(house, patch)
 
     return setup
 
@@ -293,6 +293,9 @@ BROKEN: dict[str, Setup] = {
     "a GPU that is full": gpu("0, GPU-a, Test Card, 24000, 3, 8.6"),
     "more GPUs than there are": gpu("0, GPU-a, Test Card, 24000, 23000, 8.6", more="[compute]\ngpus = 2\n"),
     "no bitsandbytes": without("bitsandbytes", '[optimizer]\nname = "adamw8bit"\n'),
+    "no bitsandbytes for nf4": without("bitsandbytes", "", base='base = "builtin:tiny"\nquantize = "nf4"'),
+    "no flash attention": without("flash_attn", "", base='base = "builtin:tiny"\nattention = "flash"'),
+    "attention of a GPU": spec(base='base = "builtin:tiny"\nattention = "_native_cudnn"'),
     "no wandb": without("wandb", WANDB),
     # ---- logins
     "W&B without a login": appended(WANDB),

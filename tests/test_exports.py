@@ -96,7 +96,7 @@ BASE = flux.Base(BUILTIN["builtin:tiny"], None, torch.device("cpu"), torch.float
 def test_a_wrong_value_in_the_lora_file_is_found_by_its_layer(done: House, trained: Weights) -> None:
     file = done.folder / "runs" / "a" / "export" / export.LORA_FILE
     shape, stored = shape_of(trained), export.rounded(trained, torch.bfloat16)
-    pipe = sample.image_pipeline(BASE)
+    pipe = sample.image_pipeline(BASE, flux.load_transformer(BASE))
     sample.load_lora(pipe, file)
     verify.loaded_lora(pipe.transformer, stored.lora, shape)  # as it is, it passes
     with pytest.raises(BadFile, match="reads back with scale 1.0, trained was 2.0"):
@@ -144,7 +144,7 @@ def test_alpha_survives_the_export(house: House) -> None:
     """alpha / rank = 4: lost, the picture would be another one."""
     spec = house.spec(rank="rank = 4\nalpha = 16.0", steps="steps = 2")
     assert house.fluxrun("queue", spec).code == 0
-    pipe = sample.image_pipeline(BASE)
+    pipe = sample.image_pipeline(BASE, flux.load_transformer(BASE))
     sample.load_lora(pipe, house.folder / "runs" / "a" / "export" / export.LORA_FILE)
     scales = {m.scaling[name] for m in pipe.transformer.modules() if hasattr(m, "scaling") for name in m.scaling}
     assert scales == {4.0}

@@ -143,6 +143,13 @@ TABLE: dict[str, tuple[Any, Probe, Any, dict[str, Any]]] = {
     ),
     "model.dtype": ("bf16", lambda d: next(transformer_of(d).parameters()).dtype, torch.bfloat16, {}),
     "model.gradient_checkpointing": (True, lambda d: transformer_of(d).gradient_checkpointing, True, {}),
+    "model.offload": (
+        "blocks", lambda d: "forward" in vars(transformer_of(d).transformer_blocks[0]), True, {},
+    ),
+    "model.attention": (
+        "_native_math",
+        lambda d: transformer_of(d).transformer_blocks[0].attn.processor._attention_backend.value, "_native_math", {},
+    ),
     "model.compile": (
         True, lambda d: transformer_of(d).transformer_blocks[0]._compiled_call_impl is not None, True, {},
     ),
@@ -165,7 +172,7 @@ TABLE: dict[str, tuple[Any, Probe, Any, dict[str, Any]]] = {
     "data.buckets": (True, lambda d: d.plan.sizes, {(48, 80): 1, (64, 64): 8, (80, 48): 1}, {"data__source": "shapes"}),
     "data.center_crop": (True, pixels, NOW, {"data__center_crop": False, "data__source": "shapes"}),
     "data.random_flip": (True, pixels, NOW, {}),
-    "data.variants": (3, lambda d: len(d.views), 30 + 8, {"data__center_crop": False}),
+    "data.variants": (3, lambda d: len(d.views), 30 + 9, {"data__center_crop": False}),
     "data.interpolation": ("nearest", pixels, NOW, {"data__resolution": 48}),
     "data.caption_dropout": (1.0, lambda d: {caption for *_, caption in shown(d)}, {""}, {}),
     "data.holdout": (4, lambda d: (len(d.pictures.items), len(d.eval_views)), (6, 4), {}),
@@ -222,7 +229,7 @@ TABLE: dict[str, tuple[Any, Probe, Any, dict[str, Any]]] = {
 }  # fmt: skip
 # Keys that only a whole run, or another machine, shows: the test that holds each.
 ELSEWHERE = {
-    "model.quantize": "test_plan.py::test_what_is_not_there_yet_is_refused_not_ignored",
+    "model.quantize": "test_quant.py::test_a_quantised_base_trains_close_to_the_plain_one",
     "model.revision": "test_keys.py::test_a_revision_chooses_the_snapshot",
     "model.variant": "test_keys.py::test_a_variant_chooses_the_weight_files",
     "data.config": "test_data.py::test_a_configuration_and_a_split_choose_their_rows",

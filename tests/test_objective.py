@@ -12,11 +12,11 @@ import torch
 from conftest import House, desk_of
 from torch import Tensor, nn
 
-from runner import data, flux, text, tokens
+from runner import data, flux, keys, text, tokens
 from runner.basefiles import BUILTIN
 from runner.checkpoint import Weights
 from runner.desk import EVAL_SIGMAS, Desk
-from runner.encode import CachedEncoder, LiveEncoder, encode, encode_captions
+from runner.encode import CachedEncoder, LiveEncoder, encode, encode_texts
 from runner.errors import FluxrunError
 from runner.learn import load_encoders, load_transformer, trainable
 from runner.objective import FlowObjective
@@ -224,7 +224,10 @@ def test_a_live_encoder_is_never_replaced_by_the_cache(house: House) -> None:
     assert isinstance(objective.encoders["clip"], LiveEncoder)
     assert isinstance(objective.encoders["t5"], CachedEncoder)
     assert not (desk.cache.folder / "clip").exists()
-    assert len(list((desk.cache.folder / "t5").rglob("*.safetensors"))) == 10
+    texts = (
+        len(desk.pictures.captions) + 2
+    )  # the prompt as it stands, for the untuned base, and with its token written out
+    assert len(list((desk.cache.folder / "t5").rglob("*.safetensors"))) == texts == 12
 
 
 def test_rows_learned_otherwise_are_another_cache_entry(house: House) -> None:
@@ -297,9 +300,9 @@ def test_where_clip_is_pooled_is_as_the_spec_says(house: House, legacy_base: Pat
             assert torch.equal(vec, live.embed([caption for _, caption in objective.batch(step, 0)], way))
     assert losses
     past = Weights(rows={"clip": live.rows.detach()} if live.rows is not None else {})
-    encode_captions(desk, "clip", past)
+    encode_texts(desk, "clip", past, desk.entries("clip", past))
     cached = CachedEncoder(desk, "clip", past)
-    for way in desk.poolings:
+    for way in keys.poolings(desk.spec):
         with torch.no_grad():
             caption = desk.captions[0]
             assert torch.equal(cached.embed([caption], way), live.embed([caption], way))

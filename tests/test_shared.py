@@ -78,15 +78,15 @@ def test_another_base_or_dtype_is_another_transformer(house: House, monkeypatch:
     loaded = loads(monkeypatch, "load_transformer")
     desk, shelf = desk_of(house.spec("a")), Shelf()
     own = desk.spec.model
-    one = shelf.take(desk.base, own)
+    one = shelf.take(desk.base)
     shelf.put(desk.base, own, one)
     assert shelf.bytes > 1_000_000
-    assert shelf.take(desk.base, own) is one
+    assert shelf.take(desk.base) is one
     assert shelf.bytes == 0  # lent, and so gone if it does not come back
-    assert shelf.take(desk.base, own) is not one
+    assert shelf.take(desk.base) is not one
     shelf.put(desk.base, own, one)
     half = flux.Base(desk.base.folder, None, desk.base.device, torch.bfloat16)
-    assert next(shelf.take(half, own).parameters()).dtype == torch.bfloat16
+    assert next(shelf.take(half).parameters()).dtype == torch.bfloat16
     assert shelf.bytes == 0
     assert len(loaded) == 3
 
@@ -241,3 +241,29 @@ def test_the_plan_says_what_the_cache_has(house: House) -> None:
 def test_the_plan_of_a_base_on_the_hub_says_nothing_of_the_cache(house: House) -> None:
     house.spec("a", base='base = "black-forest-labs/FLUX.1-dev"')
     assert "in the cache" not in house.fluxrun("plan", "a.toml").out
+
+
+def test_what_has_just_learned_encodes_the_captions(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the pivot T5 is there already; and what it makes of the captions is what a loaded one makes of them."""
+    seen = loads(monkeypatch, "load_t5")
+    house.spec("a")
+    assert house.fluxrun("queue", "a.toml").code == 0
+    assert len(seen) == 1
+    together = exports(house, "a")
+    (house.folder / "runs").rename(house.folder / "runs-before")
+    monkeypatch.setattr(LiveEncoder, "holds", lambda self, weights: False)
+    assert house.fluxrun("queue", "a.toml").code == 0
+    assert len(seen) == 3
+    assert exports(house, "a") == together
+
+
+def test_an_encoder_that_learned_on_is_not_taken_for_an_older_one(house: House) -> None:
+    desk = desk_of(house.spec("a"))
+    live = LiveEncoder.load(desk, "clip", Weights(), learn_rows=True)
+    assert live.rows is not None
+    then = Weights(rows={"clip": live.rows.detach().clone()})
+    assert live.holds(then)
+    assert not live.holds(Weights())
+    with torch.no_grad():
+        live.rows[0, 0] += 1e-6
+    assert not live.holds(then)

@@ -175,3 +175,43 @@ def test_stop_reaches_a_trainer_and_the_queue_goes_on(house: House) -> None:
     assert "short: done" in err
     saved = max(step for step, _ in run.checkpoint_files())
     assert (run.state()["state"], run.state()["step"]) == ("stopped", saved)
+
+
+def test_four_slots_make_the_same_bytes_as_one(house: House) -> None:
+    """Each spec goes to the first free slot; what a run becomes does not depend on which, nor on what trained there before."""
+    names = [f"run{number}" for number in range(5)]
+    for number, name in enumerate(names):
+        path = house.spec(name, rank=f"rank = {number + 2}")
+        path.write_text(f"seed = {number}\n" + path.read_text())
+    specs = [f"{name}.toml" for name in names]
+    found = {}
+    for slots_given in ("4", "1"):
+        runs = f"runs-{slots_given}"
+        process = house.start("queue", *specs, "--gpus", "cpu", "--slots", slots_given, "--runs", runs)
+        _, told = process.communicate(timeout=300)
+        assert process.returncode == 0, told
+        found[slots_given] = {
+            f"{name}/{path.name}": path.read_bytes()
+            for name in names
+            for path in sorted((house.folder / runs / name / "export").iterdir())
+            if path.is_file()
+        }
+        starts = [Path(house.folder / runs / name / "run.log").read_text().count("encode: started") for name in names]
+        assert starts == [1] * 5
+    assert len(found["4"]) >= 15
+    assert found["4"] == found["1"]
+
+
+def test_two_queues_never_share_a_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slots.tempfile, "gettempdir", lambda: str(tmp_path))
+    one, other = (slots.make_slots("0,1,2", 1, 1, tmp_path / name) for name in ("runs", "other-runs"))
+    assert [slot.take() for slot in one[:2]] == [True, True]
+    assert [slot.take() for slot in other] == [False, False, True]
+    assert not one[2].take()
+    one[0].release()
+    assert other[0].take()
+    [pair] = slots.make_slots("1,2", 1, 2, tmp_path / "third")  # one run on two cards has both or none
+    one[1].release()
+    assert not pair.take()
+    other[2].release()
+    assert pair.take()

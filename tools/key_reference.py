@@ -37,7 +37,6 @@ ABOUT = {  # of tables whose presence means something
     "stop": "Early stopping by the eval loss; needs `validate.every`.",
 }
 TAGS = {"train.weighting.scheme": "Which density", "optimizer.name": "Which optimizer"}
-MORE = {"model.quantize": "; not available yet: anything but none is refused"}
 Schema = Mapping[str, Any]
 
 
@@ -88,7 +87,7 @@ def _rows(table: str, found: list[Schema], without: Collection[str] = ()) -> Ite
             kind, default, meaning = _choice([one["const"] for one in kinds]), f"`{json.dumps(chosen)}`", TAGS[dotted]
         else:
             kind, default = _kind(about), _default(key, about, owners[0])
-            meaning = about.get("description", "") + MORE.get(dotted, "")
+            meaning = about.get("description", "")
             if tag and len(owners) < len(found):
                 meaning += " (" + ", ".join(model["properties"][tag]["const"] for model in owners) + ")"
         yield f"| `{dotted}` | {_cell(kind)} | {_cell(default)} | {_cell(meaning)} |"

@@ -77,10 +77,13 @@ def main() -> None:
     if plan.key != order["key"]:
         raise FluxrunError("the data changed while the run was starting; start it again")
     model, runs = spec.model, Path(order["runs"])
-    base = flux.open_base(model.base, model.revision, model.variant, where, device.resolve_dtype(model.dtype, where))
+    cache, dtype = Cache(runs / "cache"), device.resolve_dtype(model.dtype, where)
+    base = flux.open_base(
+        model.base, model.revision, model.variant, where, dtype, model.quantize, cache.folder, model.offload == "blocks"
+    )
     ranks.join(order["address"], where)
     try:
-        assist(Run(runs, spec.name), spec, plan, pictures, base, Cache(runs / "cache"), ranks, order["split"])
+        assist(Run(runs, spec.name), spec, plan, pictures, base, cache, ranks, order["split"])
     finally:
         ranks.leave()
 

@@ -140,8 +140,10 @@ def _train(run: Run, told: Told, gpus: str | None, say: Say, stop: StopRequest, 
     plan = plan_of(spec, pictures)
     _same_as_planned(run, plan)
     model, split = spec.model, run.split(spec.train.batch_size)
-    base = flux.open_base(model.base, model.revision, model.variant, where, device.resolve_dtype(model.dtype, where))
-    cache = open_cache(run.runs)
+    cache, dtype = open_cache(run.runs), device.resolve_dtype(model.dtype, where)
+    base = flux.open_base(
+        model.base, model.revision, model.variant, where, dtype, model.quantize, cache.folder, model.offload == "blocks"
+    )
 
     def beside() -> list[Desk]:
         return [desk for folder in told.later if (desk := _later(folder, spec, base, cache, say, warm))]

@@ -1,0 +1,17 @@
+"""diffusers' attention backends that can train FLUX.1 on a CPU or an NVIDIA GPU, by diffusers' names. No torch.
+
+Not among them: sage and _flash_3 (no backward pass), the *_hub ones (code that the hub hands out), flex (slow unless it is
+compiled by itself), the varlen ones (for masks, of which FLUX has none), those for other devices.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+Attention = Literal[
+    "native", "flash", "xformers", "_native_cudnn", "_native_efficient", "_native_flash", "_native_math"
+]  # fmt: skip
+BACKENDS: tuple[str, ...] = get_args(Attention)
+PACKAGES = {"flash": ("flash_attn", "flash-attn>=2.6.3"), "xformers": ("xformers", "xformers>=0.0.29")}
+ON_A_GPU = ("flash", "xformers", "_native_cudnn", "_native_efficient")
+HALF = ("flash", "_native_cudnn")  # take bf16 and fp16 alone

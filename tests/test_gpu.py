@@ -1,0 +1,99 @@
+"""What only a GPU shows: `pytest -m gpu -n 0`. Skipped, loudly, where torch sees none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import House
+
+from runner import device, flux, learn
+from runner.cache import Cache
+from runner.checkpoint import Weights
+from runner.desk import Desk
+from runner.encode import encode
+from runner.objective import FlowObjective
+from runner.plan import Encode
+from runner.prepare import prepare
+from runner.ranks import Ranks
+from runner.say import Say
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here: nothing of this file was tried"),
+]
+
+
+def desk_on_gpu(spec: Path) -> Desk:
+    flux.quiet()
+    [job] = prepare([spec], spec.parent / "runs", fetch=True, fresh=False)
+    where, own = device.choose("0"), job.spec.model
+    device.prepare(where, tf32=own.tf32)
+    base = flux.open_base(own.base, own.revision, own.variant, where, device.resolve_dtype(own.dtype, where))
+    assert job.pictures is not None
+    return Desk(job.spec, job.plan, job.pictures, base, Cache(spec.parent / "cache"), Say(), Ranks(), lambda: False)
+
+
+def exports(house: House, runs: str) -> dict[str, bytes]:
+    folder = house.folder / runs / "a" / "export"
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+@pytest.mark.parametrize("phase_name", ["joint", "lora"])
+def test_a_step_waits_for_the_device_only_where_its_numbers_are_read(house: House, phase_name: str) -> None:
+    """Forward, backward, clip and optimizer step run without a single host-device synchronisation."""
+    desk = desk_on_gpu(house.spec("a"))
+    for phase in desk.plan.phases:
+        if isinstance(phase, Encode) and phase.at == 0:
+            encode(desk, phase, Weights())
+    [phase] = [one for one in desk.plan.training if one.name == phase_name]
+    transformer, adapter = learn.load_transformer(desk, phase, Weights())
+    encoders = learn.load_encoders(desk, phase, Weights())
+    optimizer = learn.build_optimizer(desk.spec, learn.trainable(phase, adapter, encoders))
+    objective = FlowObjective(desk, transformer, encoders)
+    try:
+        for step in range(4):
+            if step == 2:  # kernels are loaded and tables made
+                torch.cuda.synchronize()
+                torch.cuda.set_sync_debug_mode("error")
+            objective.loss(step, 0).backward()
+            torch.nn.utils.clip_grad_norm_(optimizer.parameters, 1.0)
+            optimizer.step(1.0)
+            objective.settle()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        objective.close()
+
+
+def test_memory_is_back_between_runs(house: House) -> None:
+    from runner.engine.trainer import Told, Warm, train_run
+    from runner.errors import Code
+    from runner.stop import StopRequest
+
+    house.spec("a")
+    house.spec("b", rank="rank = 16")
+    jobs = prepare([house.folder / "a.toml", house.folder / "b.toml"], house.folder / "runs", fetch=True, fresh=False)
+    warm = Warm()
+    left = []
+    for job in jobs:
+        attempt = job.run.enlist(job.spec, job.plan, "test", job.source.origin)
+        assert train_run(Told(job.run.folder, attempt), "0", lambda _: None, StopRequest(), warm) == Code.DONE
+        device.release(torch.device("cuda"))
+        left.append(torch.cuda.memory_allocated() - warm.shelf.bytes)
+        assert not warm.worn("0")
+    assert left[1] - left[0] < 8 << 20
+    assert warm.shelf.bytes > 0
+
+
+def test_two_trainings_and_a_resumed_one_end_with_the_same_bytes(house: House) -> None:
+    house.spec("a")
+    for runs in ("one", "two"):
+        assert house.fluxrun("queue", "a.toml", "--runs", runs, "--gpus", "0").code == 0
+    assert exports(house, "one") == exports(house, "two")
+    for checkpoint in (house.folder / "two" / "a" / "checkpoints").iterdir():
+        if "000006" in checkpoint.name:
+            checkpoint.unlink()
+    (house.folder / "two" / "a" / "state.json").unlink()
+    assert house.fluxrun("queue", "a.toml", "--runs", "two", "--gpus", "0").code == 0
+    assert exports(house, "one") == exports(house, "two")
