@@ -217,8 +217,14 @@ def test_the_plan_tells_cards_and_the_cheapest_way_to_a_smaller_one(house: House
             'model.quantize = "int8"',
         ],
         ["train.batch_size = 1, train.accumulate = 2", "model.gradient_checkpointing = true", 'model.quantize = "nf4"'],
+        [
+            "train.batch_size = 1, train.accumulate = 2",
+            "model.gradient_checkpointing = true",
+            'model.quantize = "nf4"',
+            'model.offload = "blocks"',
+        ],
     ]
-    assert [one["cards"][0] for one in fits["changes"]] == [80, 40, 24, 12]
+    assert [one["cards"][0] for one in fits["changes"]] == [80, 40, 16, 12, 8]
     needs = [fits["needs_bytes"], *(one["needs_bytes"] for one in fits["changes"])]
     assert needs == sorted(needs, reverse=True)
     words = house.fluxrun("plan", path).out

@@ -49,7 +49,7 @@ def checkpoint_at(job: Job, step: int) -> None:
 
 def picture(house: House, jobs: list[Job], width: int = 130) -> list[str]:
     console = Console(record=True, width=width, file=open(os.devnull, "w"))  # noqa: SIM115
-    nightplan.draw(console, jobs, pace.times(jobs, house.folder / "runs"), NOW)
+    nightplan.draw(console, jobs, pace.times(jobs, house.folder / "runs"), {}, NOW)
     text = console.export_text().replace(f"{house.folder}/", "")
     return [line.rstrip() for line in text.splitlines() if line.strip()]
 

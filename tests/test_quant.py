@@ -164,10 +164,10 @@ def test_quantising_takes_the_memory_of_the_quantised_model_and_happens_once(
     told = schemes.held(numbers, schemes.in_blocks(linear_layers(config)), scheme, 4)
     assert told == pytest.approx(size, rel=0.01)
     one = 448 * 5 * 448 * 4  # bytes of the largest weight, plain
-    assert peak < 1.2 * size + 3 * one
+    assert peak < 1.2 * size + 8 * one  # bitsandbytes has several copies of a weight at once; the plain model has 30
     monkeypatch.setattr(quant, "quantize", None)  # the second time nothing is quantised
     second, peak = load()
-    assert peak < 1.2 * size + 3 * one
+    assert peak < 1.2 * size + 8 * one  # bitsandbytes has several copies of a weight at once; the plain model has 30
     assert same(first, second)
 
     monkeypatch.undo()
@@ -220,9 +220,8 @@ def test_what_a_run_needs_at_least_is_told_by_its_scheme(tmp_path: Path) -> None
     found = {}
     for lines in ("", 'quantize = "int8"\n', 'quantize = "nf4"\n', 'offload = "blocks"\n'):
         spec = planned(tmp_path, f"[model]\n{lines}")
-        found[lines.partition("=")[2].strip().strip('"')] = needed(spec, make_plan(spec, FACTS), numbers, on_gpu=True)[
-            0
-        ]
+        need = needed(spec, make_plan(spec, FACTS), numbers, on_gpu=True)
+        found[lines.partition("=")[2].strip().strip('"')] = need.least
     assert found[""] > 22e9
     assert 11e9 < found["int8"] < 13e9
     assert 6e9 < found["nf4"] < 8e9
