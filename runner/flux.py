@@ -80,7 +80,7 @@ def load_t5(base: Base) -> nn.Module:
     from transformers import T5EncoderModel
 
     def empty(folder: Path) -> Any:
-        return T5EncoderModel(T5EncoderModel.config_class.from_pretrained(folder))
+        return T5EncoderModel(T5EncoderModel.config_class.from_dict(json.loads((folder / "config.json").read_text())))
 
     made: Any = _load_large(T5EncoderModel, empty, base, "text_encoder_2")
     return spread(made, list(made.encoder.block), base.device) if base.offload else made  # type: ignore[no-any-return]

@@ -55,8 +55,10 @@ def attach_lora(model: Any, shape: LoraShape, seed: int) -> dict[str, nn.Paramet
 def spare_casts(model: nn.Module, dropout: float) -> None:
     """Let adapters take their input as it comes: under autocast peft's cast to fp32 would be cast back at once. Dropout is
     drawn in fp32 all the same."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     for module in model.modules():
-        if hasattr(module, "cast_input_dtype_enabled"):
+        if isinstance(module, BaseTunerLayer):
             module.cast_input_dtype_enabled = dropout > 0
 
 

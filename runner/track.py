@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
+from runner.board import FILE
 from runner.errors import FluxrunError
 
 
@@ -56,7 +57,7 @@ def _make_way(folder: Path) -> None:
     """TensorBoard reads a folder's files in the order of their names, which hold the time they were begun. Where the clock
     does not say that this attempt is the last one, the earlier ones' files are given the numbers of their order instead.
     """
-    there = sorted(folder.glob("events.out.tfevents.*"))
+    there = sorted(path for path in folder.glob("events.out.tfevents.*") if path.name != FILE)
     if there and there[-1].name.split(".")[3] >= f"{int(time.time()):010d}":
         for number, path in enumerate(there):
             _, _, _, _, *rest = path.name.split(".")

@@ -8,6 +8,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -355,3 +356,17 @@ def test_steps_are_chosen_evenly() -> None:
     assert evenly(range(0, 101), 5) == [0, 25, 50, 75, 100]
     assert evenly(range(10), 2) == [0, 9]
     assert evenly(range(10), 1) == [9]
+
+
+def test_a_resume_within_the_same_second_leaves_the_session_its_name(house: House) -> None:
+    from runner.board import FILE
+    from runner.track import _make_way
+
+    later = f"events.out.tfevents.{int(time.time()) + 60}.host.1.0"
+    for name in (FILE, later):
+        (house.folder / name).write_bytes(b"")
+    _make_way(house.folder)
+    assert sorted(path.name for path in house.folder.glob("events*")) == [
+        FILE,
+        "events.out.tfevents.0000000000.host.1.0",
+    ]

@@ -164,10 +164,10 @@ def test_quantising_takes_the_memory_of_the_quantised_model_and_happens_once(
     told = schemes.held(numbers, schemes.in_blocks(linear_layers(config)), scheme, 4)
     assert told == pytest.approx(size, rel=0.01)
     one = 448 * 5 * 448 * 4  # bytes of the largest weight, plain
-    assert peak < 1.2 * size + 8 * one  # bitsandbytes has several copies of a weight at once; the plain model has 30
+    assert peak < 1.2 * size + 12 * one  # bitsandbytes has several copies of a weight at once; the plain model is 30
     monkeypatch.setattr(quant, "quantize", None)  # the second time nothing is quantised
     second, peak = load()
-    assert peak < 1.2 * size + 8 * one  # bitsandbytes has several copies of a weight at once; the plain model has 30
+    assert peak < 1.2 * size + 12 * one  # bitsandbytes has several copies of a weight at once; the plain model is 30
     assert same(first, second)
 
     monkeypatch.undo()
