@@ -79,11 +79,20 @@ def load_clip(base: Base) -> nn.Module:
 def load_t5(base: Base) -> nn.Module:
     from transformers import T5EncoderModel
 
-    def empty(folder: Path) -> Any:
-        return T5EncoderModel(T5EncoderModel.config_class.from_dict(json.loads((folder / "config.json").read_text())))
-
-    made: Any = _load_large(T5EncoderModel, empty, base, "text_encoder_2")
+    made: Any = _load_large(T5EncoderModel, empty_t5, base, "text_encoder_2")
     return spread(made, list(made.encoder.block), base.device) if base.offload else made  # type: ignore[no-any-return]
+
+
+def empty_t5(folder: Path) -> Any:
+    from transformers import T5EncoderModel
+
+    return T5EncoderModel(T5EncoderModel.config_class.from_dict(json.loads((folder / "config.json").read_text())))
+
+
+def empty_transformer(folder: Path) -> Any:
+    from diffusers import FluxTransformer2DModel
+
+    return FluxTransformer2DModel.from_config(FluxTransformer2DModel.load_config(folder))
 
 
 def load_encoder(base: Base, encoder: str) -> nn.Module:
@@ -100,10 +109,7 @@ def load_vae(base: Base) -> nn.Module:
 def load_transformer(base: Base) -> nn.Module:
     from diffusers import FluxTransformer2DModel
 
-    def empty(folder: Path) -> Any:
-        return FluxTransformer2DModel.from_config(FluxTransformer2DModel.load_config(folder))
-
-    made: Any = _load_large(FluxTransformer2DModel, empty, base, "transformer")
+    made: Any = _load_large(FluxTransformer2DModel, empty_transformer, base, "transformer")
     made.pos_embed = Rotary(made.pos_embed)
     return spread(made, blocks_of(made), base.device) if base.offload else made  # type: ignore[no-any-return]
 
@@ -166,17 +172,24 @@ def _load(kind: Any, base: Base, part: str) -> nn.Module:
 
 
 def _load_large(kind: Any, empty: Callable[[Path], Any], base: Base, part: str) -> nn.Module:
-    """One of the two large parts, quantised where the base says so; in host memory where its blocks will wait there. `empty`:
-    the model without weights."""
+    """One of the two large parts, quantised where the base says so; in host memory where its blocks will wait there. On a
+    CPU its tensors are the file's own pages, where they need not be changed. `empty`: the model without weights."""
     if base.offload:
         base = replace(base, device=torch.device("cpu"))
-    if base.quantize == "none":
+    if base.quantize == "none" and base.device.type == "cpu":
         return _load(kind, base, part)
+    return filled(empty, base, part)
+
+
+def filled(empty: Callable[[Path], Any], base: Base, part: str) -> nn.Module:
+    """The same tensor by tensor straight to the device, so that host memory never holds more than one."""
     folder = _weights_folder(base, part)
     with torch.device("meta"):
         model = empty(folder)
-    key = key_of("quantized", quant.FORMAT, fingerprint(folder), base.variant, base.quantize, str(base.dtype))
-    kept = base.cache / "quantized" / key[:2] / f"{key}.safetensors" if base.cache else None
+    kept = None
+    if base.quantize != "none" and base.cache:
+        key = key_of("quantized", quant.FORMAT, fingerprint(folder), base.variant, base.quantize, str(base.dtype))
+        kept = base.cache / "quantized" / key[:2] / f"{key}.safetensors"
     return quant.fill(model, weight_files(folder, base.variant), base.quantize, base.dtype, base.device, kept)
 
 

@@ -49,7 +49,7 @@ class FlowObjective:
         weighting = spec.train.weighting.model_dump(exclude={"scheme"})
         self.flow = flux.Flow(base, flux.Weighting(spec.train.weighting.scheme, **weighting))
         self.predict = flux.predictor(transformer, spec.train.guidance, base.device, base.dtype)
-        self.ahead = Ahead(self.prepare)
+        self.ahead = Ahead(self.prepare, beside=base.device.type != "cpu")
 
     def close(self) -> None:
         self.ahead.close()

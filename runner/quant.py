@@ -131,8 +131,8 @@ class QuantLinear(nn.Linear):
 def fill(
     model: nn.Module, weights: Mapping[str, Path], scheme: str, dtype: torch.dtype, device: torch.device, kept: Path | None
 ) -> nn.Module:  # fmt: skip
-    """Give a model on the meta device its weights, the linear layers of its blocks quantised, one tensor at a time: at no
-    moment is more of the plain model in memory than one tensor. `weights`: the file of each name. `kept`: where the quantised
+    """Give a model on the meta device its weights, the linear layers of its blocks quantised if `scheme` is not "none", one
+    tensor at a time: at no moment is more of the plain model in host memory than one tensor. `weights`: the file of each name. `kept`: where the quantised
     model lies, or is put, so that the next time it is only read.
 
     Raises BadFile for a name that no file has.
@@ -141,7 +141,7 @@ def fill(
     names = list(model.state_dict())
     for name, module in list(model.named_modules()):
         own = torch.float32 if name.rpartition(".")[2] in whole else dtype
-        if type(module) is nn.Linear and in_a_block(name):
+        if scheme != "none" and type(module) is nn.Linear and in_a_block(name):
             module = QuantLinear(module, scheme, own)
             model.set_submodule(name, module)
         _make_room(module, own, device)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from runner.ahead import Ahead
 from runner.errors import NonFinite
 from runner.optim import Adam, Adam8bit, Group, Optimizer
 from runner.ranks import Ranks
@@ -210,3 +211,27 @@ def test_the_best_step_is_saved_when_it_is_found() -> None:
         look=lambda step: losses[step // 2 - 1], stop_requested=lambda: False,
     )  # fmt: skip
     assert saved == [(2, 2), (4, 4), (8, 8), (10, 8)]
+
+
+def test_what_is_made_ahead_is_what_is_asked_for() -> None:
+    """In order or not, each place is what its own arguments make of it; a failure is told to whoever asks for that place."""
+
+    def make(step: int, micro: int) -> tuple[int, int]:
+        made.append((step, micro))
+        if step == 7:
+            raise ValueError("step 7")
+        return step, micro
+
+    for beside in (True, False):
+        made: list[tuple[int, int]] = []
+        ahead = Ahead(make, beside=beside)
+        asked = [(0, 0), (0, 1), (1, 0), (5, 0), (6, 0)]
+        assert [
+            ahead.get(place, then=(place[0] + 1, 0) if place[1] or place[0] else (0, 1)) for place in asked
+        ] == asked
+        with pytest.raises(ValueError, match="step 7"):
+            ahead.get((7, 0), then=(8, 0))
+        assert ahead.get((9, 0), then=(10, 0)) == (9, 0)
+        ahead.close()
+        assert made.count((1, 0)) == 1  # it was made ahead, and not again
+        assert ((2, 0) in made) == beside  # made for nobody: step 5 came instead

@@ -389,3 +389,17 @@ def test_with_nothing_held_out_some_training_pictures_are_looked_at(house: House
     assert all(view.variant is None for view in desk.eval_views)
     assert isinstance(desk.eval_views[0], View)
     assert isinstance(desk.pictures, data.Pictures)
+
+
+def test_batches_made_ahead_are_the_same_batches(house: House) -> None:
+    """As on a GPU, where a thread makes the next one while the device computes."""
+    losses = []
+    for beside in (False, True):
+        objective, _ = objective_of(
+            desk_of(spec_of(house, rank="rank = 4\ndropout = 0.1", steps="steps = 6\naccumulate = 2"))
+        )
+        objective.ahead.beside = beside
+        losses.append([float(objective.loss(step, micro)) for step in range(3) for micro in range(2)])
+        objective.close()
+    assert losses[0] == losses[1]
+    assert len(set(losses[0])) == 6

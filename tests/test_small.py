@@ -250,3 +250,24 @@ def test_compiled_blocks_train_close_to_the_plain_ones(
     for name, grad in wanted.items():
         assert (found[name] - grad).norm() <= 1e-3 * grad.norm(), name
     assert any((tmp_path / "compile").rglob("*"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_part_read_straight_to_its_device_is_what_the_libraries_read(dtype: torch.dtype) -> None:
+    """The way to a GPU, here to the CPU: every tensor, its dtype (T5 keeps some in fp32), and what comes out."""
+    base = flux.open_base("builtin:tiny", None, None, torch.device("cpu"), dtype)
+    for part, empty, load in (
+        ("transformer", flux.empty_transformer, flux.load_transformer),
+        ("text_encoder_2", flux.empty_t5, flux.load_t5),
+    ):
+        theirs, ours = load(base), flux.filled(empty, base, part)
+        told, made = theirs.state_dict(), ours.state_dict()
+        assert told.keys() == made.keys()
+        for name, tensor in told.items():
+            assert tensor.dtype == made[name].dtype, name
+            assert torch.equal(tensor, made[name]), name
+        assert not ours.training
+        assert not any(parameter.requires_grad for parameter in ours.parameters())
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        assert torch.equal(theirs(ids)[0], ours(ids)[0])
