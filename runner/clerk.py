@@ -151,13 +151,12 @@ class Clerk:
     def show(self, step: int, look: Look) -> None:
         """The eval loss, and pictures where there are any."""
         self.meters = looked(self.meters, step, look.eval_loss)
-        values = {
-            "eval/loss": look.eval_loss,
-            **{f"eval/sigma {sigma:.1f}": loss for sigma, loss in look.by_sigma.items()},
-        }
-        for tracker in self.trackers:
-            tracker.scalars(values, step)
-        self.say.log(f"eval loss at step {step}: {look.eval_loss:.5f}")
+        if look.eval_loss is not None:
+            values = {"eval/loss": look.eval_loss}
+            values |= {f"eval/sigma {sigma:.1f}": loss for sigma, loss in look.by_sigma.items()}
+            for tracker in self.trackers:
+                tracker.scalars(values, step)
+            self.say.log(f"eval loss at step {step}: {look.eval_loss:.5f}")
         for index, picture in enumerate(look.pictures):
             files.write_png(sample_file(self.run, step, index), picture)
         self.show_pictures(step, look.pictures)

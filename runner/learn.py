@@ -53,9 +53,9 @@ def train_phase(
         if desk.ranks.leads:
             save(last[0])
 
-    def look(step: int) -> float:
+    def look(step: int) -> float | None:
         if not desk.ranks.leads:
-            return 0.0
+            return None
         found = Look.at(desk, objective, step)
         show(step, found)
         return found.eval_loss

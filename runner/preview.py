@@ -16,15 +16,16 @@ from runner.objective import FlowObjective
 
 @dataclass(frozen=True)
 class Look:
-    """eval_loss: the mean over sigmas; by_sigma: each one's; pictures: as many as validation asks for, or none."""
+    """eval_loss: the mean over sigmas, None where it is not wanted; by_sigma: each one's; pictures: as many as validation asks
+    for, or none."""
 
-    eval_loss: float
+    eval_loss: float | None
     by_sigma: dict[float, float]
     pictures: tuple[Image.Image, ...]
 
     @classmethod
     def at(cls, desk: Desk, objective: FlowObjective, step: int) -> Look:
-        by_sigma = objective.evaluate()
+        by_sigma = objective.evaluate() if desk.spec.validation.loss else {}
         pictures: tuple[Image.Image, ...] = ()
         every = desk.spec.validation.every
         if every and step % every == 0 and step < desk.plan.steps:  # the last ones are drawn from the exports
@@ -34,7 +35,7 @@ class Look:
                 # Pictures are a courtesy: whatever is wrong with them (memory, most likely) must not end the training.
                 desk.say.line(f"no pictures at step {step}: {type(error).__name__}: {error}")
                 release(desk.base.device)
-        return cls(sum(by_sigma.values()) / len(by_sigma), by_sigma, pictures)
+        return cls(sum(by_sigma.values()) / len(by_sigma) if by_sigma else None, by_sigma, pictures)
 
 
 def draw(desk: Desk, objective: FlowObjective) -> list[Image.Image]:

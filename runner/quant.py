@@ -132,8 +132,8 @@ def fill(
     model: nn.Module, weights: Mapping[str, Path], scheme: str, dtype: torch.dtype, device: torch.device, kept: Path | None
 ) -> nn.Module:  # fmt: skip
     """Give a model on the meta device its weights, the linear layers of its blocks quantised if `scheme` is not "none", one
-    tensor at a time: at no moment is more of the plain model in host memory than one tensor. `weights`: the file of each name. `kept`: where the quantised
-    model lies, or is put, so that the next time it is only read.
+    tensor at a time: at no moment is more of the plain model in host memory than one tensor. `weights`: the file of each
+    name. `kept`: where the quantised model lies, or is put, so that the next time it is only read.
 
     Raises BadFile for a name that no file has.
     """

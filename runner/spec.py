@@ -203,6 +203,9 @@ class Checkpoint(Table):
 class Validate(Table):
     prompts: Annotated[tuple[Line, ...], Field(strict=False)] = key((), "Prompts of sample pictures, tokens by name")
     every: Natural | None = key(None, "Steps between sample pictures")
+    loss: bool = key(
+        True, "Take the eval loss at the end, and every `every` steps: nine forward passes, or nine a held-out image"
+    )
     count: Natural = key(1, "Pictures per prompt")
     steps: Natural = key(28, "Sampling steps")
     size: Side | None = key(None, "Side in pixels; default the resolution")

@@ -92,6 +92,8 @@ def broken_rules(spec: Spec, written: Mapping[str, Any]) -> Iterator[tuple[str, 
     for key in [f"stop.{name}" for name in ruled] + (["export.best"] if spec.export.best else []):
         if spec.validation.every is None:
             yield key, "goes by the eval loss, which is only taken every validate.every steps; set that too"
+        elif not spec.validation.loss:
+            yield key, "goes by the eval loss, which validate.loss = false leaves out; take that out"
     if spec.model.attention in HALF and spec.model.dtype == "fp32":
         yield "model.attention", f'{spec.model.attention} takes bf16 and fp16 alone (model.dtype is fp32); use "native"'
     yield from _offload(spec)

@@ -112,12 +112,12 @@ def train(
     *,
     save: Callable[[int, Meters], None],
     report: Callable[[Step], None],
-    look: Callable[[int], float],
+    look: Callable[[int], float | None],
     stop_requested: Callable[[], bool],
 ) -> None:
     """`save(step, meters)` is called every `save_every` steps, at the end (also an early one) and before stopping;
-    `look(step)` gives the eval loss, in the leading rank. Raises Interrupted after the last save, NonFinite where too many
-    steps in a row had no finite gradient.
+    `look(step)` gives the eval loss, in the leading rank and where it is wanted. Raises Interrupted after the last save,
+    NonFinite where too many steps in a row had no finite gradient.
     """
     step, saved = loop.start, time.monotonic()
     if meters.scaler:
@@ -172,8 +172,10 @@ def train(
             raise Interrupted(f"stopped after step {step}; the same command goes on from there")
 
 
-def looked(meters: Meters, step: int, eval_loss: float) -> Meters:
+def looked(meters: Meters, step: int, eval_loss: float | None) -> Meters:
     """With what a look has shown."""
+    if eval_loss is None:
+        return meters
     if math.isfinite(eval_loss) and (meters.best is None or eval_loss < meters.best):
         return replace(meters, eval_loss=eval_loss, best=eval_loss, best_step=step)
     return replace(meters, eval_loss=eval_loss)

@@ -245,6 +245,7 @@ ELSEWHERE = {
     "validate.count": "test_abilities.py::test_pictures_while_training_change_nothing_of_it",
     "validate.steps": "test_abilities.py::test_pictures_while_training_change_nothing_of_it",
     "validate.size": "test_abilities.py::test_pictures_while_training_change_nothing_of_it",
+    "validate.loss": "test_run.py::test_a_run_without_an_eval_loss",
     "stop.no_better_for": "test_abilities.py::test_a_run_that_ends_early_exports_its_best_step",
     "stop.loss_above": "test_loop.py::test_training_ends_early_by_rule",
     "stop.at": "test_loop.py::test_training_ends_early_by_rule",

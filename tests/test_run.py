@@ -249,3 +249,25 @@ def test_stop_at_refuses_what_is_no_time(house: House) -> None:
     assert said.code == 2
     assert "is no time of day; write HH:MM" in said.err
     assert not (house.folder / "runs").exists()
+
+
+def test_a_run_without_an_eval_loss(house: House) -> None:
+    """It trains to the same bytes, and nothing says that there was one; what goes by it is refused."""
+    exported = []
+    for name, more in (("with", "steps = 2"), ("without", "steps = 2\nloss = false")):
+        spec = house.spec(name)
+        spec.write_text(spec.read_text().replace("steps = 2\n", more + "\n"))
+        assert house.fluxrun("queue", spec).code == 0
+        exported.append((house.folder / "runs" / name / "export" / "pytorch_lora_weights.safetensors").read_bytes())
+    states = {
+        name: json.loads((house.folder / "runs" / name / "state.json").read_text()) for name in ("with", "without")
+    }
+    assert states["with"]["eval_loss"] > 0
+    assert "eval_loss" not in states["without"]
+    assert "eval loss" not in (house.folder / "runs" / "without" / "run.log").read_text()
+    assert exported[0] == exported[1]
+    late = house.spec("late")
+    late.write_text(late.read_text() + "loss = false\nevery = 2\n[stop]\nat = 0.1\n")
+    said = house.fluxrun("plan", late)
+    assert said.code == 2
+    assert "stop.at: goes by the eval loss, which validate.loss = false leaves out; take that out" in said.err

@@ -113,7 +113,7 @@ VALUES = {  # every key of the contract, with a value that is not its default
     "checkpoint.every": "5",
     "checkpoint.minutes": "0.5",
     "checkpoint.keep": "1",
-    "validate": '{ prompts = ["a"], every = 5, count = 2, steps = 4, size = 64 }',
+    "validate": '{ prompts = ["a"], every = 5, count = 2, steps = 4, size = 64, loss = true }',
     "stop": "{ no_better_for = 10, loss_above = 2.0, at = 0.5 }",
     "export.best": "true",
     "track.to": '["wandb"]',

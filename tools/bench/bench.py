@@ -58,6 +58,7 @@ class Asked:
     seed: int = 0
     prompt: str | None = "a photo of TOK"
     save_every: int = 100
+    loss: bool = False  # the reference takes none
 
     @property
     def text(self) -> str:
@@ -93,6 +94,8 @@ lr = {lr}
 name = "{self.optimizer}"
 [checkpoint]
 every = {self.save_every}
+[validate]
+loss = {str(self.loss).lower()}
 """
 
 
