@@ -38,9 +38,10 @@ tiny-base:
 check-base:
     {{venv}}python tools/check_tiny_base.py
 
-# all benchmarks but those against the reference (40 minutes on an otherwise idle machine; tools/bench/README.md)
+# all benchmarks but those against the reference (45 minutes on an otherwise idle machine; tools/bench/README.md)
 bench:
     {{venv}}python tools/bench/step.py
+    {{venv}}python tools/bench/memory.py
     {{venv}}python tools/bench/lora_memory.py
     {{venv}}python tools/bench/startup.py
     {{venv}}python tools/bench/growth.py

@@ -28,6 +28,7 @@ class Cache:
     def note(self, key: str) -> dict[str, str]:
         """What `put_note` wrote; {} where there is nothing, or nothing whole."""
         found = read_json(self._note(key))
+        _asked_for(self._note(key))
         return found if all(isinstance(value, str) for value in found.values()) else {}
 
     def put_note(self, key: str, facts: Mapping[str, str]) -> None:
@@ -50,8 +51,7 @@ class Cache:
             found, about = tensors.load(path)
             if (about.get("kind"), about.get("key", key)) != (kind, key):  # early entries do not know their key
                 raise BadFile(f"{path}: the header says {about.get('kind')} {about.get('key')}")
-            with contextlib.suppress(OSError):  # another user's, or a disk that is only read: then it just looks older
-                os.utime(path)  # when it was last asked for, for `fluxrun cache prune`
+            _asked_for(path)
             return found["value"]
         except BadFile:
             path.unlink(missing_ok=True)
@@ -74,3 +74,11 @@ class Cache:
         path = self.path(kind, key)
         files.make_folder(path.parent)
         tensors.save(path, {"value": value}, {**about, "kind": kind, "key": key})
+
+
+def _asked_for(path: Path) -> None:
+    """For `fluxrun cache prune`."""
+    with contextlib.suppress(
+        OSError
+    ):  # not there, another user's, or a disk that is only read: then it just looks older
+        os.utime(path)

@@ -21,8 +21,8 @@ DAY = 86400.0
 
 @dataclass(frozen=True)
 class Kind:
-    """Entries of one kind: latents, text embeddings by encoder, or quantised models. bytes: on the disk; oldest, newest:
-    days since they were last asked for."""
+    """Entries of one kind: latents, text embeddings by encoder, quantised models, or views: which latents a data set comes
+    to. bytes: on the disk; oldest, newest: days since they were last asked for."""
 
     kind: str
     entries: int
@@ -78,4 +78,5 @@ def as_json(kinds: list[Kind]) -> dict[str, Any]:
 
 
 def _entries(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob("*.safetensors") if path.is_file() and not path.is_symlink()]
+    paths = (path for end in ("safetensors", "json") for path in folder.rglob(f"*.{end}"))
+    return [path for path in paths if path.is_file() and not path.is_symlink()]

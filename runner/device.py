@@ -7,8 +7,8 @@ import gc
 import os
 import resource
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,17 +55,32 @@ def settle_libraries() -> None:
     """Import what a run will import and take it out of the garbage collector's way: half a million objects, which every
     collection between phases would walk through. To be called before any model is loaded, else that stays for ever too.
     """
-    import diffusers
-    import peft
-    import transformers
+    # which they would import wherever it is installed, and torch's compiler with it, for layers that nobody asks for
+    with _out_of_sight("bitsandbytes"):
+        import diffusers
+        import peft
+        import transformers
 
-    for name in ("FluxPipeline", "FluxTransformer2DModel", "AutoencoderKL"):
-        getattr(diffusers, name)
-    for name in ("CLIPTextModel", "T5EncoderModel", "AutoTokenizer"):
-        getattr(transformers, name)
-    assert peft.LoraConfig
+        for name in ("FluxPipeline", "FluxTransformer2DModel", "AutoencoderKL"):
+            getattr(diffusers, name)
+        for name in ("CLIPTextModel", "T5EncoderModel", "AutoTokenizer"):
+            getattr(transformers, name)
+        assert peft.LoraConfig
     gc.collect()
     gc.freeze()
+
+
+@contextmanager
+def _out_of_sight(name: str) -> Iterator[None]:
+    """A module that cannot be imported within, where it was not yet; it can be again afterwards."""
+    if name in sys.modules:
+        yield
+        return
+    sys.modules[name] = None  # type: ignore[assignment]  # what `import` takes for absent
+    try:
+        yield
+    finally:
+        del sys.modules[name]
 
 
 def resolve_dtype(name: str | None, device: torch.device) -> torch.dtype:

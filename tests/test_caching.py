@@ -23,8 +23,8 @@ def mine(done: House, tmp_path: Path) -> House:
 
 def test_what_the_cache_holds(mine: House) -> None:
     found = json.loads(mine.fluxrun("cache", "--json").out)
-    on_disk = list((mine.folder / "runs" / "cache").rglob("*.safetensors"))
-    assert {one["kind"] for one in found["kinds"]} == {"clip", "latents", "t5"}
+    on_disk = [path for path in (mine.folder / "runs" / "cache").rglob("*") if path.suffix in (".safetensors", ".json")]
+    assert {one["kind"] for one in found["kinds"]} == {"clip", "latents", "t5", "views"}
     assert sum(one["entries"] for one in found["kinds"]) == len(on_disk)
     assert found["bytes"] == sum(path.stat().st_size for path in on_disk)
     lines = mine.fluxrun("cache").out.splitlines()
@@ -35,20 +35,23 @@ def test_what_the_cache_holds(mine: House) -> None:
 def test_what_nobody_asked_for_goes_and_is_made_again(mine: House) -> None:
     """What a run reads counts as asked for; the rest is forty days old."""
     old = time.time() - 40 * 86400
-    entries = list((mine.folder / "runs" / "cache").rglob("*.safetensors"))
+    entries = [path for path in (mine.folder / "runs" / "cache").rglob("*") if path.suffix in (".safetensors", ".json")]
     for path in entries:
         os.utime(path, (old, old))
     assert mine.fluxrun("queue", mine.spec("again", steps="steps = 1", prompts="prompts = []")).code == 0
     said = mine.fluxrun("cache", "prune")
     left = list((mine.folder / "runs" / "cache" / "latents").rglob("*.safetensors"))
     assert len(left) == 10  # the run read them
+    assert len(list((mine.folder / "runs" / "cache" / "views").rglob("*.json"))) == 1
     gone = len(entries) - len([path for path in entries if path.exists()])
     assert 0 < gone < len(entries)
     assert said.out.startswith(f"{gone} entries removed, ")
 
     before = export_bytes(mine.folder / "runs" / "a")
     assert mine.fluxrun("cache", "prune", "--days", "0").code == 0
-    assert not list((mine.folder / "runs" / "cache").rglob("*.safetensors"))
+    assert not [
+        path for path in (mine.folder / "runs" / "cache").rglob("*") if path.suffix in (".safetensors", ".json")
+    ]
     assert mine.fluxrun("queue", "a.toml", "--runs", "other").code == 0
     assert export_bytes(mine.folder / "other" / "a") == before
 
