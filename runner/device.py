@@ -72,8 +72,9 @@ def settle_libraries() -> None:
 
 @contextmanager
 def _out_of_sight(name: str) -> Iterator[None]:
-    """A module that cannot be imported within, where it was not yet; it can be again afterwards."""
-    if name in sys.modules:
+    """A module that cannot be imported within; it can be again afterwards. Not where it was already, or where a library has
+    seen that it is there."""
+    if {name, "diffusers", "transformers", "peft"} & sys.modules.keys():
         yield
         return
     sys.modules[name] = None  # type: ignore[assignment]  # what `import` takes for absent

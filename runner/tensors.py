@@ -49,7 +49,7 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     metadata = files.read_metadata(path)
     try:
         with safe_open(path, framework="pt") as opened:
-            tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118 - not iterable
+            tensors = {name: _copy(opened.get_tensor(name)) for name in opened.keys()}  # noqa: SIM118 - not iterable
         raws = {name: raw(tensor) for name, tensor in tensors.items()}
     except (SafetensorError, OSError, ValueError) as error:
         raise BadFile(f"{path}: not a whole safetensors file ({error})") from error
@@ -59,6 +59,15 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if files.tensors_digest(raws, metadata) != digest:
         raise BadFile(f"{path}: the content does not match its digest; the file was changed or damaged after writing")
     return tensors, metadata
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """By numpy: torch's own copy starts OpenMP workers in whatever thread it runs, and those of a writer's thread would spin
+    on the cores that train."""
+    made = torch.empty_like(tensor)
+    if made.numel():
+        made.reshape(-1).view(torch.uint8).numpy()[:] = tensor.reshape(-1).view(torch.uint8).numpy()
+    return made
 
 
 def verified(path: Path) -> Iterator[tuple[str, Tensor]]:

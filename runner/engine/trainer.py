@@ -57,8 +57,8 @@ def main(told: Told, gpus: str | None, stop: StopRequest) -> Code:
     events = os.dup(sys.stdout.fileno())
     os.set_blocking(events, False)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print is for the log
-    flux.quiet()
     device.settle_libraries()
+    flux.quiet()
     warm = Warm()
     code = train_run(told, gpus, sender(events), stop, warm)
     while code is Code.DONE:
