@@ -60,7 +60,10 @@ def settle_libraries() -> None:
         import diffusers
         import peft
         import transformers
+        from peft.import_utils import is_bnb_4bit_available, is_bnb_available
 
+        if is_bnb_available() or is_bnb_4bit_available():  # asked now, remembered: else the first adapter would import it
+            assert "bitsandbytes" in sys.modules
         for name in ("FluxPipeline", "FluxTransformer2DModel", "AutoencoderKL"):
             getattr(diffusers, name)
         for name in ("CLIPTextModel", "T5EncoderModel", "AutoTokenizer"):
