@@ -62,8 +62,11 @@ def settle_libraries() -> None:
         import transformers
         from peft.import_utils import is_bnb_4bit_available, is_bnb_available
 
-        if is_bnb_available() or is_bnb_4bit_available():  # asked now, remembered: else the first adapter would import it
-            assert "bitsandbytes" in sys.modules
+        for ask in (
+            is_bnb_available,
+            is_bnb_4bit_available,
+        ):  # which are remembered; else the first adapter would import it
+            ask()
         for name in ("FluxPipeline", "FluxTransformer2DModel", "AutoencoderKL"):
             getattr(diffusers, name)
         for name in ("CLIPTextModel", "T5EncoderModel", "AutoTokenizer"):
