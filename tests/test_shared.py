@@ -267,3 +267,16 @@ def test_an_encoder_that_learned_on_is_not_taken_for_an_older_one(house: House) 
     with torch.no_grad():
         live.rows[0, 0] += 1e-6
     assert not live.holds(then)
+
+
+def test_rotary_tables_are_kept_only_while_the_shape_is_told(house: House) -> None:
+    model = flux.load_transformer(desk_of(house.spec("a")).base)
+    small, large = (flux.image_ids(side, side, torch.device("cpu"), torch.float32) for side in (4, 8))
+    with flux.rotary_of(model, (0, 4, 4)):
+        first = model.pos_embed(small)
+        assert model.pos_embed(small) is first
+    assert all(torch.equal(*pair) for pair in zip(model.pos_embed(small), first, strict=True))
+    assert model.pos_embed(large)[0].shape[0] == 16  # stock diffusers, at another size
+    flux.forget_shapes(model)
+    with flux.rotary_of(model, (0, 4, 4)):
+        assert model.pos_embed(small) is not first
