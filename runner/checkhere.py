@@ -24,7 +24,6 @@ from runner.prepare import Seen
 from runner.shapes import read_shapes
 from runner.spec import Spec
 
-LARGE = ("transformer", "text_encoder_2")  # what can be quantised, and offloaded
 SMALL = 2**30  # bytes of weights below which a base needs no GPU
 
 # Numbers in FLUX.1's parts beside the transformer (sums over the published files), for plans without its files.
@@ -85,7 +84,7 @@ class Need:
 def needed(spec: Spec, plan: Plan, numbers: Mapping[str, int], on_gpu: bool) -> Need:
     """`numbers`: of each of the base's parts, as its files tell them."""
     each = estimate.BYTES[spec.model.dtype or ("bf16" if on_gpu else "fp32")]
-    away = LARGE if on_gpu and spec.model.offload != "none" else ()
+    away = estimate.LARGE if on_gpu and spec.model.offload != "none" else ()
     most = (0, "")
     for phase in plan.phases:
         parts = [int(numbers.get(part, 0) * _bytes(spec, part, each)) for part in resident(phase) if part not in away]
@@ -100,7 +99,7 @@ def needed(spec: Spec, plan: Plan, numbers: Mapping[str, int], on_gpu: bool) -> 
 
 def _bytes(spec: Spec, part: str, plain: float) -> float:
     """Of one number of a part."""
-    return schemes.BYTES.get(spec.model.quantize, plain) if part in LARGE else plain
+    return schemes.BYTES.get(spec.model.quantize, plain) if part in estimate.LARGE else plain
 
 
 def check_devices(

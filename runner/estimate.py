@@ -28,7 +28,7 @@ from runner.shapes import Shapes, chosen_layers, read_shapes
 from runner.spec import Spec
 
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
-LARGE = ("transformer", "text_encoder_2")  # whose blocks model.offload lets wait in host memory
+LARGE = ("transformer", "text_encoder_2")  # what model.quantize and model.offload are about
 
 # What the kernels hold for themselves. On a GPU: cuBLAS's workspace, 8 x 4 MiB (device.prepare) for each of two threads.
 # On a CPU: code of the libraries that is read in at its first use, more of it once something was trained; measured.

@@ -75,6 +75,8 @@ def execute(
                         clerk.end_training(progress)
                         device.release(base.device)
                     case Export():
+                        shelf.live.clear()  # where nothing came between them and the last step
+                        device.release(base.device)
                         delivered = deliver(order, best_of(run, progress, say) if spec.export.best else progress)
                         clerk.show_pictures(plan.steps, [picture for _, picture in delivered.pictures])
                 clerk.leave()

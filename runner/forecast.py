@@ -10,12 +10,12 @@ from typing import Any
 
 from runner import keys
 from runner.basefiles import clip_config, fingerprint, local_folder
+from runner.estimate import BYTES
 from runner.finding import size
 from runner.plan import Encode
 from runner.prepare import Job
 from runner.statefile import read_json
 
-BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 TORCH = {"bf16": "torch.bfloat16", "fp16": "torch.float16", "fp32": "torch.float32"}
 CHANNELS = 2 * 16  # mean and log-variance of FLUX's 16 latent channels
 

@@ -280,3 +280,20 @@ def test_rotary_tables_are_kept_only_while_the_shape_is_told(house: House) -> No
     flux.forget_shapes(model)
     with flux.rotary_of(model, (0, 4, 4)):
         assert model.pos_embed(small) is not first
+
+
+def test_encoders_that_learned_to_the_end_are_gone_when_the_export_loads_its_own(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the rows learn to the last step, no encode phase comes between; two T5s would not fit beside the transformer."""
+    shelves: list[Shelf] = []
+    held: list[int] = []
+    take, load = Shelf.take, flux.load_t5
+    monkeypatch.setattr(Shelf, "take", lambda self, *what: (shelves.append(self), take(self, *what))[1])
+    monkeypatch.setattr(
+        flux, "load_t5", lambda base: (held.append(sum(len(one.live) for one in shelves)), load(base))[1]
+    )
+    spec = house.spec("a", lr="lr = 1e-2\nuntil = 1.0")
+    assert house.fluxrun("queue", spec).code == 0
+    assert held == [0, 0]  # to learn, and to read the exported rows back
+    assert shelves
