@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -181,12 +183,15 @@ def run_one(folder: Path, attempt: int, parent: int | None, later: tuple[Path, .
     if parent is not None:
         die_with(parent)
     code: int = Code.STOPPED
+    gc.disable()  # half a million objects come with the imports, and stay; `settle_libraries` enables it again
     with StopRequest() as stop, suppress(KeyboardInterrupt):  # a second signal may come when the run has ended already
         from runner.engine.trainer import Told
         from runner.engine.trainer import main as train
 
         code = train(Told(folder, attempt, later), gpus, stop)
-    sys.exit(code)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)  # everything is closed; taking the libraries apart would only keep the next run waiting for the card
 
 
 def _without_done(jobs: list[Job], screen: Any) -> list[Job]:

@@ -74,6 +74,7 @@ def settle_libraries() -> None:
         assert peft.LoraConfig
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @contextmanager

@@ -103,7 +103,8 @@ def load_encoder(base: Base, encoder: str) -> nn.Module:
 def load_vae(base: Base) -> nn.Module:
     from diffusers import AutoencoderKL
 
-    return _load(AutoencoderKL, base, "vae")
+    vae: Any = _load(AutoencoderKL, base, "vae")
+    return vae.to(memory_format=torch.channels_last)  # type: ignore[no-any-return]  # convolutions in half the time
 
 
 def load_transformer(base: Base) -> nn.Module:

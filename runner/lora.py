@@ -32,6 +32,8 @@ def attach_lora(model: Any, shape: LoraShape, seed: int) -> dict[str, nn.Paramet
     """
     from peft import LoraConfig
 
+    from runner.lowrank import fuse
+
     config = LoraConfig(
         r=shape.rank,
         lora_alpha=shape.alpha,  # type: ignore[arg-type]  # peft annotates int and takes any number
@@ -44,8 +46,10 @@ def attach_lora(model: Any, shape: LoraShape, seed: int) -> dict[str, nn.Paramet
     if len(parameters) != 2 * len(shape.layers):
         raise ValueError(f"peft adapted {len(parameters) // 2} layers, planned were {len(shape.layers)}")
     spare_casts(model, shape.dropout)
+    fuse(model)
+    where = model.device  # diffusers looks through all modules for it
     for name, parameter in parameters.items():
-        parameter.data = parameter.data.to(model.device, torch.float32)  # its layer may wait elsewhere
+        parameter.data = parameter.data.to(where, torch.float32)  # its layer may wait elsewhere
         if ".lora_A." in name:
             generator = torch.Generator().manual_seed(derive(seed, "lora", name))
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) / shape.rank)

@@ -109,7 +109,7 @@ def image_pipeline(base: Base, transformer: Any, *, with_vae: bool = True) -> An
         base.folder, **without, transformer=transformer, dtype=base.dtype, variant=base.variant, use_safetensors=True
     )
     if with_vae:
-        pipe.vae.to(base.device)
+        pipe.vae.to(base.device, memory_format=torch.channels_last)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -121,9 +121,10 @@ def load_lora(pipe: Any, file: Path) -> None:
     )
     if any(name.startswith("transformer.") for name in state):
         pipe.load_lora_into_transformer(state, None, pipe.transformer, metadata=metadata, _pipeline=pipe)
+        where = pipe.transformer.device
         for name, parameter in pipe.transformer.named_parameters():
             if ".lora_" in name:  # made where its layer is, which may wait in host memory
-                parameter.data = parameter.data.to(pipe.transformer.device)
+                parameter.data = parameter.data.to(where)
 
 
 def size_of(spec: Spec) -> int:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from runner import flux, lora, text
+from runner import flux, lora, lowrank, text
 
 
 def counted(modules: list[Any], forward: Callable[[], Tensor]) -> int:
@@ -77,6 +77,7 @@ def transformer(
             model = FluxTransformer2DModel(**config).requires_grad_(False)
         model.add_adapter(LoraConfig(r=rank, target_modules=layers, init_lora_weights=False), adapter_name=lora.ADAPTER)
         lora.spare_casts(model, 0.0)
+        lowrank.fuse(model)
         assert {parameter.dtype for parameter in lora.adapter_parameters(model).values()} == {torch.float32}
         predict = flux.predictor(model.train(), 3.5, cpu, dtype)
         noise = torch.randn(images, img, config["in_channels"])

@@ -215,3 +215,26 @@ def test_two_queues_never_share_a_card(tmp_path: Path, monkeypatch: pytest.Monke
     assert not pair.take()
     other[2].release()
     assert pair.take()
+
+
+def test_a_trainer_on_a_cpu_keeps_its_heap_whole_and_one_on_a_gpu_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the process is started with; a setting of the user's own stands."""
+    told: list[dict[str, str]] = []
+    real = subprocess.Popen
+
+    def start(command: list[str], *, env: dict[str, str], **rest: Any) -> subprocess.Popen[bytes]:
+        told.append(env)
+        return real([sys.executable, "-c", ""], env=env, **rest)
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    for gpus, own in ((None, None), ("0", None), ("cpu", "glibc.malloc.check=3")):
+        if own:
+            monkeypatch.setenv("GLIBC_TUNABLES", own)
+        Trainer(tmp_path, 1, [], gpus, None).dismiss()
+    first, second, third = (env.get("GLIBC_TUNABLES") for env in told)
+    assert first is not None
+    assert "tcache_count=0" in first
+    assert (second, third) == (None, "glibc.malloc.check=3")

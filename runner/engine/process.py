@@ -16,6 +16,10 @@ from runner.say import Event
 
 PATIENCE = 30.0  # seconds for an idle trainer to go
 
+# glibc's caches of small pieces, off. A tensor is aligned to 64 bytes, which cuts a few off its block; once something small
+# sits in these, the freed block no longer fits a tensor of the same size, and the heap grows by a quarter.
+WHOLE_HOLES = "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"
+
 
 class Trainer:
     """Starts the process on a run. `code` is None while the run goes on; after Code.DONE it waits for another one.
@@ -29,6 +33,8 @@ class Trainer:
         command = [sys.executable, "-P", "-m", "runner", "_run-one", str(folder), "--attempt", str(attempt)]
         command += ["--parent", str(os.getpid()), *(f"--later={path}" for path in later)]
         environment = dict(os.environ)
+        if gpus in (None, "cpu"):
+            environment.setdefault("GLIBC_TUNABLES", WHOLE_HOLES)
         if threads is not None:
             environment["OMP_NUM_THREADS"] = str(threads)
         if gpus is not None:

@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 
 from runner.errors import Code, NonFinite
 
+SPACING = 2.0**-15  # of exported bf16 numbers between 2**-8 and 2**-7: the same weights but for a last bit
+
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -210,7 +212,7 @@ def test_out_of_memory_halves_the_micro_batch_once(house: House, whole: Path) ->
     name = Path("a/export/pytorch_lora_weights.safetensors")
     ours, theirs = load_file(house.folder / "runs" / name), load_file(whole / name)
     assert ours.keys() == theirs.keys()
-    assert max(float((ours[key] - theirs[key]).abs().max()) for key in ours) < 1e-5
+    assert max(float((ours[key] - theirs[key]).abs().max()) for key in ours) < SPACING
     assert max(float(theirs[key].abs().max()) for key in ours) > 1e-3
 
 
@@ -227,7 +229,7 @@ def test_control_half_the_batch_without_twice_the_accumulation_is_seen(
         go_on(house, lora(house))
     name = Path("a/export/pytorch_lora_weights.safetensors")
     ours, theirs = load_file(house.folder / "runs" / name), load_file(whole / name)
-    assert max(float((ours[key] - theirs[key]).abs().max()) for key in ours) > 1e-5
+    assert max(float((ours[key] - theirs[key]).abs().max()) for key in ours) > SPACING
 
 
 @pytest.mark.parametrize("batch", [1, 4])

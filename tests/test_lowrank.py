@@ -1,0 +1,130 @@
+"""The fused layer against peft's own: the same numbers forward and backward, and peft's way where it is asked for more."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora.layer import Linear as PeftLinear
+from torch import Tensor, nn
+
+from runner.lowrank import FusedLinear, fuse
+
+
+class Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(12, 20), nn.Linear(20, 6, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x).tanh())  # type: ignore[no-any-return]
+
+
+def adapted(fused: bool, dtype: torch.dtype = torch.float32, dropout: float = 0.0) -> nn.Module:
+    """Alpha is not the rank; both factors are other than zero; everything is the same from call to call."""
+    torch.manual_seed(3)
+    model = Two().requires_grad_(False).to(dtype)
+    config = LoraConfig(
+        r=4, lora_alpha=10, lora_dropout=dropout, target_modules=["first", "second"], init_lora_weights=False
+    )
+    inject_adapter_in_model(config, model)
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            parameter.data = torch.randn(parameter.shape) / 3
+    if fused:
+        fuse(model)
+        assert type(model.first) is type(model.second) is FusedLinear
+    return model
+
+
+def learned(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """The output and every gradient."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=model.first.base_layer.weight.dtype == torch.bfloat16):
+        out = model(x)
+    out.float().pow(3).sum().backward()
+    found = {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
+    return {"out": out.detach(), **found, **({"x": x.grad} if x.grad is not None else {})}
+
+
+def entry(shape: tuple[int, ...], grad: bool) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(5)).requires_grad_(grad)
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["input learns", "input given"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(7, 12), (2, 5, 12)])
+def test_fused_is_peft_but_for_rounding(shape: tuple[int, ...], dtype: torch.dtype, grad: bool) -> None:
+    ours, theirs = (learned(adapted(fused, dtype), entry(shape, grad)) for fused in (True, False))
+    assert ours.keys() == theirs.keys()
+    assert len(ours) == 5 + grad
+    for name, value in theirs.items():
+        assert ours[name].dtype == value.dtype, name
+        rtol = 1e-5 if dtype == torch.float32 else 0.04
+        torch.testing.assert_close(ours[name], value, rtol=rtol, atol=rtol * float(value.abs().max()), msg=name)
+
+
+def test_a_batch_that_is_not_contiguous() -> None:
+    x = entry((12, 3, 4), False).permute(1, 2, 0)
+    assert not x.is_contiguous()
+    torch.testing.assert_close(adapted(True)(x), adapted(False)(x))
+
+
+def test_frozen_adapters_get_no_gradient_and_let_it_through() -> None:
+    found = []
+    for fused in (True, False):
+        model, x = adapted(fused).requires_grad_(False), entry((7, 12), True)
+        found.append(learned(model, x))
+    assert found[0].keys() == {"out", "x"}
+    torch.testing.assert_close(found[0]["x"], found[1]["x"])
+
+
+def test_dropout_is_drawn_as_peft_draws_it() -> None:
+    outputs = []
+    for fused in (True, False):
+        model = adapted(fused, dropout=0.5).train()
+        torch.manual_seed(0)
+        outputs.append(model(entry((7, 12), False)))
+    assert torch.equal(*outputs)
+
+
+def test_a_layer_that_is_switched_off_or_merged_is_left_to_peft() -> None:
+    model, x = adapted(True), entry((7, 12), False)
+    with_it = model(x)
+    for layer in (model.first, model.second):
+        layer.enable_adapters(False)
+    without = model(x)
+    torch.manual_seed(3)
+    torch.testing.assert_close(without, Two()(x))
+    for layer in (model.first, model.second):
+        layer.enable_adapters(True)
+        layer.merge()
+    torch.testing.assert_close(model(x), with_it, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(with_it, without)
+
+
+def test_nothing_but_plain_layers_is_fused() -> None:
+    class Quantised(nn.Linear):
+        pass
+
+    model = nn.ModuleDict({"one": Quantised(4, 4), "two": nn.Linear(4, 4)})
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["one", "two"]), model)
+    fuse(model)
+    assert [type(model[name]) for name in ("one", "two")] == [PeftLinear, FusedLinear]
+
+
+def test_no_more_is_saved_for_the_backward_pass() -> None:
+    def saved(fused: bool) -> int:
+        model, sizes = adapted(fused), dict[int, Tensor]()
+        own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+        def pack(tensor: Tensor) -> Tensor:
+            if (place := tensor.untyped_storage().data_ptr()) not in own:
+                sizes[place] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            out = model(entry((64, 12), False))
+        assert out.requires_grad
+        return sum(tensor.untyped_storage().nbytes() for tensor in sizes.values())
+
+    assert saved(True) <= saved(False)
