@@ -1,6 +1,6 @@
 """Whole processes, interleaved: diffusers' `train_dreambooth_lora_flux_advanced.py` and `fluxrun queue`, doing the same.
 
-    python tools/bench/against_reference.py --script SCRIPT [--model DIR] [--rounds 3] [--cases ...]
+    python tools/bench/against_reference.py --script SCRIPT [--model DIR] [--rounds 3] [--cases ...] [--slots 1 2]
 
 SCRIPT lies in diffusers' repository under examples/advanced_diffusion_training; it runs as it stands, through
 `reference.py`. Cases, all at batch 1, 256 px, 128 text tokens, rank 8 on the same layers, Prodigy, fp32, centre crops of
@@ -10,6 +10,8 @@ pivotal-clip, pivotal-t5  40 steps, rows learned in CLIP, or in CLIP and T5, for
 captions                  40 steps, encoders frozen, a caption for each picture
 four, four-short, twelve  a queue of pivotal-clip specs that differ in their seed, against a shell loop: four at 40 steps,
                           four at 10, twelve at 10
+
+With `--slots 1 2` fluxrun's side of a queue is measured with either in every round, against the same shell loop.
 
 Every run starts from nothing: its own output or runs folder, an empty cache. Per side: wall and CPU seconds, and the peak
 of the largest process above what importing its libraries takes (all polled from outside, see watch.py). Quoted are medians
@@ -103,13 +105,13 @@ def run_theirs(bench: Bench, case: Case) -> Watched:
         return took
 
 
-def run_ours(bench: Bench, case: Case) -> Watched:
+def run_ours(bench: Bench, case: Case, slots: int) -> Watched:
     with tempfile.TemporaryDirectory() as where:
         folder = Path(where)
         (folder / "specs").mkdir()
         for seed in range(case.specs):
             (folder / "specs" / f"s{seed:02}.toml").write_text(bench.ours(case, seed))
-        took = watch(fluxrun("queue", "specs", "--gpus", "cpu"), folder, folder / "log")
+        took = watch(fluxrun("queue", "specs", "--gpus", "cpu", "--slots", str(slots)), folder, folder / "log")
         made = [run for run in (folder / "runs").glob("s*") if any((run / "export").glob("*.safetensors"))]
         if len(made) != case.specs:
             raise SystemExit(f"fluxrun made {len(made)} of {case.specs} LoRAs:\n{(folder / 'log').read_text()[-3000:]}")
@@ -154,6 +156,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--script", type=Path, required=True, help="train_dreambooth_lora_flux_advanced.py")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--cases", nargs="+", choices=tuple(CASES), default=tuple(CASES))
+    parser.add_argument("--slots", type=int, nargs="+", default=[1], help="of fluxrun queue, one after the other")
     parser.add_argument("--steps", type=int, help="of every case, to try whether all works")
     parser.add_argument("--resolution", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=128)
@@ -182,15 +185,18 @@ def main() -> None:
             case = CASES[name]
             if given.steps:
                 case = Case(case.encoders, case.specs, given.steps)
-            pairs = []
+            rounds = []
             for number in range(given.rounds):
-                sides = [("ours", run_ours), ("reference", run_theirs)]
-                found = {}
-                for side, run in sides if number % 2 == 0 else sides[::-1]:
-                    found[side] = run(bench, case)
-                    told(name, side, found[side])
-                pairs.append((found["ours"], found["reference"]))
-            rows.append(row_of(name, case, pairs, (base[0].peak.rss, base[1].peak.rss)))
+                order = ["reference", *given.slots]
+                rounds.append(dict[str | int, Watched]())
+                for side in order if number % 2 else order[::-1]:
+                    took = run_theirs(bench, case) if side == "reference" else run_ours(bench, case, int(side))
+                    told(name, side if side == "reference" else f"ours, {side} at a time", took)
+                    rounds[-1][side] = took
+            for slots in given.slots:
+                title = name if slots == 1 else f"{name}, `--slots {slots}`"
+                pairs = [(took[slots], took["reference"]) for took in rounds]
+                rows.append(row_of(title, case, pairs, (base[0].peak.rss, base[1].peak.rss)))
     table(rows)
 
 
