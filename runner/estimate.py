@@ -33,7 +33,7 @@ LARGE = ("transformer", "text_encoder_2")  # what model.quantize and model.offlo
 # What the kernels hold for themselves. On a GPU: cuBLAS's workspace, 8 x 4 MiB (device.prepare) for each of two threads.
 # On a CPU: code of the libraries that is read in at its first use, more of it once something was trained; measured.
 GPU_WORKSPACE = 64 << 20
-CPU_WORKSPACE, CPU_TRAINED = 22 << 20, 47 << 20
+CPU_WORKSPACE, CPU_TRAINED = 26 << 20, 47 << 20
 
 # What a card must have beside it: CUDA's context and kernels, and what torch's allocator cannot fill of its blocks.
 CONTEXT, FRAGMENTS = 0.75 * 2**30, 0.05

@@ -1,6 +1,6 @@
 """The floor of a step: the transformer's forward and backward, the clip, the optimizer's step, and nothing else.
 
-    python tools/bench/bare.py MODEL [--steps 10] [--encoders clip t5] [--optimizer adamw] [--resolution 256] ...
+    python tools/bench/bare.py MODEL [--steps 10] [--encoders clip t5] [--optimizer adamw] [--compile] [--resolution 256] ...
 
 It imports nothing of fluxrun: diffusers' and transformers' own classes, peft's adapter on the layers of the preset
 "attention+mlp" (which are the reference script's too), torch's or prodigyopt's optimizer, and tensors drawn once. With
@@ -155,10 +155,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--encoders", nargs="*", choices=tuple(PARTS), default=())
     parser.add_argument("--optimizer", choices=("adamw", "prodigy"), default=Shape.optimizer)
+    parser.add_argument("--compile", action="store_true", help="its blocks, as model.compile does")
     for name in ("resolution", "tokens", "batch", "rank"):
         parser.add_argument(f"--{name}", type=int, default=getattr(Shape, name))
     own = parser.parse_args()
+    began = time.perf_counter()
     loop = Bare(own.model, Shape(own.resolution, own.tokens, own.batch, own.rank, own.optimizer, tuple(own.encoders)))
+    if own.compile:
+        loop.transformer.compile_repeated_blocks()
+    loop.turn(1)
+    print(f"{time.perf_counter() - began:.1f} s to the end of the first step")
     seconds = []
     for _ in range(own.steps):
         began = time.perf_counter()
