@@ -37,7 +37,7 @@ CPU_WORKSPACE, CPU_TRAINED = 26 << 20, 47 << 20
 
 # What a card must have beside it: CUDA's context and kernels, and what torch's allocator cannot fill of its blocks.
 CONTEXT, FRAGMENTS = 0.75 * 2**30, 0.05
-HEAP = 2.0  # on a CPU glibc's heap keeps holes: up to so many times the activations without checkpointing; measured
+HEAP = 0.6  # on a CPU glibc's heap keeps holes: of the activations without checkpointing, up to a half; measured
 CARDS = (8, 12, 16, 24, 40, 80)  # GB, as sold
 
 
