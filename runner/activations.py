@@ -1,4 +1,5 @@
-"""Bytes that a forward pass leaves for the backward pass, by what autograd saves in the libraries' blocks. No torch.
+"""Bytes that a forward pass leaves for the backward pass, by what autograd saves in the libraries' blocks and in
+`runner.lean`'s. No torch.
 
 What is saved, and what is not (torch 2.13, diffusers 0.42, peft 0.21, transformers 5.23; tests count it):
 a frozen linear layer needs its weight alone; a LoRA needs its input and its middle; layer and RMS norms, GELU and
@@ -6,7 +7,8 @@ attention need their inputs (attention its output and a sum per row, too). A pro
 factor only where the modulation itself learns: through token rows in CLIP, or a LoRA on its linear layer. Nothing is saved
 before the first thing that learns.
 
-Under autocast to 16 bits on a GPU, norms see fp32 copies of their inputs, every LoRA its own 16-bit copy of its input.
+Under autocast to 16 bits on a GPU, norms see fp32 copies of their inputs, every LoRA its own 16-bit copy of its input. A
+lean block has no such copies, and makes again what norms, GELU and the turning of queries and keys make.
 """
 
 from __future__ import annotations
@@ -65,9 +67,11 @@ DOUBLE_TXT = (
 )  # fmt: skip
 
 
-def transformer_saved(config: Config, batch: Batch, width: Width, what: Learning, every: int) -> int:
+def transformer_saved(
+    config: Config, batch: Batch, width: Width, what: Learning, every: int, *, lean: bool
+) -> int:  # fmt: skip
     """At the end of a forward pass; with every n-th block checkpointed (0: none) as much as the worst moment holds, when
-    such a block is run again."""
+    such a block is run again. lean: whether the others are `runner.lean`'s."""
     d, heads = config["attention_head_dim"] * config["num_attention_heads"], config["num_attention_heads"]
     around = {name.split(".")[0] for name in what.layers if "blocks." not in name}
     pooled = what.pooled or "time_text_embed" in around
@@ -87,12 +91,17 @@ def transformer_saved(config: Config, batch: Batch, width: Width, what: Learning
             own = adapted.get(f"{kind}.{index}", {})
             if not (own or pooled or img_in or txt_in):
                 continue
-            if (alike := (kind, img_in, txt_in, *own)) not in known:
-                block = _double if kind == "transformer_blocks" else _single
-                saved = block(own, d, heads, batch, width, what, pooled, img_in, txt_in)
+            twice = bool(every) and place_of_block % every == 0
+            ends_here = kind == "single_transformer_blocks" and index + 1 == config[count]
+            if (alike := (kind, twice, ends_here, img_in, txt_in, *own)) not in known:
+                if lean and not twice:
+                    saved = _lean(kind, own, d, heads, batch, width, what, pooled, img_in, txt_in, ends_here)
+                else:
+                    block = _double if kind == "transformer_blocks" else _single
+                    saved = block(own, d, heads, batch, width, what, pooled, img_in, txt_in)
                 known[alike] = saved + _loras(own, what, width)
             img_in = txt_in = True  # attention mixes them
-            if every and place_of_block % every == 0:
+            if twice:
                 again.append(known[alike])
                 inputs += batch.both * d * width.narrow
             else:
@@ -157,6 +166,39 @@ def _single(
     total += batch.both * 5 * d * width.narrow * ("proj_out" in own)
     total += batch.both * d * (width.wide + width.narrow) * modulated
     return total + _middles([*reading, *(["proj_out"] if "proj_out" in own else [])], batch.both, d, what, width)
+
+
+def _lean(
+    kind: str, own: Collection[str], d: int, heads: int, batch: Batch, width: Width, what: Learning, pooled: bool,
+    img_in: bool, txt_in: bool, ends_here: bool,
+) -> int:  # fmt: skip
+    """ends_here: of the text the last block keeps only what the image attends to."""
+    each = d * width.narrow
+    if kind == "transformer_blocks":
+        total = _attention(d, heads, batch, width)
+        for tokens, names, led in ((batch.img, DOUBLE_IMG, img_in), (batch.txt, DOUBLE_TXT, txt_in)):
+            count, modulated = batch.images * tokens, pooled or names[6] in own
+            reads = led or modulated or any(name in own for name in names[:3])
+            total += count * each * (reads + 1 + 4 + 2 * modulated)  # both norms' inputs, the GELU's, two gated
+            total += count * each * (names[3] in own) * (batch.images > 1)  # contiguous anew
+            total += _middles([name for name in names[:6] if name in own], count, d, what, width)
+        return total
+    led, modulated = img_in or txt_in, pooled or "norm.linear" in own
+    count = batch.images * batch.img if ends_here else batch.both
+    pair = [name for name in ("attn.to_k", "attn.to_v") if name in own]
+    rest = [name for name in ("attn.to_q", "proj_mlp") if name in own]
+    inner = led or modulated
+    total = 0
+    if (
+        inner or rest[:1] == ["attn.to_q"] or pair
+    ):  # attention: keys and values of all, queries and what comes out of some
+        total += batch.both * 2 * each + count * (2 * each + heads * 4)
+    total += batch.both * each * (inner or bool(pair or rest))  # into the norm
+    total += count * 4 * each * (inner or "proj_mlp" in own or "proj_out" in own)  # into the GELU
+    total += count * each * modulated
+    total += count * each * len(rest) * (ends_here and batch.images > 1)  # contiguous anew
+    total += _middles(pair, batch.both, d, what, width)
+    return total + _middles([*rest, *(["proj_out"] if "proj_out" in own else [])], count, d, what, width)
 
 
 def _attention(d: int, heads: int, batch: Batch, width: Width) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from runner import files, flux, keys, lora, text, tokens
 from runner.basefiles import clip_config, clip_layers, fingerprint
@@ -139,6 +140,7 @@ class LiveEncoder:
         self.rows: nn.Parameter | None = None
         self.first_rows: Tensor | None = None  # what they began as
         self.adapter: Mapping[str, nn.Parameter] = {}
+        self.again = False  # whether its activations are made again in the backward pass, rather than kept
 
     @classmethod
     def load(
@@ -148,6 +150,9 @@ class LiveEncoder:
         rows are drawn at the table's scale."""
         tokenizer, model = flux.load_tokenizer(desk.base, encoder), flux.load_encoder(desk.base, encoder)
         made = cls(encoder, model, tokenizer, text.table_std(model))
+        made.again = (
+            encoder == "t5" and learn_rows and not desk.base.offload
+        )  # which makes its blocks' again, one by one
         if encoder in weights.rows or learn_rows:
             counts = [(len(placeholder.pieces), placeholder.initializer) for placeholder in desk.plan.placeholders]
             made.first_rows = text.initial_rows(model, tokenizer, counts, desk.spec.seed, encoder).to(desk.base.device)
@@ -221,7 +226,13 @@ class LiveEncoder:
         return found.to(next(self.model.parameters()).device)
 
     def embed(self, captions: Sequence[str], pooling: str) -> Tensor:
-        return self._states(torch.stack([self.ids[caption] for caption in captions]), pooling)
+        """T5 runs twice where it learns: its turn in the backward pass comes when the transformer's activations, which are
+        far more than its own, are gone."""
+        ids = torch.stack([self.ids[caption] for caption in captions])
+        if self.again and torch.is_grad_enabled():
+            found: Tensor = checkpoint(self._states, ids, pooling, use_reentrant=False, preserve_rng_state=False)
+            return found
+        return self._states(ids, pooling)
 
     def _states(self, ids: Tensor, pooling: str) -> Tensor:
         if self.encoder == "t5":

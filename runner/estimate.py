@@ -227,14 +227,15 @@ class _Desk:
         )  # fmt: skip
         parts = resident(phase)
         saved = activations.transformer_saved(
-            shapes.transformer, batch, self.width, what, 1 if self.away else int(spec.model.gradient_checkpointing)
-        )
+            shapes.transformer, batch, self.width, what, 1 if self.away else int(spec.model.gradient_checkpointing),
+            lean=not spec.model.compile,
+        )  # fmt: skip
         if "text_encoder" in parts:
             rank = spec.text_lora.rank if spec.text_lora and text_lora else 0
             saved += activations.clip_saved(shapes.clip, images, narrow, rank)
-        if "text_encoder_2" in parts:
-            saved += activations.t5_saved(shapes.t5, images, spec.model.max_sequence_length, narrow)
         saved += activations.backward_buffers(shapes.transformer, batch, self.width) + self.unpacked(parts)
+        if "text_encoder_2" in parts:  # its own are made when the transformer's are gone
+            saved = max(saved, activations.t5_saved(shapes.t5, images, spec.model.max_sequence_length, narrow))
         saved = max(saved, self.looking(batch))
         trained = sum(part.parameters or 0 for part in phase.trains)
         held = trained + self.stopped(phase)

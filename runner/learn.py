@@ -89,8 +89,13 @@ def load_transformer(desk: Desk, phase: TrainPhase, past: Weights) -> tuple[nn.M
     """The frozen base with its adapter, {} where it has none yet; the adapter learns only if the phase says so."""
     transformer = desk.shelf.take(desk.base)
     flux.set_attention(transformer, desk.spec.model.attention)
-    if (every := int(desk.spec.model.gradient_checkpointing)) and not desk.base.offload:  # which recomputes all of them
+    every = int(desk.spec.model.gradient_checkpointing)
+    if every and not desk.base.offload:  # which recomputes all of them
         flux.recompute(transformer, every)
+    if not desk.spec.model.compile:  # the compiler sees to it by itself
+        from runner.lean import spare
+
+        spare(transformer, 1 if desk.base.offload else every)
     adapter: dict[str, nn.Parameter] = {}
     if trains_lora(phase) or past.lora:
         adapter = lora.attach_lora(transformer, lora_shape(desk.spec, desk.base), desk.spec.seed)

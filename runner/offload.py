@@ -9,6 +9,7 @@ finds the weights gone.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ class Chain:
         self.last = 0
         for index, block in enumerate(blocks):
             self._put(index, self.hosts[index])
-            block.forward = self._forward(index, block.forward)  # type: ignore[method-assign]
+            block.forward = self._forward(index, partial(_forward_of, block))  # type: ignore[method-assign]
 
     def _forward(self, index: int, forward: Forward) -> Forward:
         def run(*inputs: Any, **named: Any) -> Any:
@@ -67,6 +68,11 @@ class Chain:
     def _put(self, index: int, tensors: Sequence[Tensor]) -> None:
         for (table, name), tensor in zip(self.places[index], tensors, strict=True):
             table[name] = nn.Parameter(tensor, requires_grad=False) if isinstance(table[name], nn.Parameter) else tensor
+
+
+def _forward_of(block: nn.Module, *inputs: Any, **named: Any) -> Any:
+    """Its class's, which may change."""
+    return type(block).forward(block, *inputs, **named)
 
 
 def _places(block: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:

@@ -39,7 +39,10 @@ class Shelf:
         """Take it back for the next one, as it was lent; a compiled one is dropped, since its code has adapters in it."""
         if own.compile:
             return
+        from runner.lean import unspare
+
         lora.detach_lora(model)
+        unspare(model)
         flux.forget_shapes(model)
         flux.set_attention(model, "native")
         model.disable_gradient_checkpointing()  # type: ignore[operator]

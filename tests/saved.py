@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from runner import flux, lora, lowrank, text
+from runner import flux, lean, lora, lowrank, text
 
 
 def counted(modules: list[Any], forward: Callable[[], Tensor]) -> int:
@@ -29,7 +29,23 @@ def counted(modules: list[Any], forward: Callable[[], Tensor]) -> int:
             seen[storage._cdata] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    real, init = torch.autograd.graph.saved_tensors_hooks, lean.Remade.__init__
+
+    def lean_hooks(own_pack: Callable[[Tensor], Any], unpack: Callable[[Any], Tensor]) -> Any:
+        def both(tensor: Tensor) -> Any:
+            packed = own_pack(tensor)
+            return pack(packed) if isinstance(packed, Tensor) else packed
+
+        return real(both, unpack)
+
+    def remade(self: lean.Remade, recipe: lean.Recipe, inputs: Sequence[Tensor]) -> None:
+        init(self, recipe, inputs)
+        for one in self.inputs:
+            pack(one)
+
+    with pytest.MonkeyPatch.context() as patch, real(pack, lambda tensor: tensor):
+        patch.setattr(torch.autograd.graph, "saved_tensors_hooks", lean_hooks)
+        patch.setattr(lean.Remade, "__init__", remade)
         forward()
     return sum(seen.values())
 
@@ -64,7 +80,7 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 def transformer(
     config: dict[str, Any], layers: list[str], rank: int, dtype: torch.dtype, images: int, img: int, txt: int, *,
-    pooled: bool, states: bool,
+    pooled: bool, states: bool, spared: bool = False,
 ) -> int:  # fmt: skip
     from diffusers import FluxTransformer2DModel
     from peft import LoraConfig
@@ -78,6 +94,8 @@ def transformer(
         model.add_adapter(LoraConfig(r=rank, target_modules=layers, init_lora_weights=False), adapter_name=lora.ADAPTER)
         lora.spare_casts(model, 0.0)
         lowrank.fuse(model)
+        if spared:
+            lean.spare(model, 0)
         assert {parameter.dtype for parameter in lora.adapter_parameters(model).values()} == {torch.float32}
         predict = flux.predictor(model.train(), 3.5, cpu, dtype)
         noise = torch.randn(images, img, config["in_channels"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from pathlib import Path
@@ -76,21 +77,26 @@ def test_the_transformer_saves_what_the_formula_says(
 ) -> None:
     chosen = lora_layers(linear_layers(config), layers)
     width = Width(4, 4) if dtype == torch.float32 else Width(2, 4)
-    for pooled, states in ((False, False), (True, False), (True, True)):
+    for pooled, states, lean in itertools.product((False, True), (False, True), (False, True)):
         what = Learning(chosen, rank, False, pooled, states)
-        told = activations.transformer_saved(config, Batch(images, img, txt), width, what, False)
-        real = transformer(config, list(chosen), rank, dtype, images, img, txt, pooled=pooled, states=states)
-        assert told == pytest.approx(real, rel=0.02), (pooled, states)
+        told = activations.transformer_saved(config, Batch(images, img, txt), width, what, False, lean=lean)
+        real = transformer(
+            config, list(chosen), rank, dtype, images, img, txt, pooled=pooled, states=states, spared=lean
+        )
+        assert told == pytest.approx(real, rel=0.02), (pooled, states, lean)
 
 
 def test_nothing_is_saved_before_the_first_thing_that_learns() -> None:
     last = {"single_transformer_blocks.5.attn.to_q": (512, 512)}
     batch, width = Batch(1, 256, 128), Width(4, 4)
-    told = activations.transformer_saved(NARROW, batch, width, Learning(last, 4, False, False, False), False)
+    told = activations.transformer_saved(
+        NARROW, batch, width, Learning(last, 4, False, False, False), False, lean=False
+    )
     real = transformer(NARROW, list(last), 4, torch.float32, 1, 256, 128, pooled=False, states=False)
     every = activations.transformer_saved(
-        NARROW, batch, width, Learning(lora_layers(linear_layers(NARROW), "attention"), 4, False, False, False), False
-    )
+        NARROW, batch, width, Learning(lora_layers(linear_layers(NARROW), "attention"), 4, False, False, False), False,
+        lean=False,
+    )  # fmt: skip
     assert told == pytest.approx(real, rel=0.05)
     assert told < every / 5
 
@@ -99,8 +105,8 @@ def test_checkpointing_keeps_the_blocks_inputs_and_one_block() -> None:
     chosen = lora_layers(linear_layers(FLUX1), "attention")
     what = Learning(chosen, 16, False, False, False)
     batch, width = Batch(1, 4096, 512), Width(2, 4)
-    whole = activations.transformer_saved(FLUX1, batch, width, what, False)
-    kept = activations.transformer_saved(FLUX1, batch, width, what, True)
+    whole = activations.transformer_saved(FLUX1, batch, width, what, False, lean=False)
+    kept = activations.transformer_saved(FLUX1, batch, width, what, True, lean=False)
     inputs = 57 * 4608 * 3072 * 2
     assert inputs + whole / 60 < kept < inputs + whole / 40
 
@@ -154,7 +160,8 @@ def test_the_publics_figures_for_flux_are_met(house: House) -> None:
     assert gib(house, **every) == pytest.approx(30 * gb, rel=0.1)
     assert gib(house, quantize="int8", **every) == pytest.approx(18 * gb, rel=0.1)
     assert 26 * gb < gib(house, more=EIGHT_BIT, **CHECKPOINTING, rank='rank = 4\nlayers = "all"') < 30 * gb
-    assert 40 < gib(house) < 80  # without checkpointing no 40 GB card has it
+    # without checkpointing no 40 GB card has it, if blocks keep what diffusers' keep
+    assert 38 < gib(house) < 41 < 50 < gib(house, max_sequence_length="max_sequence_length = 512\ncompile = true") < 60
 
 
 def test_each_setting_costs_what_it_should(house: House) -> None:
@@ -162,7 +169,7 @@ def test_each_setting_costs_what_it_should(house: House) -> None:
     assert gib(house, batch_size="batch_size = 2") > usual + 10
     assert gib(house, resolution="resolution = 512") < usual - 10
     assert gib(house, rank="rank = 128") > usual + 0.5
-    assert gib(house, rank='rank = 4\nlayers = "all"') > usual + 3
+    assert gib(house, rank='rank = 4\nlayers = "all"') > usual + 2
     assert gib(house, more=EIGHT_BIT) < usual
     assert gib(house, more='[prior]\nimages = "classes"\nprompt = "a heart"\n') > usual + 10
     assert gib(house, phase="joint") > usual + 2  # the modulation's way back
@@ -200,7 +207,7 @@ def test_the_largest_bucket_counts(house: House) -> None:
 
 
 def test_the_plan_tells_cards_and_the_cheapest_way_to_a_smaller_one(house: House) -> None:
-    path = house.spec(base=f'base = "{DEV}"', **{**CLIP_ONLY, "batch_size": "batch_size = 2"})
+    path = house.spec(base=f'base = "{DEV}"', **{**CLIP_ONLY, "batch_size": "batch_size = 4"})
     [run] = json.loads(house.fluxrun("plan", path, "--json").out)["runs"]
     for phase in run["phases"]:
         parts = {key: value for key, value in phase["memory"].items() if key != "total"}
@@ -209,16 +216,16 @@ def test_the_plan_tells_cards_and_the_cheapest_way_to_a_smaller_one(house: House
     fits = run["fits"]
     assert (fits["phase"], fits["cards"]) == ("joint", [])
     assert [one["set"] for one in fits["changes"]] == [
-        ["train.batch_size = 1, train.accumulate = 2"],
-        ["train.batch_size = 1, train.accumulate = 2", "model.gradient_checkpointing = true"],
+        ["train.batch_size = 1, train.accumulate = 4"],
+        ["train.batch_size = 1, train.accumulate = 4", "model.gradient_checkpointing = true"],
         [
-            "train.batch_size = 1, train.accumulate = 2",
+            "train.batch_size = 1, train.accumulate = 4",
             "model.gradient_checkpointing = true",
             'model.quantize = "int8"',
         ],
-        ["train.batch_size = 1, train.accumulate = 2", "model.gradient_checkpointing = true", 'model.quantize = "nf4"'],
+        ["train.batch_size = 1, train.accumulate = 4", "model.gradient_checkpointing = true", 'model.quantize = "nf4"'],
         [
-            "train.batch_size = 1, train.accumulate = 2",
+            "train.batch_size = 1, train.accumulate = 4",
             "model.gradient_checkpointing = true",
             'model.quantize = "nf4"',
             'model.offload = "blocks"',
@@ -228,9 +235,9 @@ def test_the_plan_tells_cards_and_the_cheapest_way_to_a_smaller_one(house: House
     needs = [fits["needs_bytes"], *(one["needs_bytes"] for one in fits["changes"])]
     assert needs == sorted(needs, reverse=True)
     words = house.fluxrun("plan", path).out
-    assert "  memory: about encode 9.1 GiB, joint 89.8 GiB, encode-learned " in words
+    assert "  memory: about encode 9.1 GiB, joint 91.6 GiB, encode-learned " in words
     assert "fits no card of up to 80 GB (9" in words
-    assert "; with train.batch_size = 1, train.accumulate = 2: 80 GB (" in words
+    assert "; with train.batch_size = 1, train.accumulate = 4: 80 GB (" in words
 
 
 def test_a_base_nobody_knows_has_no_estimate(house: House) -> None:
@@ -278,7 +285,7 @@ def test_too_little_for_the_estimate_is_a_warning_with_a_way_out(house: House, m
     [one] = told(house, monkeypatch, 20)
     assert one["level"] == "warning"
     assert one["message"].startswith(
-        "phase joint needs about 846 MiB, margin included, and GPU 0 (Test Card) has 20 MiB of "
+        "phase export needs about 845 MiB, margin included, and GPU 0 (Test Card) has 20 MiB of "
     )
     assert "; end what holds its memory (`nvidia-smi` names it); `fluxrun check --step` measures it" in one["message"]
 

@@ -16,9 +16,17 @@ from runner.say import Event
 
 PATIENCE = 30.0  # seconds for an idle trainer to go
 
-# glibc's caches of small pieces, off. A tensor is aligned to 64 bytes, which cuts a few off its block; once something small
-# sits in these, the freed block no longer fits a tensor of the same size, and the heap grows by a quarter.
-WHOLE_HOLES = "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"
+# Of a trainer on a CPU. glibc's caches of small pieces, off: a tensor is aligned to 64 bytes, which cuts a few off its block;
+# once something small sits in these, the freed block no longer fits a tensor of the same size, and the heap grows by a
+# quarter. What the heap frees at its end stays, until `device.release`: given back in every backward pass, it would be
+# asked for and cleared again in every forward pass. MKL keeps no buffers between its calls.
+HEAP = {
+    "GLIBC_TUNABLES": ":".join(
+        f"glibc.malloc.{name}"
+        for name in ("tcache_count=0", "mxfast=0", "mmap_threshold=33554432", "trim_threshold=1073741824")
+    ),
+    "MKL_DISABLE_FAST_MM": "1",
+}
 
 
 class Trainer:
@@ -34,7 +42,7 @@ class Trainer:
         command += ["--parent", str(os.getpid()), *(f"--later={path}" for path in later)]
         environment = dict(os.environ)
         if gpus in (None, "cpu"):
-            environment.setdefault("GLIBC_TUNABLES", WHOLE_HOLES)
+            environment = {**HEAP, **environment}
         if threads is not None:
             environment["OMP_NUM_THREADS"] = str(threads)
         if gpus is not None:

@@ -1,0 +1,332 @@
+"""FLUX's blocks with half as much kept for the backward pass: what elementwise arithmetic makes of what is kept anyway (norm
+and modulation, GELU, the turning of queries and keys) is made again there; matrix products and attention never are. Same
+numbers as diffusers' blocks but for rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from runner.flux import blocks_of
+
+Table = tuple[Tensor, Tensor]  # cosines and sines [N, D] of each token's angles, every angle twice side by side
+LIMIT = 65504  # of fp16, where diffusers clips the residual stream too
+
+
+class Recipe:
+    """How a tensor is made of `inputs`, cheaply, and what its gradient is. Both compute in fp32 where that matters, whatever
+    autocast says: the backward pass knows nothing of it."""
+
+    def make(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """The tensor, and what `back` wants of the making."""
+        raise NotImplementedError
+
+    def back(
+        self, grad: Tensor, needed: Sequence[bool], inputs: Sequence[Tensor], made: Sequence[Tensor]
+    ) -> Sequence[Tensor | None]:
+        """A gradient for each input; None where none is needed."""
+        raise NotImplementedError
+
+
+class Remade:
+    """A tensor that is made again in the backward pass, at most once, for all who would have kept it."""
+
+    def __init__(self, recipe: Recipe, inputs: Sequence[Tensor]) -> None:
+        self.recipe = recipe
+        self.inputs = [one.detach() for one in inputs]
+        self._made: tuple[Tensor, ...] = ()
+
+    def make(self) -> tuple[Tensor, ...]:
+        kind = self.inputs[0].device.type
+        if not torch.is_autocast_enabled(kind):
+            return self.recipe.make(*self.inputs)
+        with torch.autocast(kind, enabled=False):
+            return self.recipe.make(*self.inputs)
+
+    def again(self) -> tuple[Tensor, ...]:
+        self._made = self._made or self.make()
+        return self._made
+
+    def forget(self) -> None:
+        self.inputs, self._made = [], ()
+
+
+class _Remaking(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, recipe: Recipe, remade: Remade | None, *inputs: Tensor) -> Tensor:
+        ctx.remade, ctx.recipe = remade, recipe
+        if remade is None:
+            ctx.save_for_backward(*inputs)
+        return (remade or Remade(recipe, inputs)).make()[0]
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        remade: Remade = ctx.remade or Remade(ctx.recipe, ctx.saved_tensors)
+        grads = remade.recipe.back(grad, ctx.needs_input_grad[2:], remade.inputs, remade.again())
+        remade.forget()  # all who kept it have had it: its gradient comes from theirs
+        return None, None, *grads
+
+
+Read = tuple[Tensor, Remade | None]
+
+
+def remade(recipe: Recipe, *inputs: Tensor, plain: bool) -> Read:
+    """plain: the same numbers, but kept by autograd's usual way, which checkpointing is built upon."""
+    one = None if plain else Remade(recipe, inputs)
+    return _Remaking.apply(recipe, one, *inputs), one  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def not_kept(*reads: Read) -> Iterator[None]:
+    """What is computed within keeps how these tensors are made, in place of them and of views of them."""
+    places = {tensor.untyped_storage()._cdata: one for tensor, one in reads if one is not None}
+    if not places:
+        yield
+        return
+
+    def pack(tensor: Tensor) -> Any:
+        one = places.get(tensor.untyped_storage()._cdata)
+        if one is None:
+            return tensor.detach()  # an output would keep itself alive
+        return one, tensor.size(), tensor.stride(), tensor.storage_offset()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, _unpack):
+        yield
+
+
+def _unpack(packed: Any) -> Tensor:
+    if isinstance(packed, Tensor):
+        return packed
+    one, size, stride, offset = packed
+    found: Tensor = one.again()[0].as_strided(size, stride, offset)
+    return found
+
+
+def heads(x: Tensor, each: int) -> Tensor:
+    """[..., n * each] -> [..., n, each]."""
+    return x.reshape(*x.shape[:-1], -1, each)
+
+
+# ---- what is made again ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Modulation(Recipe):
+    """x [B, N, d], shift and scale [B, d] -> LayerNorm(x) * (1 + scale) + shift."""
+
+    eps: float
+
+    def make(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        x, shift, scale = inputs
+        normed, mean, rstd = torch.native_layer_norm(x.float(), x.shape[-1:], None, None, self.eps)
+        out = torch.addcmul(shift[:, None].float(), normed, 1 + scale[:, None].float())
+        return out.to(x.dtype), normed, mean, rstd
+
+    def back(
+        self, grad: Tensor, needed: Sequence[bool], inputs: Sequence[Tensor], made: Sequence[Tensor]
+    ) -> Sequence[Tensor | None]:
+        (x, shift, scale), (_, normed, mean, rstd) = inputs, made
+        grad, found = grad.float(), list[Tensor | None]((None, None, None))
+        if needed[0]:
+            through, shape = grad * (1 + scale[:, None].float()), x.shape[-1:]
+            found[0] = torch.ops.aten.native_layer_norm_backward(
+                through, x.float(), shape, mean, rstd, None, None, [True, False, False]
+            )[0].to(x.dtype)
+        if needed[1]:
+            found[1] = grad.sum(1).to(shift.dtype)
+        if needed[2]:
+            found[2] = (grad * normed).sum(1).to(scale.dtype)
+        return found
+
+
+class Turning(Recipe):
+    """For each norm an x [B, N_i, heads * D] -> their RMS norms over D, one behind the other, turned by angle: [B, N, heads, D].
+    turn: cosines + i sines [N, 1, D / 2]."""
+
+    def __init__(self, turn: Tensor, *norms: nn.RMSNorm) -> None:
+        """The norms' weights are held: those of an offloaded block may be gone from it in the backward pass."""
+        self.turn = turn
+        self.norms = [(norm.weight.float(), norm.eps or torch.finfo(torch.float32).eps) for norm in norms]
+
+    def make(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        made = [
+            nn.functional.rms_norm(heads(x, len(weight)).float(), weight.shape, weight, eps)
+            for x, (weight, eps) in zip(inputs, self.norms, strict=True)
+        ]
+        normed = made[0] if len(made) == 1 else torch.cat(made, 1)
+        return (self._turned(normed, self.turn).to(inputs[0].dtype),)
+
+    def back(
+        self, grad: Tensor, needed: Sequence[bool], inputs: Sequence[Tensor], made: Sequence[Tensor]
+    ) -> Sequence[Tensor | None]:
+        grad = self._turned(grad.float().contiguous(), self.turn.conj())
+        grads = torch.split(grad, [x.shape[1] for x in inputs], dim=1)
+        return [
+            self._of_norm(x, weight, eps, one).to(x.dtype) if need else None
+            for x, (weight, eps), one, need in zip(inputs, self.norms, grads, needed, strict=True)
+        ]
+
+    @staticmethod
+    def _turned(x: Tensor, turn: Tensor) -> Tensor:
+        return torch.view_as_real(torch.view_as_complex(heads(x, 2)) * turn).flatten(-2)
+
+    @staticmethod
+    def _of_norm(x: Tensor, weight: Tensor, eps: float, grad: Tensor) -> Tensor:
+        """The gradient of x * r * weight by x, where r = rsqrt(mean(x ** 2) + eps)."""
+        x = heads(x, len(weight)).float()
+        r = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+        normed, grad = x * r, grad * weight
+        along = (grad * normed).mean(-1, keepdim=True)
+        return grad.addcmul_(normed, along, value=-1).mul_(r).flatten(-2)
+
+
+class Activation(Recipe):
+    """GELU by tanh."""
+
+    def make(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return (nn.functional.gelu(inputs[0], approximate="tanh"),)
+
+    def back(
+        self, grad: Tensor, needed: Sequence[bool], inputs: Sequence[Tensor], made: Sequence[Tensor]
+    ) -> Sequence[Tensor | None]:
+        return (torch.ops.aten.gelu_backward(grad, inputs[0], approximate="tanh"),)
+
+
+class Joining(Recipe):
+    """Attention's output [B, N, d] and the GELU of an MLP's [B, N, inner], side by side: what a single block's last layer reads."""
+
+    def make(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        attended, inner = inputs
+        return (torch.cat([attended, nn.functional.gelu(inner, approximate="tanh")], dim=-1),)
+
+    def back(
+        self, grad: Tensor, needed: Sequence[bool], inputs: Sequence[Tensor], made: Sequence[Tensor]
+    ) -> Sequence[Tensor | None]:
+        first, second = torch.split(grad, [one.shape[-1] for one in inputs], dim=-1)
+        return (
+            first if needed[0] else None,
+            torch.ops.aten.gelu_backward(second, inputs[1], approximate="tanh") if needed[1] else None,
+        )
+
+
+# ---- the blocks ------------------------------------------------------------------------------------------------------
+
+
+def turn_of(table: Table) -> Tensor:
+    cos, sin = table
+    return torch.complex(cos[:, None, ::2].float(), sin[:, None, ::2].float())
+
+
+def attend(attn: Any, queries: Read, keys: Read, values: Tensor) -> Tensor:
+    """[B, N, heads, D] each -> [B, N, heads * D]."""
+    with not_kept(queries, keys):
+        found: Tensor = dispatch_attention_fn(queries[0], keys[0], values, backend=attn.processor._attention_backend)
+    return found.flatten(2, 3).to(values.dtype)
+
+
+def added(x: Tensor, gate: Tensor, what: Tensor) -> Tensor:
+    """x + gate * what."""
+    out = torch.addcmul(x, gate[:, None], what)
+    return out.clip(-LIMIT, LIMIT) if out.dtype == torch.float16 else out
+
+
+class LeanDouble(FluxTransformerBlock):  # type: ignore[misc]
+    plain = False  # whether it keeps what others do, since it runs under checkpointing
+
+    def forward(
+        self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, image_rotary_emb: Table | None = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        img, txt, attn = hidden_states, encoder_hidden_states, self.attn
+        if image_rotary_emb is None or joint_attention_kwargs or not torch.is_grad_enabled():
+            stock: tuple[Tensor, Tensor] = super().forward(img, txt, temb, image_rotary_emb, joint_attention_kwargs)
+            return stock
+        of_img, of_txt = (norm.linear(norm.silu(temb)).chunk(6, 1) for norm in (self.norm1, self.norm1_context))
+        read = remade(Modulation(self.norm1.norm.eps), img, *of_img[:2], plain=self.plain)
+        with not_kept(read):
+            q, k, v = attn.to_q(read[0]), attn.to_k(read[0]), attn.to_v(read[0])
+        read = remade(Modulation(self.norm1_context.norm.eps), txt, *of_txt[:2], plain=self.plain)
+        with not_kept(read):
+            txt_q, txt_k, txt_v = attn.add_q_proj(read[0]), attn.add_k_proj(read[0]), attn.add_v_proj(read[0])
+        turn, length = turn_of(image_rotary_emb), txt.shape[1]
+        queries = remade(Turning(turn, attn.norm_added_q, attn.norm_q), txt_q, q, plain=self.plain)
+        keys = remade(Turning(turn, attn.norm_added_k, attn.norm_k), txt_k, k, plain=self.plain)
+        attended = attend(attn, queries, keys, heads(torch.cat([txt_v, v], dim=1), attn.head_dim))
+        img = added(img, of_img[2], attn.to_out[0](attended[:, length:]))
+        txt = added(txt, of_txt[2], attn.to_add_out(attended[:, :length]))
+        img = _fed(img, self.norm2, self.ff, of_img, self.plain)
+        return _fed(txt, self.norm2_context, self.ff_context, of_txt, self.plain), img
+
+
+def _fed(x: Tensor, norm: nn.LayerNorm, ff: Any, modulated: Sequence[Tensor], plain: bool) -> Tensor:
+    """One stream's MLP, added. modulated: shift, scale, gate of attention's, then the MLP's."""
+    read = remade(Modulation(norm.eps), x, *modulated[3:5], plain=plain)
+    with not_kept(read):
+        inner = ff.net[0].proj(read[0])
+    read = remade(Activation(), inner, plain=plain)
+    with not_kept(read):
+        out = ff.net[2](read[0])
+    return added(x, modulated[5], out)
+
+
+class LeanSingle(FluxSingleTransformerBlock):  # type: ignore[misc]
+    plain = False
+    last = False  # of the model, which goes on with the image alone: the text is then only what others attend to
+
+    def forward(
+        self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, image_rotary_emb: Table | None = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        img, txt, attn = hidden_states, encoder_hidden_states, self.attn
+        if image_rotary_emb is None or joint_attention_kwargs or not torch.is_grad_enabled():
+            stock: tuple[Tensor, Tensor] = super().forward(img, txt, temb, image_rotary_emb, joint_attention_kwargs)
+            return stock
+        x, turn, length = torch.cat([txt, img], dim=1), turn_of(image_rotary_emb), txt.shape[1]
+        first = length if self.last else 0  # of the tokens that anything comes of
+        shift, scale, gate = self.norm.linear(self.norm.silu(temb)).chunk(3, 1)
+        read = remade(Modulation(self.norm.norm.eps), x, shift, scale, plain=self.plain)
+        with not_kept(read):
+            own = read[0][:, first:]
+            inner, q, k, v = self.proj_mlp(own), attn.to_q(own), attn.to_k(read[0]), attn.to_v(read[0])
+        queries = remade(Turning(turn[first:], attn.norm_q), q, plain=self.plain)
+        keys = remade(Turning(turn, attn.norm_k), k, plain=self.plain)
+        attended = attend(attn, queries, keys, heads(v, attn.head_dim))
+        read = remade(Joining(), attended, inner, plain=self.plain)
+        with not_kept(read):
+            out = self.proj_out(read[0])
+        out = added(x[:, first:], gate, out)
+        return (txt, out) if self.last else (out[:, :length], out[:, length:])
+
+
+def spare(transformer: Any, every: int) -> None:
+    """Let its blocks keep less; every n-th (0: none) as much as ever, for checkpointing, which keeps nothing of it. Without
+    gradients, as for pictures, they go on as diffusers' own."""
+    lean: dict[type, type[nn.Module]] = {FluxTransformerBlock: LeanDouble, FluxSingleTransformerBlock: LeanSingle}
+    block: Any
+    for place, block in enumerate(blocks_of(transformer)):
+        if type(block) in lean:
+            block.__class__ = lean[type(block)]
+            block.plain = bool(every) and place % every == 0
+    *_, last = blocks_of(transformer)
+    if isinstance(last, LeanSingle):
+        last.last = True
+
+
+def unspare(transformer: Any) -> None:
+    """diffusers' own again."""
+    stock = {LeanDouble: FluxTransformerBlock, LeanSingle: FluxSingleTransformerBlock}
+    for block in blocks_of(transformer):
+        if type(block) in stock:
+            block.__class__ = stock[type(block)]
+            for name in ("plain", "last"):
+                block.__dict__.pop(name, None)

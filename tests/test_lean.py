@@ -1,0 +1,201 @@
+"""FLUX's lean blocks against diffusers' own: the same numbers forward and backward, less kept, nothing left behind."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel
+from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
+from saved import counted
+from torch import Tensor
+
+from runner import flux, lean, lora, text
+from runner.basefiles import linear_layers, lora_layers
+from runner.device import autocast
+from runner.encode import LiveEncoder
+
+CONFIG: dict[str, Any] = {
+    "in_channels": 8, "num_layers": 2, "num_single_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2,
+    "joint_attention_dim": 24, "pooled_projection_dim": 12, "guidance_embeds": True, "axes_dims_rope": (4, 6, 6),
+}  # fmt: skip
+STOCK = (FluxTransformerBlock, FluxSingleTransformerBlock)
+
+
+def made(
+    *, spared: bool, every: int = 0, layers: str = "attention+mlp", dropout: float = 0.0, adapted: bool = True,
+    dtype: torch.dtype = torch.float32,
+) -> Any:  # fmt: skip
+    """With weights other than zero everywhere, norms' and both LoRA factors' too; the same from call to call."""
+    torch.manual_seed(3)
+    model: Any = FluxTransformer2DModel(**CONFIG).requires_grad_(False)
+    if adapted:
+        chosen = tuple(lora_layers(linear_layers(CONFIG), layers))
+        lora.attach_lora(model, lora.LoraShape(4, 10.0, dropout, chosen), seed=1)
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator) * 0.2
+        parameter.data = noise if ".lora_" in name else (parameter.data + noise).to(dtype)
+    if spared:
+        lean.spare(model, every)
+    return model.train()
+
+
+def run(model: Any, images: int, learns: bool, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """The output, and every gradient. learns: whether what comes from the text encoders does."""
+    generator = torch.Generator().manual_seed(7)
+    noise = torch.randn(images, 6, CONFIG["in_channels"], generator=generator)
+    txt = torch.randn(images, 5, CONFIG["joint_attention_dim"], generator=generator).requires_grad_(learns)
+    vec = torch.randn(images, CONFIG["pooled_projection_dim"], generator=generator).requires_grad_(learns)
+    noised = flux.Noised(noise, noise, torch.ones(images, 1, 1), torch.linspace(0.2, 0.9, images))
+    predict = flux.predictor(model, 3.5, torch.device("cpu"), dtype)
+    with autocast(torch.device("cpu"), dtype):
+        out = predict(noised, flux.Text(txt, vec), 4, 6)
+    found = {"out": out.detach()}
+    if out.requires_grad:
+        out.float().pow(3).sum().backward()
+        found |= {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return {**found, **({"txt": txt.grad, "vec": vec.grad} if learns else {})}
+
+
+def far(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+    """The largest relative distance of two tensors of one name."""
+    assert ours.keys() == theirs.keys()
+    return max(float((ours[name] - value).norm() / value.norm()) for name, value in theirs.items() if value.norm())
+
+
+@pytest.mark.parametrize("layers", ["attention", "attention+mlp", "all"])
+@pytest.mark.parametrize("learns", [True, False], ids=["encoders learn", "encoders frozen"])
+@pytest.mark.parametrize("images", [1, 3])
+def test_lean_blocks_are_diffusers_but_for_rounding(images: int, learns: bool, layers: str) -> None:
+    ours, theirs = (run(made(spared=spared, layers=layers), images, learns) for spared in (True, False))
+    assert len(theirs) > 25
+    assert far(ours, theirs) < 1e-5
+
+
+def test_encoders_alone_can_learn_through_them() -> None:
+    ours, theirs = (run(made(spared=spared, adapted=False), 2, True) for spared in (True, False))
+    assert ours.keys() == {"out", "txt", "vec"}
+    assert far(ours, theirs) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_16_bits_they_are_as_near_to_full_precision(dtype: torch.dtype) -> None:
+    full = run(made(spared=False), 2, True)
+    ours, theirs = (far(run(made(spared=spared, dtype=dtype), 2, True, dtype), full) for spared in (True, False))
+    assert 0 < ours < 1.2 * theirs
+
+
+def test_dropout_is_drawn_as_in_diffusers_blocks() -> None:
+    """But for the last one, which has less to draw for."""
+    found = []
+    for spared in (True, False):
+        model = made(spared=spared, dropout=0.5)
+        model.single_transformer_blocks[-1].last = False
+        torch.manual_seed(0)
+        found.append(run(model, 2, True))
+    assert far(*found) < 1e-5
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_checkpointed_blocks_compute_the_same_bits_and_all_come_back(every: int) -> None:
+    model = made(spared=True, every=every)
+    blocks = flux.blocks_of(model)
+    assert [block.plain for block in blocks] == [True, every == 1] * 2
+    assert [getattr(block, "last", False) for block in blocks] == [False, False, False, True]
+    flux.recompute(model, every)
+    ours, theirs = run(model, 2, True), run(made(spared=True), 2, True)
+    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+    lean.unspare(model)
+    assert all(type(block) in STOCK and not {"plain", "last"} & vars(block).keys() for block in blocks)
+
+
+def test_without_gradients_they_are_diffusers_to_the_bit() -> None:
+    found = []
+    for spared in (True, False):
+        with torch.no_grad():
+            found.append(run(made(spared=spared), 2, False)["out"])
+    assert torch.equal(*found)
+
+
+def test_nothing_of_a_step_outlives_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither what was kept, nor what was made again: both are dropped during the backward pass, block by block."""
+    known: list[weakref.ref[lean.Remade]] = []
+    init = lean.Remade.__init__
+    most = [0]
+
+    def watched(self: lean.Remade, *rest: Any) -> None:
+        init(self, *rest)
+        known.append(weakref.ref(self))
+
+    def again(self: lean.Remade) -> tuple[Tensor, ...]:
+        found = real(self)
+        most[0] = max(most[0], sum(bool(one and one._made) for one in (ref() for ref in known)))
+        return found
+
+    real = lean.Remade.again
+    monkeypatch.setattr(lean.Remade, "__init__", watched)
+    monkeypatch.setattr(lean.Remade, "again", again)
+    gc.disable()
+    try:
+        run(made(spared=True), 2, True)
+    finally:
+        gc.enable()
+    assert len(known) == 2 * 8 + 2 * 4
+    assert not any(ref() for ref in known)
+    assert 0 < most[0] <= 4
+
+
+def test_a_tensor_is_made_again_once_for_all_its_readers() -> None:
+    calls = []
+
+    class Doubled(lean.Recipe):
+        def make(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+            calls.append(1)
+            return (2 * inputs[0],)
+
+        def back(self, grad: Tensor, *_: Any) -> tuple[Tensor]:
+            return (2 * grad,)
+
+    x, weight = torch.randn(3, 4, requires_grad=True), torch.randn(4, 4, requires_grad=True)
+    read = lean.remade(Doubled(), x, plain=False)
+    with lean.not_kept(read):
+        out = (read[0] @ weight).sum() + (read[0][1:].t() @ read[0][1:]).sum()
+    out.backward()  # type: ignore[no-untyped-call]
+    assert len(calls) == 2
+    grads = x.grad, weight.grad
+    x.grad = weight.grad = None
+    ((2 * x) @ weight).sum().add((2 * x[1:]).t().matmul(2 * x[1:]).sum()).backward()  # type: ignore[no-untyped-call]
+    for ours, theirs in zip(grads, (x.grad, weight.grad), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+# ---- T5 --------------------------------------------------------------------------------------------------------------
+
+
+def t5_with_rows(again: bool) -> LiveEncoder:
+    base = flux.open_base("builtin:tiny", None, None, torch.device("cpu"), torch.float32)
+    model, tokenizer = flux.load_t5(base), flux.load_tokenizer(base, "t5")
+    live = LiveEncoder("t5", model, tokenizer, text.table_std(model))
+    live.rows = torch.nn.Parameter(text.initial_rows(model, tokenizer, [(2, None)], 0, "t5"))
+    text.attach_rows(model, tokenizer, ["<s0>", "<s1>"], live.rows)
+    live.ids["a"] = live._ids("a <s0><s1>", 32)
+    live.again = again
+    return live
+
+
+def test_t5_learns_the_same_where_it_runs_twice_and_keeps_nothing_meanwhile() -> None:
+    grads, kept = [], []
+    for again in (True, False):
+        live = t5_with_rows(again)
+        kept.append(counted([live.model], lambda live=live: live.embed(["a"], "diffusers")))  # type: ignore[misc]
+        live.embed(["a"], "diffusers").square().sum().backward()  # type: ignore[no-untyped-call]
+        assert live.rows is not None
+        assert live.rows.grad is not None
+        grads.append(live.rows.grad)
+    assert torch.equal(*grads)
+    assert grads[0].abs().min() > 0
+    assert kept[0] < 1000 < 50_000 < kept[1]  # its ids
