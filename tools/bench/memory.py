@@ -5,7 +5,7 @@
 Each spec runs in a fresh process on the CPU, where a phase's peak is the most that the process had resident, less what it
 held before any model was loaded (`memory_before_models` in state.json). The model is made by make_model.py.
 
-glibc is told to give freed memory back at once (its mmap threshold stays at its default), else its heap keeps holes: what
+glibc is told to give freed memory back at once (its mmap threshold stays at its least), else its heap keeps holes: what
 a run needs is then told from what the heap wastes. `--heap` leaves glibc as the trainer has it, and shows the waste.
 """
 
@@ -22,7 +22,7 @@ from typing import Any
 
 from PIL import Image
 
-EXACT = {"MALLOC_MMAP_THRESHOLD_": "131072"}
+EXACT = {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0:glibc.malloc.mmap_threshold=131072"}
 PROJECT = Path(__file__).resolve().parents[2]
 SPEC = """
 [model]
