@@ -104,7 +104,7 @@ def queue(
         ctx.invoke(plan, specs=specs, runs=runs, as_json=as_json, gpus=gpus)
         return
     from runner import pace, pacebook
-    from runner.engine.local import run_queue
+    from runner.engine.local import run_queue, warmed
     from runner.engine.slots import make_slots
     from runner.files import make_folder
     from runner.notify import Target, refusal
@@ -127,13 +127,14 @@ def queue(
             raise click.BadParameter(str(error), param_hint="--gpus") from None
         screen = Screen()
         todo = _without_done(jobs, screen)
-        if todo and not no_check and not _all_well(todo, runs, gpus):
-            ctx.exit(2)
-        for job in todo:
-            if job.verdict.state == "changed":
-                screen.line(f"{job.plan.name}: the old run now is {job.run.put_aside()}")
-        make_folder(runs)
-        code = run_queue(todo, runs, places, screen, stop, retries=retries, fail_fast=fail_fast)
+        with warmed(places, len(todo)) as warm:  # they import their libraries meanwhile
+            if todo and not no_check and not _all_well(todo, runs, gpus):
+                ctx.exit(2)
+            for job in todo:
+                if job.verdict.state == "changed":
+                    screen.line(f"{job.plan.name}: the old run now is {job.run.put_aside()}")
+            make_folder(runs)
+            code = run_queue(todo, runs, places, screen, stop, retries=retries, fail_fast=fail_fast, warm=warm)
         pace.remember(todo, on_gpu=pacebook.on_gpus(places))
     if as_json:
         _print_records(runs, {job.plan.name for job in jobs})
@@ -169,14 +170,11 @@ def stop(names: tuple[str, ...], runs: Path) -> None:
         click.echo(line)
 
 
-@main.command("_run-one", hidden=True)
-@click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
-@click.option("--attempt", type=int, required=True)
+@main.command("_train", hidden=True)
 @click.option("--parent", type=int, help="Die with this process.")
-@click.option("--later", multiple=True, type=click.Path(path_type=Path))
 @click.option("--gpus")
-def run_one(folder: Path, attempt: int, parent: int | None, later: tuple[Path, ...], gpus: str | None) -> None:
-    """What a queue starts for each slot: trains the run in FOLDER, then those named on stdin."""
+def train(parent: int | None, gpus: str | None) -> None:
+    """What a queue starts for each slot: trains the runs named on stdin."""
     from runner.processes import die_with
     from runner.stop import StopRequest
 
@@ -185,10 +183,9 @@ def run_one(folder: Path, attempt: int, parent: int | None, later: tuple[Path, .
     code: int = Code.STOPPED
     gc.disable()  # half a million objects come with the imports, and stay; `settle_libraries` enables it again
     with StopRequest() as stop, suppress(KeyboardInterrupt):  # a second signal may come when the run has ended already
-        from runner.engine.trainer import Told
-        from runner.engine.trainer import main as train
+        from runner.engine.trainer import main as train_all
 
-        code = train(Told(folder, attempt, later), gpus, stop)
+        code = train_all(gpus, stop)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os._exit(code)  # everything is closed; taking the libraries apart would only keep the next run waiting for the card

@@ -77,7 +77,10 @@ def execute(
                     case Export():
                         shelf.live.clear()  # where nothing came between them and the last step
                         device.release(base.device)
+                        if spec.export.best:
+                            clerk.settle()  # it may be the one that is being written
                         delivered = deliver(order, best_of(run, progress, say) if spec.export.best else progress)
+                        clerk.settle()
                         clerk.show_pictures(plan.steps, [picture for _, picture in delivered.pictures])
                 clerk.leave()
                 say.end_phase()

@@ -32,7 +32,8 @@ def train_phase(
 ) -> Checkpoint:  # fmt: skip
     """Train one phase from where `before` stands (this phase's own checkpoint, or the end of the one before it).
 
-    `save` may only begin to write; `settle` returns once all of it is written.
+    `save` may only begin to write; `settle` returns once all of it is written, and is for a phase that ends too early: the
+    next one need not wait for the disk.
     """
     desk.shelf.live.clear()
     past = before.weights if before else Weights()
@@ -77,9 +78,11 @@ def train_phase(
             torch.amp.GradScaler(desk.base.device.type, enabled=desk.base.dtype == torch.float16),
             save=keep, report=tell, look=look, stop_requested=desk.stop_requested,
         )  # fmt: skip
+    except BaseException:
+        settle()
+        raise
     finally:
         objective.close()
-        settle()
     desk.shelf.put(desk.base, desk.spec.model, transformer)
     desk.shelf.live = {name: one for name, one in encoders.items() if isinstance(one, LiveEncoder)}
     return last[0]

@@ -76,22 +76,19 @@ class Said:
 class Inline:
     """A queue's trainer without a process of its own: the same code here, which spares every test the start of one."""
 
-    def __init__(
-        self, folder: Path, attempt: int, later: Sequence[Path], gpus: str | None, threads: int | None
-    ) -> None:
-        from runner.engine.trainer import Warm
-
-        self.gpus, self.warm = gpus, Warm()
-        self.order(folder, attempt, later)
+    def __init__(self, gpus: str | None, threads: int | None) -> None:
+        self.gpus = gpus
+        self.warm: Any = None  # which imports torch
 
     def order(self, folder: Path, attempt: int, later: Sequence[Path]) -> None:
         self.code: int | None = None
         self.told = folder, attempt, tuple(later)
 
     def poll(self) -> list[Any]:
-        from runner.engine.trainer import Told, train_run
+        from runner.engine.trainer import Told, Warm, train_run
         from runner.stop import StopRequest
 
+        self.warm = self.warm or Warm()
         events: list[Any] = []
         with StopRequest() as stop:
             self.code = train_run(Told(*self.told), self.gpus, events.append, stop, self.warm)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from conftest import PROJECT, House
 
-from runner.engine import slots
+from runner.engine import local, slots
 from runner.engine.process import Trainer
 from runner.engine.trainer import sender
 from runner.errors import Code
@@ -98,17 +98,53 @@ def test_the_queue_itself_imports_no_torch() -> None:
     assert said.stdout == "False False\n"
 
 
-def test_a_trainer_that_goes_without_a_word_has_done_nothing(tmp_path: Path) -> None:
-    """Whatever its exit code; and one that died while it waited for another run harms nobody."""
-    trainer = Trainer.__new__(Trainer)
-    trainer.process = subprocess.Popen([sys.executable, "-c", ""], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    trainer.code, trainer.worn, trainer._rest = None, False, b""
+def starting(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
+    """Trainers are processes that do no more than this."""
+    real = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **rest: real([sys.executable, "-c", code], **rest))
+
+
+def test_a_trainer_that_goes_without_a_word_has_done_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever its exit code; and one that died while it waited for a run harms nobody."""
+    starting(monkeypatch, "")
+    trainer = Trainer("cpu", None)
     assert trainer.process.wait() == 0
     trainer.order(tmp_path, 1, [])
     assert trainer.poll() == []
     assert trainer.code == Code.CRASHED
     assert not trainer.lives
     trainer.dismiss()
+
+
+def test_what_a_trainer_said_before_it_had_a_run_is_in_the_first_ones_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starting(monkeypatch, "raise ImportError('libcudart is not there')")
+    (tmp_path / "run.log").write_text("before\n")
+    trainer = Trainer("cpu", None)
+    trainer.order(tmp_path, 1, [])
+    trainer.process.wait()
+    trainer.poll()
+    trainer.dismiss()
+    first, *_, last = (tmp_path / "run.log").read_text().splitlines()
+    assert (first, last) == ("before", "ImportError: libcudart is not there")
+
+
+def test_trainers_that_get_no_run_are_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One for each run, as far as there are slots, whose locks they leave alone; what was taken out is the queue's."""
+    starting(monkeypatch, "import time; time.sleep(600)")
+    monkeypatch.setattr(local, "Trainer", Trainer)
+    own = slots.make_slots("cpu", 4, 1, tmp_path / "runs")
+    with local.warmed(own, 2) as warm:
+        assert [*warm] == [0, 1]
+        kept, gone = warm.pop(0), warm[1]
+        assert kept.lives
+        assert gone.lives
+    assert gone.process.poll() is not None
+    assert kept.lives
+    kept.dismiss()
+    assert kept.process.poll() is not None
+    assert not (tmp_path / "runs").exists()
 
 
 def test_an_event_is_whole_or_not_there() -> None:
@@ -233,7 +269,7 @@ def test_a_trainer_on_a_cpu_keeps_its_heap_whole_and_one_on_a_gpu_is_left_alone(
     for gpus, own in ((None, None), ("0", None), ("cpu", "glibc.malloc.check=3")):
         if own:
             monkeypatch.setenv("GLIBC_TUNABLES", own)
-        Trainer(tmp_path, 1, [], gpus, None).dismiss()
+        Trainer(gpus, None).dismiss()
     first, second, third = (env.get("GLIBC_TUNABLES") for env in told)
     assert first is not None
     assert "tcache_count=0" in first

@@ -32,7 +32,7 @@ HANG_STEPS = 50  # the same in steps, of the slowest so far
 TICK = 0.05  # seconds between looks at the trainers
 
 AHEAD = 100  # waiting runs whose captions a run's encoders may read as well
-Start = Callable[[Path, int, Sequence[Path], str | None, int | None], Trainer]
+Start = Callable[[str | None, int | None], Trainer]
 
 
 @dataclass
@@ -82,18 +82,37 @@ class Queue:
     teller: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "notify"))
 
 
+@contextmanager
+def warmed(slots: Sequence[Slot], count: int) -> Iterator[dict[int, Trainer]]:
+    """Trainers for as many runs, by the slot's number, which have begun to import their libraries: no more than that, so the
+    slots need not be this queue's yet. Those that nobody has taken out of the dictionary go at the end."""
+    warm: dict[int, Trainer] = {}
+    try:
+        for number, slot in enumerate(slots[:count]):
+            warm[number] = Trainer(slot.gpus, threads_of(slots))
+        yield warm
+    finally:
+        for trainer in warm.values():
+            trainer.dismiss()
+
+
+def threads_of(slots: Sequence[Slot]) -> int | None:
+    """For each of several, its share of the cores."""
+    return max(1, (os.cpu_count() or 1) // len(slots)) if len(slots) > 1 else None
+
+
 def run_queue(
     jobs: Sequence[Job], runs: Path, slots: Sequence[Slot], screen: Screen, stop: StopRequest, *,
-    retries: int, fail_fast: bool, start: Start | None = None,
+    retries: int, fail_fast: bool, start: Start | None = None, warm: dict[int, Trainer] | None = None,
 ) -> int:  # fmt: skip
-    """The exit code: 0 all done, 1 some failed, 3 stopped or paused with work left. `start`: tests run trainers inline."""
+    """The exit code: 0 all done, 1 some failed, 3 stopped or paused with work left. `start`: tests run trainers inline;
+    `warm`: trainers that are there already, by their slot's number."""
     queue = Queue(screen, runs, retries, fail_fast)
-    places = [Place(slot) for slot in slots]
+    places = [Place(slot, warm.pop(number, None) if warm else None) for number, slot in enumerate(slots)]
     for job in jobs:
         _enlist(queue, job)
     write_index(runs)
-    threads = max(1, (os.cpu_count() or 1) // len(slots)) if len(slots) > 1 else None
-    asked = 0
+    threads, asked = threads_of(slots), 0
     try:
         while queue.waiting or any(place.work for place in places):
             if stop() and not queue.halted:
@@ -161,6 +180,7 @@ def _taken(queue: Queue, place: Place) -> bool:
     if place.slot.take():
         place.told = False
         return True
+    _dismiss(place)  # which may take long to come
     if not place.told:
         place.told = True
         queue.screen.line(f"waiting for {place.slot.title}, which process {place.slot.user() or 'unknown'} uses")
@@ -177,9 +197,8 @@ def _begin(queue: Queue, place: Place, work: Work, threads: int | None, start: S
         _dismiss(place)
     later = [other.job.run.folder for other in queue.waiting[:AHEAD]]
     if place.trainer is None:
-        place.trainer = start(run.folder, work.attempt, later, place.slot.gpus, threads)
-    else:
-        place.trainer.order(run.folder, work.attempt, later)
+        place.trainer = start(place.slot.gpus, threads)
+    place.trainer.order(run.folder, work.attempt, later)
 
 
 def _look(queue: Queue, place: Place) -> bool:

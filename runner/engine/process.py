@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,16 +31,14 @@ HEAP = {
 
 
 class Trainer:
-    """Starts the process on a run. `code` is None while the run goes on; after Code.DONE it waits for another one.
+    """The process, which begins with importing its libraries and waits to be told a run. `code` is None while a run goes on;
+    after Code.DONE it waits for another one.
 
     gpus: as --gpus takes them; threads: how many it may compute with on the CPU; None leaves either to torch.
     """
 
-    def __init__(
-        self, folder: Path, attempt: int, later: Sequence[Path], gpus: str | None, threads: int | None
-    ) -> None:
-        command = [sys.executable, "-P", "-m", "runner", "_run-one", str(folder), "--attempt", str(attempt)]
-        command += ["--parent", str(os.getpid()), *(f"--later={path}" for path in later)]
+    def __init__(self, gpus: str | None, threads: int | None) -> None:
+        command = [sys.executable, "-P", "-m", "runner", "_train", "--parent", str(os.getpid())]
         environment = dict(os.environ)
         if gpus in (None, "cpu"):
             environment = {**HEAP, **environment}
@@ -49,20 +48,21 @@ class Trainer:
             command += ["--gpus", "cpu" if gpus == "cpu" else "0"]  # the first of those it sees
         if gpus is not None and gpus != "cpu":
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(seen, gpus.split(",")))
-        with (folder / "run.log").open("a") as log:
-            self.process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment,
-                start_new_session=True,  # Ctrl-C reaches the queue alone, which passes it on once
-            )  # fmt: skip
+        self._said = tempfile.TemporaryFile()  # until it has a run, whose log takes the rest  # noqa: SIM115
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, env=environment,
+            start_new_session=True,  # Ctrl-C reaches the queue alone, which passes it on once
+        )  # fmt: skip
         assert self.process.stdout is not None
         os.set_blocking(self.process.stdout.fileno(), False)
         self.code: int | None = None
         self.worn = False  # it says that it had better end
+        self._log: Path | None = None
         self._rest = b""
 
     def order(self, folder: Path, attempt: int, later: Sequence[Path]) -> None:
-        """Another run for a process that has done its last one."""
-        self.code = None
+        """A run, for a process that has none. `later`: folders of runs that wait for their turn."""
+        self.code, self._log = None, folder / "run.log"
         told = {"folder": str(folder), "attempt": attempt, "later": list(map(str, later))}
         assert self.process.stdin is not None
         try:
@@ -81,7 +81,15 @@ class Trainer:
             self.code, self.worn = Code.DONE, bool(done[0]["worn"])
         elif data is not None:
             self.code = self.process.wait() or Code.CRASHED  # one that is done says so before it goes
+            self._pass_on()
         return [event for event in events if event["say"] != "done"]
+
+    def _pass_on(self) -> None:
+        """What it said before it could read its first order, into the log of that run."""
+        self._said.seek(0)
+        if self._log is not None and (said := self._said.read()):
+            with contextlib.suppress(OSError), self._log.open("ab") as log:
+                log.write(said)
 
     def _read(self) -> bytes | None:
         """b"" at the end, None where there is nothing now."""
@@ -111,10 +119,13 @@ class Trainer:
 
     def dismiss(self) -> None:
         """No more runs."""
+        if self._log is None:  # nothing of anybody's is in it
+            self.process.kill()
         for pipe in (self.process.stdin, self.process.stdout):
             if pipe is not None:
                 with contextlib.suppress(BrokenPipeError):  # an order that it did not live to read
                     pipe.close()
+        self._said.close()
         try:
             self.process.wait(PATIENCE)
         except subprocess.TimeoutExpired:

@@ -52,26 +52,25 @@ class Told:
         return cls(Path(facts["folder"]), facts["attempt"], tuple(map(Path, facts["later"])))
 
 
-def main(told: Told, gpus: str | None, stop: StopRequest) -> Code:
-    """The run that it is told, then those that stdin names, a line each, for as long as all is well."""
+def main(gpus: str | None, stop: StopRequest) -> Code:
+    """The runs that stdin names, a line each, for as long as all is well."""
     events = os.dup(sys.stdout.fileno())
     os.set_blocking(events, False)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print is for the log
     device.settle_libraries()
     flux.quiet()
-    warm = Warm()
-    code = train_run(told, gpus, sender(events), stop, warm)
-    while code is Code.DONE:
-        worn = warm.worn(gpus)
-        sender(events)({"say": "done", "worn": worn})
-        line = "" if worn else sys.stdin.readline()
-        if not line:
-            break
+    warm, code = Warm(), Code.DONE
+    while code is Code.DONE and (line := sys.stdin.readline()):
         told = Told.read(line)
         with (told.folder / "run.log").open("a") as log:
             for stream in (sys.stdout, sys.stderr):
                 os.dup2(log.fileno(), stream.fileno())
         code = train_run(told, gpus, sender(events), stop, warm)
+        if code is Code.DONE:
+            worn = warm.worn(gpus)
+            sender(events)({"say": "done", "worn": worn})
+            if worn:
+                break
     return code
 
 

@@ -129,7 +129,10 @@ def test_a_trainer_that_falls_silent_between_steps_is_replaced(
         def __init__(self, *_: object) -> None:
             starts.append(self)
             self.code: int | None = None
-            self.polls = 0
+            self.polls, self.lives = 0, True
+
+        def order(self, *_: object) -> None:
+            """It is all the same to it."""
 
         def poll(self) -> list[Any]:
             self.polls += 1
