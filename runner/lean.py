@@ -240,17 +240,30 @@ def added(x: Tensor, gate: Tensor, what: Tensor) -> Tensor:
     return out.clip(-LIMIT, LIMIT) if out.dtype == torch.float16 else out
 
 
-class LeanDouble(FluxTransformerBlock):  # type: ignore[misc]
-    plain = False  # whether it keeps what others do, since it runs under checkpointing
+class Lean:
+    """In front of a block of diffusers'. plain: whether it keeps what others do, since it runs under checkpointing."""
+
+    plain = False
 
     def forward(
         self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, image_rotary_emb: Table | None = None,
         joint_attention_kwargs: dict[str, Any] | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        img, txt, attn = hidden_states, encoder_hidden_states, self.attn
+        img, txt = hidden_states, encoder_hidden_states
         if image_rotary_emb is None or joint_attention_kwargs or not torch.is_grad_enabled():
-            stock: tuple[Tensor, Tensor] = super().forward(img, txt, temb, image_rotary_emb, joint_attention_kwargs)
+            own: Any = super()
+            stock: tuple[Tensor, Tensor] = own.forward(img, txt, temb, image_rotary_emb, joint_attention_kwargs)
             return stock
+        return self.lean(img, txt, temb, image_rotary_emb)
+
+    def lean(self, img: Tensor, txt: Tensor, temb: Tensor, table: Table) -> tuple[Tensor, Tensor]:
+        """img [B, I, d], txt [B, T, d], temb [B, d] -> txt, img."""
+        raise NotImplementedError
+
+
+class LeanDouble(Lean, FluxTransformerBlock):  # type: ignore[misc]
+    def lean(self, img: Tensor, txt: Tensor, temb: Tensor, table: Table) -> tuple[Tensor, Tensor]:
+        attn = self.attn
         of_img, of_txt = (norm.linear(norm.silu(temb)).chunk(6, 1) for norm in (self.norm1, self.norm1_context))
         read = remade(Modulation(self.norm1.norm.eps), img, *of_img[:2], plain=self.plain)
         with not_kept(read):
@@ -258,7 +271,7 @@ class LeanDouble(FluxTransformerBlock):  # type: ignore[misc]
         read = remade(Modulation(self.norm1_context.norm.eps), txt, *of_txt[:2], plain=self.plain)
         with not_kept(read):
             txt_q, txt_k, txt_v = attn.add_q_proj(read[0]), attn.add_k_proj(read[0]), attn.add_v_proj(read[0])
-        turn, length = turn_of(image_rotary_emb), txt.shape[1]
+        turn, length = turn_of(table), txt.shape[1]
         queries = remade(Turning(turn, attn.norm_added_q, attn.norm_q), txt_q, q, plain=self.plain)
         keys = remade(Turning(turn, attn.norm_added_k, attn.norm_k), txt_k, k, plain=self.plain)
         attended = attend(attn, queries, keys, heads(torch.cat([txt_v, v], dim=1), attn.head_dim))
@@ -279,19 +292,12 @@ def _fed(x: Tensor, norm: nn.LayerNorm, ff: Any, modulated: Sequence[Tensor], pl
     return added(x, modulated[5], out)
 
 
-class LeanSingle(FluxSingleTransformerBlock):  # type: ignore[misc]
-    plain = False
+class LeanSingle(Lean, FluxSingleTransformerBlock):  # type: ignore[misc]
     last = False  # of the model, which goes on with the image alone: the text is then only what others attend to
 
-    def forward(
-        self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, image_rotary_emb: Table | None = None,
-        joint_attention_kwargs: dict[str, Any] | None = None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        img, txt, attn = hidden_states, encoder_hidden_states, self.attn
-        if image_rotary_emb is None or joint_attention_kwargs or not torch.is_grad_enabled():
-            stock: tuple[Tensor, Tensor] = super().forward(img, txt, temb, image_rotary_emb, joint_attention_kwargs)
-            return stock
-        x, turn, length = torch.cat([txt, img], dim=1), turn_of(image_rotary_emb), txt.shape[1]
+    def lean(self, img: Tensor, txt: Tensor, temb: Tensor, table: Table) -> tuple[Tensor, Tensor]:
+        attn = self.attn
+        x, turn, length = torch.cat([txt, img], dim=1), turn_of(table), txt.shape[1]
         first = length if self.last else 0  # of the tokens that anything comes of
         shift, scale, gate = self.norm.linear(self.norm.silu(temb)).chunk(3, 1)
         read = remade(Modulation(self.norm.norm.eps), x, shift, scale, plain=self.plain)
@@ -311,7 +317,7 @@ class LeanSingle(FluxSingleTransformerBlock):  # type: ignore[misc]
 def spare(transformer: Any, every: int) -> None:
     """Let its blocks keep less; every n-th (0: none) as much as ever, for checkpointing, which keeps nothing of it. Without
     gradients, as for pictures, they go on as diffusers' own."""
-    lean: dict[type, type[nn.Module]] = {FluxTransformerBlock: LeanDouble, FluxSingleTransformerBlock: LeanSingle}
+    lean: dict[type, Any] = {FluxTransformerBlock: LeanDouble, FluxSingleTransformerBlock: LeanSingle}
     block: Any
     for place, block in enumerate(blocks_of(transformer)):
         if type(block) in lean:
@@ -324,7 +330,7 @@ def spare(transformer: Any, every: int) -> None:
 
 def unspare(transformer: Any) -> None:
     """diffusers' own again."""
-    stock = {LeanDouble: FluxTransformerBlock, LeanSingle: FluxSingleTransformerBlock}
+    stock: dict[type, Any] = {LeanDouble: FluxTransformerBlock, LeanSingle: FluxSingleTransformerBlock}
     for block in blocks_of(transformer):
         if type(block) in stock:
             block.__class__ = stock[type(block)]
