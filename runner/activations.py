@@ -189,9 +189,7 @@ def _lean(
     rest = [name for name in ("attn.to_q", "proj_mlp") if name in own]
     inner = led or modulated
     total = 0
-    if (
-        inner or rest[:1] == ["attn.to_q"] or pair
-    ):  # attention: keys and values of all, queries and what comes out of some
+    if inner or "attn.to_q" in rest or pair:  # keys and values of all, queries and what comes out of some
         total += batch.both * 2 * each + count * (2 * each + heads * 4)
     total += batch.both * each * (inner or bool(pair or rest))  # into the norm
     total += count * 4 * each * (inner or "proj_mlp" in own or "proj_out" in own)  # into the GELU

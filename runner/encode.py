@@ -150,9 +150,7 @@ class LiveEncoder:
         rows are drawn at the table's scale."""
         tokenizer, model = flux.load_tokenizer(desk.base, encoder), flux.load_encoder(desk.base, encoder)
         made = cls(encoder, model, tokenizer, text.table_std(model))
-        made.again = (
-            encoder == "t5" and learn_rows and not desk.base.offload
-        )  # which makes its blocks' again, one by one
+        made.again = encoder == "t5" and learn_rows and not desk.base.offload  # which does so block by block
         if encoder in weights.rows or learn_rows:
             counts = [(len(placeholder.pieces), placeholder.initializer) for placeholder in desk.plan.placeholders]
             made.first_rows = text.initial_rows(model, tokenizer, counts, desk.spec.seed, encoder).to(desk.base.device)

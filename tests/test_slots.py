@@ -130,6 +130,18 @@ def test_what_a_trainer_said_before_it_had_a_run_is_in_the_first_ones_log(
     assert (first, last) == ("before", "ImportError: libcudart is not there")
 
 
+def test_what_it_said_is_in_no_log_once_it_has_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a run that dies much later would be given what was said at the start."""
+    starting(monkeypatch, "import sys; print('a warning', file=sys.stderr); print('{\"say\": \"line\"}'); sys.exit(1)")
+    trainer = Trainer("cpu", None)
+    trainer.order(tmp_path, 1, [])
+    trainer.process.wait()
+    assert trainer.poll() == [{"say": "line"}]
+    trainer.dismiss()
+    assert trainer.code == 1
+    assert not (tmp_path / "run.log").exists()
+
+
 def test_trainers_that_get_no_run_are_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One for each run, as far as there are slots, whose locks they leave alone; what was taken out is the queue's."""
     starting(monkeypatch, "import time; time.sleep(600)")

@@ -57,7 +57,8 @@ class Trainer:
         os.set_blocking(self.process.stdout.fileno(), False)
         self.code: int | None = None
         self.worn = False  # it says that it had better end
-        self._log: Path | None = None
+        self._log: Path | None = None  # of its run
+        self._began = False
         self._rest = b""
 
     def order(self, folder: Path, attempt: int, later: Sequence[Path]) -> None:
@@ -77,11 +78,13 @@ class Trainer:
             self._rest += data
         *lines, self._rest = self._rest.split(b"\n")
         events: list[Event] = [json.loads(line) for line in lines]
+        self._began = self._began or bool(events)
         if done := [event for event in events if event["say"] == "done"]:
             self.code, self.worn = Code.DONE, bool(done[0]["worn"])
         elif data is not None:
             self.code = self.process.wait() or Code.CRASHED  # one that is done says so before it goes
-            self._pass_on()
+            if not self._began:
+                self._pass_on()
         return [event for event in events if event["say"] != "done"]
 
     def _pass_on(self) -> None:
