@@ -222,14 +222,17 @@ def _loras(own: Mapping[str, tuple[int, int]], what: Learning, width: Width) -> 
 # ---- encoders --------------------------------------------------------------------------------------------------------
 
 
-def t5_saved(config: Config, captions: int, tokens: int, narrow: int) -> int:
-    """Where rows are learned; the encoder runs in its own dtype, without autocast."""
+def t5_saved(config: Config, captions: int, tokens: int, narrow: int, *, lean: bool) -> int:
+    """Where rows are learned; the encoder runs in its own dtype, without autocast. lean: by `runner.leant5`."""
     count, d, inner = captions * tokens, config["d_model"], config["num_heads"] * config["d_kv"]
-    norm = count * d * (4 if narrow == 4 else 4 + narrow)  # T5's norms go through fp32
     attention = count * (4 * inner * narrow + config["num_heads"] * 4)
+    bias = config["num_heads"] * tokens * tokens * narrow
+    if lean:  # what goes into both norms and the GELU's two sides
+        layer = count * (2 * d + 2 * config["d_ff"]) * narrow + attention
+        return int(config["num_layers"] * layer + bias + count * d * narrow)
+    norm = count * d * (4 if narrow == 4 else 4 + narrow)  # T5's norms go through fp32
     gated = count * 6 * config["d_ff"] * narrow  # gelu_new is written out, step by step
-    bias = config["num_heads"] * tokens * tokens * narrow  # of positions, made contiguous in every layer anew
-    return int(config["num_layers"] * (2 * norm + attention + gated + bias) + norm)
+    return int(config["num_layers"] * (2 * norm + attention + gated + bias) + norm)  # biases contiguous in each anew
 
 
 def t5_buffers(config: Config, captions: int, tokens: int, narrow: int) -> int:

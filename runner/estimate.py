@@ -234,8 +234,10 @@ class _Desk:
             rank = spec.text_lora.rank if spec.text_lora and text_lora else 0
             saved += activations.clip_saved(shapes.clip, images, narrow, rank)
         saved += activations.backward_buffers(shapes.transformer, batch, self.width) + self.unpacked(parts)
-        if "text_encoder_2" in parts:  # its own are made when the transformer's are gone
-            saved = max(saved, activations.t5_saved(shapes.t5, images, spec.model.max_sequence_length, narrow))
+        if "text_encoder_2" in parts:
+            own = activations.t5_saved(shapes.t5, images, spec.model.max_sequence_length, narrow, lean=not self.away)
+            twice = self.away or bool(spec.model.gradient_checkpointing)  # then when the transformer's are gone
+            saved = max(saved, own) if twice else saved + own
         saved = max(saved, self.looking(batch))
         trained = sum(part.parameters or 0 for part in phase.trains)
         held = trained + self.stopped(phase)

@@ -1,12 +1,10 @@
-"""FLUX's blocks with half as much kept for the backward pass: what elementwise arithmetic makes of what is kept anyway (norm
-and modulation, GELU, the turning of queries and keys) is made again there; matrix products and attention never are. Same
-numbers as diffusers' blocks but for rounding.
+"""FLUX's blocks with half as much kept for the backward pass: norm and modulation, GELU, the turning of queries and keys are
+made again there (`runner.remaking`). Same numbers as diffusers' blocks but for rounding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,107 +12,12 @@ import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from runner.flux import blocks_of
+from runner.remaking import Read, Recipe, gelu, heads, norm_back, not_kept, remade
 
 Table = tuple[Tensor, Tensor]  # cosines and sines [N, D] of each token's angles, every angle twice side by side
 LIMIT = 65504  # of fp16, where diffusers clips the residual stream too
-
-
-class Recipe:
-    """How a tensor is made of `inputs`, cheaply, and what its gradient is. Both compute in fp32 where that matters, whatever
-    autocast says: the backward pass knows nothing of it."""
-
-    def make(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """The tensor, and what `back` wants of the making."""
-        raise NotImplementedError
-
-    def back(
-        self, grad: Tensor, needed: Sequence[bool], inputs: Sequence[Tensor], made: Sequence[Tensor]
-    ) -> Sequence[Tensor | None]:
-        """A gradient for each input; None where none is needed."""
-        raise NotImplementedError
-
-
-class Remade:
-    """A tensor that is made again in the backward pass, at most once, for all who would have kept it."""
-
-    def __init__(self, recipe: Recipe, inputs: Sequence[Tensor]) -> None:
-        self.recipe = recipe
-        self.inputs = [one.detach() for one in inputs]
-        self._made: tuple[Tensor, ...] = ()
-
-    def make(self) -> tuple[Tensor, ...]:
-        kind = self.inputs[0].device.type
-        if not torch.is_autocast_enabled(kind):
-            return self.recipe.make(*self.inputs)
-        with torch.autocast(kind, enabled=False):
-            return self.recipe.make(*self.inputs)
-
-    def again(self) -> tuple[Tensor, ...]:
-        self._made = self._made or self.make()
-        return self._made
-
-    def forget(self) -> None:
-        self.inputs, self._made = [], ()
-
-
-class _Remaking(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, recipe: Recipe, remade: Remade | None, *inputs: Tensor) -> Tensor:
-        ctx.remade, ctx.recipe = remade, recipe
-        if remade is None:
-            ctx.save_for_backward(*inputs)
-        return (remade or Remade(recipe, inputs)).make()[0]
-
-    @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        remade: Remade = ctx.remade or Remade(ctx.recipe, ctx.saved_tensors)
-        grads = remade.recipe.back(grad, ctx.needs_input_grad[2:], remade.inputs, remade.again())
-        remade.forget()  # all who kept it have had it: its gradient comes from theirs
-        return None, None, *grads
-
-
-Read = tuple[Tensor, Remade | None]
-
-
-def remade(recipe: Recipe, *inputs: Tensor, plain: bool) -> Read:
-    """plain: the same numbers, but kept by autograd's usual way, which checkpointing is built upon."""
-    one = None if plain else Remade(recipe, inputs)
-    return _Remaking.apply(recipe, one, *inputs), one  # type: ignore[no-untyped-call]
-
-
-@contextmanager
-def not_kept(*reads: Read) -> Iterator[None]:
-    """What is computed within keeps how these tensors are made, in place of them and of views of them."""
-    places = {tensor.untyped_storage()._cdata: one for tensor, one in reads if one is not None}
-    if not places:
-        yield
-        return
-
-    def pack(tensor: Tensor) -> Any:
-        one = places.get(tensor.untyped_storage()._cdata)
-        if one is None:
-            return tensor.detach()  # an output would keep itself alive
-        return one, tensor.size(), tensor.stride(), tensor.storage_offset()
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, _unpack):
-        yield
-
-
-def _unpack(packed: Any) -> Tensor:
-    if isinstance(packed, Tensor):
-        return packed
-    one, size, stride, offset = packed
-    found: Tensor = one.again()[0].as_strided(size, stride, offset)
-    return found
-
-
-def heads(x: Tensor, each: int) -> Tensor:
-    """[..., n * each] -> [..., n, each]."""
-    return x.reshape(*x.shape[:-1], -1, each)
 
 
 # ---- what is made again ----------------------------------------------------------------------------------------------
@@ -125,17 +28,18 @@ class Modulation(Recipe):
     """x [B, N, d], shift and scale [B, d] -> LayerNorm(x) * (1 + scale) + shift."""
 
     eps: float
+    asks = True
 
     def make(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         x, shift, scale = inputs
         normed, mean, rstd = torch.native_layer_norm(x.float(), x.shape[-1:], None, None, self.eps)
-        out = torch.addcmul(shift[:, None].float(), normed, 1 + scale[:, None].float())
-        return out.to(x.dtype), normed, mean, rstd
+        torch.addcmul(shift[:, None].float(), normed, 1 + scale[:, None].float(), out=normed)
+        return normed.to(x.dtype), mean, rstd
 
     def back(
         self, grad: Tensor, needed: Sequence[bool], inputs: Sequence[Tensor], made: Sequence[Tensor]
     ) -> Sequence[Tensor | None]:
-        (x, shift, scale), (_, normed, mean, rstd) = inputs, made
+        (x, shift, scale), (mean, rstd) = inputs, made
         grad, found = grad.float(), list[Tensor | None]((None, None, None))
         if needed[0]:
             through, shape = grad * (1 + scale[:, None].float()), x.shape[-1:]
@@ -145,7 +49,7 @@ class Modulation(Recipe):
         if needed[1]:
             found[1] = grad.sum(1).to(shift.dtype)
         if needed[2]:
-            found[2] = (grad * normed).sum(1).to(scale.dtype)
+            found[2] = (x.float() - mean).mul_(rstd).mul_(grad).sum(1).to(scale.dtype)
         return found
 
 
@@ -172,7 +76,7 @@ class Turning(Recipe):
         grad = self._turned(grad.float().contiguous(), self.turn.conj())
         grads = torch.split(grad, [x.shape[1] for x in inputs], dim=1)
         return [
-            self._of_norm(x, weight, eps, one).to(x.dtype) if need else None
+            norm_back(heads(x, len(weight)), weight, eps, one).flatten(-2).to(x.dtype) if need else None
             for x, (weight, eps), one, need in zip(inputs, self.norms, grads, needed, strict=True)
         ]
 
@@ -180,21 +84,12 @@ class Turning(Recipe):
     def _turned(x: Tensor, turn: Tensor) -> Tensor:
         return torch.view_as_real(torch.view_as_complex(heads(x, 2)) * turn).flatten(-2)
 
-    @staticmethod
-    def _of_norm(x: Tensor, weight: Tensor, eps: float, grad: Tensor) -> Tensor:
-        """The gradient of x * r * weight by x, where r = rsqrt(mean(x ** 2) + eps)."""
-        x = heads(x, len(weight)).float()
-        r = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
-        normed, grad = x * r, grad * weight
-        along = (grad * normed).mean(-1, keepdim=True)
-        return grad.addcmul_(normed, along, value=-1).mul_(r).flatten(-2)
-
 
 class Activation(Recipe):
     """GELU by tanh."""
 
     def make(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        return (nn.functional.gelu(inputs[0], approximate="tanh"),)
+        return (gelu(inputs[0]),)
 
     def back(
         self, grad: Tensor, needed: Sequence[bool], inputs: Sequence[Tensor], made: Sequence[Tensor]
@@ -207,7 +102,11 @@ class Joining(Recipe):
 
     def make(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         attended, inner = inputs
-        return (torch.cat([attended, nn.functional.gelu(inner, approximate="tanh")], dim=-1),)
+        width = attended.shape[-1]
+        out = attended.new_empty(*attended.shape[:-1], width + inner.shape[-1])
+        out[..., :width] = attended
+        gelu(inner, out[..., width:])
+        return (out,)
 
     def back(
         self, grad: Tensor, needed: Sequence[bool], inputs: Sequence[Tensor], made: Sequence[Tensor]

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from runner import flux, lean, lora, lowrank, text
+from runner import flux, lean, lora, lowrank, remaking, text
+from runner.leant5 import LeanT5
 
 
 def counted(modules: list[Any], forward: Callable[[], Tensor]) -> int:
@@ -29,7 +30,7 @@ def counted(modules: list[Any], forward: Callable[[], Tensor]) -> int:
             seen[storage._cdata] = storage.nbytes()
         return tensor
 
-    real, init = torch.autograd.graph.saved_tensors_hooks, lean.Remade.__init__
+    real, init = torch.autograd.graph.saved_tensors_hooks, remaking.Remade.__init__
 
     def lean_hooks(own_pack: Callable[[Tensor], Any], unpack: Callable[[Any], Tensor]) -> Any:
         def both(tensor: Tensor) -> Any:
@@ -38,14 +39,14 @@ def counted(modules: list[Any], forward: Callable[[], Tensor]) -> int:
 
         return real(both, unpack)
 
-    def remade(self: lean.Remade, recipe: lean.Recipe, inputs: Sequence[Tensor]) -> None:
+    def remade(self: remaking.Remade, recipe: remaking.Recipe, inputs: Sequence[Tensor]) -> None:
         init(self, recipe, inputs)
         for one in self.inputs:
             pack(one)
 
     with pytest.MonkeyPatch.context() as patch, real(pack, lambda tensor: tensor):
         patch.setattr(torch.autograd.graph, "saved_tensors_hooks", lean_hooks)
-        patch.setattr(lean.Remade, "__init__", remade)
+        patch.setattr(remaking.Remade, "__init__", remade)
         forward()
     return sum(seen.values())
 
@@ -113,8 +114,8 @@ def transformer(
         return counted([model], forward)
 
 
-def encoder(kind: Any, config: Any, dtype: torch.dtype, captions: int, tokens: int) -> int:
-    """With two rows that learn."""
+def encoder(kind: Any, config: Any, dtype: torch.dtype, captions: int, tokens: int, *, lean: bool = False) -> int:
+    """With two rows that learn. lean: by T5's own way of learning."""
     with FakeTensorMode():
         with default_dtype(dtype):
             model = kind(config).requires_grad_(False).eval()
@@ -122,4 +123,5 @@ def encoder(kind: Any, config: Any, dtype: torch.dtype, captions: int, tokens: i
         rows = torch.nn.Parameter(torch.zeros(2, table.weight.shape[1]))
         model.set_input_embeddings(text.Rows(table, table.weight.shape[0] - 2, rows))
         ids = torch.zeros(captions, tokens, dtype=torch.long)
-        return counted([model], lambda: model(ids)[0])
+        way = LeanT5(model, plain=False).states if lean else lambda ids: model(ids)[0]
+        return counted([model], lambda: way(ids))
