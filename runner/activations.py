@@ -227,10 +227,10 @@ def t5_saved(config: Config, captions: int, tokens: int, narrow: int, *, lean: b
     count, d, inner = captions * tokens, config["d_model"], config["num_heads"] * config["d_kv"]
     attention = count * (4 * inner * narrow + config["num_heads"] * 4)
     bias = config["num_heads"] * tokens * tokens * narrow
+    norm = count * d * (4 if narrow == 4 else 4 + narrow)  # transformers' go through fp32
     if lean:  # what goes into both norms and the GELU's two sides
         layer = count * (2 * d + 2 * config["d_ff"]) * narrow + attention
-        return int(config["num_layers"] * layer + bias + count * d * narrow)
-    norm = count * d * (4 if narrow == 4 else 4 + narrow)  # T5's norms go through fp32
+        return int(config["num_layers"] * layer + bias + norm)  # the last norm is as ever
     gated = count * 6 * config["d_ff"] * narrow  # gelu_new is written out, step by step
     return int(config["num_layers"] * (2 * norm + attention + gated + bias) + norm)  # biases contiguous in each anew
 

@@ -18,7 +18,6 @@ from runner.desk import Desk
 from runner.device import move, release
 from runner.errors import FluxrunError
 from runner.keys import Entry
-from runner.leant5 import LeanT5
 from runner.lora import LoraShape
 from runner.plan import ENCODERS, Encode, Plan
 from runner.shelf import Shelf
@@ -141,7 +140,7 @@ class LiveEncoder:
         self.rows: nn.Parameter | None = None
         self.first_rows: Tensor | None = None  # what they began as
         self.adapter: Mapping[str, nn.Parameter] = {}
-        self.lean: LeanT5 | None = None  # T5's way where it learns
+        self.again = False  # whether its activations are made again in the backward pass, rather than kept
 
     @classmethod
     def load(
@@ -151,8 +150,13 @@ class LiveEncoder:
         rows are drawn at the table's scale."""
         tokenizer, model = flux.load_tokenizer(desk.base, encoder), flux.load_encoder(desk.base, encoder)
         made = cls(encoder, model, tokenizer, text.table_std(model))
-        if encoder == "t5" and learn_rows and not desk.base.offload:  # which has each block run twice
-            made.spare(again=bool(desk.spec.model.gradient_checkpointing))
+        if encoder == "t5" and learn_rows:
+            from runner.leant5 import spare
+
+            made.again = (
+                bool(desk.spec.model.gradient_checkpointing) and not desk.base.offload
+            )  # which does so by block
+            spare(model, plain=made.again or desk.base.offload)
         if encoder in weights.rows or learn_rows:
             counts = [(len(placeholder.pieces), placeholder.initializer) for placeholder in desk.plan.placeholders]
             made.first_rows = text.initial_rows(model, tokenizer, counts, desk.spec.seed, encoder).to(desk.base.device)
@@ -225,20 +229,13 @@ class LiveEncoder:
         )
         return found.to(next(self.model.parameters()).device)
 
-    def spare(self, *, again: bool) -> None:
-        """Let a T5 that learns keep less for the backward pass. again: next to nothing, for which it runs a second time there,
-        when the transformer's activations are gone."""
-        if LeanT5.fits(self.model):
-            self.lean = LeanT5(self.model, again)
-
     def embed(self, captions: Sequence[str], pooling: str) -> Tensor:
+        """Where T5 runs a second time, its turn in the backward pass comes when the transformer's activations are gone."""
         ids = torch.stack([self.ids[caption] for caption in captions])
-        if self.lean is None or not torch.is_grad_enabled():
-            return self._states(ids, pooling)
-        if self.lean.plain:
-            found: Tensor = checkpoint(self.lean.states, ids, use_reentrant=False, preserve_rng_state=False)
+        if self.again and torch.is_grad_enabled():
+            found: Tensor = checkpoint(self._states, ids, pooling, use_reentrant=False, preserve_rng_state=False)
             return found
-        return self.lean.states(ids)
+        return self._states(ids, pooling)
 
     def _states(self, ids: Tensor, pooling: str) -> Tensor:
         if self.encoder == "t5":

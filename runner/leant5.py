@@ -1,16 +1,16 @@
-"""T5's encoder with half as much kept for the backward pass, where only what goes into it learns: its norms and gated GELU are
-made again there (`runner.remaking`), and positions' biases are there once for all blocks. Same numbers as transformers' but for
-rounding.
+"""T5's blocks with half as much kept for the backward pass, where only what goes into them learns: norms and gated GELU are made
+again there (`runner.remaking`), and positions' biases are there once for all blocks. Same numbers as transformers' but for
+rounding; without gradients they go on as transformers' own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.models.t5.modeling_t5 import T5Block
 
 from runner.remaking import Recipe, gelu, heads, norm_back, remade
 
@@ -48,42 +48,57 @@ class Gating(Recipe):
         )
 
 
-@dataclass(frozen=True)
-class LeanT5:
-    """`encoder`: a frozen T5EncoderModel. plain: it runs under checkpointing, which sees to what is kept."""
+def normed(norm: Any, x: Tensor, *, plain: bool) -> Tensor:
+    return remade(Scaling(norm), x, plain=plain)[0]
 
-    encoder: Any
-    plain: bool
 
-    @classmethod
-    def fits(cls, encoder: Any) -> bool:
-        """Whether this is the kind of T5 that is written out here, FLUX's."""
-        config = encoder.config
-        return bool(config.is_gated_act) and config.dense_act_fn == "gelu_new" and not encoder.training
+class LeanBlock(T5Block):  # type: ignore[misc]
+    """plain: whether it keeps what others do, since it runs under checkpointing."""
 
-    def states(self, ids: Tensor) -> Tensor:
-        """[B, T] -> [B, T, width]."""
-        stack = self.encoder.encoder
-        x = self.encoder.get_input_embeddings()(ids)
-        length = ids.shape[1]
-        bias = stack.block[0].layer[0].SelfAttention.compute_bias(length, length, device=x.device)
-        bias = bias.to(x.dtype).contiguous()
-        for block in stack.block:
-            attention, fed = block.layer[0], block.layer[1]
-            x = x + self._attended(attention, x, bias)
-            x = x + self._fed(fed, x)
-        return self._normed(stack.final_layer_norm, x)
+    plain = False
 
-    def _normed(self, norm: Any, x: Tensor) -> Tensor:
-        return remade(Scaling(norm), x, plain=self.plain)[0]
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, position_bias: Tensor | None = None,
+        *rest: Any, **named: Any,
+    ) -> tuple[Tensor, Tensor, None]:  # fmt: skip
+        """[B, T, d], and the biases of positions [1, heads, T, T], which the first block makes for all."""
+        if attention_mask is not None or self.training or not torch.is_grad_enabled():
+            stock: tuple[Tensor, Tensor, None] = super().forward(
+                hidden_states, attention_mask, position_bias, *rest, **named
+            )
+            return stock
+        x, length = hidden_states, hidden_states.shape[1]
+        if position_bias is None:
+            position_bias = self.layer[0].SelfAttention.compute_bias(length, length, device=x.device).contiguous()
+        x = clamped(x + self._attended(x, position_bias))
+        return clamped(x + self._fed(x)), position_bias, None
 
-    def _attended(self, layer: Any, x: Tensor, bias: Tensor) -> Tensor:
-        own, read = layer.SelfAttention, self._normed(layer.layer_norm, x)
+    def _attended(self, x: Tensor, bias: Tensor) -> Tensor:
+        own, read = self.layer[0].SelfAttention, normed(self.layer[0].layer_norm, x, plain=self.plain)
         q, k, v = (heads(part(read), own.key_value_proj_dim).transpose(1, 2) for part in (own.q, own.k, own.v))
-        found = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
-        return own.o(found.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+        found = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=1.0)
+        out: Tensor = own.o(found.transpose(1, 2).flatten(2))
+        return out
 
-    def _fed(self, layer: Any, x: Tensor) -> Tensor:
-        own, read = layer.DenseReluDense, self._normed(layer.layer_norm, x)
+    def _fed(self, x: Tensor) -> Tensor:
+        own, read = self.layer[-1].DenseReluDense, normed(self.layer[-1].layer_norm, x, plain=self.plain)
         gated, _ = remade(Gating(), own.wi_0(read), own.wi_1(read), plain=self.plain)
-        return own.wo(gated.to(own.wo.weight.dtype) if own.wo.weight.is_floating_point() else gated)  # type: ignore[no-any-return]
+        kept = own.wo.weight.dtype  # in fp32 by some
+        out: Tensor = own.wo(gated.to(kept) if kept.is_floating_point else gated)
+        return out
+
+
+def clamped(x: Tensor) -> Tensor:
+    """T5 overflows in fp16."""
+    most = torch.finfo(x.dtype).max
+    return x if x.dtype != torch.float16 else x.clamp(1000 - most, most - 1000)
+
+
+def spare(encoder: Any, *, plain: bool) -> None:
+    """Let a T5EncoderModel's blocks keep less, if they are of the kind that FLUX has. plain: see `LeanBlock`."""
+    if not encoder.config.is_gated_act or encoder.config.dense_act_fn != "gelu_new":
+        return
+    for block in encoder.encoder.block:
+        if type(block) is T5Block:
+            block.__class__ = LeanBlock
+            block.plain = plain

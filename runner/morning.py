@@ -3,7 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
+
+
+def read_ahead() -> None:
+    """Import what writing them needs, so that it is there when the last run is done."""
+    with suppress(Exception):  # what is wrong with it is told when they are written
+        import_module("runner.board")
+        import_module("runner.report")
+        import_module("jinja2")
+        for name in ("custom_scalar.layout_pb2", "hparams.summary_v2", "text.metadata"):
+            import_module(f"tensorboard.plugins.{name}")
+        import_module("tensorboard.summary.writer.record_writer")
 
 
 def prepare_morning(runs: Path, tell: Callable[[str], None]) -> None:

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from runner import flux, lean, lora, lowrank, remaking, text
-from runner.leant5 import LeanT5
+from runner import flux, lean, leant5, lora, lowrank, remaking, text
 
 
 def counted(modules: list[Any], forward: Callable[[], Tensor]) -> int:
@@ -115,7 +114,7 @@ def transformer(
 
 
 def encoder(kind: Any, config: Any, dtype: torch.dtype, captions: int, tokens: int, *, lean: bool = False) -> int:
-    """With two rows that learn. lean: by T5's own way of learning."""
+    """With two rows that learn. lean: a T5 with lean blocks."""
     with FakeTensorMode():
         with default_dtype(dtype):
             model = kind(config).requires_grad_(False).eval()
@@ -123,5 +122,6 @@ def encoder(kind: Any, config: Any, dtype: torch.dtype, captions: int, tokens: i
         rows = torch.nn.Parameter(torch.zeros(2, table.weight.shape[1]))
         model.set_input_embeddings(text.Rows(table, table.weight.shape[0] - 2, rows))
         ids = torch.zeros(captions, tokens, dtype=torch.long)
-        way = LeanT5(model, plain=False).states if lean else lambda ids: model(ids)[0]
-        return counted([model], lambda: way(ids))
+        if lean:
+            leant5.spare(model, plain=False)
+        return counted([model], lambda: model(ids)[0])

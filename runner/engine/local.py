@@ -18,7 +18,7 @@ from runner.engine.process import Trainer
 from runner.engine.slots import Slot
 from runner.errors import Code, FluxrunError, Held, Paused, disk_trouble
 from runner.index import write_index
-from runner.morning import prepare_morning
+from runner.morning import prepare_morning, read_ahead
 from runner.notify import Target, tell
 from runner.prepare import Job
 from runner.say import Event
@@ -112,6 +112,7 @@ def run_queue(
     for job in jobs:
         _enlist(queue, job)
     write_index(runs)
+    read_ahead()  # while warm trainers do the same
     threads, asked = threads_of(slots), 0
     try:
         while queue.waiting or any(place.work for place in places):
