@@ -200,7 +200,7 @@ def test_the_plan_in_words(tmp_path: Path) -> None:
         "  encode-learned                 trains nothing; on the device: text_encoder, text_encoder_2",
         "  lora           steps 4-6       lora (20,480 parameters); on the device: transformer",
         "  export                         trains nothing; on the device: text_encoder, text_encoder_2, transformer, vae",
-        "  memory: about encode 68 MiB, joint 72 MiB, encode-learned 69 MiB, lora 71 MiB, export 73 MiB",
+        "  memory: about encode 68 MiB, joint 73 MiB, encode-learned 69 MiB, lora 71 MiB, export 73 MiB",
         "  fits a card of 8 GB (845 MiB for export, margin included)",
         "  in the cache: latents 0 of 10; 80 KiB to make",
         "1 run, 6 steps",
