@@ -8,7 +8,7 @@ factor only where the modulation itself learns: through token rows in CLIP, or a
 before the first thing that learns.
 
 Under autocast to 16 bits on a GPU, norms see fp32 copies of their inputs, every LoRA its own 16-bit copy of its input. A
-lean block has no such copies, and makes again what norms, GELU and the turning of queries and keys make.
+lean block has no such copies, and makes again what norms, GELU and the turning of queries and keys make; so does T5's.
 """
 
 from __future__ import annotations
@@ -222,17 +222,14 @@ def _loras(own: Mapping[str, tuple[int, int]], what: Learning, width: Width) -> 
 # ---- encoders --------------------------------------------------------------------------------------------------------
 
 
-def t5_saved(config: Config, captions: int, tokens: int, narrow: int, *, lean: bool) -> int:
-    """Where rows are learned; the encoder runs in its own dtype, without autocast. lean: by `runner.leant5`."""
+def t5_saved(config: Config, captions: int, tokens: int, narrow: int) -> int:
+    """Where rows are learned, in `runner.leant5`'s blocks; the encoder runs in its own dtype, without autocast."""
     count, d, inner = captions * tokens, config["d_model"], config["num_heads"] * config["d_kv"]
     attention = count * (4 * inner * narrow + config["num_heads"] * 4)
+    layer = attention + count * (2 * d + 2 * config["d_ff"]) * narrow  # into both norms, and the GELU's two sides
     bias = config["num_heads"] * tokens * tokens * narrow
-    norm = count * d * (4 if narrow == 4 else 4 + narrow)  # transformers' go through fp32
-    if lean:  # what goes into both norms and the GELU's two sides
-        layer = count * (2 * d + 2 * config["d_ff"]) * narrow + attention
-        return int(config["num_layers"] * layer + bias + norm)  # the last norm is as ever
-    gated = count * 6 * config["d_ff"] * narrow  # gelu_new is written out, step by step
-    return int(config["num_layers"] * (2 * norm + attention + gated + bias) + norm)  # biases contiguous in each anew
+    norm = count * d * (4 if narrow == 4 else 4 + narrow)  # the last one is transformers', in fp32
+    return int(config["num_layers"] * layer + bias + norm)
 
 
 def t5_buffers(config: Config, captions: int, tokens: int, narrow: int) -> int:

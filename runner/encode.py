@@ -153,10 +153,9 @@ class LiveEncoder:
         if encoder == "t5" and learn_rows:
             from runner.leant5 import spare
 
-            made.again = (
-                bool(desk.spec.model.gradient_checkpointing) and not desk.base.offload
-            )  # which does so by block
-            spare(model, plain=made.again or desk.base.offload)
+            twice = bool(desk.spec.model.gradient_checkpointing)
+            made.again = twice and not desk.base.offload  # where each block does so by itself
+            spare(model, plain=twice or desk.base.offload)
         if encoder in weights.rows or learn_rows:
             counts = [(len(placeholder.pieces), placeholder.initializer) for placeholder in desk.plan.placeholders]
             made.first_rows = text.initial_rows(model, tokenizer, counts, desk.spec.seed, encoder).to(desk.base.device)

@@ -235,7 +235,7 @@ class _Desk:
             saved += activations.clip_saved(shapes.clip, images, narrow, rank)
         saved += activations.backward_buffers(shapes.transformer, batch, self.width) + self.unpacked(parts)
         if "text_encoder_2" in parts:
-            own = activations.t5_saved(shapes.t5, images, spec.model.max_sequence_length, narrow, lean=True)
+            own = activations.t5_saved(shapes.t5, images, spec.model.max_sequence_length, narrow)
             twice = self.away or bool(spec.model.gradient_checkpointing)  # then when the transformer's are gone
             saved = max(saved, own) if twice else saved + own
         saved = max(saved, self.looking(batch))

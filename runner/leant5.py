@@ -52,7 +52,7 @@ def normed(norm: Any, x: Tensor, *, plain: bool) -> Tensor:
     return remade(Scaling(norm), x, plain=plain)[0]
 
 
-class LeanBlock(T5Block):  # type: ignore[misc]
+class LeanT5Block(T5Block):  # type: ignore[misc]
     """plain: whether it keeps what others do, since it runs under checkpointing."""
 
     plain = False
@@ -95,10 +95,10 @@ def clamped(x: Tensor) -> Tensor:
 
 
 def spare(encoder: Any, *, plain: bool) -> None:
-    """Let a T5EncoderModel's blocks keep less, if they are of the kind that FLUX has. plain: see `LeanBlock`."""
+    """Let a T5EncoderModel's blocks keep less, if they are of the kind that FLUX has. plain: see `LeanT5Block`."""
     if not encoder.config.is_gated_act or encoder.config.dense_act_fn != "gelu_new":
         return
     for block in encoder.encoder.block:
         if type(block) is T5Block:
-            block.__class__ = LeanBlock
+            block.__class__ = LeanT5Block
             block.plain = plain

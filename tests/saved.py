@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import T5EncoderModel
 
 from runner import flux, lean, leant5, lora, lowrank, remaking, text
 
@@ -113,8 +114,8 @@ def transformer(
         return counted([model], forward)
 
 
-def encoder(kind: Any, config: Any, dtype: torch.dtype, captions: int, tokens: int, *, lean: bool = False) -> int:
-    """With two rows that learn. lean: a T5 with lean blocks."""
+def encoder(kind: Any, config: Any, dtype: torch.dtype, captions: int, tokens: int) -> int:
+    """With two rows that learn; a T5 with lean blocks."""
     with FakeTensorMode():
         with default_dtype(dtype):
             model = kind(config).requires_grad_(False).eval()
@@ -122,6 +123,6 @@ def encoder(kind: Any, config: Any, dtype: torch.dtype, captions: int, tokens: i
         rows = torch.nn.Parameter(torch.zeros(2, table.weight.shape[1]))
         model.set_input_embeddings(text.Rows(table, table.weight.shape[0] - 2, rows))
         ids = torch.zeros(captions, tokens, dtype=torch.long)
-        if lean:
+        if kind is T5EncoderModel:
             leant5.spare(model, plain=False)
         return counted([model], lambda: model(ids)[0])

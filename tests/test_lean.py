@@ -212,9 +212,10 @@ def test_a_t5_that_learns_is_transformers_but_for_rounding_and_keeps_half() -> N
     assert kept[2] < 2000 < kept[1] < 0.55 * kept[0]  # its ids alone; half
 
 
-def test_a_t5_that_learns_in_16_bits_is_about_as_near_to_full_precision() -> None:
-    """As a median over rows: of a single gradient, a fifth is rounding."""
-    full, stock, lean = t5_with_rows(), t5_with_rows(torch.bfloat16), t5_with_rows(torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_t5_that_learns_in_16_bits_is_about_as_near_to_full_precision(dtype: torch.dtype) -> None:
+    """As a median over rows: of a single gradient in bf16, a fifth is rounding."""
+    full, stock, lean = t5_with_rows(), t5_with_rows(dtype), t5_with_rows(dtype)
     leant5.spare(lean.model, plain=False)
     found: dict[str, list[float]] = {"states": [], "rows": []}
     for seed in range(20):
@@ -229,6 +230,12 @@ def test_a_t5_that_learns_in_16_bits_is_about_as_near_to_full_precision() -> Non
             ratios.append(distances[0] / distances[1])
     assert statistics.median(found["states"]) < 1.1
     assert statistics.median(found["rows"]) < 1.5
+
+
+def test_what_overflows_in_16_bits_is_clamped_as_transformers_do() -> None:
+    kept = torch.tensor([1.0, -65504.0, float("inf"), -float("inf")], dtype=torch.float16)
+    assert leant5.clamped(kept).tolist() == [1.0, -64512.0, 64512.0, -64512.0]
+    assert torch.equal(leant5.clamped(kept.float()), kept.float())
 
 
 def test_a_t5_that_learns_nothing_now_is_transformers_to_the_bit() -> None:

@@ -59,6 +59,7 @@ class Asked:
     prompt: str | None = "a photo of TOK"
     save_every: int = 100
     loss: bool = False  # the reference takes none
+    checkpointing: int = 0  # of every so many blocks
 
     @property
     def text(self) -> str:
@@ -77,6 +78,7 @@ seed = {self.seed}
 [model]
 base = "{self.base}"
 max_sequence_length = {self.tokens}
+gradient_checkpointing = {self.checkpointing or "false"}
 [data]
 source = "{self.pictures}"
 {"" if self.prompt is None else f'prompt = "{self.prompt}"'}
