@@ -5,10 +5,12 @@ from __future__ import annotations
 import gc
 import statistics
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import House, desk_of
 from diffusers import FluxTransformer2DModel
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
 from saved import counted
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from runner import flux, lean, leant5, lora, remaking, text
 from runner.basefiles import linear_layers, lora_layers
+from runner.checkpoint import Weights
 from runner.device import autocast
 from runner.encode import LiveEncoder
 
@@ -230,6 +233,20 @@ def test_a_t5_that_learns_in_16_bits_is_about_as_near_to_full_precision(dtype: t
             ratios.append(distances[0] / distances[1])
     assert statistics.median(found["states"]) < 1.1
     assert statistics.median(found["rows"]) < 1.5
+
+
+@pytest.mark.parametrize(
+    ("model", "plain", "again"),
+    [("", False, False), ("gradient_checkpointing = true", True, True), ('offload = "blocks"', True, False)],
+)
+def test_a_run_s_t5_has_lean_blocks_where_it_learns(tmp_path: Path, model: str, plain: bool, again: bool) -> None:
+    """Plain ones where checkpointing, of all of it or block by block, sees to what is kept."""
+    desk = desk_of(House(tmp_path).spec(base=f'base = "builtin:tiny"\n{model}'))
+    live = LiveEncoder.load(desk, "t5", Weights(), learn_rows=True)
+    assert [(type(block), block.plain) for block in live.model.encoder.block] == [(leant5.LeanT5Block, plain)] * 2  # type: ignore[union-attr]
+    assert live.again is again
+    live = LiveEncoder.load(desk, "t5", Weights())
+    assert not any(isinstance(block, leant5.LeanT5Block) for block in live.model.encoder.block)  # type: ignore[union-attr]
 
 
 def test_what_overflows_in_16_bits_is_clamped_as_transformers_do() -> None:
