@@ -67,11 +67,17 @@ DOUBLE_TXT = (
 )  # fmt: skip
 
 
+def run_twice(blocks: int, every: int) -> range:
+    """The places of those that gradient checkpointing of every n-th block (0: of none) runs again. Never the last: when its
+    turn comes in the backward pass, all that it keeps would be there anyway."""
+    return range(0, blocks - 1, every) if every else range(0)
+
+
 def transformer_saved(
-    config: Config, batch: Batch, width: Width, what: Learning, every: int, *, lean: bool
-) -> int:  # fmt: skip
-    """At the end of a forward pass; with every n-th block checkpointed (0: none) as much as the worst moment holds, when
-    such a block is run again. lean: whether the others are `runner.lean`'s."""
+    config: Config, batch: Batch, width: Width, what: Learning, again: Collection[int], *, lean: bool
+) -> int:
+    """At the end of a forward pass, or when a block whose place is among `again` is run once more in the backward pass,
+    whichever is more. lean: whether the others are `runner.lean`'s."""
     d, heads = config["attention_head_dim"] * config["num_attention_heads"], config["num_attention_heads"]
     around = {name.split(".")[0] for name in what.layers if "blocks." not in name}
     pooled = what.pooled or "time_text_embed" in around
@@ -80,18 +86,16 @@ def transformer_saved(
     for name, shape in what.layers.items():
         stack, place, suffix = (*name.split(".", 2), "", "")[:3]
         adapted.setdefault(f"{stack}.{place}", {})[suffix] = shape
-    blocks: list[int] = []  # those that are run once
-    again: list[int] = []
+    kept: list[tuple[int, int]] = []  # of each block: by its forward pass, and by the one that is for the backward pass
     place_of_block = -1
     known: dict[tuple[Any, ...], int] = {}
-    inputs = 0
     for kind, count in (("transformer_blocks", "num_layers"), ("single_transformer_blocks", "num_single_layers")):
         for index in range(config[count]):
             place_of_block += 1
             own = adapted.get(f"{kind}.{index}", {})
             if not (own or pooled or img_in or txt_in):
                 continue
-            twice = bool(every) and place_of_block % every == 0
+            twice = place_of_block in again
             ends_here = kind == "single_transformer_blocks" and index + 1 == config[count]
             if (alike := (kind, twice, ends_here, img_in, txt_in, *own)) not in known:
                 if lean and not twice:
@@ -101,16 +105,16 @@ def transformer_saved(
                     saved = block(own, d, heads, batch, width, what, pooled, img_in, txt_in)
                 known[alike] = saved + _loras(own, what, width)
             img_in = txt_in = True  # attention mixes them
-            if twice:
-                again.append(known[alike])
-                inputs += batch.both * d * width.narrow
-            else:
-                blocks.append(known[alike])
+            kept.append((batch.both * d * width.narrow if twice else known[alike], known[alike]))
     rotary = 2 * (batch.img + batch.txt) * config["attention_head_dim"] * 4
     ends = batch.both * d * width.narrow if width.wide == width.narrow else batch.images * batch.img * d * width.wide
     ends += batch.images * batch.img * d * width.wide * pooled
     ends += batch.images * batch.img * config["in_channels"] * 4 * 4  # noised, target, prediction, their difference
-    return int(sum(blocks) + inputs + max(again, default=0) + rotary + ends)
+    worst = there = sum(first for first, _ in kept)
+    for first, second in reversed(kept):
+        worst = max(worst, there - first + second)
+        there -= first
+    return int(worst + rotary + ends)
 
 
 def backward_buffers(config: Config, batch: Batch, width: Width) -> int:

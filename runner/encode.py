@@ -19,7 +19,7 @@ from runner.device import move, release
 from runner.errors import FluxrunError
 from runner.keys import Entry
 from runner.lora import LoraShape
-from runner.plan import ENCODERS, Encode, Plan
+from runner.plan import ENCODERS, Encode, Plan, recomputed
 from runner.shelf import Shelf
 from runner.spec import Spec
 
@@ -153,7 +153,7 @@ class LiveEncoder:
         if encoder == "t5" and learn_rows:
             from runner.leant5 import spare
 
-            twice = bool(desk.spec.model.gradient_checkpointing)
+            twice = bool(recomputed(desk.spec, rows=True))
             made.again = twice and not desk.base.offload  # where each block does so by itself
             spare(model, plain=twice or desk.base.offload)
         if encoder in weights.rows or learn_rows:
@@ -229,12 +229,17 @@ class LiveEncoder:
         return found.to(next(self.model.parameters()).device)
 
     def embed(self, captions: Sequence[str], pooling: str) -> Tensor:
-        """Where T5 runs a second time, its turn in the backward pass comes when the transformer's activations are gone."""
-        ids = torch.stack([self.ids[caption] for caption in captions])
+        """A caption that several pictures have is read once. Where T5 runs a second time, its turn in the backward pass comes
+        when the transformer's activations are gone."""
+        each = list(dict.fromkeys(captions))
+        ids = torch.stack([self.ids[caption] for caption in each])
         if self.again and torch.is_grad_enabled():
             found: Tensor = checkpoint(self._states, ids, pooling, use_reentrant=False, preserve_rng_state=False)
+        else:
+            found = self._states(ids, pooling)
+        if len(each) == len(captions):
             return found
-        return self._states(ids, pooling)
+        return torch.stack([found[each.index(caption)] for caption in captions])
 
     def _states(self, ids: Tensor, pooling: str) -> Tensor:
         if self.encoder == "t5":

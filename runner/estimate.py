@@ -20,6 +20,7 @@ from runner.plan import (
     Prior,
     Train,
     learning,
+    recomputed,
     resident,
     resolutions,
     trains_lora,
@@ -226,18 +227,18 @@ class _Desk:
             layers, spec.lora.rank, spec.lora.dropout > 0, "clip" in (*rows, *text_lora), "t5" in rows
         )  # fmt: skip
         parts = resident(phase)
+        blocks, every = shapes.blocks, recomputed(spec, rows=bool(rows))
+        again = range(blocks) if self.away else activations.run_twice(blocks, every)
         saved = activations.transformer_saved(
-            shapes.transformer, batch, self.width, what, 1 if self.away else int(spec.model.gradient_checkpointing),
-            lean=not spec.model.compile,
-        )  # fmt: skip
+            shapes.transformer, batch, self.width, what, again, lean=not spec.model.compile
+        )
         if "text_encoder" in parts:
             rank = spec.text_lora.rank if spec.text_lora and text_lora else 0
             saved += activations.clip_saved(shapes.clip, images, narrow, rank)
         saved += activations.backward_buffers(shapes.transformer, batch, self.width) + self.unpacked(parts)
         if "text_encoder_2" in parts:
             own = activations.t5_saved(shapes.t5, images, spec.model.max_sequence_length, narrow)
-            twice = self.away or bool(spec.model.gradient_checkpointing)  # then when the transformer's are gone
-            saved = max(saved, own) if twice else saved + own
+            saved = max(saved, own) if self.away or every else saved + own  # again when the transformer's are gone
         saved = max(saved, self.looking(batch))
         trained = sum(part.parameters or 0 for part in phase.trains)
         held = trained + self.stopped(phase)
@@ -283,7 +284,8 @@ def most(spec: Spec, plan: Plan, *, on_gpu: bool) -> tuple[int, str] | None:
     found = estimate(spec, plan, shapes, on_gpu=on_gpu)
     if on_gpu:
         return max((needs(memory), name) for name, memory in found.items())
-    saving = _set(spec, {"model": {"gradient_checkpointing": False}})  # all of it passes through the heap, in time
+    keys = {"gradient_checkpointing": False}
+    saving = _set(spec, {"model": keys, "inversion": keys})  # all of it passes through the heap, in time
     passing = estimate(saving, plan, shapes, on_gpu=False)
     return max((int(memory.total + HEAP * passing[name].activations), name) for name, memory in found.items())
 
@@ -310,6 +312,8 @@ def ways(spec: Spec, plan: Plan, shapes: Shapes) -> Iterator[Change]:
     for text, update in _changes(spec):
         spec, plan = _set(spec, update), _replanned(plan, update)
         keys[text.split(" =")[0]] = text  # int8 gives way to nf4
+        if text.startswith("model.gradient"):
+            keys.pop("inversion.gradient_checkpointing", None)  # which goes without saying then
         yield Change(tuple(keys.values()), _largest(spec, plan, shapes)[1])
 
 
@@ -326,8 +330,13 @@ def _changes(spec: Spec) -> Iterator[tuple[str, dict[str, dict[str, Any]]]]:
             f"train.batch_size = 1, train.accumulate = {spec.train.accumulate * images}",
             {"train": {"batch_size": 1, "accumulate": spec.train.accumulate * images}},
         )
+    if "t5" in spec.inversion.encoders and spec.tokens and not recomputed(spec, rows=True):
+        yield "inversion.gradient_checkpointing = true", {"inversion": {"gradient_checkpointing": True}}
     if not spec.model.gradient_checkpointing:
-        yield "model.gradient_checkpointing = true", {"model": {"gradient_checkpointing": True}}
+        yield (
+            "model.gradient_checkpointing = true",
+            {"model": {"gradient_checkpointing": True}, "inversion": {"gradient_checkpointing": None}},
+        )
     if spec.model.dtype == "fp32":
         yield 'model.dtype = "bf16"', {"model": {"dtype": "bf16"}}
     if spec.model.quantize == "none":

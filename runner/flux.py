@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from runner import quant
+from runner import activations, quant
 from runner.attention import ON_A_GPU
 from runner.basefiles import PARTS, fingerprint, local_folder
 from runner.digest import key_of
@@ -139,9 +139,15 @@ def set_attention(transformer: Any, backend: str) -> None:
         _AttentionBackendRegistry.set_active_backend(AttentionBackendName.NATIVE)
 
 
-def recompute(transformer: Any, every: int) -> None:
-    """Gradient checkpointing of every so many blocks: their activations are made again in the backward pass."""
-    chosen = {id(block) for block in blocks_of(transformer)[::every]}
+def run_twice(transformer: Any, every: int) -> list[nn.Module]:
+    """The blocks that gradient checkpointing of every n-th (0: of none) is for."""
+    blocks = blocks_of(transformer)
+    return [blocks[place] for place in activations.run_twice(len(blocks), every)]
+
+
+def recompute(transformer: Any, blocks: Collection[nn.Module]) -> None:
+    """Gradient checkpointing of these: their activations are made again in the backward pass."""
+    chosen = {id(block) for block in blocks}
 
     def call(block: nn.Module, *inputs: Any) -> Any:
         return checkpoint(block, *inputs, use_reentrant=False) if id(block) in chosen else block(*inputs)

@@ -4,7 +4,7 @@ made again there (`runner.remaking`). Same numbers as diffusers' blocks but for 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -213,15 +213,16 @@ class LeanSingle(Lean, FluxSingleTransformerBlock):  # type: ignore[misc]
         return (txt, out) if self.last else (out[:, :length], out[:, length:])
 
 
-def spare(transformer: Any, every: int) -> None:
-    """Let its blocks keep less; every n-th (0: none) as much as ever, for checkpointing, which keeps nothing of it. Without
+def spare(transformer: Any, *, plain: Collection[nn.Module] = ()) -> None:
+    """Let its blocks keep less; the plain ones as much as ever, for checkpointing, which keeps nothing of it. Without
     gradients, as for pictures, they go on as diffusers' own."""
     lean: dict[type, Any] = {FluxTransformerBlock: LeanDouble, FluxSingleTransformerBlock: LeanSingle}
     block: Any
-    for place, block in enumerate(blocks_of(transformer)):
+    twice = {id(block) for block in plain}
+    for block in blocks_of(transformer):
         if type(block) in lean:
             block.__class__ = lean[type(block)]
-            block.plain = bool(every) and place % every == 0
+            block.plain = id(block) in twice
     *_, last = blocks_of(transformer)
     if isinstance(last, LeanSingle):
         last.last = True

@@ -16,7 +16,7 @@ from runner.desk import Desk
 from runner.encode import CachedEncoder, LiveEncoder
 from runner.objective import Encoders, FlowObjective
 from runner.optim import Adam, Adam8bit, Group, Optimizer, ProdigyNumbers, schedule
-from runner.plan import Inversion, Joint, Lora, learning, trains_lora
+from runner.plan import Inversion, Joint, Lora, learning, recomputed, trains_lora
 from runner.preview import Look
 from runner.spec import Spec, Stop
 from runner.train import Early, Loop, Meters, Step, train
@@ -92,13 +92,15 @@ def load_transformer(desk: Desk, phase: TrainPhase, past: Weights) -> tuple[nn.M
     """The frozen base with its adapter, {} where it has none yet; the adapter learns only if the phase says so."""
     transformer = desk.shelf.take(desk.base)
     flux.set_attention(transformer, desk.spec.model.attention)
-    every = int(desk.spec.model.gradient_checkpointing)
-    if every and not desk.base.offload:  # which recomputes all of them
-        flux.recompute(transformer, every)
+    twice = flux.run_twice(transformer, recomputed(desk.spec, rows=bool(learning(phase, "token rows"))))
+    if desk.base.offload:  # which recomputes all of them by itself
+        twice = flux.blocks_of(transformer)
+    elif twice:
+        flux.recompute(transformer, twice)
     if not desk.spec.model.compile:  # the compiler sees to it by itself
         from runner.lean import spare
 
-        spare(transformer, 1 if desk.base.offload else every)
+        spare(transformer, plain=twice)
     adapter: dict[str, nn.Parameter] = {}
     if trains_lora(phase) or past.lora:
         adapter = lora.attach_lora(transformer, lora_shape(desk.spec, desk.base), desk.spec.seed)

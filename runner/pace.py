@@ -185,6 +185,7 @@ def _alike(tables: Mapping[str, Any]) -> str:
             bool(data.get("buckets")),
             inversion.get("encoders") if tables.get("tokens") else None,
             bool(tables.get("text_lora")),
+            *([inversion["gradient_checkpointing"]] if inversion.get("gradient_checkpointing") is not None else []),
             bool(tables.get("prior")),
             lora.get("until") == 0,
             (tables.get("compute") or {}).get("gpus"),

@@ -145,6 +145,12 @@ def learning(phase: Phase, what: str) -> tuple[str, ...]:
     return tuple(encoder for part in parts if part.what == what for encoder in part.encoders)
 
 
+def recomputed(spec: Spec, *, rows: bool) -> int:
+    """The activations of every so many blocks (0: of none) are made again in the backward pass. rows: while token rows learn."""
+    own = spec.inversion.gradient_checkpointing if rows else None
+    return int(spec.model.gradient_checkpointing if own is None else own)
+
+
 def trains_lora(phase: Phase) -> bool:
     return isinstance(phase, Train) and any(part.what == "lora" for part in phase.trains)
 
@@ -306,6 +312,9 @@ def _text_part(spec: Spec, facts: Facts, known: Sequence[tokens.Placeholder]) ->
 def _result_values(spec: Spec) -> dict[str, Any]:
     """What the user set, less NOT_IN_KEY and SPAN_KEYS; defaults are RESULT_FORMAT's."""
     values: dict[str, Any] = spec.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+    if not spec.model.compile:  # what is recomputed is the same to the bit, but not by compiled code
+        for name in ("model", "inversion"):
+            values.get(name, {}).pop("gradient_checkpointing", None)
     if values.get("stop"):  # when training looks is when it may end
         values["stop"]["every"] = spec.validation.every
     for dotted in (*NOT_IN_KEY, *SPAN_KEYS):

@@ -47,6 +47,11 @@ class Shapes:
             "vae": (0, vae_numbers(self.vae)),
         }
 
+    @property
+    def blocks(self) -> int:
+        """Of the transformer."""
+        return int(self.transformer["num_layers"] + self.transformer["num_single_layers"])
+
     def two_blocks(self, part: str) -> tuple[int, int]:
         """The same of what of a large part is on a device that its blocks come to and leave: two of the largest, and all that
         is no block."""

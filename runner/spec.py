@@ -98,6 +98,7 @@ class Inversion(Table):
     lr: Positive | None = key(None, "Learning rate of the rows; default train.lr")
     weight_decay: NotNegative = key(1e-3, "Of the rows")
     pooling: Literal["diffusers", "eos", "both"] = key("diffusers", "Where CLIP's pooled vector is read")
+    gradient_checkpointing: bool | Natural | None = key(None, "The same as model's, while rows learn; default as there")
 
 
 class Lora(Table):

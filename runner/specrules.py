@@ -105,11 +105,12 @@ def _offload(spec: Spec) -> Iterator[tuple[str, str]]:
     own = spec.model
     if own.offload == "none":
         return
-    if own.gradient_checkpointing > 1:
-        yield (
-            "model.gradient_checkpointing",
-            f"blocks that are offloaded are all recomputed (found {own.gradient_checkpointing}); take this key out",
-        )
+    for table, every in (("model", own.gradient_checkpointing), ("inversion", spec.inversion.gradient_checkpointing)):
+        if every is not None and every > 1:
+            yield (
+                f"{table}.gradient_checkpointing",
+                f"blocks that are offloaded are all recomputed (found {every}); take this key out",
+            )
     if own.compile:
         yield "model.compile", "compiled blocks cannot be offloaded (found true); take one of the two keys out"
 

@@ -96,7 +96,7 @@ def transformer(
         lora.spare_casts(model, 0.0)
         lowrank.fuse(model)
         if spared:
-            lean.spare(model, 0)
+            lean.spare(model)
         assert {parameter.dtype for parameter in lora.adapter_parameters(model).values()} == {torch.float32}
         predict = flux.predictor(model.train(), 3.5, cpu, dtype)
         noise = torch.randn(images, img, config["in_channels"])

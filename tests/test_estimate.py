@@ -79,7 +79,7 @@ def test_the_transformer_saves_what_the_formula_says(
     width = Width(4, 4) if dtype == torch.float32 else Width(2, 4)
     for pooled, states, lean in itertools.product((False, True), (False, True), (False, True)):
         what = Learning(chosen, rank, False, pooled, states)
-        told = activations.transformer_saved(config, Batch(images, img, txt), width, what, False, lean=lean)
+        told = activations.transformer_saved(config, Batch(images, img, txt), width, what, (), lean=lean)
         real = transformer(
             config, list(chosen), rank, dtype, images, img, txt, pooled=pooled, states=states, spared=lean
         )
@@ -89,12 +89,10 @@ def test_the_transformer_saves_what_the_formula_says(
 def test_nothing_is_saved_before_the_first_thing_that_learns() -> None:
     last = {"single_transformer_blocks.5.attn.to_q": (512, 512)}
     batch, width = Batch(1, 256, 128), Width(4, 4)
-    told = activations.transformer_saved(
-        NARROW, batch, width, Learning(last, 4, False, False, False), False, lean=False
-    )
+    told = activations.transformer_saved(NARROW, batch, width, Learning(last, 4, False, False, False), (), lean=False)
     real = transformer(NARROW, list(last), 4, torch.float32, 1, 256, 128, pooled=False, states=False)
     every = activations.transformer_saved(
-        NARROW, batch, width, Learning(lora_layers(linear_layers(NARROW), "attention"), 4, False, False, False), False,
+        NARROW, batch, width, Learning(lora_layers(linear_layers(NARROW), "attention"), 4, False, False, False), (),
         lean=False,
     )  # fmt: skip
     assert told == pytest.approx(real, rel=0.05)
@@ -105,8 +103,8 @@ def test_checkpointing_keeps_the_blocks_inputs_and_one_block() -> None:
     chosen = lora_layers(linear_layers(FLUX1), "attention")
     what = Learning(chosen, 16, False, False, False)
     batch, width = Batch(1, 4096, 512), Width(2, 4)
-    whole = activations.transformer_saved(FLUX1, batch, width, what, False, lean=False)
-    kept = activations.transformer_saved(FLUX1, batch, width, what, True, lean=False)
+    whole = activations.transformer_saved(FLUX1, batch, width, what, (), lean=False)
+    kept = activations.transformer_saved(FLUX1, batch, width, what, range(56), lean=False)
     inputs = 57 * 4608 * 3072 * 2
     assert inputs + whole / 60 < kept < inputs + whole / 40
 

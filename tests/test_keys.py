@@ -189,6 +189,9 @@ TABLE: dict[str, tuple[Any, Probe, Any, dict[str, Any]]] = {
     "inversion.until": (0.25, spans, [("joint", 0, 2), ("lora", 2, 8)], TOKENS),
     "inversion.lr": (0.5, lambda d: settings(d, "rows", "lr"), 0.5, TOKENS),
     "inversion.weight_decay": (0.5, lambda d: settings(d, "rows", "weight_decay"), 0.5, TOKENS),
+    "inversion.gradient_checkpointing": (
+        3, lambda d: [block.plain for block in flux.blocks_of(transformer_of(d))], [True, False, False] * 2, TOKENS,
+    ),
     "inversion.pooling": ("eos", step_loss, NOW, {**TOKENS, "model__base": "legacy"}),
     "lora.rank": (2, lambda d: next(iter(objective_of(d)[1]["lora"].values())).shape[0], 2, {}),
     "lora.alpha": (8.0, step_loss, NOW, {}),

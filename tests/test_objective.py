@@ -136,6 +136,36 @@ def plain_embeddings(desk: Desk, captions: list[str], objective: FlowObjective) 
     return txt, vec
 
 
+@pytest.mark.parametrize("again", ["", "gradient_checkpointing = true"])
+def test_a_caption_of_several_pictures_is_read_once(house: House, again: str) -> None:
+    """Its rows' gradient is the sum of what comes back from all of them."""
+    objective, _ = objective_of(desk_of(spec_of(house, encoders=f'encoders = ["clip", "t5"]\n{again}')))
+    for name in ("clip", "t5"):
+        live = objective.encoders[name]
+        assert isinstance(live, LiveEncoder)
+        assert live.rows is not None
+        one, other = list(live.ids)[:2]
+        read: list[int] = []
+        live.model.register_forward_pre_hook(lambda _, inputs, read=read: read.append(len(inputs[0])))
+        found = []
+        for captions in ([other, one, other, other], [other], [one], [other], [other]):
+            out = live.embed(captions, "diffusers")
+            found.append(out)
+        assert read[:5] == [2, 1, 1, 1, 1]
+        generator = torch.Generator().manual_seed(1)
+        weights = torch.randn(found[0].shape, generator=generator)
+        apart = torch.cat(found[1:])
+        torch.testing.assert_close(found[0], apart, rtol=1e-4, atol=1e-5)
+        grads = []
+        for out in (found[0], apart):
+            live.rows.grad = None
+            (out * weights).sum().backward()
+            assert live.rows.grad is not None
+            grads.append(live.rows.grad)
+        torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-4)
+        assert grads[0].any()
+
+
 def test_two_micro_batches_are_one_large_batch(house: House) -> None:
     small = desk_of(spec_of(house, batch_size="batch_size = 2\naccumulate = 2"))
     large = desk_of(spec_of(house, batch_size="batch_size = 4"))

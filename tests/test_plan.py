@@ -125,9 +125,19 @@ def test_every_value_that_changes_the_result_changes_the_key(tmp_path: Path) -> 
         '[validate]\nprompts = ["x"]',
         "[track]\nto = []",
         '[model]\noffload = "blocks"\n',
+        "[model]\ngradient_checkpointing = true\n",
     ):
         assert make_plan(spec_of(tmp_path, extra), FACTS).training[-1].key == first.training[-1].key, extra
     assert make_plan(spec_of(tmp_path, '[validate]\nprompts = ["x"]'), FACTS).key != first.key
+    keys = [
+        make_plan(spec_of(tmp_path, TOKENS + line), FACTS).key
+        for line in ("", "[inversion]\ngradient_checkpointing = 2\n")
+    ]
+    assert keys[0] == keys[1]
+    keys = []
+    for line in ("", "gradient_checkpointing = true\n"):
+        keys.append(make_plan(spec_of(tmp_path, f"[model]\ncompile = true\n{line}"), FACTS).key)
+    assert keys[0] != keys[1]  # compiled code that is recomputed rounds otherwise
 
 
 def test_the_shipped_specs_plan_without_the_models_files(tmp_path: Path) -> None:

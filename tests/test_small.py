@@ -16,8 +16,11 @@ from test_objective import jolt, objective_of, spec_of
 from torch import Tensor, nn
 
 from runner import attention, device, flux, offload
+from runner.checkpoint import Weights
 from runner.device import Arriving, Lane
+from runner.encode import LiveEncoder
 from runner.errors import FluxrunError
+from runner.learn import load_encoders, load_transformer
 
 
 def with_model(house: House, lines: str, **changes: str) -> Path:
@@ -48,7 +51,7 @@ def equal(one: tuple[Tensor, dict[str, Tensor]], other: tuple[Tensor, dict[str, 
 def test_recomputing_some_blocks_changes_no_bit_and_keeps_less(house: House) -> None:
     """Of the tiny base's two and four blocks; with dropout, whose draws must come again."""
     found, held = [], []
-    for every in ("false", "true", "1", "2", "5", "9"):
+    for every in ("false", "true", "1", "2", "4", "9"):
         spec = with_model(house, f"gradient_checkpointing = {every}", rank="rank = 4\ndropout = 0.3")
         size = [0]
 
@@ -64,9 +67,29 @@ def test_recomputing_some_blocks_changes_no_bit_and_keeps_less(house: House) -> 
         calls.clear()
         found.append(stepped(objective, kinds))
         held.append(size[0])
-        assert len(calls) == 6 + {"false": 0, "true": 6, "1": 6, "2": 3, "5": 2, "9": 1}[every]
+        assert len(calls) == 6 + {"false": 0, "true": 5, "1": 5, "2": 3, "4": 2, "9": 1}[every]
     assert all(equal(found[0], other) for other in found[1:])
     assert held[1] == held[2] < held[3] < held[4] < held[5] < held[0]
+
+
+@pytest.mark.parametrize(
+    ("model", "inversion", "joint", "alone"),
+    [("", None, 0, 0), ("true", None, 5, 5), ("", 2, 3, 0), ("4", "false", 0, 2), ("", "true", 5, 0)],
+)
+def test_blocks_are_recomputed_by_inversions_key_while_rows_learn(
+    house: House, model: str, inversion: str | None, joint: int, alone: int
+) -> None:
+    """T5, which learns beside the transformer, goes with it."""
+    lines, own = (f"gradient_checkpointing = {value}" if value else "" for value in (model, inversion))
+    desk = desk_of(with_model(house, lines, encoders=f'encoders = ["clip", "t5"]\n{own}'))
+    for phase, count in zip(desk.plan.training, (joint, alone), strict=True):
+        desk.shelf.clear(desk.base)
+        transformer, _ = load_transformer(desk, phase, Weights())
+        assert sum(block.plain for block in flux.blocks_of(transformer)) == count  # type: ignore[misc]
+        assert transformer.gradient_checkpointing is bool(count)
+        for one in load_encoders(desk, phase, Weights()).values() if phase.name == "joint" else ():
+            assert isinstance(one, LiveEncoder)
+            assert one.again is (one.encoder == "t5" and joint > 0)
 
 
 def count_calls(transformer: Any) -> list[str]:
@@ -168,16 +191,21 @@ def test_offloaded_blocks_train_to_the_same_bits(house: House, monkeypatch: pyte
     assert len(lane.order) <= 14  # each once a pass, but for one where the pass turns: what comes next was foreseen
 
 
-def test_an_offloaded_run_is_the_same_run(house: House) -> None:
-    """As typed: begun whole, gone on with offloaded, since that is not in the key; to the same bytes."""
-    spec = with_model(house, 'quantize = "int8"')
+@pytest.mark.parametrize(
+    ("first", "more"),
+    [('quantize = "int8"', 'offload = "blocks"'), ("", "gradient_checkpointing = 2")],
+    ids=["offload", "checkpointing"],
+)
+def test_a_run_that_saves_memory_is_the_same_run(house: House, first: str, more: str) -> None:
+    """As typed: begun without, gone on with it, since that is not in the key; to the same bytes."""
+    spec = with_model(house, first)
     assert house.fluxrun("queue", spec).code == 0
     runs = house.folder / "runs"
     whole = export_bytes(runs / "a")
     shutil.rmtree(runs / "a")
     with stopping_after(2):
         assert house.fluxrun("queue", spec).code == 3
-    with_model(house, 'quantize = "int8"\noffload = "blocks"')
+    with_model(house, f"{first}\n{more}")
     said = house.fluxrun("queue", spec)
     assert said.code == 0, said.err
     found = export_bytes(runs / "a")
@@ -189,12 +217,15 @@ def test_an_offloaded_run_is_the_same_run(house: House) -> None:
 
 
 def test_offloading_and_what_it_does_not_go_with(house: House) -> None:
-    spec = with_model(house, 'offload = "blocks"\ngradient_checkpointing = 2\ncompile = true')
-    said = house.fluxrun("plan", spec).err
-    assert (
-        "model.gradient_checkpointing: blocks that are offloaded are all recomputed (found 2); take this key out"
-        in said
+    spec = with_model(
+        house,
+        'offload = "blocks"\ngradient_checkpointing = 2\ncompile = true',
+        encoders='encoders = ["clip"]\ngradient_checkpointing = 3',
     )
+    said = house.fluxrun("plan", spec).err
+    for table, every in (("model", 2), ("inversion", 3)):
+        told = f"blocks that are offloaded are all recomputed (found {every}); take this key out"
+        assert f"{table}.gradient_checkpointing: {told}" in said
     assert "model.compile: compiled blocks cannot be offloaded (found true); take one of the two keys out" in said
 
 

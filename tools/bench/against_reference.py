@@ -13,8 +13,8 @@ four, four-short, twelve  a queue of pivotal-clip specs that differ in their see
                           four at 10, twelve at 10
 
 With `--slots 1 2` fluxrun's side of a queue is measured with either in every round, against the same shell loop; with
-`--checkpointing N` it makes the activations of every N-th block, and of T5, again (`model.gradient_checkpointing`), while the
-reference goes on as ever.
+`--checkpointing N` it makes the activations of every N-th block, and of T5, again while rows learn
+(`inversion.gradient_checkpointing`); the reference goes on as ever.
 
 Every run starts from nothing: its own output or runs folder, an empty cache. Per side: wall and CPU seconds, and the peak
 of the largest process above what importing its libraries takes (all polled from outside, see watch.py). Quoted are medians
@@ -163,7 +163,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--cases", nargs="+", choices=tuple(CASES), default=tuple(CASES))
     parser.add_argument("--slots", type=int, nargs="+", default=[1], help="of fluxrun queue, one after the other")
     parser.add_argument("--steps", type=int, help="of every case, to try whether all works")
-    parser.add_argument("--checkpointing", type=int, default=0, help="our model.gradient_checkpointing = N; 0: false")
+    parser.add_argument("--checkpointing", type=int, default=0, help="our inversion.gradient_checkpointing = N; 0: false")
     parser.add_argument("--resolution", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=128)
     return parser.parse_args()

@@ -59,7 +59,7 @@ class Asked:
     prompt: str | None = "a photo of TOK"
     save_every: int = 100
     loss: bool = False  # the reference takes none
-    checkpointing: int = 0  # of every so many blocks
+    checkpointing: int = 0  # of every so many blocks, while rows learn
 
     @property
     def text(self) -> str:
@@ -72,13 +72,13 @@ name = "TOK"
 encoders = [{named}]
 until = {self.until}
 lr = {lr}
+gradient_checkpointing = {self.checkpointing or "false"}
 """
         return f"""
 seed = {self.seed}
 [model]
 base = "{self.base}"
 max_sequence_length = {self.tokens}
-gradient_checkpointing = {self.checkpointing or "false"}
 [data]
 source = "{self.pictures}"
 {"" if self.prompt is None else f'prompt = "{self.prompt}"'}
