@@ -68,21 +68,19 @@ class Turning(Recipe):
             for x, (weight, eps) in zip(inputs, self.norms, strict=True)
         ]
         normed = made[0] if len(made) == 1 else torch.cat(made, 1)
-        return (self._turned(normed, self.turn).to(inputs[0].dtype),)
+        torch.view_as_complex(heads(normed, 2)).mul_(self.turn)
+        return (normed.to(inputs[0].dtype),)
 
     def back(
         self, grad: Tensor, needed: Sequence[bool], inputs: Sequence[Tensor], made: Sequence[Tensor]
     ) -> Sequence[Tensor | None]:
-        grad = self._turned(grad.float().contiguous(), self.turn.conj())
+        turned = torch.view_as_complex(heads(grad.float().contiguous(), 2)) * self.turn.conj()
+        grad = torch.view_as_real(turned).flatten(-2)
         grads = torch.split(grad, [x.shape[1] for x in inputs], dim=1)
         return [
             norm_back(heads(x, len(weight)), weight, eps, one).flatten(-2).to(x.dtype) if need else None
             for x, (weight, eps), one, need in zip(inputs, self.norms, grads, needed, strict=True)
         ]
-
-    @staticmethod
-    def _turned(x: Tensor, turn: Tensor) -> Tensor:
-        return torch.view_as_real(torch.view_as_complex(heads(x, 2)) * turn).flatten(-2)
 
 
 class Activation(Recipe):
