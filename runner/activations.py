@@ -198,7 +198,7 @@ def _lean(
     total += batch.both * each * (inner or bool(pair or rest))  # into the norm
     total += count * 4 * each * (inner or "proj_mlp" in own or "proj_out" in own)  # into the GELU
     total += count * each * modulated
-    total += count * each * len(rest) * (ends_here and batch.images > 1)  # contiguous anew
+    total += count * each * bool(rest) * (ends_here and batch.images > 1)  # contiguous anew
     total += _middles(pair, batch.both, d, what, width)
     return total + _middles([*rest, *(["proj_out"] if "proj_out" in own else [])], count, d, what, width)
 

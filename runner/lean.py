@@ -14,6 +14,7 @@ from diffusers.models.transformers.transformer_flux import FluxSingleTransformer
 from torch import Tensor, nn
 
 from runner.flux import blocks_of
+from runner.lowrank import together
 from runner.remaking import Read, Recipe, gelu, heads, norm_back, not_kept, remade
 
 Table = tuple[Tensor, Tensor]  # cosines and sines [N, D] of each token's angles, every angle twice side by side
@@ -164,10 +165,10 @@ class LeanDouble(Lean, FluxTransformerBlock):  # type: ignore[misc]
         of_img, of_txt = (norm.linear(norm.silu(temb)).chunk(6, 1) for norm in (self.norm1, self.norm1_context))
         read = remade(Modulation(self.norm1.norm.eps), img, *of_img[:2], plain=self.plain)
         with not_kept(read):
-            q, k, v = attn.to_q(read[0]), attn.to_k(read[0]), attn.to_v(read[0])
+            q, k, v = together(read[0], attn.to_q, attn.to_k, attn.to_v)
         read = remade(Modulation(self.norm1_context.norm.eps), txt, *of_txt[:2], plain=self.plain)
         with not_kept(read):
-            txt_q, txt_k, txt_v = attn.add_q_proj(read[0]), attn.add_k_proj(read[0]), attn.add_v_proj(read[0])
+            txt_q, txt_k, txt_v = together(read[0], attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
         turn, length = turn_of(table), txt.shape[1]
         queries = remade(Turning(turn, attn.norm_added_q, attn.norm_q), txt_q, q, plain=self.plain)
         keys = remade(Turning(turn, attn.norm_added_k, attn.norm_k), txt_k, k, plain=self.plain)
@@ -199,8 +200,11 @@ class LeanSingle(Lean, FluxSingleTransformerBlock):  # type: ignore[misc]
         shift, scale, gate = self.norm.linear(self.norm.silu(temb)).chunk(3, 1)
         read = remade(Modulation(self.norm.norm.eps), x, shift, scale, plain=self.plain)
         with not_kept(read):
-            own = read[0][:, first:]
-            inner, q, k, v = self.proj_mlp(own), attn.to_q(own), attn.to_k(read[0]), attn.to_v(read[0])
+            if first:
+                inner, q = together(read[0][:, first:], self.proj_mlp, attn.to_q)
+                k, v = together(read[0], attn.to_k, attn.to_v)
+            else:
+                inner, q, k, v = together(read[0], self.proj_mlp, attn.to_q, attn.to_k, attn.to_v)
         queries = remade(Turning(turn[first:], attn.norm_q), q, plain=self.plain)
         keys = remade(Turning(turn, attn.norm_k), k, plain=self.plain)
         attended = attend(attn, queries, keys, heads(v, attn.head_dim))

@@ -80,6 +80,19 @@ def test_lean_blocks_are_diffusers_but_for_rounding(images: int, learns: bool, l
     assert far(ours, theirs) < 1e-5
 
 
+def test_adapted_layers_that_read_the_same_are_one_step() -> None:
+    """A double block has two times three, and six lone ones; a single block three, of which the last one's keys and values read
+    more tokens than its queries."""
+    from test_lowrank import graph
+
+    model = made(spared=True)
+    noised = flux.Noised(torch.randn(1, 6, 8), torch.zeros(1, 6, 8), torch.ones(1, 1, 1), torch.ones(1))
+    predict = flux.predictor(model, 3.5, torch.device("cpu"), torch.float32)
+    out = predict(noised, flux.Text(torch.randn(1, 5, 24), torch.randn(1, 12)), 4, 6)
+    steps = [node.name() for node in graph(out.grad_fn)]
+    assert steps.count("_AdaptedBackward") == 2 * (2 + 6) + 1 + 2
+
+
 def test_encoders_alone_can_learn_through_them() -> None:
     ours, theirs = (run(made(spared=spared, adapted=False), 2, True) for spared in (True, False))
     assert ours.keys() == {"out", "txt", "vec"}

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 
-from runner.lowrank import FusedLinear, fuse
+from runner.lowrank import FusedLinear, fuse, together
 
 
 class Two(nn.Module):
@@ -61,6 +63,90 @@ def test_fused_is_peft_but_for_rounding(shape: tuple[int, ...], dtype: torch.dty
         assert ours[name].dtype == value.dtype, name
         rtol = 1e-5 if dtype == torch.float32 else 0.04
         torch.testing.assert_close(ours[name], value, rtol=rtol, atol=rtol * float(value.abs().max()), msg=name)
+
+
+class Three(nn.Module):
+    """Layers that read the same, of several ranks; `lone` has no adapter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for place, name in enumerate(("one", "lone", "two", "three")):
+            setattr(self, name, nn.Linear(12, 5 + place, bias=name != "two"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        outs = together(x, self.one, self.lone, self.two, self.three)
+        return torch.cat(outs, -1)
+
+
+def three(fused: bool, dtype: torch.dtype = torch.float32, dropout: float = 0.0) -> nn.Module:
+    torch.manual_seed(3)
+    model = Three().requires_grad_(False).to(dtype)
+    config = LoraConfig(
+        r=4, lora_alpha=10, lora_dropout=dropout, target_modules=["one", "two", "three"], init_lora_weights=False,
+        rank_pattern={"two": 2}, alpha_pattern={"three": 3},
+    )  # fmt: skip
+    inject_adapter_in_model(config, model)
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            parameter.data = torch.randn(parameter.shape) / 3
+    if fused:
+        fuse(model)
+    return model
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["input learns", "input given"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layers_that_read_the_same_are_pefts_but_for_rounding(dtype: torch.dtype, grad: bool) -> None:
+    found = []
+    for fused in (True, False):
+        model, x = three(fused, dtype), entry((2, 5, 12), grad)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            out = model(x)
+        out.float().pow(3).sum().backward()
+        steps = {one.name() for one in graph(out.grad_fn)}
+        assert ("_AdaptedBackward" in steps) is fused
+        grads = {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
+        found.append({"out": out.detach(), **grads, **({"x": x.grad} if grad else {})})
+    ours, theirs = found
+    assert ours.keys() == theirs.keys()
+    assert len(ours) == 7 + grad
+    for name, value in theirs.items():
+        rtol = 1e-5 if dtype == torch.float32 else 0.04
+        torch.testing.assert_close(ours[name], value, rtol=rtol, atol=rtol * float(value.abs().max()), msg=name)
+
+
+def graph(*nodes: Any) -> list[Any]:
+    """Every step of autograd behind these."""
+    found, waiting = [], list(nodes)
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in found:
+            found.append(node)
+            waiting += [below for below, _ in node.next_functions]
+    return found
+
+
+def test_of_layers_that_read_the_same_only_what_learns_gets_a_gradient() -> None:
+    model = three(True)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in ("one.lora_A.default.weight", "three.lora_B.default.weight"))
+    every = three(True)
+    x = entry((7, 12), False)
+    for one in (model, every):
+        one(x).pow(3).sum().backward()
+    learned = {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
+    assert sorted(learned) == ["one.lora_A.default.weight", "three.lora_B.default.weight"]
+    for name, grad in learned.items():
+        assert torch.equal(grad, every.get_parameter(name).grad)
+
+
+def test_layers_that_read_the_same_with_dropout_are_left_to_peft() -> None:
+    outputs = []
+    for fused in (True, False):
+        model = three(fused, dropout=0.5).train()
+        torch.manual_seed(0)
+        outputs.append(model(entry((7, 12), False)))
+    assert torch.equal(*outputs)
 
 
 def test_a_batch_that_is_not_contiguous() -> None:
