@@ -361,7 +361,7 @@ def _replanned(plan: Plan, update: Mapping[str, Mapping[str, Any]]) -> Plan:
     """What of a plan a change above makes another."""
     if "data" in update:
         plan = replace(plan, sizes=None)  # of the new resolution
-    if "inversion" in update:
+    if "encoders" in update.get("inversion", {}):
         plan = replace(plan, phases=tuple(_clip_alone(phase) for phase in plan.phases))
     return plan
 

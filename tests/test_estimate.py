@@ -238,6 +238,21 @@ def test_the_plan_tells_cards_and_the_cheapest_way_to_a_smaller_one(house: House
     assert "; with train.batch_size = 1, train.accumulate = 4: 80 GB (" in words
 
 
+def test_recomputing_while_rows_learn_is_told_for_what_it_saves(house: House) -> None:
+    """T5 beside the transformer makes the joint phase the largest; what is told of the key is what it then needs."""
+    path = house.spec(base=f'base = "{DEV}"', **{**BIG, "resolution": "resolution = 512"})
+    [before] = json.loads(house.fluxrun("plan", path, "--json").out)["runs"]
+    path.write_text(path.read_text().replace('"t5"]', '"t5"]\ngradient_checkpointing = true'))
+    [after] = json.loads(house.fluxrun("plan", path, "--json").out)["runs"]
+    first = before["fits"]["changes"][0]
+    assert (before["fits"]["cards"], first["set"]) == ([80], ["inversion.gradient_checkpointing = true"])
+    assert (first["cards"], first["needs_bytes"]) == ([40, 80], after["fits"]["needs_bytes"])
+    found = [{phase["name"]: phase["memory"]["activations"] for phase in run["phases"]} for run in (before, after)]
+    assert found[1]["joint"] < found[0]["joint"] / 4
+    assert found[1]["lora"] == found[0]["lora"]
+    assert all("inversion.gradient_checkpointing = true" not in one["set"] for one in before["fits"]["changes"][1:])
+
+
 def test_a_base_nobody_knows_has_no_estimate(house: House) -> None:
     path = house.spec(base='base = "some/model"')
     [run] = json.loads(house.fluxrun("plan", path, "--json").out)["runs"]

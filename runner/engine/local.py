@@ -257,7 +257,7 @@ def _ended(queue: Queue, work: Work, code: int) -> None:
         _crashed(queue, work, code)
 
 
-MEMORY_HELP = "lower train.batch_size or data.resolution, or set model.gradient_checkpointing"
+MEMORY_HELP = "set model.gradient_checkpointing and queue it again, which goes on where it is, or lower train.batch_size or data.resolution"
 
 
 def _smaller(work: Work) -> int | None:

@@ -242,7 +242,10 @@ def test_out_of_memory_for_good_comes_with_advice(house: House, batch: int) -> N
         said = house.fluxrun("queue", lora(house, batch_size=f"batch_size = {batch}"))
     assert said.code == 1
     assert len(failed) == (1 if batch == 1 else 2)
-    advice = "lower train.batch_size or data.resolution, or set model.gradient_checkpointing"
+    advice = (
+        "set model.gradient_checkpointing and queue it again, which goes on where it is, or lower train.batch_size or "
+        "data.resolution"
+    )
     assert state(house)["error"] == f"out of memory (tried to allocate 20 GiB); {advice}"
     assert advice in said.err
 

@@ -163,7 +163,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--cases", nargs="+", choices=tuple(CASES), default=tuple(CASES))
     parser.add_argument("--slots", type=int, nargs="+", default=[1], help="of fluxrun queue, one after the other")
     parser.add_argument("--steps", type=int, help="of every case, to try whether all works")
-    parser.add_argument("--checkpointing", type=int, default=0, help="our inversion.gradient_checkpointing = N; 0: false")
+    parser.add_argument(
+        "--checkpointing", type=int, default=0, help="our inversion.gradient_checkpointing = N; 0: false"
+    )
     parser.add_argument("--resolution", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=128)
     return parser.parse_args()
