@@ -219,6 +219,7 @@ class _Desk:
     def training(self, phase: Train) -> Memory:
         spec, shapes, narrow = self.spec, self.shapes, self.narrow
         images = spec.train.batch_size * (2 if spec.prior else 1)
+        texts = images if self.plan.texts is None else min(images, self.plan.texts)  # each is read once
         pixels = max(width * height for width, height in self.sizes())
         batch = Batch(images, pixels // 256, spec.model.max_sequence_length)
         rows, text_lora = learning(phase, "token rows"), learning(phase, "text lora")
@@ -234,10 +235,10 @@ class _Desk:
         )
         if "text_encoder" in parts:
             rank = spec.text_lora.rank if spec.text_lora and text_lora else 0
-            saved += activations.clip_saved(shapes.clip, images, narrow, rank)
+            saved += activations.clip_saved(shapes.clip, texts, narrow, rank)
         saved += activations.backward_buffers(shapes.transformer, batch, self.width) + self.unpacked(parts)
         if "text_encoder_2" in parts:
-            own = activations.t5_saved(shapes.t5, images, spec.model.max_sequence_length, narrow)
+            own = activations.t5_saved(shapes.t5, texts, spec.model.max_sequence_length, narrow)
             saved = max(saved, own) if self.away or every else saved + own  # again when the transformer's are gone
         saved = max(saved, self.looking(batch))
         trained = sum(part.parameters or 0 for part in phase.trains)

@@ -159,7 +159,8 @@ def trains_lora(phase: Phase) -> bool:
 class Plan:
     """`steps` is where the run ends: sooner than asked when nothing is left to train. `notes` say such things.
 
-    `sizes`: how many views are trained at each size; None where that is not known before the images are here.
+    `sizes`: how many views are trained at each size; `texts`: how many different ones a batch can have. None where that is
+    not known before the images are here.
     `disk_bytes`: about what the run folder will hold at most: checkpoints, one more while it is written, and exports.
     """
 
@@ -169,6 +170,7 @@ class Plan:
     placeholders: tuple[tokens.Placeholder, ...]
     notes: tuple[str, ...]
     sizes: Mapping[Size, int] | None
+    texts: int | None
     disk_bytes: int
 
     @property
@@ -214,7 +216,7 @@ def make_plan(spec: Spec, facts: Facts) -> Plan:
     steps = max(text_stop, lora_stop)
     phases = _phases(spec, facts, known, text_stop, lora_stop)
     notes = (*_notes(spec, facts, asked, steps), *_caption_notes(facts, known))
-    return Plan(spec.name, steps, phases, known, notes, _sizes(spec, facts), _disk(spec, phases))
+    return Plan(spec.name, steps, phases, known, notes, _sizes(spec, facts), _texts(spec, facts), _disk(spec, phases))
 
 
 def resolutions(spec: Spec) -> tuple[int, ...]:
@@ -240,6 +242,13 @@ def _sizes(spec: Spec, facts: Facts) -> dict[Size, int] | None:
         return None
     sizes = facts.sizes or ((1, 1),) * (facts.images - spec.data.holdout)
     return {size: len(found) for size, found in group(sizes, resolutions(spec), spec.data.buckets).items()}
+
+
+def _texts(spec: Spec, facts: Facts) -> int | None:
+    if facts.captions is None:
+        return None
+    more = ([spec.prior.prompt] if spec.prior else []) + ([""] if spec.data.caption_dropout > 0 else [])
+    return len({*facts.captions, *more})
 
 
 # Numbers that an optimizer keeps per trained number, in fp32's size (Prodigy: two moments, its sum and its start).

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,19 @@ def test_each_setting_costs_what_it_should(house: House) -> None:
     assert gib(house, more='[prior]\nimages = "classes"\nprompt = "a heart"\n') > usual + 10
     assert gib(house, phase="joint") > usual + 2  # the modulation's way back
     assert gib(house, phase="joint", encoders='encoders = ["clip", "t5"]') > gib(house, phase="joint") + 8.9
+
+
+def test_a_text_of_several_pictures_is_kept_once(house: House) -> None:
+    spec, plan = planned(house, **BIG | {"batch_size": "batch_size = 4"})
+    found = {}
+    for texts in (None, 9, 4, 3, 1):
+        phases = estimate.phases(spec, replace(plan, texts=texts))
+        assert phases is not None
+        found[texts] = phases["joint"].activations
+    assert found[None] == found[9] == found[4]
+    one = activations.t5_saved(T5, 1, 512, 2)
+    assert found[4] - found[3] == pytest.approx(one, rel=0.03)
+    assert found[4] - found[1] == pytest.approx(3 * one, rel=0.03)
 
 
 def test_pictures_while_training_bring_the_vae(house: House) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -138,6 +139,17 @@ def test_every_value_that_changes_the_result_changes_the_key(tmp_path: Path) -> 
     for line in ("", "gradient_checkpointing = true\n"):
         keys.append(make_plan(spec_of(tmp_path, f"[model]\ncompile = true\n{line}"), FACTS).key)
     assert keys[0] != keys[1]  # compiled code that is recomputed rounds otherwise
+
+
+def test_the_plan_knows_how_many_texts_a_batch_can_have(tmp_path: Path) -> None:
+    def texts(facts: Facts = FACTS, extra: str = "") -> int | None:
+        return make_plan(spec_of(tmp_path, extra), facts).texts
+
+    assert texts() == 1
+    assert texts(replace(FACTS, captions=("a TOK", "b", "c"))) == 3
+    assert texts(extra='[prior]\nimages = "x"\nprompt = "a thing"\n') == 2
+    assert texts(extra='[prior]\nimages = "x"\nprompt = "a TOK"\n') == 1
+    assert texts(replace(FACTS, captions=None)) is None
 
 
 def test_the_shipped_specs_plan_without_the_models_files(tmp_path: Path) -> None:
