@@ -74,10 +74,18 @@ def run_twice(blocks: int, every: int) -> range:
 
 
 def transformer_saved(
-    config: Config, batch: Batch, width: Width, what: Learning, again: Collection[int], *, lean: bool
+    config: Config,
+    batch: Batch,
+    width: Width,
+    what: Learning,
+    again: Collection[int],
+    *,
+    lean: bool,
+    selective: bool = False,
 ) -> int:
     """At the end of a forward pass, or when a block whose place is among `again` is run once more in the backward pass,
-    whichever is more. lean: whether the others are `runner.lean`'s."""
+    whichever is more. lean: whether the others are `runner.lean`'s; selective: whether these make their projections again,
+    but for the last one."""
     d, heads = config["attention_head_dim"] * config["num_attention_heads"], config["num_attention_heads"]
     around = {name.split(".")[0] for name in what.layers if "blocks." not in name}
     pooled = what.pooled or "time_text_embed" in around
@@ -99,7 +107,8 @@ def transformer_saved(
             ends_here = kind == "single_transformer_blocks" and index + 1 == config[count]
             if (alike := (kind, twice, ends_here, img_in, txt_in, *own)) not in known:
                 if lean and not twice:
-                    saved = _lean(kind, own, d, heads, batch, width, what, pooled, img_in, txt_in, ends_here)
+                    less = selective and not ends_here
+                    saved = _lean(kind, own, d, heads, batch, width, what, pooled, img_in, txt_in, ends_here, less)
                 else:
                     block = _double if kind == "transformer_blocks" else _single
                     saved = block(own, d, heads, batch, width, what, pooled, img_in, txt_in)
@@ -174,16 +183,19 @@ def _single(
 
 def _lean(
     kind: str, own: Collection[str], d: int, heads: int, batch: Batch, width: Width, what: Learning, pooled: bool,
-    img_in: bool, txt_in: bool, ends_here: bool,
+    img_in: bool, txt_in: bool, ends_here: bool, less: bool,
 ) -> int:  # fmt: skip
-    """ends_here: of the text the last block keeps only what the image attends to."""
+    """ends_here: of the text the last block keeps only what the image attends to; less: neither queries, keys, values nor
+    what the GELU reads, but always what they are made of."""
     each = d * width.narrow
     if kind == "transformer_blocks":
-        total = _attention(d, heads, batch, width)
+        total = _attention(d, heads, batch, width) - 3 * batch.both * each * less
         for tokens, names, led in ((batch.img, DOUBLE_IMG, img_in), (batch.txt, DOUBLE_TXT, txt_in)):
             count, modulated = batch.images * tokens, pooled or names[6] in own
-            reads = led or modulated or any(name in own for name in names[:3])
-            total += count * each * (reads + 1 + 4 + 2 * modulated)  # both norms' inputs, the GELU's, two gated
+            reads = less or led or modulated or any(name in own for name in names[:3])
+            total += (
+                count * each * (reads + 1 + 4 * (not less) + 2 * modulated)
+            )  # both norms' inputs, the GELU's, two gated
             total += count * each * (names[3] in own) * (batch.images > 1)  # contiguous anew
             total += _middles([name for name in names[:6] if name in own], count, d, what, width)
         return total
@@ -194,9 +206,9 @@ def _lean(
     inner = led or modulated
     total = 0
     if inner or "attn.to_q" in rest or pair:  # keys and values of all, queries and what comes out of some
-        total += batch.both * 2 * each + count * (2 * each + heads * 4)
+        total += count * (each + heads * 4) + (batch.both * 2 * each + count * each) * (not less)
     total += batch.both * each * (inner or bool(pair or rest))  # into the norm
-    total += count * 4 * each * (inner or "proj_mlp" in own or "proj_out" in own)  # into the GELU
+    total += count * 4 * each * (not less) * (inner or "proj_mlp" in own or "proj_out" in own)  # into the GELU
     total += count * each * modulated
     total += count * each * bool(rest) * (ends_here and batch.images > 1)  # contiguous anew
     total += _middles(pair, batch.both, d, what, width)
@@ -226,11 +238,12 @@ def _loras(own: Mapping[str, tuple[int, int]], what: Learning, width: Width) -> 
 # ---- encoders --------------------------------------------------------------------------------------------------------
 
 
-def t5_saved(config: Config, captions: int, tokens: int, narrow: int) -> int:
+def t5_saved(config: Config, captions: int, tokens: int, narrow: int, *, selective: bool = False) -> int:
     """Where rows are learned, in `runner.leant5`'s blocks; the encoder runs in its own dtype, without autocast."""
     count, d, inner = captions * tokens, config["d_model"], config["num_heads"] * config["d_kv"]
-    attention = count * (4 * inner * narrow + config["num_heads"] * 4)
-    layer = attention + count * (2 * d + 2 * config["d_ff"]) * narrow  # into both norms, and the GELU's two sides
+    attention = count * (inner * narrow * (1 if selective else 4) + config["num_heads"] * 4)
+    sides = 0 if selective else 2 * config["d_ff"]  # of the GELU
+    layer = attention + count * (2 * d + sides) * narrow  # into both norms
     bias = config["num_heads"] * tokens * tokens * narrow
     norm = count * d * (4 if narrow == 4 else 4 + narrow)  # the last one is transformers', in fp32
     return int(config["num_layers"] * layer + bias + norm)

@@ -153,9 +153,10 @@ class LiveEncoder:
         if encoder == "t5" and learn_rows:
             from runner.leant5 import spare
 
-            twice = bool(recomputed(desk.spec, rows=True))
+            how = recomputed(desk.spec, rows=True)
+            twice = how not in ("selective", 0)
             made.again = twice and not desk.base.offload  # where each block does so by itself
-            spare(model, plain=twice or desk.base.offload)
+            spare(model, plain=twice or desk.base.offload, again=how == "selective")
         if encoder in weights.rows or learn_rows:
             counts = [(len(placeholder.pieces), placeholder.initializer) for placeholder in desk.plan.placeholders]
             made.first_rows = text.initial_rows(model, tokenizer, counts, desk.spec.seed, encoder).to(desk.base.device)

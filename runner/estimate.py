@@ -228,17 +228,19 @@ class _Desk:
             layers, spec.lora.rank, spec.lora.dropout > 0, "clip" in (*rows, *text_lora), "t5" in rows
         )  # fmt: skip
         parts = resident(phase)
-        blocks, every = shapes.blocks, recomputed(spec, rows=bool(rows))
-        again = range(blocks) if self.away else activations.run_twice(blocks, every)
+        how = recomputed(spec, rows=bool(rows))
+        selective, every = how == "selective", 0 if how == "selective" else how
+        again = range(shapes.blocks) if self.away else activations.run_twice(shapes.blocks, every)
         saved = activations.transformer_saved(
-            shapes.transformer, batch, self.width, what, again, lean=not spec.model.compile
+            shapes.transformer, batch, self.width, what, again, lean=not spec.model.compile, selective=selective
         )
         if "text_encoder" in parts:
             rank = spec.text_lora.rank if spec.text_lora and text_lora else 0
             saved += activations.clip_saved(shapes.clip, texts, narrow, rank)
         saved += activations.backward_buffers(shapes.transformer, batch, self.width) + self.unpacked(parts)
         if "text_encoder_2" in parts:
-            own = activations.t5_saved(shapes.t5, texts, spec.model.max_sequence_length, narrow)
+            length = spec.model.max_sequence_length
+            own = activations.t5_saved(shapes.t5, texts, length, narrow, selective=selective)
             saved = max(saved, own) if self.away or every else saved + own  # again when the transformer's are gone
         saved = max(saved, self.looking(batch))
         trained = sum(part.parameters or 0 for part in phase.trains)
@@ -331,13 +333,18 @@ def _changes(spec: Spec) -> Iterator[tuple[str, dict[str, dict[str, Any]]]]:
             f"train.batch_size = 1, train.accumulate = {spec.train.accumulate * images}",
             {"train": {"batch_size": 1, "accumulate": spec.train.accumulate * images}},
         )
+    ways: list[tuple[bool | str, str]] = [("selective", '"selective"'), (True, "true")]
+    ways = ways[1:] if spec.model.compile or spec.lora.dropout > 0 else ways
     if "t5" in spec.inversion.encoders and spec.tokens and not recomputed(spec, rows=True):
-        yield "inversion.gradient_checkpointing = true", {"inversion": {"gradient_checkpointing": True}}
+        for value, shown in ways:
+            yield f"inversion.gradient_checkpointing = {shown}", {"inversion": {"gradient_checkpointing": value}}
     if not spec.model.gradient_checkpointing:
-        yield (
-            "model.gradient_checkpointing = true",
-            {"model": {"gradient_checkpointing": True}, "inversion": {"gradient_checkpointing": None}},
-        )
+        for value, shown in ways:
+            keys: dict[str, dict[str, Any]] = {
+                "model": {"gradient_checkpointing": value},
+                "inversion": {"gradient_checkpointing": None},
+            }
+            yield f"model.gradient_checkpointing = {shown}", keys
     if spec.model.dtype == "fp32":
         yield 'model.dtype = "bf16"', {"model": {"dtype": "bf16"}}
     if spec.model.quantize == "none":

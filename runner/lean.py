@@ -14,8 +14,7 @@ from diffusers.models.transformers.transformer_flux import FluxSingleTransformer
 from torch import Tensor, nn
 
 from runner.flux import blocks_of
-from runner.lowrank import together
-from runner.remaking import Read, Recipe, gelu, heads, norm_back, not_kept, remade
+from runner.remaking import Read, Recipe, gelu, heads, norm_back, not_kept, projected, remade
 
 Table = tuple[Tensor, Tensor]  # cosines and sines [N, D] of each token's angles, every angle twice side by side
 LIMIT = 65504  # of fp16, where diffusers clips the residual stream too
@@ -117,6 +116,19 @@ class Joining(Recipe):
         )
 
 
+class Joined(Recipe):
+    """Text's and image's [B, N_i, d], one behind the other."""
+
+    def make(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return (torch.cat(inputs, dim=1),)
+
+    def back(
+        self, grad: Tensor, needed: Sequence[bool], inputs: Sequence[Tensor], made: Sequence[Tensor]
+    ) -> Sequence[Tensor | None]:
+        grads = torch.split(grad, [one.shape[1] for one in inputs], dim=1)
+        return [one if need else None for one, need in zip(grads, needed, strict=True)]
+
+
 # ---- the blocks ------------------------------------------------------------------------------------------------------
 
 
@@ -125,11 +137,12 @@ def turn_of(table: Table) -> Tensor:
     return torch.complex(cos[:, None, ::2].float(), sin[:, None, ::2].float())
 
 
-def attend(attn: Any, queries: Read, keys: Read, values: Tensor) -> Tensor:
-    """[B, N, heads, D] each -> [B, N, heads * D]."""
-    with not_kept(queries, keys):
-        found: Tensor = dispatch_attention_fn(queries[0], keys[0], values, backend=attn.processor._attention_backend)
-    return found.flatten(2, 3).to(values.dtype)
+def attend(attn: Any, queries: Read, keys: Read, values: Read) -> Tensor:
+    """Queries and keys [B, N, heads, D], values [B, N, heads * D] -> [B, N, heads * D]."""
+    read = heads(values[0], attn.head_dim)
+    with not_kept(queries, keys, values):
+        found: Tensor = dispatch_attention_fn(queries[0], keys[0], read, backend=attn.processor._attention_backend)
+    return found.flatten(2, 3).to(read.dtype)
 
 
 def added(x: Tensor, gate: Tensor, what: Tensor) -> Tensor:
@@ -139,9 +152,11 @@ def added(x: Tensor, gate: Tensor, what: Tensor) -> Tensor:
 
 
 class Lean:
-    """In front of a block of diffusers'. plain: whether it keeps what others do, since it runs under checkpointing."""
+    """In front of a block of diffusers'. plain: whether it keeps what others do, since it runs under checkpointing; again:
+    whether it makes again what its layers make of what they read together."""
 
     plain = False
+    again = False
 
     def forward(
         self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, image_rotary_emb: Table | None = None,
@@ -164,30 +179,26 @@ class LeanDouble(Lean, FluxTransformerBlock):  # type: ignore[misc]
         attn = self.attn
         of_img, of_txt = (norm.linear(norm.silu(temb)).chunk(6, 1) for norm in (self.norm1, self.norm1_context))
         read = remade(Modulation(self.norm1.norm.eps), img, *of_img[:2], plain=self.plain)
-        with not_kept(read):
-            q, k, v = together(read[0], attn.to_q, attn.to_k, attn.to_v)
+        q, k, v = projected(read, attn.to_q, attn.to_k, attn.to_v, again=self.again)
         read = remade(Modulation(self.norm1_context.norm.eps), txt, *of_txt[:2], plain=self.plain)
-        with not_kept(read):
-            txt_q, txt_k, txt_v = together(read[0], attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+        txt_q, txt_k, txt_v = projected(read, attn.add_q_proj, attn.add_k_proj, attn.add_v_proj, again=self.again)
         turn, length = turn_of(table), txt.shape[1]
         queries = remade(Turning(turn, attn.norm_added_q, attn.norm_q), txt_q, q, plain=self.plain)
         keys = remade(Turning(turn, attn.norm_added_k, attn.norm_k), txt_k, k, plain=self.plain)
-        attended = attend(attn, queries, keys, heads(torch.cat([txt_v, v], dim=1), attn.head_dim))
+        attended = attend(attn, queries, keys, remade(Joined(), txt_v, v, plain=self.plain))
         img = added(img, of_img[2], attn.to_out[0](attended[:, length:]))
         txt = added(txt, of_txt[2], attn.to_add_out(attended[:, :length]))
-        img = _fed(img, self.norm2, self.ff, of_img, self.plain)
-        return _fed(txt, self.norm2_context, self.ff_context, of_txt, self.plain), img
+        img = self._fed(img, self.norm2, self.ff, of_img)
+        return self._fed(txt, self.norm2_context, self.ff_context, of_txt), img
 
-
-def _fed(x: Tensor, norm: nn.LayerNorm, ff: Any, modulated: Sequence[Tensor], plain: bool) -> Tensor:
-    """One stream's MLP, added. modulated: shift, scale, gate of attention's, then the MLP's."""
-    read = remade(Modulation(norm.eps), x, *modulated[3:5], plain=plain)
-    with not_kept(read):
-        inner = ff.net[0].proj(read[0])
-    read = remade(Activation(), inner, plain=plain)
-    with not_kept(read):
-        out = ff.net[2](read[0])
-    return added(x, modulated[5], out)
+    def _fed(self, x: Tensor, norm: nn.LayerNorm, ff: Any, modulated: Sequence[Tensor]) -> Tensor:
+        """One stream's MLP, added. modulated: shift, scale, gate of attention's, then the MLP's."""
+        read = remade(Modulation(norm.eps), x, *modulated[3:5], plain=self.plain)
+        [inner] = projected(read, ff.net[0].proj, again=self.again)
+        read = remade(Activation(), inner, plain=self.plain)
+        with not_kept(read):
+            out = ff.net[2](read[0])
+        return added(x, modulated[5], out)
 
 
 class LeanSingle(Lean, FluxSingleTransformerBlock):  # type: ignore[misc]
@@ -199,15 +210,15 @@ class LeanSingle(Lean, FluxSingleTransformerBlock):  # type: ignore[misc]
         first = length if self.last else 0  # of the tokens that anything comes of
         shift, scale, gate = self.norm.linear(self.norm.silu(temb)).chunk(3, 1)
         read = remade(Modulation(self.norm.norm.eps), x, shift, scale, plain=self.plain)
-        with not_kept(read):
-            if first:
-                inner, q = together(read[0][:, first:], self.proj_mlp, attn.to_q)
-                k, v = together(read[0], attn.to_k, attn.to_v)
-            else:
-                inner, q, k, v = together(read[0], self.proj_mlp, attn.to_q, attn.to_k, attn.to_v)
+        if first:
+            own, one = read
+            inner, q = projected((own[:, first:], one), self.proj_mlp, attn.to_q, again=False)
+            k, v = projected(read, attn.to_k, attn.to_v, again=False)
+        else:
+            inner, q, k, v = projected(read, self.proj_mlp, attn.to_q, attn.to_k, attn.to_v, again=self.again)
         queries = remade(Turning(turn[first:], attn.norm_q), q, plain=self.plain)
         keys = remade(Turning(turn, attn.norm_k), k, plain=self.plain)
-        attended = attend(attn, queries, keys, heads(v, attn.head_dim))
+        attended = attend(attn, queries, keys, v)
         read = remade(Joining(), attended, inner, plain=self.plain)
         with not_kept(read):
             out = self.proj_out(read[0])
@@ -215,8 +226,9 @@ class LeanSingle(Lean, FluxSingleTransformerBlock):  # type: ignore[misc]
         return (txt, out) if self.last else (out[:, :length], out[:, length:])
 
 
-def spare(transformer: Any, *, plain: Collection[nn.Module] = ()) -> None:
-    """Let its blocks keep less; the plain ones as much as ever, for checkpointing, which keeps nothing of it. Without
+def spare(transformer: Any, *, plain: Collection[nn.Module] = (), again: bool = False) -> None:
+    """Let its blocks keep less; the plain ones as much as ever, for checkpointing, which keeps nothing of it. again: still
+    less, for more time, but for the last block: when its turn comes in the backward pass all would be there anyway. Without
     gradients, as for pictures, they go on as diffusers' own."""
     lean: dict[type, Any] = {FluxTransformerBlock: LeanDouble, FluxSingleTransformerBlock: LeanSingle}
     block: Any
@@ -224,8 +236,10 @@ def spare(transformer: Any, *, plain: Collection[nn.Module] = ()) -> None:
     for block in blocks_of(transformer):
         if type(block) in lean:
             block.__class__ = lean[type(block)]
-            block.plain = id(block) in twice
+            block.plain, block.again = id(block) in twice, again
     *_, last = blocks_of(transformer)
+    if isinstance(last, Lean):
+        last.again = False
     if isinstance(last, LeanSingle):
         last.last = True
 
@@ -236,5 +250,5 @@ def unspare(transformer: Any) -> None:
     for block in blocks_of(transformer):
         if type(block) in stock:
             block.__class__ = stock[type(block)]
-            for name in ("plain", "last"):
+            for name in ("plain", "again", "last"):
                 block.__dict__.pop(name, None)

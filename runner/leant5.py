@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.t5.modeling_t5 import T5Block
 
-from runner.remaking import Recipe, gelu, heads, norm_back, remade
+from runner.remaking import Read, Recipe, gelu, heads, norm_back, not_kept, projected, remade
 
 
 class Scaling(Recipe):
@@ -48,14 +48,12 @@ class Gating(Recipe):
         )
 
 
-def normed(norm: Any, x: Tensor, *, plain: bool) -> Tensor:
-    return remade(Scaling(norm), x, plain=plain)[0]
-
-
 class LeanT5Block(T5Block):  # type: ignore[misc]
-    """plain: whether it keeps what others do, since it runs under checkpointing."""
+    """plain: whether it keeps what others do, since it runs under checkpointing; again: whether it makes again what its layers
+    make of what they read together."""
 
     plain = False
+    again = False
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, position_bias: Tensor | None = None,
@@ -74,18 +72,24 @@ class LeanT5Block(T5Block):  # type: ignore[misc]
         return clamped(x + self._fed(x)), position_bias, None
 
     def _attended(self, x: Tensor, bias: Tensor) -> Tensor:
-        own, read = self.layer[0].SelfAttention, normed(self.layer[0].layer_norm, x, plain=self.plain)
-        q, k, v = (heads(part(read), own.key_value_proj_dim).transpose(1, 2) for part in (own.q, own.k, own.v))
-        found = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=1.0)
+        own = self.layer[0].SelfAttention
+        reads = projected(self._normed(self.layer[0], x), own.q, own.k, own.v, again=self.again)
+        q, k, v = (heads(tensor, own.key_value_proj_dim).transpose(1, 2) for tensor, _ in reads)
+        with not_kept(*reads):
+            found = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=1.0)
         out: Tensor = own.o(found.transpose(1, 2).flatten(2))
         return out
 
     def _fed(self, x: Tensor) -> Tensor:
-        own, read = self.layer[-1].DenseReluDense, normed(self.layer[-1].layer_norm, x, plain=self.plain)
-        gated, _ = remade(Gating(), own.wi_0(read), own.wi_1(read), plain=self.plain)
+        own = self.layer[-1].DenseReluDense
+        sides = projected(self._normed(self.layer[-1], x), own.wi_0, own.wi_1, again=self.again)
+        gated, _ = remade(Gating(), *sides, plain=self.plain)
         kept = own.wo.weight.dtype  # in fp32 by some
         out: Tensor = own.wo(gated.to(kept) if kept.is_floating_point else gated)
         return out
+
+    def _normed(self, layer: Any, x: Tensor) -> Read:
+        return remade(Scaling(layer.layer_norm), x, plain=self.plain)
 
 
 def clamped(x: Tensor) -> Tensor:
@@ -94,11 +98,11 @@ def clamped(x: Tensor) -> Tensor:
     return x if x.dtype != torch.float16 else x.clamp(1000 - most, most - 1000)
 
 
-def spare(encoder: Any, *, plain: bool) -> None:
-    """Let a T5EncoderModel's blocks keep less, if they are of the kind that FLUX has. plain: see `LeanT5Block`."""
+def spare(encoder: Any, *, plain: bool, again: bool = False) -> None:
+    """Let a T5EncoderModel's blocks keep less, if they are of the kind that FLUX has. plain, again: see `LeanT5Block`."""
     if not encoder.config.is_gated_act or encoder.config.dense_act_fn != "gelu_new":
         return
     for block in encoder.encoder.block:
         if type(block) is T5Block:
             block.__class__ = LeanT5Block
-            block.plain = plain
+            block.plain, block.again = plain, again

@@ -92,7 +92,8 @@ def load_transformer(desk: Desk, phase: TrainPhase, past: Weights) -> tuple[nn.M
     """The frozen base with its adapter, {} where it has none yet; the adapter learns only if the phase says so."""
     transformer = desk.shelf.take(desk.base)
     flux.set_attention(transformer, desk.spec.model.attention)
-    twice = flux.run_twice(transformer, recomputed(desk.spec, rows=bool(learning(phase, "token rows"))))
+    how = recomputed(desk.spec, rows=bool(learning(phase, "token rows")))
+    twice = [] if how == "selective" else flux.run_twice(transformer, how)
     if desk.base.offload:  # which recomputes all of them by itself
         twice = flux.blocks_of(transformer)
     elif twice:
@@ -100,7 +101,7 @@ def load_transformer(desk: Desk, phase: TrainPhase, past: Weights) -> tuple[nn.M
     if not desk.spec.model.compile:  # the compiler sees to it by itself
         from runner.lean import spare
 
-        spare(transformer, plain=twice)
+        spare(transformer, plain=twice, again=how == "selective")
     adapter: dict[str, nn.Parameter] = {}
     if trains_lora(phase) or past.lora:
         adapter = lora.attach_lora(transformer, lora_shape(desk.spec, desk.base), desk.spec.seed)

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from runner import tokens
 from runner.basefiles import CLIP_L, clip_layers, linear_layers, lora_layers
@@ -145,10 +145,12 @@ def learning(phase: Phase, what: str) -> tuple[str, ...]:
     return tuple(encoder for part in parts if part.what == what for encoder in part.encoders)
 
 
-def recomputed(spec: Spec, *, rows: bool) -> int:
-    """The activations of every so many blocks (0: of none) are made again in the backward pass. rows: while token rows learn."""
+def recomputed(spec: Spec, *, rows: bool) -> int | Literal["selective"]:
+    """The activations of every so many blocks (0: of none) are made again in the backward pass, or some of all blocks. rows:
+    while token rows learn."""
     own = spec.inversion.gradient_checkpointing if rows else None
-    return int(spec.model.gradient_checkpointing if own is None else own)
+    own = spec.model.gradient_checkpointing if own is None else own
+    return own if own == "selective" else int(own)
 
 
 def trains_lora(phase: Phase) -> bool:

@@ -1,5 +1,5 @@
-"""Tensors that are made again in the backward pass rather than kept for it. Matrix products and attention are dear, and never
-are; what elementwise arithmetic makes of what is kept anyway is cheap.
+"""Tensors that are made again in the backward pass rather than kept for it. What elementwise arithmetic makes of what is kept
+anyway is cheap, and always is; matrix products are dear, and are if that is asked for (`projected`); attention never is.
 """
 
 from __future__ import annotations
@@ -7,11 +7,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from runner.lowrank import together
 
 
 class Recipe:
@@ -34,17 +37,38 @@ class Recipe:
 class Remade:
     """A tensor that is made again in the backward pass, at most once, for all who would have kept it."""
 
-    def __init__(self, recipe: Recipe, inputs: Sequence[Tensor]) -> None:
+    def __init__(self, recipe: Recipe, inputs: Sequence[Tensor | Remade | Picked]) -> None:
+        """inputs: some may have to be made again themselves."""
         self.recipe = recipe
-        self.inputs = [one.detach() for one in inputs]
+        self._inputs = [one.detach() if isinstance(one, Tensor) else one for one in inputs]
         self._made: tuple[Tensor, ...] = ()
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        return [one if isinstance(one, Tensor) else one.tensor for one in self._inputs]
 
     def again(self) -> tuple[Tensor, ...]:
         self._made = self._made or _make(self.recipe, self.inputs)
         return self._made
 
+    @property
+    def tensor(self) -> Tensor:
+        return self.again()[0]
+
     def forget(self) -> None:
-        self.inputs, self._made = [], ()
+        self._inputs, self._made = [], ()
+
+
+@dataclass(frozen=True)
+class Picked:
+    """One of several tensors that are made again together, and go when nobody has one of them any more."""
+
+    all: Remade
+    place: int
+
+    @property
+    def tensor(self) -> Tensor:
+        return self.all.again()[self.place]
 
 
 def _make(recipe: Recipe, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -73,13 +97,38 @@ class _Remaking(torch.autograd.Function):
         return None, None, *remade.recipe.back(grad, ctx.needs_input_grad[2:], inputs, made)
 
 
-Read = tuple[Tensor, Remade | None]
+Read = tuple[Tensor, Remade | Picked | None]
 
 
-def remade(recipe: Recipe, *inputs: Tensor, plain: bool) -> Read:
+def remade(recipe: Recipe, *inputs: Tensor | Read, plain: bool) -> Read:
     """plain: the same numbers, but kept by autograd's usual way, which checkpointing is built upon."""
-    one = None if plain else Remade(recipe, inputs)
-    return _Remaking.apply(recipe, one, *inputs), one  # type: ignore[no-untyped-call]
+    reads = [one if isinstance(one, tuple) else (one, None) for one in inputs]
+    one = None if plain else Remade(recipe, [again or tensor for tensor, again in reads])
+    return _Remaking.apply(recipe, one, *(tensor for tensor, _ in reads)), one  # type: ignore[no-untyped-call]
+
+
+class Projections(Recipe):
+    """What frozen layers, with their adapters, make of x, under the autocast of its first time. No `back`: the layers have
+    autograd's own."""
+
+    def __init__(self, layers: Sequence[nn.Module], kind: str) -> None:
+        self.layers, self.kind = layers, kind
+        self.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+    def make(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        with torch.no_grad(), torch.autocast(self.kind, self.dtype, enabled=self.dtype is not None):
+            return tuple(together(inputs[0], *self.layers))
+
+
+def projected(read: Read, *layers: nn.Module, again: bool) -> list[Read]:
+    """What each layer makes of one tensor. again: of those, too, is kept how they are made."""
+    tensor, one = read
+    with not_kept(read):
+        made = together(tensor, *layers)
+    if one is None or not again:
+        return [(out, None) for out in made]
+    every = Remade(Projections(layers, tensor.device.type), [one])
+    return [(out, Picked(every, place)) for place, out in enumerate(made)]
 
 
 @contextmanager
@@ -104,7 +153,7 @@ def _unpack(packed: Any) -> Tensor:
     if isinstance(packed, Tensor):
         return packed
     one, size, stride, offset = packed
-    found: Tensor = one.again()[0].as_strided(size, stride, offset)
+    found: Tensor = one.tensor.as_strided(size, stride, offset)
     return found
 
 

@@ -24,6 +24,9 @@ def key(default: Any, description: str) -> Any:
     return Field(default=default, description=description)
 
 
+Recomputing = bool | Natural | Literal["selective"]
+
+
 class Table(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -36,8 +39,9 @@ class Model(Table):
     quantize: Literal["none", "int8", "fp8", "nf4"] = key(
         "none", "Frozen transformer and T5 in 8 or 4 bits; nf4 needs bitsandbytes"
     )
-    gradient_checkpointing: bool | Natural = key(
-        False, "Recompute activations in the backward pass, of every block or every n-th: less memory, slower"
+    gradient_checkpointing: Recomputing = key(
+        False,
+        "Recompute activations in the backward pass, of every block, every n-th, or the cheapest of all: less memory, slower",
     )
     attention: Attention = key("native", "Attention of the transformer while it trains, by diffusers' names")
     offload: Literal["none", "blocks"] = key(
@@ -98,7 +102,7 @@ class Inversion(Table):
     lr: Positive | None = key(None, "Learning rate of the rows; default train.lr")
     weight_decay: NotNegative = key(1e-3, "Of the rows")
     pooling: Literal["diffusers", "eos", "both"] = key("diffusers", "Where CLIP's pooled vector is read")
-    gradient_checkpointing: bool | Natural | None = key(None, "The same as model's, while rows learn; default as there")
+    gradient_checkpointing: Recomputing | None = key(None, "The same as model's, while rows learn; default as there")
 
 
 class Lora(Table):

@@ -79,9 +79,12 @@ def explain(detail: Mapping[str, Any], tables: Mapping[str, Any]) -> tuple[str, 
             tag = tag.get(inner) if isinstance(tag, Mapping) else tag
             name = f"{name}.{inner}"
         choices = _choices(context)
+        field = dict(_all_keys(Spec)).get(name)
+        more = ["true", "false", "a whole number from 1"] if field and "bool" in str(field.annotation) else []
         return (
             name,
-            f"not one of the names allowed (found {show(tag)}); allowed are {', '.join(choices)}{_guess(str(tag), choices)}",
+            f"not one of the names allowed (found {show(tag)}); allowed are {', '.join([*more, *choices])}"
+            f"{_guess(str(tag), choices)}",
         )
     messages = {
         "int_type": "no whole number",
@@ -190,7 +193,7 @@ def _kind(annotation: Any) -> str:
         names = [f"a list of {name}" for name in names if name == "text"] or ["a list"]
     if "Literal[" in text:
         names = [
-            *(n for n in names if n == "a list"),
+            *(n for n in names if n == "a list" or "true or false" in names),
             "one of " + text[text.index("Literal[") + 8 :].split("]")[0].replace("'", ""),
         ]
     return " or ".join(dict.fromkeys(names)) or "another value"

@@ -97,6 +97,7 @@ def broken_rules(spec: Spec, written: Mapping[str, Any]) -> Iterator[tuple[str, 
     if spec.model.attention in HALF and spec.model.dtype == "fp32":
         yield "model.attention", f'{spec.model.attention} takes bf16 and fp16 alone (model.dtype is fp32); use "native"'
     yield from _offload(spec)
+    yield from _selective(spec)
     yield from _prodigy(spec)
     yield from _schedule(spec)
 
@@ -106,13 +107,31 @@ def _offload(spec: Spec) -> Iterator[tuple[str, str]]:
     if own.offload == "none":
         return
     for table, every in (("model", own.gradient_checkpointing), ("inversion", spec.inversion.gradient_checkpointing)):
-        if every is not None and every > 1:
+        if every == "selective" or (every is not None and every > 1):
             yield (
                 f"{table}.gradient_checkpointing",
-                f"blocks that are offloaded are all recomputed (found {every}); take this key out",
+                f"blocks that are offloaded are all recomputed (found {show(every)}); take this key out",
             )
     if own.compile:
         yield "model.compile", "compiled blocks cannot be offloaded (found true); take one of the two keys out"
+
+
+def _selective(spec: Spec) -> Iterator[tuple[str, str]]:
+    for table in ("model", "inversion"):
+        if getattr(spec, table).gradient_checkpointing != "selective":
+            continue
+        key = f"{table}.gradient_checkpointing"
+        if spec.model.compile:
+            yield (
+                key,
+                'compiled blocks are recomputed as a whole (found "selective"); use true, or a number for every n-th',
+            )
+        if spec.lora.dropout > 0:
+            yield (
+                key,
+                f'dropout would be drawn anew (found "selective", lora.dropout is {spec.lora.dropout:g}); use true, or a number '
+                "for every n-th",
+            )
 
 
 def _prodigy(spec: Spec) -> Iterator[tuple[str, str]]:

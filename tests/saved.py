@@ -39,10 +39,11 @@ def counted(modules: list[Any], forward: Callable[[], Tensor]) -> int:
 
         return real(both, unpack)
 
-    def remade(self: remaking.Remade, recipe: remaking.Recipe, inputs: Sequence[Tensor]) -> None:
+    def remade(self: remaking.Remade, recipe: remaking.Recipe, inputs: Sequence[Any]) -> None:
         init(self, recipe, inputs)
-        for one in self.inputs:
-            pack(one)
+        for one in self._inputs:
+            if isinstance(one, Tensor):
+                pack(one)
 
     with pytest.MonkeyPatch.context() as patch, real(pack, lambda tensor: tensor):
         patch.setattr(torch.autograd.graph, "saved_tensors_hooks", lean_hooks)
@@ -81,7 +82,7 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 def transformer(
     config: dict[str, Any], layers: list[str], rank: int, dtype: torch.dtype, images: int, img: int, txt: int, *,
-    pooled: bool, states: bool, spared: bool = False,
+    pooled: bool, states: bool, spared: bool = False, again: bool = False,
 ) -> int:  # fmt: skip
     from diffusers import FluxTransformer2DModel
     from peft import LoraConfig
@@ -96,7 +97,7 @@ def transformer(
         lora.spare_casts(model, 0.0)
         lowrank.fuse(model)
         if spared:
-            lean.spare(model)
+            lean.spare(model, again=again)
         assert {parameter.dtype for parameter in lora.adapter_parameters(model).values()} == {torch.float32}
         predict = flux.predictor(model.train(), 3.5, cpu, dtype)
         noise = torch.randn(images, img, config["in_channels"])
@@ -114,7 +115,7 @@ def transformer(
         return counted([model], forward)
 
 
-def encoder(kind: Any, config: Any, dtype: torch.dtype, captions: int, tokens: int) -> int:
+def encoder(kind: Any, config: Any, dtype: torch.dtype, captions: int, tokens: int, *, again: bool = False) -> int:
     """With two rows that learn; a T5 with lean blocks."""
     with FakeTensorMode():
         with default_dtype(dtype):
@@ -124,5 +125,5 @@ def encoder(kind: Any, config: Any, dtype: torch.dtype, captions: int, tokens: i
         model.set_input_embeddings(text.Rows(table, table.weight.shape[0] - 2, rows))
         ids = torch.zeros(captions, tokens, dtype=torch.long)
         if kind is T5EncoderModel:
-            leant5.spare(model, plain=False)
+            leant5.spare(model, plain=False, again=again)
         return counted([model], lambda: model(ids)[0])

@@ -30,7 +30,7 @@ STOCK = (FluxTransformerBlock, FluxSingleTransformerBlock)
 
 
 def made(
-    *, spared: bool, every: int = 0, layers: str = "attention+mlp", dropout: float = 0.0, adapted: bool = True,
+    *, spared: bool, every: int = 0, again: bool = False, layers: str = "attention+mlp", dropout: float = 0.0, adapted: bool = True,
     dtype: torch.dtype = torch.float32,
 ) -> Any:  # fmt: skip
     """With weights other than zero everywhere, norms' and both LoRA factors' too; the same from call to call."""
@@ -44,11 +44,13 @@ def made(
         noise = torch.randn(parameter.shape, generator=generator) * 0.2
         parameter.data = noise if ".lora_" in name else (parameter.data + noise).to(dtype)
     if spared:
-        lean.spare(model, plain=flux.run_twice(model, every))
+        lean.spare(model, plain=flux.run_twice(model, every), again=again)
     return model.train()
 
 
-def run(model: Any, images: int, learns: bool, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+def run(
+    model: Any, images: int, learns: bool, dtype: torch.dtype = torch.float32, *, back: bool = True
+) -> dict[str, Tensor]:
     """The output, and every gradient. learns: whether what comes from the text encoders does."""
     generator = torch.Generator().manual_seed(7)
     noise = torch.randn(images, 6, CONFIG["in_channels"], generator=generator)
@@ -58,6 +60,8 @@ def run(model: Any, images: int, learns: bool, dtype: torch.dtype = torch.float3
     predict = flux.predictor(model, 3.5, torch.device("cpu"), dtype)
     with autocast(torch.device("cpu"), dtype):
         out = predict(noised, flux.Text(txt, vec), 4, 6)
+    if not back:
+        return {"out": out}
     found = {"out": out.detach()}
     if out.requires_grad:
         out.float().pow(3).sum().backward()
@@ -132,6 +136,28 @@ def test_checkpointed_blocks_compute_the_same_bits_and_all_come_back(every: int)
     assert all(type(block) in STOCK and not {"plain", "last"} & vars(block).keys() for block in blocks)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layers", ["attention", "attention+mlp", "all", None])
+@pytest.mark.parametrize("learns", [True, False], ids=["encoders learn", "encoders frozen"])
+@pytest.mark.parametrize("images", [1, 3])
+def test_projections_that_are_made_again_are_the_same_bits(
+    images: int, learns: bool, layers: str | None, dtype: torch.dtype
+) -> None:
+    """Of all blocks but the last, with less kept."""
+    if not (learns or layers):
+        pytest.skip("nothing learns")
+    found, kept = [], []
+    for again in (True, False):
+        model = made(spared=True, again=again, layers=layers or "all", adapted=layers is not None, dtype=dtype)
+        assert [block.again for block in flux.blocks_of(model)] == [again, again, again, False]
+        forward = lambda model=model: run(model, images, learns, dtype, back=False)["out"]  # noqa: E731
+        kept.append(counted([model], forward))
+        found.append(run(model, images, learns, dtype))
+    assert len(found[0]) > 2
+    assert all(torch.equal(found[0][name], value) for name, value in found[1].items())
+    assert kept[0] < 0.8 * kept[1]
+
+
 def test_without_gradients_they_are_diffusers_to_the_bit() -> None:
     found = []
     for spared in (True, False):
@@ -140,7 +166,8 @@ def test_without_gradients_they_are_diffusers_to_the_bit() -> None:
     assert torch.equal(*found)
 
 
-def test_nothing_of_a_step_outlives_it(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("again", "count"), [(False, 2 * 9 + 2 * 4), (True, 2 * 13 + 5 + 4)])
+def test_nothing_of_a_step_outlives_it(monkeypatch: pytest.MonkeyPatch, again: bool, count: int) -> None:
     """Neither what was kept, nor what was made again: both are dropped during the backward pass, block by block."""
     known: list[weakref.ref[remaking.Remade]] = []
     init = remaking.Remade.__init__
@@ -150,22 +177,22 @@ def test_nothing_of_a_step_outlives_it(monkeypatch: pytest.MonkeyPatch) -> None:
         init(self, *rest)
         known.append(weakref.ref(self))
 
-    def again(self: remaking.Remade) -> tuple[Tensor, ...]:
+    def making(self: remaking.Remade) -> tuple[Tensor, ...]:
         found = real(self)
         most[0] = max(most[0], sum(bool(one and one._made) for one in (ref() for ref in known)))
         return found
 
     real = remaking.Remade.again
     monkeypatch.setattr(remaking.Remade, "__init__", watched)
-    monkeypatch.setattr(remaking.Remade, "again", again)
+    monkeypatch.setattr(remaking.Remade, "again", making)
     gc.disable()
     try:
-        run(made(spared=True), 2, True)
+        run(made(spared=True, again=again), 2, True)
     finally:
         gc.enable()
-    assert len(known) == 2 * 8 + 2 * 4
+    assert len(known) == count
     assert not any(ref() for ref in known)
-    assert 0 < most[0] <= 4
+    assert 0 < most[0] <= (7 if again else 4)
 
 
 def test_a_tensor_is_made_again_once_for_all_its_readers() -> None:
@@ -216,18 +243,18 @@ def t5_run(live: LiveEncoder, seed: int = 0) -> dict[str, Tensor]:
 
 def test_a_t5_that_learns_is_transformers_but_for_rounding_and_keeps_half() -> None:
     found, kept = [], []
-    for way in ("stock", "lean", "again"):
+    for way in ("stock", "lean", "again", "selective"):
         live = t5_with_rows()
         if way != "stock":
             live.again = way == "again"
-            leant5.spare(live.model, plain=live.again)
+            leant5.spare(live.model, plain=live.again, again=way == "selective")
         kept.append(counted([live.model], lambda live=live: live.embed(["a <s0><s1>", "b"], "diffusers")))  # type: ignore[misc]
         found.append(t5_run(live))
-    stock, lean, again = found
+    stock, lean, *others = found
     assert far(lean, stock) < 5e-5
-    assert all(torch.equal(again[name], value) for name, value in lean.items())
+    assert all(torch.equal(other[name], value) for other in others for name, value in lean.items())
     assert lean["rows"].abs().min() > 0
-    assert kept[2] < 2000 < kept[1] < 0.55 * kept[0]  # its ids alone; half
+    assert kept[2] < 2000 < kept[3] < 0.4 * kept[1] < 0.4 * 0.55 * kept[0]  # its ids alone; a third of half
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -74,22 +74,36 @@ def test_recomputing_some_blocks_changes_no_bit_and_keeps_less(house: House) -> 
 
 @pytest.mark.parametrize(
     ("model", "inversion", "joint", "alone"),
-    [("", None, 0, 0), ("true", None, 5, 5), ("", 2, 3, 0), ("4", "false", 0, 2), ("", "true", 5, 0)],
+    [
+        ("", None, 0, 0),
+        ("true", None, 5, 5),
+        ("", 2, 3, 0),
+        ("4", "false", 0, 2),
+        ("", "true", 5, 0),
+        ("", '"selective"', -5, 0),
+        ('"selective"', 2, 3, -5),
+        ('"selective"', None, -5, -5),
+    ],
 )
 def test_blocks_are_recomputed_by_inversions_key_while_rows_learn(
     house: House, model: str, inversion: str | None, joint: int, alone: int
 ) -> None:
-    """T5, which learns beside the transformer, goes with it."""
+    """joint, alone: so many blocks with and without rows that learn; below zero: so many make their projections again. T5,
+    which learns beside the transformer, goes with it."""
     lines, own = (f"gradient_checkpointing = {value}" if value else "" for value in (model, inversion))
     desk = desk_of(with_model(house, lines, encoders=f'encoders = ["clip", "t5"]\n{own}'))
     for phase, count in zip(desk.plan.training, (joint, alone), strict=True):
         desk.shelf.clear(desk.base)
         transformer, _ = load_transformer(desk, phase, Weights())
-        assert sum(block.plain for block in flux.blocks_of(transformer)) == count  # type: ignore[misc]
-        assert transformer.gradient_checkpointing is bool(count)
+        blocks: list[Any] = flux.blocks_of(transformer)
+        assert sum(block.plain for block in blocks) == max(count, 0)
+        assert sum(block.again for block in blocks) == max(-count, 0)
+        assert transformer.gradient_checkpointing is (count > 0)
         for one in load_encoders(desk, phase, Weights()).values() if phase.name == "joint" else ():
             assert isinstance(one, LiveEncoder)
             assert one.again is (one.encoder == "t5" and joint > 0)
+            if one.encoder == "t5":
+                assert {block.again for block in one.model.encoder.block} == {joint < 0}  # type: ignore[union-attr]
 
 
 def count_calls(transformer: Any) -> list[str]:
@@ -193,8 +207,13 @@ def test_offloaded_blocks_train_to_the_same_bits(house: House, monkeypatch: pyte
 
 @pytest.mark.parametrize(
     ("first", "more"),
-    [('quantize = "int8"', 'offload = "blocks"'), ("", "gradient_checkpointing = 2")],
-    ids=["offload", "checkpointing"],
+    [
+        ('quantize = "int8"', 'offload = "blocks"'),
+        ("", "gradient_checkpointing = 2"),
+        ("", 'gradient_checkpointing = "selective"'),
+        ('quantize = "int8"', 'gradient_checkpointing = "selective"'),
+    ],
+    ids=["offload", "checkpointing", "selective", "selective of codes"],
 )
 def test_a_run_that_saves_memory_is_the_same_run(house: House, first: str, more: str) -> None:
     """As typed: begun without, gone on with it, since that is not in the key; to the same bytes."""
@@ -220,13 +239,28 @@ def test_offloading_and_what_it_does_not_go_with(house: House) -> None:
     spec = with_model(
         house,
         'offload = "blocks"\ngradient_checkpointing = 2\ncompile = true',
-        encoders='encoders = ["clip"]\ngradient_checkpointing = 3',
+        encoders='encoders = ["clip"]\ngradient_checkpointing = "selective"',
     )
     said = house.fluxrun("plan", spec).err
-    for table, every in (("model", 2), ("inversion", 3)):
+    for table, every in (("model", 2), ("inversion", "'selective'")):
         told = f"blocks that are offloaded are all recomputed (found {every}); take this key out"
         assert f"{table}.gradient_checkpointing: {told}" in said
     assert "model.compile: compiled blocks cannot be offloaded (found true); take one of the two keys out" in said
+
+
+def test_what_selective_recomputing_does_not_go_with(house: House) -> None:
+    selective = 'gradient_checkpointing = "selective"'
+    spec = with_model(
+        house,
+        f"{selective}\ncompile = true",
+        rank="rank = 4\ndropout = 0.5",
+        encoders=f'encoders = ["clip"]\n{selective}',
+    )
+    said = house.fluxrun("plan", spec).err
+    for table in ("model", "inversion"):
+        key, way = f"{table}.gradient_checkpointing", "use true, or a number for every n-th"
+        assert f'{key}: compiled blocks are recomputed as a whole (found "selective"); {way}' in said
+        assert f'{key}: dropout would be drawn anew (found "selective", lora.dropout is 0.5); {way}' in said
 
 
 @pytest.mark.gpu

@@ -94,7 +94,7 @@ VALUES = {  # every key of the contract, with a value that is not its default
     "inversion.lr": "0.01",
     "inversion.weight_decay": "0.5",
     "inversion.pooling": '"eos"',
-    "inversion.gradient_checkpointing": "2",
+    "inversion.gradient_checkpointing": '"selective"',
     "lora.rank": "4",
     "lora.alpha": "8",
     "lora.dropout": "0.1",

@@ -1,7 +1,7 @@
 """Whole processes, interleaved: diffusers' `train_dreambooth_lora_flux_advanced.py` and `fluxrun queue`, doing the same.
 
     python tools/bench/against_reference.py --script SCRIPT [--model DIR] [--rounds 3] [--cases ...] [--slots 1 2]
-        [--checkpointing N]
+        [--checkpointing selective]
 
 SCRIPT lies in diffusers' repository under examples/advanced_diffusion_training; it runs as it stands, through
 `reference.py`. Cases, all at batch 1, 256 px, 128 text tokens, rank 8 on the same layers, Prodigy, fp32, centre crops of
@@ -13,8 +13,8 @@ four, four-short, twelve  a queue of pivotal-clip specs that differ in their see
                           four at 10, twelve at 10
 
 With `--slots 1 2` fluxrun's side of a queue is measured with either in every round, against the same shell loop; with
-`--checkpointing N` it makes the activations of every N-th block, and of T5, again while rows learn
-(`inversion.gradient_checkpointing`); the reference goes on as ever.
+`--checkpointing selective`, or a number, it makes activations again while rows learn (`inversion.gradient_checkpointing`); the
+reference goes on as ever.
 
 Every run starts from nothing: its own output or runs folder, an empty cache. Per side: wall and CPU seconds, and the peak
 of the largest process above what importing its libraries takes (all polled from outside, see watch.py). Quoted are medians
@@ -66,7 +66,7 @@ class Bench:
     listed: Path
     resolution: int
     tokens: int
-    checkpointing: int
+    checkpointing: str
 
     def theirs(self, case: Case, out: Path, seed: int) -> list[str]:
         """The reference's command line."""
@@ -163,9 +163,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--cases", nargs="+", choices=tuple(CASES), default=tuple(CASES))
     parser.add_argument("--slots", type=int, nargs="+", default=[1], help="of fluxrun queue, one after the other")
     parser.add_argument("--steps", type=int, help="of every case, to try whether all works")
-    parser.add_argument(
-        "--checkpointing", type=int, default=0, help="our inversion.gradient_checkpointing = N; 0: false"
-    )
+    parser.add_argument("--checkpointing", default="false", help="our inversion.gradient_checkpointing")
     parser.add_argument("--resolution", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=128)
     return parser.parse_args()
@@ -185,7 +183,7 @@ def main() -> None:
             [sys.executable, str(Path(__file__).with_name("reference.py")), str(given.script.resolve())],
             model_in(given.model, folder), pictures_in(folder / "plain"), captioned,
             listed_in(folder / "listed", captioned), given.resolution, given.tokens,
-            given.checkpointing,
+            f'"{given.checkpointing}"' if given.checkpointing == "selective" else given.checkpointing,
         )  # fmt: skip
         base = imports(folder, OUR_IMPORTS), watch([*bench.reference, "--help"], folder, folder / "log")
         for side, took in zip(("ours", "reference"), base, strict=True):

@@ -59,7 +59,7 @@ class Asked:
     prompt: str | None = "a photo of TOK"
     save_every: int = 100
     loss: bool = False  # the reference takes none
-    checkpointing: int = 0  # of every so many blocks, while rows learn
+    checkpointing: str = "false"  # while rows learn, as TOML has it
 
     @property
     def text(self) -> str:
@@ -72,7 +72,7 @@ name = "TOK"
 encoders = [{named}]
 until = {self.until}
 lr = {lr}
-gradient_checkpointing = {self.checkpointing or "false"}
+gradient_checkpointing = {self.checkpointing}
 """
         return f"""
 seed = {self.seed}

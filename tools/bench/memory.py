@@ -60,11 +60,12 @@ USUAL: dict[str, Any] = {
 CASES: dict[str, dict[str, Any]] = {
     "pivotal CLIP": {"text": CLIP_ROWS},
     "pivotal CLIP+T5": {"text": BOTH_ROWS},
-    "pivotal CLIP+T5, checkpointing": {"text": f"{BOTH_ROWS}\ngradient_checkpointing = 2"},
+    "pivotal CLIP+T5, selective": {"text": f'{BOTH_ROWS}\ngradient_checkpointing = "selective"'},
     "frozen, captions": {},
     "batch 2": {"batch": 2},
     "checkpointing": {"batch": 2, "checkpointing": "true"},
     "512 px": {"resolution": 512},
+    "512 px, selective": {"resolution": 512, "checkpointing": '"selective"'},
     "512 px, checkpointing": {"resolution": 512, "checkpointing": "true", "text": CLIP_ROWS},
     "all layers, batch 4, Prodigy": {"batch": 4, "layers": "all", "optimizer": "prodigy"},
     "512 tokens": {"tokens": 512, "text": BOTH_ROWS},
