@@ -38,6 +38,9 @@ NOT_IN_KEY = (
     "prior.batch_size",
 )
 
+# What is recomputed is the same to the bit, but not by compiled code, which then rounds otherwise.
+RECOMPUTING = ("model.gradient_checkpointing", "inversion.gradient_checkpointing")
+
 # Values that only say when phases end. A phase's key holds its start, and the ends of those before it: so a run may be
 # made longer, where its schedule does not ask how long it is.
 SPAN_KEYS = ("train.steps", "train.epochs", "inversion.until", "lora.until", "text_lora.until")
@@ -323,12 +326,9 @@ def _text_part(spec: Spec, facts: Facts, known: Sequence[tokens.Placeholder]) ->
 def _result_values(spec: Spec) -> dict[str, Any]:
     """What the user set, less NOT_IN_KEY and SPAN_KEYS; defaults are RESULT_FORMAT's."""
     values: dict[str, Any] = spec.model_dump(mode="json", by_alias=True, exclude_defaults=True)
-    if not spec.model.compile:  # what is recomputed is the same to the bit, but not by compiled code
-        for name in ("model", "inversion"):
-            values.get(name, {}).pop("gradient_checkpointing", None)
     if values.get("stop"):  # when training looks is when it may end
         values["stop"]["every"] = spec.validation.every
-    for dotted in (*NOT_IN_KEY, *SPAN_KEYS):
+    for dotted in (*NOT_IN_KEY, *SPAN_KEYS, *(() if spec.model.compile else RECOMPUTING)):
         *tables, last = dotted.split(".")
         table = values
         for name in tables:

@@ -14,7 +14,7 @@ from runner import files
 from runner.digest import key_of
 from runner.errors import BadFile, Held, Refused
 from runner.origins import annotated
-from runner.plan import NOT_IN_KEY, OPEN_ENDED, SPAN_KEYS, Plan, as_json
+from runner.plan import NOT_IN_KEY, OPEN_ENDED, RECOMPUTING, SPAN_KEYS, Plan, as_json
 from runner.processes import Process
 from runner.spec import Spec, dump
 from runner.statefile import PROGRESS, is_number, is_text, read_json, read_state, writable
@@ -235,7 +235,10 @@ class Run:
         if not changed:
             if fits or not (known or step):  # a queue died while it wrote plan.json, or it was lost since
                 return Verdict("resume", f"its plan.json is lost; last checkpoint at step {step} of {plan.steps}")
-            return Verdict("changed", "the images, the captions or the base model are not the ones it was trained on")
+            told = "the images, the captions or the base model are not the ones it was trained on"
+            if spec.model.gradient_checkpointing:
+                told += ", or an earlier fluxrun began it, to whose keys model.gradient_checkpointing belonged"
+            return Verdict("changed", told)
         told = "; ".join(changed.values())
         if changed.keys() <= set(SPAN_KEYS):
             if fits:
@@ -263,9 +266,8 @@ class Run:
         """Keys that change the result and differ from the run's own spec, with `KEY: old -> new`."""
         old = flat(_spec_tables(self.spec_file))
         new = flat(dump(spec))
-        keys = [
-            key for key in {**old, **new} if not any(key == skip or key.startswith(f"{skip}.") for skip in NOT_IN_KEY)
-        ]
+        skipped = NOT_IN_KEY if spec.model.compile else (*NOT_IN_KEY, *RECOMPUTING)
+        keys = [key for key in {**old, **new} if not any(key == skip or key.startswith(f"{skip}.") for skip in skipped)]
         return {key: f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in keys if old.get(key) != new.get(key)}
 
     def _claim(self, spec: Spec, plan: Plan, version: str, origin: Callable[[str], str]) -> None:

@@ -211,9 +211,9 @@ def test_offloaded_blocks_train_to_the_same_bits(house: House, monkeypatch: pyte
         ('quantize = "int8"', 'offload = "blocks"'),
         ("", "gradient_checkpointing = 2"),
         ("", 'gradient_checkpointing = "selective"'),
-        ('quantize = "int8"', 'gradient_checkpointing = "selective"'),
+        ('quantize = "int8"\ndtype = "bf16"', 'gradient_checkpointing = "selective"'),
     ],
-    ids=["offload", "checkpointing", "selective", "selective of codes"],
+    ids=["offload", "checkpointing", "selective", "selective, of codes in bf16"],
 )
 def test_a_run_that_saves_memory_is_the_same_run(house: House, first: str, more: str) -> None:
     """As typed: begun without, gone on with it, since that is not in the key; to the same bytes."""
@@ -233,6 +233,20 @@ def test_a_run_that_saves_memory_is_the_same_run(house: House, first: str, more:
         name: data for name, data in whole.items() if name != card
     }
     assert house.fluxrun("sample", "a", "--prompt", "a TOK", "--steps", "1").code == 0
+
+
+def test_steps_may_be_added_together_with_recomputing(house: House) -> None:
+    """A run that is made longer, and saves memory from there on, has one reason less to be refused, not one more."""
+    alone = {"encoders": 'encoders = ["clip"]\nuntil = 1.0'}
+    spec = with_model(house, "", steps="steps = 2", **alone)
+    assert house.fluxrun("queue", spec).code == 0
+    with_model(house, "gradient_checkpointing = true", steps="steps = 3", **alone)
+    said = house.fluxrun("queue", spec)
+    assert said.code == 0, said.err
+    with_model(house, 'gradient_checkpointing = "selective"', steps="steps = 3", rank="rank = 2", **alone)
+    said = house.fluxrun("queue", spec).err
+    assert "lora.rank: 4 -> 2" in said
+    assert "gradient_checkpointing" not in said
 
 
 def test_offloading_and_what_it_does_not_go_with(house: House) -> None:
