@@ -334,7 +334,8 @@ def _changes(spec: Spec) -> Iterator[tuple[str, dict[str, dict[str, Any]]]]:
             {"train": {"batch_size": 1, "accumulate": spec.train.accumulate * images}},
         )
     ways: list[tuple[bool | str, str]] = [("selective", '"selective"'), (True, "true")]
-    ways = ways[1:] if spec.model.compile or spec.lora.dropout > 0 else ways
+    whole = spec.model.compile or spec.model.offload != "none" or spec.lora.dropout > 0
+    ways = ways[1:] if whole else ways
     if "t5" in spec.inversion.encoders and spec.tokens and not recomputed(spec, rows=True):
         for value, shown in ways:
             yield f"inversion.gradient_checkpointing = {shown}", {"inversion": {"gradient_checkpointing": value}}
