@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -29,14 +30,18 @@ def adapted(fused: bool, dtype: torch.dtype = torch.float32, dropout: float = 0.
     config = LoraConfig(
         r=4, lora_alpha=10, lora_dropout=dropout, target_modules=["first", "second"], init_lora_weights=False
     )
+    inject(config, model, fused)
+    assert not fused or type(model.first) is type(model.second) is FusedLinear
+    return model
+
+
+def inject(config: LoraConfig, model: nn.Module, fused: bool) -> None:
     inject_adapter_in_model(config, model)
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
             parameter.data = torch.randn(parameter.shape) / 3
     if fused:
         fuse(model)
-        assert type(model.first) is type(model.second) is FusedLinear
-    return model
 
 
 def learned(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
@@ -85,12 +90,7 @@ def three(fused: bool, dtype: torch.dtype = torch.float32, dropout: float = 0.0)
         r=4, lora_alpha=10, lora_dropout=dropout, target_modules=["one", "two", "three"], init_lora_weights=False,
         rank_pattern={"two": 2}, alpha_pattern={"three": 3},
     )  # fmt: skip
-    inject_adapter_in_model(config, model)
-    for name, parameter in model.named_parameters():
-        if ".lora_" in name:
-            parameter.data = torch.randn(parameter.shape) / 3
-    if fused:
-        fuse(model)
+    inject(config, model, fused)
     return model
 
 
@@ -140,15 +140,6 @@ def test_of_layers_that_read_the_same_only_what_learns_gets_a_gradient() -> None
         assert torch.equal(grad, every.get_parameter(name).grad)
 
 
-def test_layers_that_read_the_same_with_dropout_are_left_to_peft() -> None:
-    outputs = []
-    for fused in (True, False):
-        model = three(fused, dropout=0.5).train()
-        torch.manual_seed(0)
-        outputs.append(model(entry((7, 12), False)))
-    assert torch.equal(*outputs)
-
-
 def test_a_batch_that_is_not_contiguous() -> None:
     x = entry((12, 3, 4), False).permute(1, 2, 0)
     assert not x.is_contiguous()
@@ -164,10 +155,11 @@ def test_frozen_adapters_get_no_gradient_and_let_it_through() -> None:
     torch.testing.assert_close(found[0]["x"], found[1]["x"])
 
 
-def test_dropout_is_drawn_as_peft_draws_it() -> None:
+@pytest.mark.parametrize("make", [adapted, three])
+def test_dropout_is_drawn_as_peft_draws_it(make: Callable[..., nn.Module]) -> None:
     outputs = []
     for fused in (True, False):
-        model = adapted(fused, dropout=0.5).train()
+        model = make(fused, dropout=0.5).train()
         torch.manual_seed(0)
         outputs.append(model(entry((7, 12), False)))
     assert torch.equal(*outputs)
