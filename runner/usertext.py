@@ -1,0 +1,61 @@
+"""Text files that people write (specs, captions, metadata): UTF-8, and a message that names the encoding where they are not."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+# The longer mark first: UTF-32's begins with UTF-16's. https://www.unicode.org/faq/utf_bom.html#bom4
+MARKS = (
+    (b"\xff\xfe\x00\x00", "UTF-32"),
+    (b"\x00\x00\xfe\xff", "UTF-32"),
+    (b"\xff\xfe", "UTF-16"),
+    (b"\xfe\xff", "UTF-16"),
+)
+UTF8_MARK = b"\xef\xbb\xbf"
+SAVE = "save the file as UTF-8"
+
+
+class NotUTF8(ValueError):
+    """`message` names what the file is and what to do, but not the file; `line` counts from 1."""
+
+    def __init__(self, message: str, line: int = 1) -> None:
+        super().__init__(message)
+        self.message, self.line = message, line
+
+
+def read_user_text(path: Path) -> str:
+    """A file's text with its lines ended by "\\n", without a byte order mark. Raises NotUTF8, and OSError as `open` does."""
+    return decode_user_text(path.read_bytes()).replace("\r\n", "\n").replace("\r", "\n")
+
+
+def decode_user_text(raw: bytes) -> str:
+    """The same of a file's bytes, whose line ends are kept. Raises NotUTF8."""
+    for mark, encoding in MARKS:
+        if raw.startswith(mark):
+            raise NotUTF8(f"not UTF-8 but {encoding}; {SAVE}")
+    raw = raw.removeprefix(UTF8_MARK)
+    if b"\x00" in raw:  # ASCII text in UTF-16 has one in each pair of bytes
+        line = raw.count(b"\n", 0, raw.index(b"\x00")) + 1
+        raise NotUTF8(f"not text in UTF-8 (found a zero byte on line {line}, as UTF-16 has); {SAVE}", line)
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        byte = raw[error.start]
+        if _looks_western(raw):
+            letter = raw[error.start : error.start + 1].decode("cp1252")
+            told = f'but probably Windows-1252 or Latin-1 (found byte 0x{byte:02x} on line {line}, there "{letter}")'
+        else:
+            told = f"(found byte 0x{byte:02x} on line {line})"
+        raise NotUTF8(f"not UTF-8 {told}; {SAVE}", line) from error
+
+
+def _looks_western(raw: bytes) -> bool:
+    """Letters beyond ASCII stand alone between ASCII ones, as accents do; Chinese, Japanese or Cyrillic have runs of them."""
+    runs = re.findall(rb"[\x80-\xff]+", raw)
+    try:
+        raw.decode("cp1252")
+    except UnicodeDecodeError:
+        return False
+    return sum(map(len, runs)) < 1.5 * len(runs)
