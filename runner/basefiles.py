@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from runner.digest import key_of
 
 PARTS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "vae")
 BUILTIN = {"builtin:tiny": Path(__file__).parent / "bases" / "tiny"}
@@ -85,6 +88,51 @@ def fingerprint(folder: Path) -> str:
                 file.seek(max(0, start))
                 digest.update(file.read(SAMPLE))
     return digest.hexdigest()
+
+
+def cached_base(base: str, revision: str | None) -> Path | None:
+    """The base's folder on this disk: its own, or where the hub's client keeps it (its name is the commit there)."""
+    if (folder := local_folder(base)) is not None:
+        return folder
+    if base in BUILTIN or "/" not in base:
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(base, "model_index.json", revision=revision)
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def parts_fingerprint(folder: Path) -> str:
+    """Of the parts that a run uses, so that other files beside them do not count."""
+    return key_of("base", *(fingerprint(folder / part) for part in PARTS))
+
+
+@dataclass(frozen=True)
+class BaseIdentity:
+    """Which base it is. `revision`: the commit where it is known; `fingerprint`: `parts_fingerprint`, None before a hub
+    base is here whole."""
+
+    name: str
+    revision: str | None
+    fingerprint: str | None
+
+    def differs_from(self, other: BaseIdentity) -> bool:
+        if self.fingerprint and other.fingerprint:
+            return self.fingerprint != other.fingerprint
+        if self.name != other.name:
+            return True
+        return None not in (self.revision, other.revision) and self.revision != other.revision
+
+    def __str__(self) -> str:
+        return self.name + (f" at revision {self.revision}" if self.revision else "")
+
+
+def identity_of(name: str, revision: str | None) -> BaseIdentity:
+    """As far as this disk can tell, without the hub."""
+    if folder := local_folder(name):
+        return BaseIdentity(name, None, parts_fingerprint(folder))
+    folder = cached_base(name, revision)
+    return BaseIdentity(name, folder.name if folder else revision, None)
 
 
 def transformer_config(text: str, folder: Path | None) -> Mapping[str, Any] | None:

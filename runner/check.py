@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
+from runner.basefiles import cached_base
 from runner.checkbase import check_base
 from runner.checkdata import check_data, pictures_of
 from runner.checkhere import check_devices, check_disk, check_libraries, numbers_of
-from runner.checkhub import cached_base, check_access, check_push, check_wandb, hub_cache, writable_names
+from runner.checkhub import check_access, check_push, check_wandb, hub_cache, writable_names
 from runner.checktext import check_text
 from runner.errors import Fault
 from runner.finding import Finding, at, in_order

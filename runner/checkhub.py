@@ -9,25 +9,13 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from runner.basefiles import BUILTIN, PARTS, local_folder
+from runner.basefiles import PARTS
 from runner.finding import Finding, at, size
 from runner.prepare import Seen
 
 PATIENCE = 10.0  # seconds for one answer
 WANTED = ("model_index.json", *(f"{part}/*" for part in PARTS))  # as `flux.open_base` fetches them
 WANDB_HOST = "api.wandb.ai"
-
-
-def cached_base(base: str, revision: str | None) -> Path | None:
-    """The base's folder on this disk: its own, or where the hub's client keeps it."""
-    if (folder := local_folder(base)) is not None:
-        return folder
-    if base in BUILTIN or "/" not in base:
-        return None
-    from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(base, "model_index.json", revision=revision)
-    return Path(found).parent if isinstance(found, str) else None
 
 
 def hub_cache() -> Path:

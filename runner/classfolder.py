@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from runner import files
+from runner.basefiles import BaseIdentity, identity_of
 from runner.data import Picture
 from runner.digest import key_of
 from runner.sources import SUFFIXES, opener
@@ -33,21 +34,56 @@ def fingerprint(chosen: Sequence[Picture]) -> str:
     return key_of("class images", *(files.sha256_file(Path(picture.where)) for picture in chosen))
 
 
-def disagreement(folder: Path, prompt: str) -> str | None:
-    """What is wrong where the folder was filled for another prompt."""
-    remembered = _note(folder).get("prompt")
-    if remembered is None or remembered == prompt:
+def disagreement(folder: Path, prompt: str, base: BaseIdentity) -> tuple[str, str] | None:
+    """(key of the spec, message) where the folder was filled for another prompt, or by another base."""
+    note = _note(folder)
+    there = note.get("prompt")
+    if there is not None and there != prompt:
+        return "prior.prompt", (
+            f"{folder} holds images of another prompt (found {prompt!r}, there {there!r}); use another folder, "
+            "or the same prompt"
+        )
+    maker = _maker(folder, note)
+    if maker is None or not base.differs_from(maker):
         return None
-    return (
-        f"{folder} holds images of another prompt (found {prompt!r}, there {remembered!r}); use another folder, "
-        "or the same prompt"
+    found = f"found {base}, there {maker}" if str(base) != str(maker) else f"{base} has other files since"
+    return "prior.images", (
+        f"{folder} holds images made by another base ({found}); use another folder, or the same base"
     )
 
 
-def remember(folder: Path, prompt: str, base: str) -> None:
-    files.make_folder(folder)
+def remember(folder: Path, prompt: str, base: BaseIdentity) -> None:
+    """Whose images are about to be made there; an older note is kept."""
     if not _note(folder):
-        files.write_json(folder / NOTE, {"prompt": prompt, "base": base})
+        made_by = {"base": base.name, "revision": base.revision, "fingerprint": base.fingerprint}
+        files.write_json(folder / NOTE, {"prompt": prompt, **made_by})
+
+
+def needs_filling(folder: Path, count: int) -> bool:
+    """Whether the base has yet to make images there."""
+    return len(paths(folder)) < count
+
+
+def is_users_own(folder: Path) -> bool:
+    """Nobody but the user knows of which prompt its images are."""
+    return not _note(folder)
+
+
+def made_path(folder: Path, number: int) -> Path:
+    return folder / f"class-{number:05d}.png"
+
+
+def _maker(folder: Path, note: Mapping[str, Any]) -> BaseIdentity | None:
+    """The base of the note, if that can be compared. Notes of earlier versions name it alone, even where a user had made
+    all the images."""
+    name, revision, fingerprint = (note.get(key) for key in ("base", "revision", "fingerprint"))
+    if not isinstance(name, str):
+        return None
+    if isinstance(fingerprint, str):
+        return BaseIdentity(name, revision if isinstance(revision, str) else None, fingerprint)
+    if not any(folder.glob("class-[0-9]*.png")) or (Path(name).is_absolute() and not Path(name).is_dir()):
+        return None
+    return identity_of(name, None)
 
 
 def _note(folder: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import torch
 
 from runner import classfolder, data, device, files, flux, keys, tokens
 from runner.basefiles import PARTS as PARTS_OF_BASE
-from runner.basefiles import fingerprint
+from runner.basefiles import BaseIdentity, fingerprint, local_folder
 from runner.cache import Cache
 from runner.checkpoint import Weights
 from runner.data import Picture, Pictures
@@ -54,6 +54,12 @@ class Desk:
     @property
     def base_print(self) -> str:
         return key_of("base", *map(self.part_print, PARTS_OF_BASE))
+
+    @property
+    def base_identity(self) -> BaseIdentity:
+        own = self.spec.model
+        commit = None if local_folder(own.base) else self.base.folder.name
+        return BaseIdentity(own.base, commit, self.base_print)
 
     # ---- views: what goes through the VAE --------------------------------------------------------------------------
 

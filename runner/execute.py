@@ -65,10 +65,12 @@ def execute(
                 match phase:
                     case Prior():
                         fill_classes(desk)
-                        run.pin("the class images", classfolder.fingerprint(desk.class_pictures), "put them back")
+                        pin_classes(run, desk)
                     case Encode():
                         first = progress is None
                         encode(desk, phase, progress.weights if progress else Weights(), beside() if first else ())
+                        if phase.latents and desk.class_pictures:
+                            pin_classes(run, desk)  # those that were just read are still the same
                     case Joint() | Inversion() | Lora():
                         ranks.wait()
                         progress = train_phase(desk, phase, progress, clerk.save, clerk.settle, clerk.step, clerk.show)
@@ -91,6 +93,11 @@ def execute(
         finally:
             clerk.close()
             say.end_phase()
+
+
+def pin_classes(run: Run, desk: Desk) -> None:
+    """Raises Refused where the class images are not those that the run was begun with."""
+    run.pin("the class images", classfolder.fingerprint(desk.class_pictures), "put them back")
 
 
 def assist(

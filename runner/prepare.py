@@ -13,7 +13,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from runner import classfolder, data, hub, sources
-from runner.basefiles import BUILTIN, broken_configs, clip_config, fingerprint, local_folder, transformer_config
+from runner.basefiles import (
+    BUILTIN,
+    broken_configs,
+    clip_config,
+    fingerprint,
+    identity_of,
+    local_folder,
+    transformer_config,
+)
+from runner.batchfaults import batch_faults
 from runner.data import DataError, Pictures
 from runner.digest import key_of
 from runner.errors import Fault, FluxrunError, SpecError
@@ -87,7 +96,7 @@ def survey(paths: Sequence[Path], runs: Path, *, fetch: bool, fresh: bool) -> tu
             told = [*told, one.source.fault("hub.push", wrong)]
         seen.append(found)
         faults += told
-    return seen, faults
+    return seen, [*faults, *batch_faults(seen)]
 
 
 def _is_done(seen: Seen) -> bool:
@@ -106,7 +115,7 @@ def _look(
     if isinstance(found, list):
         told += [("data.source", message) for message in found]
         found = None
-    told += [*_prior_faults(spec), *_nested_folders(spec, runs)]
+    told += _nested_folders(spec, runs)
     pictures = found.hold_out(spec.data.holdout) if found else None
     plan = verdict = None
     broken = _config_faults(spec)
@@ -125,6 +134,11 @@ def _look(
         verdict = run.verdict(spec, plan)
         if verdict.state == "changed" and not fresh:
             faults.append(source.fault("name", f"{run.folder} holds another run: {verdict.reason}; {WAYS_OUT}"))
+    if verdict is None or verdict.state != "done":  # a run that is done looks at them no more
+        prior = [fault for fault in _prior_faults(spec) if not any(touches(fault[0], bad) for bad in loaded.bad)]
+        told += prior
+        faults += [source.fault(*fault) for fault in prior]
+        plan, verdict = (None, None) if prior else (plan, verdict)
     bad = loaded.bad | {key for key, _ in told}
     return Seen(source, spec, frozenset(bad), pictures, plan, run, verdict), faults
 
@@ -158,8 +172,9 @@ def _prior_faults(spec: Spec) -> list[tuple[str, str]]:
     own = spec.prior
     if own is None:
         return []
-    wrong = classfolder.disagreement(Path(own.images), own.prompt)
-    return [("prior.prompt", wrong)] if wrong else []
+    base = identity_of(spec.model.base, spec.model.revision)
+    wrong = classfolder.disagreement(Path(own.images), own.prompt, base)
+    return [wrong] if wrong else []
 
 
 def _nested_folders(spec: Spec, runs: Path) -> list[tuple[str, str]]:

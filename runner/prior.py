@@ -9,6 +9,7 @@ from pathlib import Path
 from runner import classfolder, files, sample
 from runner.desk import Desk
 from runner.device import DTYPES, release
+from runner.errors import FluxrunError
 from runner.plan import resolutions
 from runner.seeds import derive
 
@@ -16,16 +17,20 @@ STEPS = 28  # FluxPipeline's default; [validate] is about looking, and shall cha
 
 
 def fill_classes(desk: Desk) -> None:
-    """Top the folder up. Another run's images count; an interrupted filling goes on where it stopped."""
+    """Top the folder up. Another run's images of the same prompt and base count, others' are refused (FluxrunError); an
+    interrupted filling goes on where it stopped."""
     own = desk.spec.prior
     assert own is not None
     folder = files.make_folder(Path(own.images))
     with files.locked(folder / ".lock", patience=math.inf, waiting=desk.check_stop):  # another run may be filling it
-        classfolder.remember(folder, own.prompt, desk.spec.model.base)
+        base_model = desk.base_identity
+        if wrong := classfolder.disagreement(folder, own.prompt, base_model):  # another run may have filled it by now
+            raise FluxrunError(f"{wrong[0]}: {wrong[1]}")
         there = len(classfolder.paths(folder))
         desk.say.line(f"prior: {there} class images in {folder}, {max(0, own.count - there)} to make")
         if there >= own.count:
             return
+        classfolder.remember(folder, own.prompt, base_model)
         dtype = DTYPES[own.dtype] if own.dtype else desk.base.dtype
         base = replace(desk.base, dtype=dtype)
         desk.shelf.clear(base)
@@ -40,18 +45,14 @@ def fill_classes(desk: Desk) -> None:
         while (there := len(classfolder.paths(folder))) < own.count:
             numbers: list[int] = []
             while len(numbers) < min(own.batch_size, own.count - there):
-                if not _path(folder, number).exists():
+                if not classfolder.made_path(folder, number).exists():
                     numbers.append(number)
                 number += 1
             seeds = [derive(0, "class image", own.prompt, one) for one in numbers]
             made = sample.draw_batch(pipe, read, seeds, steps=STEPS, size=max(resolutions(desk.spec)))
             for one, image in zip(numbers, made, strict=True):
-                files.write_png(_path(folder, one), image)
+                files.write_png(classfolder.made_path(folder, one), image)
             desk.say.progress(there + len(made), own.count, "images")
             desk.check_stop()
         desk.shelf.put(base, desk.spec.model, transformer)
     release(desk.base.device)
-
-
-def _path(folder: Path, number: int) -> Path:
-    return folder / f"class-{number:05d}.png"

@@ -1,0 +1,95 @@
+"""What is wrong between the runs of one batch, each of which is well alone: one makes what another would read. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from runner import classfolder
+from runner.basefiles import BaseIdentity, identity_of
+from runner.errors import Fault
+
+if TYPE_CHECKING:
+    from runner.prepare import Seen
+    from runner.spec import Prior
+
+
+def batch_faults(seen: Sequence[Seen]) -> list[Fault]:
+    """Each once. Runs that are done make and read nothing more."""
+    waiting = [one for one in seen if one.verdict is None or one.verdict.state != "done"]
+    return list(dict.fromkeys([*_class_folders(waiting), *_pictures_made(waiting)]))
+
+
+def _class_folders(waiting: Sequence[Seen]) -> Iterator[Fault]:
+    """Runs that share a folder of class images want the same ones: of one prompt, by one base."""
+    first: dict[Path, tuple[Seen, Prior]] = {}
+    identity = cache(_identity)
+    for one in waiting:
+        own = one.spec.prior
+        if own is None or any(key.startswith("prior") for key in one.bad):
+            continue
+        folder = Path(own.images)
+        other, others = first.setdefault(folder, (one, own))
+        if classfolder.is_users_own(folder) and not classfolder.needs_filling(folder, max(own.count, others.count)):
+            continue  # none is made, and whose prompt they fit is for the user to say
+        if own.prompt != others.prompt:
+            yield one.source.fault(
+                "prior.prompt",
+                f"{_place(other, 'prior.prompt')} has another prompt for the same folder of class images (found "
+                f"{own.prompt!r}, there {others.prompt!r}); {_way_out(one, 'prior.prompt', 'prompt')}",
+            )
+        elif not {"model", "model.base"} & (one.bad | other.bad):
+            base, theirs = (identity(each.spec.model.base, each.spec.model.revision) for each in (one, other))
+            if base.differs_from(theirs):
+                yield one.source.fault(
+                    "prior.images",
+                    f"{_place(other, 'model.base')} has another base for the same folder of class images (found {base}, "
+                    f"there {theirs}); {_way_out(one, 'model', 'base')}",
+                )
+
+
+def _identity(name: str, revision: str | None) -> BaseIdentity:
+    """A revision that is not given is the main branch, which may be another one than that which is given."""
+    found = identity_of(name, revision)
+    return found if found.fingerprint else replace(found, revision=found.revision or "main")
+
+
+def _way_out(one: Seen, key: str, what: str) -> str:
+    if any(swept.startswith(key) for swept in one.source.swept):
+        return f"take it out of the sweep, and write a spec for each {what}, with its own prior.images"
+    return f"give this run its own prior.images, or the same {what}"
+
+
+def _place(one: Seen, key: str) -> str:
+    file, line = one.source.place(key)
+    return f"{file}:{line}"
+
+
+def _pictures_made(waiting: Sequence[Seen]) -> Iterator[Fault]:
+    """Pictures that one run makes must not become training pictures of another."""
+    filled: dict[Path, Seen] = {}
+    for one in waiting:
+        if (own := one.spec.prior) and classfolder.needs_filling(Path(own.images), own.count):
+            filled.setdefault(Path(own.images), one)
+    folders = {one.run.folder.resolve(): one for one in waiting}
+    for one in waiting:
+        source = Path(one.spec.data.source)
+        if "data.source" in one.bad or not source.is_absolute():
+            continue
+        for images, maker in filled.items():
+            if images.is_relative_to(source) and maker is not one:
+                yield one.source.fault(
+                    "data.source",
+                    f"it holds {images}, which run {maker.spec.name} fills with class images "
+                    f"({_place(maker, 'prior.images')}), so they would be trained on; name a folder elsewhere there",
+                )
+        for around in (source, *source.parents):
+            if (trained := folders.get(around)) and trained is not one:
+                yield one.source.fault(
+                    "data.source",
+                    f"it lies in the folder of run {trained.spec.name}, which is yet to be trained (found {source}); queue "
+                    "this spec once that run is done",
+                )
