@@ -83,13 +83,13 @@ def _pictures_made(waiting: Sequence[Seen]) -> Iterator[Fault]:
             if images.is_relative_to(source) and maker is not one:
                 yield one.source.fault(
                     "data.source",
-                    f"it holds {images}, which run {maker.spec.name} fills with class images "
+                    f"it holds {one.source.relative('data.source', str(images))}, which run {maker.spec.name} fills with class images "
                     f"({_place(maker, 'prior.images')}), so they would be trained on; name a folder elsewhere there",
                 )
         for around in (source, *source.parents):
             if (trained := folders.get(around)) and trained is not one:
                 yield one.source.fault(
                     "data.source",
-                    f"it lies in the folder of run {trained.spec.name}, which is yet to be trained (found {source}); queue "
+                    f"it lies in the folder of run {trained.spec.name}, which is yet to be trained; queue "
                     "this spec once that run is done",
                 )

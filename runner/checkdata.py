@@ -8,10 +8,11 @@ from pathlib import Path
 from runner import classfolder
 from runner.data import Picture, some
 from runner.finding import Finding, at, count
-from runner.looking import Look, copies
+from runner.looking import Look, alike
+from runner.picturefiles import PictureFolder
 from runner.plan import resolutions
 from runner.prepare import Seen
-from runner.sources import METADATA, SUFFIXES
+from runner.sources import metadata_of, reasons
 from runner.views import Size, group
 
 LEAST_SHOWN = 0.5  # of a picture, else it is told that the crop hides more than it shows
@@ -31,16 +32,28 @@ def classes_of(seen: Seen) -> tuple[Picture, ...]:
 
 
 def check_data(seen: Seen, looks: Looks) -> Iterator[Finding]:
-    for picture in pictures_of(seen):
-        key = "prior.images" if picture.name.startswith("class/") else "data.source"
-        if isinstance(found := looks[picture.where], str):
-            yield at(seen.source, "error", key, found)
+    yield from _unreadable(seen, looks)
     if seen.pictures is None:
         return
     yield from _twice(seen, looks)
     yield from _sizes(seen, looks)
-    yield from _side_files(seen)
-    yield from _classes(seen)
+    yield from _left_out(seen, "data.source", seen.pictures.folder)
+    yield from _animated(seen, looks)
+    yield from _captions(seen)
+    yield from _classes(seen, looks)
+
+
+def _unreadable(seen: Seen, looks: Looks) -> Iterator[Finding]:
+    wrong: dict[str, list[str]] = {}
+    for picture in pictures_of(seen):
+        key = "prior.images" if picture.name.startswith("class/") else "data.source"
+        if isinstance(found := looks[picture.where], str):
+            wrong.setdefault(key, []).append(seen.source.relative(key, found))
+    for key, told in wrong.items():
+        if len(told) == 1:
+            yield at(seen.source, "error", key, told[0])
+        else:
+            yield at(seen.source, "error", key, f"{len(told)} images cannot be read", told)
 
 
 def _twice(seen: Seen, looks: Looks) -> Iterator[Finding]:
@@ -52,34 +65,44 @@ def _twice(seen: Seen, looks: Looks) -> Iterator[Finding]:
         for picture in (*seen.pictures.items, *seen.pictures.held)
         if isinstance(found := looks[picture.where], Look)
     ]
+
+    def parted(members: Sequence[int]) -> bool:
+        return len({read[index][0].where in held for index in members}) == 2
+
     twins: list[str] = []
     leaks: list[str] = []
     near: list[str] = []
-    for first, second, same in copies([found for _, found in read]):
-        one, other = read[first][0], read[second][0]
-        told = f"{one.name} and {other.name}{'' if same else ' (nearly)'}"
-        if (one.where in held) == (other.where in held):
-            twins.append(told)
+    for same_view in alike([found for _, found in read]):
+        names = _and([read[index][0].name for index in same_view.members])
+        told = names if len(same_view.copies) == 1 else f"{names} (nearly)"
+        if any(parted(same) for same in same_view.copies):
+            leaks.append(told)
         else:
-            (leaks if same else near).append(told)
+            (near if parted(same_view.members) else twins).append(told)
     if leaks:
         yield at(
             seen.source, "error", "data.holdout",
-            f"{count(len(leaks), 'pair')} of a training and a held-out picture {_are(leaks)} the same picture, so the "
-            "eval loss would be of what was trained on; take one of each out of the data", leaks,
+            f"{count(len(leaks), 'picture')} both trained on and held out, so the eval loss would be of what was trained "
+            "on; keep one copy of each in the data", leaks,
         )  # fmt: skip
     if near:
         yield at(
             seen.source, "warning", "data.holdout",
-            f"{count(len(near), 'pair')} of a training and a held-out picture look alike, so the eval loss would "
-            "flatter the run; take one of each out of the data", near,
+            f"{count(len(near), 'picture')} nearly both trained on and held out, so the eval loss would flatter the run; "
+            "keep one copy of each in the data", near,
         )  # fmt: skip
     if twins:
         yield at(
             seen.source, "warning", "data.source",
-            f"{count(len(twins), 'pair')} of pictures {_are(twins)} the same picture, which is then shown twice as "
-            "often; take one of each out of the data, or leave it so on purpose", twins,
+            f"{count(len(twins), 'picture')} there more than once, so shown more often than others; keep one copy of each "
+            "in the data, or leave it so on purpose", twins,
         )  # fmt: skip
+
+
+def _and(names: Sequence[str]) -> str:
+    if len(names) > 6:
+        return f"{', '.join(names[:5])} and {len(names) - 5} more"
+    return f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def _sizes(seen: Seen, looks: Looks) -> Iterator[Finding]:
@@ -129,51 +152,91 @@ def _table(seen: Seen, counts: Mapping[Size, int]) -> Finding:
     return at(seen.source, "note", "data.source", said)
 
 
-def _side_files(seen: Seen) -> Iterator[Finding]:
-    """Captions beside the pictures that are empty, or of no picture. What an imagefolder's table says is the plan's."""
-    folder = Path(seen.spec.data.source)
-    if not folder.is_dir() or any((folder / name).is_file() for name in METADATA):
+def _left_out(seen: Seen, key: str, folder: PictureFolder | None) -> Iterator[Finding]:
+    """What looks like a picture or a caption, and is not used."""
+    if folder is None:
         return
-    texts = [path for path in sorted(folder.rglob("*.txt")) if "/." not in f"/{path.relative_to(folder).as_posix()}"]
-    images = {path.with_suffix(""): path.name for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES}
-    empty = [path.relative_to(folder).as_posix() for path in texts if not path.read_bytes().strip()]
-    alone = [path.relative_to(folder).as_posix() for path in texts if path.with_suffix("") not in images]
-    if empty:
+    for files, kind, use in ((folder.unused, "picture", "used"), (folder.unread, "caption", "read")):
+        if files:
+            look = (
+                f"1 file looks like a {kind} and is"
+                if len(files) == 1
+                else f"{len(files)} files look like {kind}s and are"
+            )
+            yield at(seen.source, "warning", key, f"{look} not {use}", reasons(folder, files))
+
+
+def _animated(seen: Seen, looks: Looks) -> Iterator[Finding]:
+    moving = [one.name for one in pictures_of(seen) if isinstance(found := looks[one.where], Look) and found.animated]
+    if moving:
         yield at(
             seen.source, "warning", "data.source",
-            f"{count(len(empty), 'caption file')} empty ({some(empty)}), so data.prompt is read instead; write the "
+            f"{count(len(moving), 'picture')} animated ({some(moving)}); only the first frame is used, save others as "
+            "pictures of their own",
+        )  # fmt: skip
+
+
+def _captions(seen: Seen) -> Iterator[Finding]:
+    """Captions beside the pictures that are empty, of no picture, or of several. What a metadata file says is the plan's."""
+    assert seen.pictures is not None
+    folder = seen.pictures.folder
+    if folder is None or metadata_of(folder.folder):
+        return
+    texts = list(dict.fromkeys(folder.captions.values()))
+    empty = {path for path in texts if not path.read_bytes().strip()}
+    bare = [path for path in folder.pictures if folder.captions.get(path, None) in {None, *empty}]
+    if empty:
+        names = sorted(folder.name(path) for path in empty)
+        yield at(
+            seen.source, "warning", "data.source",
+            f"{count(len(empty), 'caption file')} empty ({some(names)}), so data.prompt is read instead; write the "
             "captions, or delete the files",
         )  # fmt: skip
-    if alone:
+    if folder.alone:
         yield at(
             seen.source, "warning", "data.source",
-            f"{count(len(alone), 'caption file')} without a picture beside it ({some(alone)}); a picture's caption is "
-            "NAME.txt beside NAME.png",
+            f"{count(len(folder.alone), 'caption file')} without a picture beside it ({some(folder.names(folder.alone))}); "
+            "a picture's caption is NAME.txt beside NAME.png",
         )  # fmt: skip
-    told = {path.with_suffix("") for path in texts if path.read_bytes().strip()} & images.keys()
-    if told and (bare := sorted(name for stem, name in images.items() if stem not in told)):
+    if folder.shared:
+        told = [f"{_and(folder.names(paths))}: {folder.name(folder.captions[paths[0]])}" for paths in folder.shared]
+        yield at(
+            seen.source, "warning", "data.source",
+            f"{count(len(folder.shared), 'caption file')} shared by pictures of one name, each of which takes its caption "
+            "from it; rename the pictures, if that was not meant", told,
+        )  # fmt: skip
+    if bare and len(bare) < len(folder.pictures):
         yield at(
             seen.source, "note", "data.prompt",
-            f"{len(bare)} of {len(images)} pictures have no caption of their own and read data.prompt ({some(bare)})",
+            f"{len(bare)} of {len(folder.pictures)} pictures have no caption of their own and read data.prompt "
+            f"({some(folder.names(bare))})",
         )  # fmt: skip
 
 
-def _classes(seen: Seen) -> Iterator[Finding]:
+def _classes(seen: Seen, looks: Looks) -> Iterator[Finding]:
     own = seen.spec.prior
     if own is None:
         return
-    there = len(classes_of(seen))
-    if there < own.count:
+    yield from _left_out(seen, "prior.images", classfolder.contents(Path(own.images)))
+    there = classes_of(seen)
+    side = max(resolutions(seen.spec))
+    read = [(one.name.removeprefix("class/"), looks[one.where]) for one in there]
+    small = [
+        f"{name} is {_by(found.size)}" for name, found in read if isinstance(found, Look) and min(found.size) < side
+    ]
+    if small:
+        yield at(
+            seen.source, "warning", "prior.images",
+            f"{count(len(small), 'class image')} smaller than trained at ({side}), so enlarged and blurred; name another "
+            "folder, for the base to make them as large", small,
+        )  # fmt: skip
+    if len(there) < own.count:
         yield at(
             seen.source, "note", "prior.images",
-            f"{own.count - there} class images are not there yet (found {there} of {own.count}); the base makes them "
-            "before the training",
+            f"{own.count - len(there)} class images are not there yet (found {len(there)} of {own.count}); the base makes "
+            "them before the training",
         )  # fmt: skip
 
 
 def _by(size: Size) -> str:
     return f"{size[0]}x{size[1]}"
-
-
-def _are(told: Sequence[str]) -> str:
-    return "shows" if len(told) == 1 else "show"

@@ -11,16 +11,19 @@ from runner import files
 from runner.basefiles import BaseIdentity, identity_of
 from runner.data import Picture
 from runner.digest import key_of
-from runner.sources import SUFFIXES, opener
+from runner.picturefiles import PictureFolder, look_into
+from runner.sources import opener
 
 NOTE = "fluxrun-prior.json"
 
 
+def contents(folder: Path) -> PictureFolder:
+    """Its images, by name, a user's own as well as made ones; and what else lies there."""
+    return look_into(folder, deep=False) if folder.is_dir() else PictureFolder(folder, ())
+
+
 def paths(folder: Path) -> list[Path]:
-    """The images that are there, by name; a user's own count as well as made ones."""
-    if not folder.is_dir():
-        return []
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
+    return list(contents(folder).pictures)
 
 
 def pictures(folder: Path, count: int, prompt: str) -> tuple[Picture, ...]:

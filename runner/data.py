@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, replace
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from runner.errors import FluxrunError
+from runner.picturefiles import PictureFolder, TooManyPixels
 from runner.seeds import derive
 
 if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
+
+
+LARGE = 1 << 25  # pixels
+ONE_LARGE = Lock()
 
 
 @dataclass(frozen=True)
@@ -27,11 +34,12 @@ class Picture:
 
 @dataclass(frozen=True)
 class Pictures:
-    """`held`: kept from training, for the eval loss."""
+    """`held`: kept from training, for the eval loss; `folder`: what else lies where they come from, if that is a folder."""
 
     items: tuple[Picture, ...]
     fingerprint: str
     held: tuple[Picture, ...] = ()
+    folder: PictureFolder | None = None
 
     @property
     def captions(self) -> tuple[str, ...]:
@@ -44,15 +52,16 @@ class Pictures:
             sorted((picture.name for picture in self.items), key=lambda name: derive(0, "holdout", name))[:count]
         )
         items = tuple(picture for picture in self.items if picture.name not in chosen)
-        return Pictures(items, self.fingerprint, tuple(picture for picture in self.items if picture.name in chosen))
+        held = tuple(picture for picture in self.items if picture.name in chosen)
+        return replace(self, items=items, held=held)
 
 
 class DataError(Exception):
-    """What is wrong with a data set, one message per finding; the caller knows the spec's line."""
+    """What is wrong with a data set: a message each, or (key of the spec, message); the caller knows the spec's lines."""
 
-    def __init__(self, *messages: str) -> None:
-        super().__init__("; ".join(messages))
-        self.messages = messages
+    def __init__(self, *faults: str | tuple[str, str]) -> None:
+        self.faults = tuple(("data.source", fault) if isinstance(fault, str) else fault for fault in faults)
+        super().__init__("; ".join(message for _, message in self.faults))
 
 
 def some(names: Sequence[str]) -> str:
@@ -61,13 +70,28 @@ def some(names: Sequence[str]) -> str:
 
 def decode(picture: Picture) -> Image:
     """Upright, in RGB, transparency on white, 16 bits reduced to 8. Raises FluxrunError where it cannot be read."""
-    from PIL import Image, ImageOps
+    from PIL import ImageOps
 
     try:
         with picture.open() as opened:
-            upright = ImageOps.exif_transpose(opened)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            return _in_rgb(ImageOps.exif_transpose(opened))
+    except (OSError, SyntaxError, ValueError) as error:
         raise _unreadable(picture, error) from error
+
+
+@contextmanager
+def in_turn(picture: Picture) -> Iterator[None]:
+    """Large pictures are decoded and looked at one at a time, for their memory: one of 2**28 pixels takes 2 GB."""
+    pixels = 0
+    with suppress(OSError, SyntaxError, ValueError), picture.open() as opened:  # told by who decodes it
+        pixels = opened.width * opened.height
+    with ONE_LARGE if pixels > LARGE else nullcontext():
+        yield
+
+
+def _in_rgb(upright: Image) -> Image:
+    from PIL import Image
+
     if upright.mode.startswith("I"):  # 16 bits; convert() would clip them to white
         import numpy as np
 
@@ -80,19 +104,20 @@ def decode(picture: Picture) -> Image:
 
 def measure(picture: Picture) -> tuple[int, int]:
     """Upright (width, height), from the header alone. Raises FluxrunError."""
-    from PIL import ExifTags, Image
+    from PIL import ExifTags
 
     try:
         with picture.open() as opened:
             width, height = opened.size
             turned = opened.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError) as error:
         raise _unreadable(picture, error) from error
     return (height, width) if turned else (width, height)
 
 
 def _unreadable(picture: Picture, error: Exception) -> FluxrunError:
-    return FluxrunError(f"{picture.where}: not a readable image ({error}); mend it or take it out of the data")
+    way_out = "scale it down" if isinstance(error, TooManyPixels) else "mend it or take it out of the data"
+    return FluxrunError(f"{picture.where}: not a readable image ({error}); {way_out}")
 
 
 def pixels(

@@ -138,14 +138,15 @@ class Desk:
             by_picture.setdefault(view.picture, []).append(view)
 
         def cut(picture: Picture) -> list[tuple[View, Any]]:
-            upright = data.decode(picture)
-            return [
-                (view, data.pixels(
-                    upright, picture.name, view.size, variant=view.variant, variants=self.variants,
-                    center=own.center_crop, flip=own.random_flip, interpolation=own.interpolation, seed=seed,
-                ))
-                for view in by_picture[picture]
-            ]  # fmt: skip
+            with data.in_turn(picture):
+                upright = data.decode(picture)
+                return [
+                    (view, data.pixels(
+                        upright, picture.name, view.size, variant=view.variant, variants=self.variants,
+                        center=own.center_crop, flip=own.random_flip, interpolation=own.interpolation, seed=seed,
+                    ))
+                    for view in by_picture[picture]
+                ]  # fmt: skip
 
         pictures, part = list(by_picture), 4 * max(1, own.workers)
         with ThreadPoolExecutor(max(1, own.workers), thread_name_prefix="decode") as pool:

@@ -86,7 +86,7 @@ def jobs_of(seen: Sequence[Seen]) -> list[Job]:
 def survey(paths: Sequence[Path], runs: Path, *, fetch: bool, fresh: bool) -> tuple[list[Seen], list[Fault]]:
     """Every run asked for, and every fault of every spec."""
     loaded, faults = load_all(paths)
-    shared: dict[Source, Pictures | list[str] | None] = {}
+    shared: dict[Source, Pictures | list[tuple[str, str]] | None] = {}
     seen = []
     ask_hub = functools.cache(hub.login_fault)  # once for all specs
     for one in loaded:
@@ -104,7 +104,7 @@ def _is_done(seen: Seen) -> bool:
 
 
 def _look(
-    loaded: Loaded, runs: Path, fetch: bool, fresh: bool, shared: dict[Source, Pictures | list[str] | None]
+    loaded: Loaded, runs: Path, fetch: bool, fresh: bool, shared: dict[Source, Pictures | list[tuple[str, str]] | None]
 ) -> tuple[Seen, list[Fault]]:
     spec, source = _absolute(loaded), loaded.source
     told = _base_faults(spec)
@@ -113,7 +113,7 @@ def _look(
         shared[asked] = _pictures(asked, source.place("data.source")[0].parent, fetch)
     found = shared[asked]
     if isinstance(found, list):
-        told += [("data.source", message) for message in found]
+        told += [(key, source.relative(key, message)) for key, message in found]
         found = None
     told += _nested_folders(spec, runs)
     pictures = found.hold_out(spec.data.holdout) if found else None
@@ -124,7 +124,7 @@ def _look(
     except PlanError as error:
         told += [fault for fault in error.faults if found is not None or not told or fault[0] != "train.epochs"]
     except FluxrunError as error:  # an image whose size cannot be read
-        told.append(("data.source", str(error)))
+        told.append(("data.source", source.relative("data.source", str(error))))
     told += broken
     run = Run(runs, spec.name)
     faults = [source.fault(*fault) for fault in told if not any(touches(fault[0], bad) for bad in loaded.bad)]
@@ -137,7 +137,7 @@ def _look(
     if verdict is None or verdict.state != "done":  # a run that is done looks at them no more
         prior = [fault for fault in _prior_faults(spec) if not any(touches(fault[0], bad) for bad in loaded.bad)]
         told += prior
-        faults += [source.fault(*fault) for fault in prior]
+        faults += [source.fault(key, source.relative(key, message)) for key, message in prior]
         plan, verdict = (None, None) if prior else (plan, verdict)
     bad = loaded.bad | {key for key, _ in told}
     return Seen(source, spec, frozenset(bad), pictures, plan, run, verdict), faults
@@ -217,29 +217,29 @@ def _config_faults(spec: Spec) -> list[tuple[str, str]]:
     return [("model.base", message) for message in broken_configs(folder)] if folder else []
 
 
-def _pictures(asked: Source, near: Path, fetch: bool) -> Pictures | list[str] | None:
-    """The data set, None where only the hub has it, or what is wrong with it."""
+def _pictures(asked: Source, near: Path, fetch: bool) -> Pictures | list[tuple[str, str]] | None:
+    """The data set, None where only the hub has it, or what is wrong with it: (key, message) each."""
     path = Path(asked.text)
     try:
         if path.is_absolute() and path.exists():
             if path.is_file() and path.suffix not in COLUMNAR:
-                return [
-                    f"no folder (found {asked.text!r}); allowed are a folder, a .parquet or .arrow file, a hub data set"
-                ]
+                wanted = "allowed are a folder, a .parquet or .arrow file, a hub data set"
+                return [("data.source", f"no folder (found {asked.text!r}); {wanted}")]
             return sources.read(asked)
         inside = (near / asked.text.split("/")[0]).is_dir()  # "data/icnos" is a misspelt folder, no hub id
         if inside or not HUB_ID.fullmatch(asked.text):
             beside = [path.name for path in near.iterdir() if path.is_dir()]
             guess = difflib.get_close_matches(Path(asked.text).name, beside, 1)
             return [
-                f"no such folder (found {asked.text!r}); allowed are a folder (relative to the spec) or a hub data set "
-                f"(owner/name){f'; did you mean {guess[0]}?' if guess else ''}"
+                (
+                    "data.source",
+                    f"no such folder (found {asked.text!r}); allowed are a folder (relative to the spec) or a hub data set "
+                    f"(owner/name){f'; did you mean {guess[0]}?' if guess else ''}",
+                )
             ]
         return sources.read(asked) if fetch else None
     except DataError as error:
-        return list(error.messages)
-    except UnicodeDecodeError as error:
-        return [f"a caption file is not UTF-8 ({error})"]
+        return list(error.faults)
 
 
 def _facts(spec: Spec, pictures: Pictures | None) -> Facts:

@@ -6,23 +6,33 @@ import csv
 import io
 import json
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runner.data import DataError, Picture, Pictures, some
 from runner.digest import key_of
 from runner.files import sha256_file
+from runner.picturefiles import (
+    HEIC,
+    READ,
+    PictureFolder,
+    Unused,
+    look_beside,
+    look_into,
+    open_picture,
+    unreadable_ending,
+)
+from runner.usertext import SAVE, NotUTF8, decode_user_text, read_user_text
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 IMAGE_COLUMN = "image"  # the default, which no metadata file need have
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")  # theirs, whatever the name says: Pillow's EPS starts Ghostscript
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 COLUMNAR = {".parquet", ".arrow"}
+PREVIEWS = {".gif", ".avif"}  # which may lie beside the parquet files that hold a data set's pictures
 
 
 @dataclass(frozen=True)
@@ -59,58 +69,83 @@ def read_folder(folder: Path, image_column: str, caption_column: str | None, pro
     Raises DataError with every picture that has no caption while there is no `prompt`, every row of the metadata that
     names no file, and so on. Order is by name, or the metadata's, so it does not depend on the file system.
     """
-    metadata = next((folder / name for name in METADATA if (folder / name).is_file()), None)
+    metadata = metadata_of(folder)
     column = caption_column or (image_column if image_column != IMAGE_COLUMN else None)
     if column and not metadata:
+        which = "caption" if caption_column else "image"
         raise DataError(
-            f"{folder} has no {', '.join(METADATA)}, so no column {column!r}; add one of them, or take "
-            f"data.{'caption' if caption_column else 'image'}_column out (captions then come from a NAME.txt beside each image)"
+            (
+                f"data.{which}_column",
+                f"{folder} has no {', '.join(METADATA)}, so no column {column!r}; add one of them, or take "
+                f"data.{which}_column out (captions then come from a NAME.txt beside each image)",
+            )
         )
-    captions = (
-        _metadata_captions(metadata, image_column, caption_column)
-        if metadata
-        else {path: _side_caption(path) for path in sorted(folder.rglob("*")) if _is_image(path, folder)}
-    )
+    if metadata:
+        captions = _metadata_captions(metadata, image_column, caption_column)
+        found = look_beside(metadata, captions)
+    else:
+        found = look_into(folder)
+        captions = _side_captions(found)
     if not captions:
-        raise DataError(f"no image in {folder}; wanted are files ending in {', '.join(sorted(SUFFIXES))}")
+        endings = ", ".join(sorted({*READ, *(ending for ending in HEIC if unreadable_ending(ending) is None)}))
+        told = "".join(f"; {line}" for line in reasons(found, found.unused))
+        raise DataError(f"no image in {folder}; wanted are files ending in {endings}{told}")
     bare = [path.relative_to(folder).as_posix() for path, caption in captions.items() if not (caption or prompt)]
     if bare:
         how = "set data.prompt, or write a NAME.txt beside each"
         if metadata:
             how = f"set data.prompt, or data.caption_column to one of {metadata.name}'s: {_columns(metadata)}"
-        raise DataError(f"{len(bare)} of {len(captions)} images have no caption ({some(bare)}); {how}")
+        told = "".join(f"; {line}" for line in reasons(found, found.unread)) if not metadata else ""
+        raise DataError(f"{len(bare)} of {len(captions)} images have no caption ({some(bare)}); {how}{told}")
     items = [
         Picture(path.relative_to(folder).as_posix(), str(path), caption or prompt or "", opener(path))
         for path, caption in captions.items()
     ]
     facts = [[picture.name, picture.caption, sha256_file(Path(picture.where))] for picture in items]
-    return Pictures(tuple(items), key_of("folder", json.dumps(facts)))
+    return Pictures(tuple(items), key_of("folder", json.dumps(facts)), folder=found)
 
 
-def _is_image(path: Path, folder: Path) -> bool:
-    hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-    return path.suffix.lower() in SUFFIXES and not hidden and path.is_file()
+def metadata_of(folder: Path) -> Path | None:
+    """The file that names the pictures of an imagefolder and holds their captions."""
+    return next((folder / name for name in METADATA if (folder / name).is_file()), None)
 
 
-def _side_caption(path: Path) -> str | None:
-    side = path.with_suffix(".txt")
-    try:
-        return " ".join(side.read_text(encoding="utf-8-sig").split()) if side.is_file() else None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{side} is not UTF-8 ({error}); save it as UTF-8") from error
+def reasons(found: PictureFolder, left_out: Iterable[Unused]) -> list[str]:
+    """A line for each reason why files are not used, with the files that it is true of."""
+    by_reason: dict[str, list[str]] = {}
+    for one in left_out:
+        by_reason.setdefault(one.why, []).append(found.name(one.path))
+    return [
+        f"{some(names)}{f' ({len(names)} files)' if len(names) > 5 else ''}: {why}" for why, names in by_reason.items()
+    ]
+
+
+def _side_captions(found: PictureFolder) -> dict[Path, str | None]:
+    """Raises DataError with every caption that cannot be read."""
+    texts: dict[Path, str] = {}
+    wrong: list[str] = []
+    for path in dict.fromkeys(found.captions.values()):
+        try:
+            texts[path] = " ".join(read_user_text(path).split())
+        except NotUTF8 as error:
+            wrong.append(f"{path}: {error.what}")
+        except OSError as error:
+            wrong.append(f"{path}: {error.strerror}")
+    if wrong:
+        which = wrong[0] if len(wrong) == 1 else f"{len(wrong)} captions cannot be read ({some(wrong)})"
+        raise DataError(f"{which}; {SAVE}" if len(wrong) == 1 else f"{which}; {SAVE.replace('the file', 'each')}")
+    return {path: texts[found.captions[path]] if path in found.captions else None for path in found.pictures}
 
 
 def opener(path: Path) -> Callable[[], Image]:
     def open_image() -> Image:
-        from PIL import Image
-
-        return Image.open(path, formats=FORMATS)
+        return open_picture(path, path.suffix)
 
     return open_image
 
 
-def _rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where, row) of a metadata file. Raises DataError."""
+def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line, row) of a metadata file; of a parquet file (row, row), from 0. Raises DataError."""
     if file.suffix == ".parquet":
         from pyarrow import ArrowException, parquet
 
@@ -118,58 +153,86 @@ def _rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             rows = parquet.read_table(file).to_pylist()
         except (OSError, ArrowException) as error:
             raise DataError(f"{file}: not a parquet file ({error})") from error
-        yield from ((f"{file} row {index}", row) for index, row in enumerate(rows))
-    elif file.suffix == ".csv":
-        with file.open(newline="", encoding="utf-8-sig") as opened:
-            reader = csv.DictReader(opened)
-            try:
-                for row in reader:
-                    yield f"{file}:{reader.line_num}", row
-            except csv.Error as error:
-                raise DataError(f"{file}:{reader.line_num}: not CSV ({error})") from error
-    else:
-        for number, line in enumerate(file.read_text(encoding="utf-8-sig").split("\n"), 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise DataError(f"{file}:{number}: not JSON ({error})") from error
-            if not isinstance(row, dict):
-                raise DataError(f"{file}:{number}: wanted is an object (found {line[:60]})")
-            yield f"{file}:{number}", row
+        yield from enumerate(rows)
+        return
+    try:
+        text = decode_user_text(file.read_bytes())
+    except NotUTF8 as error:
+        raise DataError(f"{file}: {error.message}") from error
+    if file.suffix == ".csv":
+        reader = csv.DictReader(io.StringIO(text, newline=""))
+        try:
+            for row in reader:
+                yield reader.line_num, row
+        except csv.Error as error:
+            raise DataError(f"{file}:{reader.line_num}: not CSV ({error})") from error
+        return
+    for number, line in enumerate(text.replace("\r\n", "\n").replace("\r", "\n").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{file}:{number}: not JSON ({error})") from error
+        if not isinstance(row, dict):
+            raise DataError(f"{file}:{number}: wanted is an object (found {line[:60]})")
+        yield number, row
 
 
 def _columns(file: Path) -> str:
     return ", ".join(sorted({str(column) for _, row in _rows(file) for column in row} - {"file_name"})) or "(none)"
 
 
+@dataclass
+class RowFaults:
+    """What is wrong with rows of a metadata file: many of one kind are one fault."""
+
+    file: Path
+    found: dict[tuple[str, str], list[tuple[int, str, str]]] = field(default_factory=dict)
+
+    def add(self, key: str, problem: str, number: int, value: str = "", way_out: str = "") -> None:
+        self.found.setdefault((key, problem), []).append((number, value, way_out))
+
+    def told(self) -> Iterator[tuple[str, str]]:
+        """(key of the spec, message) each."""
+        unit, at = ("row", " row ") if self.file.suffix == ".parquet" else ("line", ":")
+        for (key, problem), rows in self.found.items():
+            number, value, way_out = rows[0]
+            way_out = f"; {way_out}" if way_out else ""
+            if len(rows) == 1:
+                yield key, f"{self.file}{at}{number}: {problem}{f' (found {value})' if value else ''}{way_out}"
+            else:
+                first = [f"{number}{f': {value}' if value else ''}" for number, value, _ in rows]
+                yield key, f"{self.file}: {problem} in {len(rows):,} rows ({unit}s {some(first)}){way_out}"
+
+
 def _metadata_captions(file: Path, image_column: str, column: str | None) -> dict[Path, str | None]:
     """The column of file names is `file_name`, as `datasets` has it, or the one that data.image_column names."""
     folder = file.parent
     out: dict[Path, str | None] = {}
-    faults = []
-    for where, row in _rows(file):
+    wrong = RowFaults(file)
+    images = "data.source" if image_column == IMAGE_COLUMN else "data.image_column"
+    for number, row in _rows(file):
+        if column and column not in row:
+            way_out = f"there are {', '.join(sorted(map(str, row)))}"
+            wrong.add("data.caption_column", f"no column {column!r}", number, way_out=way_out)
         name = row.get(image_column) or (row.get("file_name") if image_column == IMAGE_COLUMN else None)
         if not isinstance(name, str):
-            faults.append(
-                f"{where}: names no file in {image_column!r}; wanted is a column file_name, or data.image_column"
-            )
+            way_out = "wanted is a column file_name, or data.image_column"
+            wrong.add(images, f"no file named in {image_column!r}", number, way_out=way_out)
             continue
         path = folder / name
         if not path.resolve().is_relative_to(folder.resolve()) or not path.is_file():
-            faults.append(f"{where}: no such file in the folder ({name!r})")
+            wrong.add("data.source", "no such file in the folder", number, repr(name))
             continue
         if path in out:
-            faults.append(f"{where}: names {name!r} a second time; give each image one row")
+            wrong.add("data.source", "a picture named a second time", number, repr(name), "give each image one row")
         caption = row.get(column) if column else None
-        if column and column not in row:
-            faults.append(f"{where}: no column {column!r}; there are {', '.join(sorted(map(str, row)))}")
-        elif caption is not None and not isinstance(caption, str):
-            faults.append(f"{where}: {column} is no text (found {caption!r})")
+        if caption is not None and not isinstance(caption, str):
+            wrong.add("data.caption_column", f"{column} is not text", number, repr(caption))
         out[path] = caption if isinstance(caption, str) and caption.strip() else None
-    if faults:
-        raise DataError(*faults)
+    if wrong.found:
+        raise DataError(*wrong.told())
     return out
 
 
@@ -178,9 +241,7 @@ def _metadata_captions(file: Path, image_column: str, column: str | None) -> dic
 
 def _is_columnar(folder: Path) -> bool:
     """A data set of `datasets` on this disk: saved by it, or parquet files with the images inside."""
-    if any((folder / name).is_file() for name in METADATA) or any(
-        _is_image(path, folder) for path in folder.rglob("*")
-    ):
+    if metadata_of(folder) or any(path.suffix.lower() not in PREVIEWS for path in look_into(folder).pictures):
         return False
     saved = (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
     return saved or any(path.suffix in COLUMNAR for path in folder.rglob("*"))
@@ -194,16 +255,22 @@ def read_datasets(source: Source) -> Pictures:
     from datasets import Image as ImageFeature
 
     rows = _load(source)
-    wanted = (source.image_column, source.caption_column)
-    missing = [column for column in wanted if column and column not in rows.column_names]
+    wanted = {"data.image_column": source.image_column, "data.caption_column": source.caption_column}
+    missing = [(key, column) for key, column in wanted.items() if column and column not in rows.column_names]
     if missing:
-        raise DataError(f"{source.text} has no column {missing[0]!r}; there are {', '.join(rows.column_names)}")
+        there = ", ".join(rows.column_names)
+        raise DataError(
+            *((key, f"{source.text} has no column {column!r}; there are {there}") for key, column in missing)
+        )
     rows = rows.cast_column(source.image_column, ImageFeature(decode=False))  # opened below, in FORMATS only
     captions = list(rows[source.caption_column]) if source.caption_column else [None] * len(rows)
     odd = [str(index) for index, caption in enumerate(captions) if not isinstance(caption, str | None)]
     if odd:
         raise DataError(
-            f"{source.text}: {source.caption_column} is no text (rows {some(odd)}); name another caption_column"
+            (
+                "data.caption_column",
+                f"{source.text}: {source.caption_column} is not text (rows {some(odd)}); name another column",
+            )
         )
     bare = [str(index) for index, caption in enumerate(captions) if not ((caption or "").strip() or source.prompt)]
     if bare:
@@ -213,11 +280,9 @@ def read_datasets(source: Source) -> Pictures:
 
     def open_row(index: int) -> Callable[[], Image]:
         def open_image() -> Image:
-            from PIL import Image
-
             image = rows[index][source.image_column]
-            data = image["bytes"]
-            return Image.open(io.BytesIO(data) if data is not None else image["path"], formats=FORMATS)
+            data, path = image["bytes"], Path(image["path"] or "")
+            return open_picture(path if data is None else io.BytesIO(data), path.suffix)
 
         return open_image
 

@@ -47,6 +47,10 @@ class Source:
     def fault(self, key: str, message: str) -> Fault:
         return Fault(*self.place(key), key, message)
 
+    def relative(self, key: str, message: str) -> str:
+        """A message about a key, with paths as they could stand there."""
+        return message.replace(f"{self.place(key)[0].parent.resolve()}/", "")
+
     def origin(self, key: str) -> str:
         """Where a resolved spec's value came from, in words."""
         if key in self.swept or (key == "name" and self.swept):

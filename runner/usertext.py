@@ -17,11 +17,11 @@ SAVE = "save the file as UTF-8"
 
 
 class NotUTF8(ValueError):
-    """`message` names what the file is and what to do, but not the file; `line` counts from 1."""
+    """`what` names what the file is, `message` also what to do; neither names the file. `line` counts from 1."""
 
-    def __init__(self, message: str, line: int = 1) -> None:
-        super().__init__(message)
-        self.message, self.line = message, line
+    def __init__(self, what: str, line: int = 1) -> None:
+        self.what, self.message, self.line = what, f"{what}; {SAVE}", line
+        super().__init__(self.message)
 
 
 def read_user_text(path: Path) -> str:
@@ -33,11 +33,11 @@ def decode_user_text(raw: bytes) -> str:
     """The same of a file's bytes, whose line ends are kept. Raises NotUTF8."""
     for mark, encoding in MARKS:
         if raw.startswith(mark):
-            raise NotUTF8(f"not UTF-8 but {encoding}; {SAVE}")
+            raise NotUTF8(f"not UTF-8 but {encoding}")
     raw = raw.removeprefix(UTF8_MARK)
     if b"\x00" in raw:  # ASCII text in UTF-16 has one in each pair of bytes
         line = raw.count(b"\n", 0, raw.index(b"\x00")) + 1
-        raise NotUTF8(f"not text in UTF-8 (found a zero byte on line {line}, as UTF-16 has); {SAVE}", line)
+        raise NotUTF8(f"not text in UTF-8 (found a zero byte on line {line}, as UTF-16 has)", line)
     try:
         return raw.decode()
     except UnicodeDecodeError as error:
@@ -48,7 +48,7 @@ def decode_user_text(raw: bytes) -> str:
             told = f'but probably Windows-1252 or Latin-1 (found byte 0x{byte:02x} on line {line}, there "{letter}")'
         else:
             told = f"(found byte 0x{byte:02x} on line {line})"
-        raise NotUTF8(f"not UTF-8 {told}; {SAVE}", line) from error
+        raise NotUTF8(f"not UTF-8 {told}", line) from error
 
 
 def _looks_western(raw: bytes) -> bool:

@@ -134,8 +134,8 @@ def test_pictures_that_another_run_makes_are_not_trained_on(house: House) -> Non
     assert faults(house, "a.toml", "b.toml", "c.toml") == [
         "b.toml:5: data.source: it holds mine/classes, which run a fills with class images (a.toml:20), so "
         "they would be trained on; name a folder elsewhere there",
-        "c.toml:5: data.source: it lies in the folder of run a, which is yet to be trained (found "
-        "runs/a/samples); queue this spec once that run is done",
+        "c.toml:5: data.source: it lies in the folder of run a, which is yet to be trained; "
+        "queue this spec once that run is done",
     ]
 
 

@@ -81,13 +81,15 @@ def test_an_imagefolders_metadata(tmp_path: Path, kind: str) -> None:
     folder(tmp_path)
     write_metadata(tmp_path, kind)
     wanted = [("1.png", "one"), ("0.png", "a TOK"), ("2.png", "a TOK")]
+    places = {"jsonl": "lines 1, 2, 3", "csv": "lines 2, 3, 4", "parquet": "rows 0, 1, 2"}
     assert pairs(read(tmp_path, caption_column="text", prompt="a TOK")) == wanted
     other = read(tmp_path, image_column="picture", caption_column="text", prompt="a TOK")
     assert [name for name, _ in pairs(other)] == ["2.png", "1.png", "0.png"]
     with pytest.raises(data.DataError, match=f"data.caption_column to one of metadata.{kind}'s: picture, text"):
         read(tmp_path)
     with pytest.raises(
-        data.DataError, match=rf"metadata.{kind}.*: no column 'txt'; there are file_name, picture, text"
+        data.DataError,
+        match=rf"metadata.{kind}: no column 'txt' in 3 rows \({places[kind]}\); there are file_name, picture, text",
     ):
         read(tmp_path, caption_column="txt", prompt="a TOK")
 
@@ -109,7 +111,9 @@ def test_a_key_that_a_folder_cannot_honour_is_refused(tmp_path: Path) -> None:
     with pytest.raises(data.DataError, match="so no column 'img'; add one of them, or take data.image_column out"):
         read(tmp_path, image_column="img", prompt="a TOK")
     write_metadata(tmp_path, "jsonl")
-    with pytest.raises(data.DataError, match=r"metadata.jsonl:1: names no file in 'img'; wanted is a column file_name"):
+    with pytest.raises(
+        data.DataError, match=r"no file named in 'img' in 3 rows \(lines 1, 2, 3\); wanted is a column file_name"
+    ):
         read(tmp_path, image_column="img", prompt="a TOK")
 
 
@@ -128,7 +132,9 @@ def test_text_as_other_systems_write_it(tmp_path: Path) -> None:
 def test_an_image_listed_twice_is_refused(tmp_path: Path) -> None:
     folder(tmp_path)
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, [*ROWS, {**ROWS[0], "text": "other"}])))
-    with pytest.raises(data.DataError, match=r"metadata.jsonl:4: names '1.png' a second time; give each image one row"):
+    with pytest.raises(
+        data.DataError, match=r"metadata.jsonl:4: a picture named a second time \(found '1.png'\); give"
+    ):
         read(tmp_path, caption_column="text", prompt="a TOK")
 
 
@@ -219,7 +225,7 @@ def test_a_columnar_data_set_with_images_inside(tmp_path: Path, kind: str, rows:
         assert np.array_equal(np.asarray(data.decode(found.items[1])), np.asarray(wanted.convert("RGB")))
     with pytest.raises(data.DataError, match="has no column 'image'; there are img, text, number"):
         read(path, prompt="a")
-    with pytest.raises(data.DataError, match=r"number is no text \(rows 0, 1\)"):
+    with pytest.raises(data.DataError, match=r"number is not text \(rows 0, 1\)"):
         read(path, image_column="img", caption_column="number", prompt="a")
 
 
