@@ -9,10 +9,10 @@ from runner import classfolder
 from runner.data import Picture, some
 from runner.finding import Finding, at, count
 from runner.looking import Look, alike
-from runner.picturefiles import PictureFolder
+from runner.picturefiles import PictureFolder, metadata_of
 from runner.plan import resolutions
 from runner.prepare import Seen
-from runner.sources import metadata_of, reasons
+from runner.sources import reasons
 from runner.views import Size, group
 
 LEAST_SHOWN = 0.5  # of a picture, else it is told that the crop hides more than it shows

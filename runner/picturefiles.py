@@ -34,6 +34,12 @@ NOT_READ = {
     **dict.fromkeys(OTHER_PICTURES.split(), "of a format that is not read; save it as PNG or JPEG"),
 }
 CAPTION = ".txt"
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # the first that is there, in the folder itself
+LIKE_METADATA = {
+    f"{stem}{ending}"
+    for stem in ("metadata", "captions")
+    for ending in (".jsonl", ".csv", ".parquet", ".json", ".tsv", ".xlsx")
+}
 LIKE_A_CAPTION = {
     *(".cap", ".caption", ".captions", ".doc", ".docx", ".json", ".md", ".prompt"),
     *(".rtf", ".tag", ".tags", ".text", ".xml", ".yaml", ".yml"),
@@ -81,8 +87,9 @@ class PictureFolder:
 def look_into(folder: Path, *, deep: bool = True) -> PictureFolder:
     """The pictures in a folder (deep: and in those below it) by name, each with the NAME.txt beside it."""
     files = _files(folder, deep=deep)
-    pictures = [path for path in files if why_unused(path) is None]
-    unused = [Unused(path, why) for path in files if (why := why_unused(path))]
+    looked_at = {path: why_unused(path) for path in files}
+    pictures = [path for path, why in looked_at.items() if why is None]
+    unused = [Unused(path, why) for path, why in looked_at.items() if why]
     texts = [path for path in files if path.suffix.lower() == CAPTION]
     unread = [Unused(path, why) for path in texts if (why := _no_file(path))]
     by_stem: dict[Path, Path] = {}
@@ -103,6 +110,7 @@ def look_into(folder: Path, *, deep: bool = True) -> PictureFolder:
         for path in files
         if path.suffix.lower() in LIKE_A_CAPTION and path.with_suffix("") in stems
     ]
+    unread += _other_metadata(folder, files) if deep else []
     return PictureFolder(
         folder,
         tuple(pictures),
@@ -122,8 +130,24 @@ def look_beside(metadata: Path, named: Iterable[Path]) -> PictureFolder:
     stems = {path.with_suffix("") for path in known}
     texts = [path for path in (*found.captions.values(), *found.alone) if path.with_suffix("") in stems]
     unread = [Unused(path, f"captions come from {metadata.name}") for path in dict.fromkeys(texts)]
+    unread += [one for one in found.unread if one.path.name.lower() in LIKE_METADATA]
     unused = [one for one in found.unused if one.path not in known]
     return PictureFolder(found.folder, pictures, {}, (*others, *unused), tuple(unread))
+
+
+def metadata_of(folder: Path) -> Path | None:
+    """The file that names the pictures of an imagefolder and holds their captions."""
+    return next((folder / name for name in METADATA if (folder / name).is_file()), None)
+
+
+def _other_metadata(folder: Path, files: Iterable[Path]) -> list[Unused]:
+    used = metadata_of(folder)
+    only = f"only {', '.join(METADATA)} are read, in the folder that the spec names"
+    return [
+        Unused(path, f"{used.name} is read instead" if used and path in [folder / name for name in METADATA] else only)
+        for path in files
+        if path.name.lower() in LIKE_METADATA and path != used
+    ]
 
 
 def _files(folder: Path, *, deep: bool) -> list[Path]:

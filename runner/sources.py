@@ -2,35 +2,35 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runner.data import DataError, Picture, Pictures, some
 from runner.digest import key_of
 from runner.files import sha256_file
+from runner.metadatafile import IMAGE_COLUMN, columns_of, read_captions
 from runner.picturefiles import (
     HEIC,
+    METADATA,
     READ,
     PictureFolder,
     Unused,
     look_beside,
     look_into,
+    metadata_of,
     open_picture,
     unreadable_ending,
 )
-from runner.usertext import SAVE, NotUTF8, decode_user_text, read_user_text
+from runner.usertext import SAVE, NotUTF8, read_user_text
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-IMAGE_COLUMN = "image"  # the default, which no metadata file need have
-METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 COLUMNAR = {".parquet", ".arrow"}
 PREVIEWS = {".gif", ".avif"}  # which may lie beside the parquet files that hold a data set's pictures
 
@@ -81,7 +81,7 @@ def read_folder(folder: Path, image_column: str, caption_column: str | None, pro
             )
         )
     if metadata:
-        captions = _metadata_captions(metadata, image_column, caption_column)
+        captions = read_captions(metadata, image_column, caption_column)
         found = look_beside(metadata, captions)
     else:
         found = look_into(folder)
@@ -94,7 +94,7 @@ def read_folder(folder: Path, image_column: str, caption_column: str | None, pro
     if bare:
         how = "set data.prompt, or write a NAME.txt beside each"
         if metadata:
-            how = f"set data.prompt, or data.caption_column to one of {metadata.name}'s: {_columns(metadata)}"
+            how = f"set data.prompt, or data.caption_column to one of {metadata.name}'s: {columns_of(metadata)}"
         told = "".join(f"; {line}" for line in reasons(found, found.unread)) if not metadata else ""
         raise DataError(f"{len(bare)} of {len(captions)} images have no caption ({some(bare)}); {how}{told}")
     items = [
@@ -103,11 +103,6 @@ def read_folder(folder: Path, image_column: str, caption_column: str | None, pro
     ]
     facts = [[picture.name, picture.caption, sha256_file(Path(picture.where))] for picture in items]
     return Pictures(tuple(items), key_of("folder", json.dumps(facts)), folder=found)
-
-
-def metadata_of(folder: Path) -> Path | None:
-    """The file that names the pictures of an imagefolder and holds their captions."""
-    return next((folder / name for name in METADATA if (folder / name).is_file()), None)
 
 
 def reasons(found: PictureFolder, left_out: Iterable[Unused]) -> list[str]:
@@ -144,107 +139,15 @@ def opener(path: Path) -> Callable[[], Image]:
     return open_image
 
 
-def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line, row) of a metadata file; of a parquet file (row, row), from 0. Raises DataError."""
-    if file.suffix == ".parquet":
-        from pyarrow import ArrowException, parquet
-
-        try:
-            rows = parquet.read_table(file).to_pylist()
-        except (OSError, ArrowException) as error:
-            raise DataError(f"{file}: not a parquet file ({error})") from error
-        yield from enumerate(rows)
-        return
-    try:
-        text = decode_user_text(file.read_bytes())
-    except NotUTF8 as error:
-        raise DataError(f"{file}: {error.message}") from error
-    if file.suffix == ".csv":
-        reader = csv.DictReader(io.StringIO(text, newline=""))
-        try:
-            for row in reader:
-                yield reader.line_num, row
-        except csv.Error as error:
-            raise DataError(f"{file}:{reader.line_num}: not CSV ({error})") from error
-        return
-    for number, line in enumerate(text.replace("\r\n", "\n").replace("\r", "\n").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{file}:{number}: not JSON ({error})") from error
-        if not isinstance(row, dict):
-            raise DataError(f"{file}:{number}: wanted is an object (found {line[:60]})")
-        yield number, row
-
-
-def _columns(file: Path) -> str:
-    return ", ".join(sorted({str(column) for _, row in _rows(file) for column in row} - {"file_name"})) or "(none)"
-
-
-@dataclass
-class RowFaults:
-    """What is wrong with rows of a metadata file: many of one kind are one fault."""
-
-    file: Path
-    found: dict[tuple[str, str], list[tuple[int, str, str]]] = field(default_factory=dict)
-
-    def add(self, key: str, problem: str, number: int, value: str = "", way_out: str = "") -> None:
-        self.found.setdefault((key, problem), []).append((number, value, way_out))
-
-    def told(self) -> Iterator[tuple[str, str]]:
-        """(key of the spec, message) each."""
-        unit, at = ("row", " row ") if self.file.suffix == ".parquet" else ("line", ":")
-        for (key, problem), rows in self.found.items():
-            number, value, way_out = rows[0]
-            way_out = f"; {way_out}" if way_out else ""
-            if len(rows) == 1:
-                yield key, f"{self.file}{at}{number}: {problem}{f' (found {value})' if value else ''}{way_out}"
-            else:
-                first = [f"{number}{f': {value}' if value else ''}" for number, value, _ in rows]
-                yield key, f"{self.file}: {problem} in {len(rows):,} rows ({unit}s {some(first)}){way_out}"
-
-
-def _metadata_captions(file: Path, image_column: str, column: str | None) -> dict[Path, str | None]:
-    """The column of file names is `file_name`, as `datasets` has it, or the one that data.image_column names."""
-    folder = file.parent
-    out: dict[Path, str | None] = {}
-    wrong = RowFaults(file)
-    images = "data.source" if image_column == IMAGE_COLUMN else "data.image_column"
-    for number, row in _rows(file):
-        if column and column not in row:
-            way_out = f"there are {', '.join(sorted(map(str, row)))}"
-            wrong.add("data.caption_column", f"no column {column!r}", number, way_out=way_out)
-        name = row.get(image_column) or (row.get("file_name") if image_column == IMAGE_COLUMN else None)
-        if not isinstance(name, str):
-            way_out = "wanted is a column file_name, or data.image_column"
-            wrong.add(images, f"no file named in {image_column!r}", number, way_out=way_out)
-            continue
-        path = folder / name
-        if not path.resolve().is_relative_to(folder.resolve()) or not path.is_file():
-            wrong.add("data.source", "no such file in the folder", number, repr(name))
-            continue
-        if path in out:
-            wrong.add("data.source", "a picture named a second time", number, repr(name), "give each image one row")
-        caption = row.get(column) if column else None
-        if caption is not None and not isinstance(caption, str):
-            wrong.add("data.caption_column", f"{column} is not text", number, repr(caption))
-        out[path] = caption if isinstance(caption, str) and caption.strip() else None
-    if wrong.found:
-        raise DataError(*wrong.told())
-    return out
-
-
 # ---- `datasets` ----------------------------------------------------------------------------------------------------
 
 
 def _is_columnar(folder: Path) -> bool:
     """A data set of `datasets` on this disk: saved by it, or parquet files with the images inside."""
-    if metadata_of(folder) or any(path.suffix.lower() not in PREVIEWS for path in look_into(folder).pictures):
-        return False
     saved = (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
-    return saved or any(path.suffix in COLUMNAR for path in folder.rglob("*"))
+    if metadata_of(folder) or not (saved or any(path.suffix in COLUMNAR for path in folder.rglob("*"))):
+        return False
+    return all(path.suffix.lower() in PREVIEWS for path in look_into(folder).pictures)
 
 
 def read_datasets(source: Source) -> Pictures:

@@ -155,6 +155,43 @@ def test_pictures_that_the_metadata_does_not_name(house: House, pics: Path) -> N
     ]
 
 
+def test_metadata_files_that_are_not_read(house: House, pics: Path) -> None:
+    (pics / "below").mkdir()
+    for name in ("metadata.json", "below/metadata.jsonl"):
+        (pics / name).write_text("{}")
+    only = "only metadata.jsonl, metadata.csv, metadata.parquet are read, in the folder that the spec names"
+    assert check(house)[:2] == [
+        "warning: a.toml:5: data.source: 2 files look like captions and are not read",
+        f"    below/metadata.jsonl, metadata.json: {only}",
+    ]
+    (pics / "metadata.csv").write_text("file_name,text\np0.png,a TOK\np1.png,a TOK\n")
+    (pics / "metadata.jsonl").write_text('{"file_name": "p0.png"}\n{"file_name": "p1.png"}\n')
+    assert check(house)[:3] == [
+        "warning: a.toml:5: data.source: 3 files look like captions and are not read",
+        f"    below/metadata.jsonl, metadata.json: {only}",
+        "    metadata.csv: metadata.jsonl is read instead",
+    ]
+
+
+def test_a_preview_beside_parquet_files_does_not_hide_them(
+    house: House, pics: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from datasets import Dataset, config
+
+    monkeypatch.setattr(config, "HF_DATASETS_CACHE", house.folder / "datasets")
+
+    rows = {"image": [{"bytes": (pics / "p0.png").read_bytes(), "path": None}], "text": ["a TOK"]}
+    for path in pics.iterdir():
+        path.unlink()
+    Dataset.from_dict(rows).to_parquet(pics / "0.parquet")
+    drawn(pics / "preview.gif", 3)
+    source = sources.Source(str(pics), None, "train", "image", "text", None)
+    assert [one.name for one in sources.read(source).items] == ["000000"]
+    drawn(pics / "p0.png", 4)
+    source = sources.Source(str(pics), None, "train", "image", None, "a TOK")
+    assert [one.name for one in sources.read(source).items] == ["p0.png", "preview.gif"]
+
+
 def test_class_images_are_chosen_alike(house: House, pics: Path) -> None:
     folder = house.folder / "classes"
     folder.mkdir()
@@ -340,8 +377,9 @@ def blank(path: Path, width: int, height: int, *, whole: bool = True) -> Path:
 
 
 def test_a_large_scan_is_read_without_a_word(house: House, pics: Path) -> None:
-    """Of more pixels than Pillow warns of; and no warning of Pillow's reaches the terminal."""
+    """Of more pixels than Pillow warns of; and no warning of Pillow's reaches the terminal, of broken EXIF neither."""
     blank(pics / "scan.png", 9500, 9500)
+    drawn(pics / "p2.jpg", 2, exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x05\x01\x12")
     code = "import sys\nfrom runner.cli import main\nmain(['check', 'a.toml'])"
     environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
     done = subprocess.run(
@@ -349,7 +387,7 @@ def test_a_large_scan_is_read_without_a_word(house: House, pics: Path) -> None:
         check=False,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
-    assert SHOWN.format(3, 2) in done.stdout
+    assert SHOWN.format(4, 1.5) in done.stdout
 
 
 @pytest.mark.parametrize("size", [(30000, 20000), (16385, 16384)])
