@@ -493,13 +493,19 @@ def export_again(name: str, runs: Path, step: int | None, push: bool, gpus: str 
 @click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @click.option("--to", type=click.Choice(["diffusers", "kohya"]), required=True, help="The layout wanted.")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Default: FILE's name and the layout.")
-def convert(file: Path, to: str, out: Path | None) -> None:
-    """A FLUX.1 LoRA from elsewhere, in the other layout: diffusers' or the original (kohya, ComfyUI)."""
+@click.option("--leave-out", is_flag=True, help="Convert the rest of a file with a T5 LoRA, biases or norms in it.")
+def convert(file: Path, to: str, out: Path | None, leave_out: bool) -> None:
+    """A FLUX.1 LoRA from elsewhere in diffusers' layout, or in the original one (kohya, ComfyUI).
+
+    Reads what kohya's sd-scripts, OneTrainer, ai-toolkit, x-flux, diffusers, ComfyUI and Black Forest Labs write.
+    """
     from runner.converting import convert as write
 
-    path, error = write(file, to, out)
-    click.echo(f"{path}: read back; the largest difference of a weight's change is {error:.2g}", err=True)
-    click.echo(path)
+    made = write(file, to, out, leave_out=leave_out)
+    for note in made.notes:
+        click.echo(f"{made.file}: {note}", err=True)
+    click.echo(f"{made.file}: read back; the largest difference of a weight's change is {made.error:.2g}", err=True)
+    click.echo(made.file)
 
 
 @main.command()

@@ -1,42 +1,80 @@
-"""`fluxrun convert`: a LoRA file from elsewhere in the other layout."""
+"""`fluxrun convert`: a LoRA file from elsewhere in diffusers' layout or the original one."""
 
 from __future__ import annotations
 
 import json
+import os
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from runner import export, files, tensors, verify
+from runner import export, files, foreign_layouts, tensors, verify
 from runner.errors import BadFile, FluxrunError
-from runner.layouts import Adapter, Factors, from_diffusers, from_kohya, is_kohya, split_kohya, to_diffusers, to_kohya
+from runner.foreign_layouts import Contents
+from runner.layouts import TEXT, TRANSFORMER, Adapter, Factors, from_diffusers, split_kohya, to_diffusers, to_kohya
 
 
-def convert(file: Path, to: str, out: Path | None) -> tuple[Path, float]:
-    """Write `file` in the layout `to` ("diffusers" or "kohya"), by default beside it. Returns the new file and the largest
-    difference of any weight's change. Raises BadFile with the keys that are no LoRA of FLUX.1."""
+@dataclass(frozen=True)
+class Converted:
+    """file: the new one; error: the largest difference of any weight's change; notes: what of the old one is not in it."""
+
+    file: Path
+    error: float
+    notes: tuple[str, ...]
+
+
+def convert(file: Path, to: str, out: Path | None, *, leave_out: bool = False) -> Converted:
+    """Write `file` in the layout `to` ("diffusers" or "kohya"), by default beside it; the new file gets its name once it
+    was read back. Raises BadFile with what it holds that is no LoRA of FLUX.1; with `leave_out` only where the rest would
+    not be a whole LoRA without it."""
     out = out or file.with_suffix(f".{to}.safetensors")
     if out.exists() and out.samefile(file):
         raise FluxrunError(f"--out {out}: that is the file itself; name another")
     named, header = _read(file)
-    config: dict[str, Any] = json.loads(header.get("lora_adapter_metadata", "{}"))
     try:
-        adapter = from_kohya(named) if is_kohya(named) else from_diffusers(named, config)
+        found = foreign_layouts.read(named, _config(header))
     except BadFile as error:
         raise BadFile(f"{file}: {error}") from error
-    if not adapter.transformer and not adapter.text:
-        raise BadFile(f"{file}: no LoRA in it that changes anything; wanted is a LoRA of FLUX.1")
+    _refuse(file, found, leave_out)
     files.make_folder(out.parent)
+    aside = out.with_name(f".{out.name}.{os.getpid()}{files.ASIDE}")
+    try:
+        error = _write(aside, out.name, found.adapter, to, header)
+        files.DISK.rename(aside, out)
+    finally:
+        aside.unlink(missing_ok=True)
+    files.DISK.sync_folder(out.parent)
+    notes = [f"left out: {found.told()}"] if found.left_out else []
+    if found.zeros:
+        notes.append(f"left out: zeros, which change nothing ({foreign_layouts.some(found.zeros)})")
+    return Converted(out, error, tuple(notes))
+
+
+def _refuse(file: Path, found: Contents, leave_out: bool) -> None:
+    if any(not kind.beside for kind in found.left_out):
+        raise BadFile(f"{file}: {found.told()}; wanted is a LoRA of FLUX.1")
+    if not found.adapter.transformer and not found.adapter.text:
+        told = f"{found.told()}; there is" if found.left_out else "there is"
+        raise BadFile(f"{file}: {told} no LoRA in it that changes FLUX.1's transformer or CLIP; wanted is one")
+    if found.left_out and not leave_out:
+        raise BadFile(f"{file}: {found.told()}; nothing was written: --leave-out converts the rest without it")
+
+
+def _write(path: Path, name: str, adapter: Adapter, to: str, header: dict[str, str]) -> float:
     if to == "kohya":
         made = to_kohya(adapter)
-        tensors.save(out, made, {**_kept(header), **_network(adapter), **export.hashes(made)})
-        stored = split_kohya(tensors.load(out)[0])
+        tensors.save(path, made, {**_kept(header), **_network(adapter), **export.hashes(made)})
+        stored = split_kohya(tensors.load(path)[0])
     else:
-        tensors.save(out, to_diffusers(adapter), {"format": "pt", **_kept(header)})
-        stored = from_diffusers(tensors.load(out)[0], {})
-    return out, verify.compare(out.name, adapter, stored, torch.float32)
+        described = json.dumps(_described(adapter), sort_keys=True)
+        tensors.save(path, to_diffusers(adapter), {"format": "pt", "lora_adapter_metadata": described, **_kept(header)})
+        named, written = tensors.load(path)
+        stored = from_diffusers(named, json.loads(written["lora_adapter_metadata"]))
+    return verify.compare(name, adapter, stored, torch.float32)
 
 
 def _read(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -51,9 +89,35 @@ def _read(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         ) from error
 
 
+def _config(header: dict[str, str]) -> dict[str, Any]:
+    """{} where there is none, or it is no JSON object."""
+    try:
+        found = json.loads(header.get("lora_adapter_metadata", "{}"))
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def _kept(header: dict[str, str]) -> dict[str, str]:
     """What says whose work it is; hashes are of the tensors and would be wrong."""
     return {key: value for key, value in header.items() if key.startswith("modelspec.") and "hash" not in key}
+
+
+def _described(adapter: Adapter) -> dict[str, Any]:
+    """peft's configs with alpha = rank for every layer. Layers of another rank than most have theirs in peft's patterns:
+    without them older diffusers take one alpha for all ranks. A pattern matches the end of a name (`proj_out` is also the
+    end of a block's), so the transformer's begin with ^; CLIP's may have `text_model.` before them."""
+    out: dict[str, Any] = {}
+    for prefix, parts, start in ((TRANSFORMER, adapter.transformer, "^"), (TEXT, adapter.text, "")):
+        if not parts:
+            continue
+        ranks = {name: part.down.shape[0] for name, part in parts.items()}
+        [(most, _)] = Counter(ranks.values()).most_common(1)
+        others = {f"{start}{name}": rank for name, rank in sorted(ranks.items()) if rank != most}
+        config = {"peft_type": "LORA", "r": most, "lora_alpha": float(most), "target_modules": sorted(parts)}
+        config |= {"rank_pattern": others, "alpha_pattern": others}
+        out |= {f"{prefix}.{key}": value for key, value in config.items()}
+    return out
 
 
 def _network(adapter: Adapter) -> dict[str, str]:

@@ -79,7 +79,7 @@ def deliver(order: Order, made: Checkpoint | None) -> Delivered:
     )
     about = _about(order, step)
     errors = _written(aside, weights, shapes, about, order.dtype)
-    pictures = _verified_pictures(order, step, export.rounded(weights, order.dtype), shapes, aside)
+    pictures = _verified_pictures(order, step, *_stored(weights, shapes, order.dtype), aside)
     shown = []
     for index, (prompt, _) in enumerate(pictures):
         name = f"samples/{index}.png"
@@ -124,13 +124,19 @@ def export_day(run: Run) -> str | None:
     return export.day_of(float(fixed) if fixed else run.began())
 
 
+def _stored(weights: Weights, shapes: Shapes, dtype: torch.dtype) -> tuple[Weights, Shapes]:
+    """What diffusers loads of the files."""
+    folded, its_shapes = export.folded(weights, shapes)
+    return export.rounded(folded, dtype), its_shapes
+
+
 def _written(folder: Path, weights: Weights, shapes: Shapes, about: About, dtype: torch.dtype) -> dict[str, float]:
     """Write every weight file and read it back; the largest error of each. Raises BadFile with the layer."""
     stored, errors = export.rounded(weights, dtype), {}
     if weights.lora or weights.text_lora:
         trained = export.adapter(export.rounded(weights, torch.float32), shapes)
         path, original = folder / export.LORA_FILE, folder / export.kohya_file(about.name)
-        export.write_lora(path, stored, shapes)
+        export.write_lora(path, *_stored(weights, shapes, dtype))
         errors[path.name] = verify.lora_file(path, trained, dtype)
         export.write_kohya(original, stored, shapes, about)
         errors[original.name] = verify.kohya_file(original, trained, dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -93,10 +93,27 @@ def adapter(weights: Weights, shapes: Shapes) -> Adapter:
     )
 
 
+def folded(weights: Weights, shapes: Shapes) -> tuple[Weights, Shapes]:
+    """The same change of every layer with alpha = rank: the scale alpha / rank is multiplied into B, in fp32, before
+    anything is rounded. ComfyUI and Forge read no alpha from the metadata of diffusers' layout and take the scale for 1
+    (ComfyUI comfy/lora.py: an alpha is a key of its own, or there is none)."""
+    lora, shape = _folded(weights.lora, shapes.lora)
+    text_lora, text_shape = _folded(weights.text_lora, shapes.text_lora)
+    return Weights(lora, weights.rows, text_lora), Shapes(shape, text_shape)
+
+
+def _folded(lora: Mapping[str, Tensor], shape: LoraShape | None) -> tuple[Mapping[str, Tensor], LoraShape | None]:
+    if shape is None or shape.alpha == shape.rank:
+        return lora, shape
+    scale = shape.alpha / shape.rank
+    scaled = {name: value.float() * scale if ".lora_B." in name else value for name, value in lora.items()}
+    return scaled, replace(shape, alpha=float(shape.rank))
+
+
 def write_lora(path: Path, weights: Weights, shapes: Shapes) -> None:
     """diffusers' layout: `transformer.<module>.lora_A/B.weight`, `text_encoder.text_model.<module>...`, the adapters'
-    configs (alpha among them) as JSON in the metadata. transformers 5 names CLIP's modules without `text_model`; stock
-    diffusers reads both, ComfyUI only that."""
+    configs as JSON in the metadata. `weights` and `shapes` are `folded`, so that a reader needs no alpha. transformers 5
+    names CLIP's modules without `text_model`; stock diffusers reads both, ComfyUI only that."""
     named = {f"{TRANSFORMER}.{name}": value for name, value in weights.lora.items()}
     named |= {f"{TEXT}.text_model.{name}": value for name, value in weights.text_lora.items()}
     described: dict[str, Any] = {}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,7 +50,7 @@ AROUND = {
 SWAPPED = "norm_out.linear"  # diffusers: scale, shift; the original: shift, scale
 UNET, CLIP = "lora_unet_", "lora_te1_"
 TRANSFORMER, TEXT = "transformer", "text_encoder"
-_CLIP_MODULE = re.compile(
+CLIP_MODULE = re.compile(
     r"encoder[._]layers[._](\d+)[._](?:(self_attn)[._](q_proj|k_proj|v_proj|out_proj)|(mlp)[._](fc1|fc2))"
 )
 
@@ -165,7 +165,7 @@ def _swap(rows: Tensor) -> Tensor:
     return torch.cat([lower, upper])
 
 
-def _split(modules: tuple[str, ...], fused: Factors) -> dict[str, Factors]:
+def split(modules: tuple[str, ...], fused: Factors) -> dict[str, Factors]:
     """The parts' adapters from the fused one's; all of them share `down`, and a part may be all zero."""
     if modules == (SWAPPED,):
         return {SWAPPED: Factors(fused.down, _swap(fused.up), fused.alpha)}
@@ -209,18 +209,15 @@ def to_kohya(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def split_kohya(named: Mapping[str, Tensor]) -> Adapter:
-    """Every part of every matrix, the parts that were not trained as zeros. Raises BadFile with the keys it does not know.
-
-    Also takes `lora_te_` for CLIP (older files), and `diffusion_model.` with dots (ComfyUI's own spelling).
-    """
+    """Every part of every matrix, the parts that were not trained as zeros. Raises BadFile with the keys it does not know."""
     transformer: dict[str, Factors] = {}
     text: dict[str, Factors] = {}
-    found, odd = _gather({_plain(key): value for key, value in named.items()})
+    found, odd = gather(named)
     for name, factors in found.items():
         if (module := _clip_name(name)) is not None:
             text[module] = factors
         elif name.startswith(UNET) and (modules := modules_of(name.removeprefix(UNET))) is not None:
-            transformer |= _split(modules, factors)
+            transformer |= split(modules, factors)
         else:
             odd.append(name)
     if odd:
@@ -228,30 +225,12 @@ def split_kohya(named: Mapping[str, Tensor]) -> Adapter:
     return Adapter(transformer, text)
 
 
-def from_kohya(named: Mapping[str, Tensor]) -> Adapter:
-    """The same without what changes nothing: a fused matrix gives the parts that it was made of."""
-    every = split_kohya(named)
-
-    def kept(parts: Mapping[str, Factors]) -> dict[str, Factors]:
-        return {name: less for name, part in parts.items() if (less := trim(part)) is not None}
-
-    return Adapter(kept(every.transformer), kept(every.text))
-
-
-def _plain(key: str) -> str:
-    """ComfyUI's dotted spelling as the underscored one."""
-    if not key.startswith("diffusion_model."):
-        return key
-    path, suffix = re.fullmatch(r"diffusion_model\.(.+?)(\.lora_\w+\.weight|\.alpha|)", key).groups()  # type: ignore[union-attr]
-    return f"{UNET}{path.replace('.', '_')}{suffix}"
-
-
 def _clip_name(name: str) -> str | None:
-    found = re.fullmatch(rf"lora_te1?_(?:text_model_)?{_CLIP_MODULE.pattern}", name)
-    return _clip_module(found) if found else None
+    found = re.fullmatch(rf"{CLIP}text_model_{CLIP_MODULE.pattern}", name)
+    return clip_module(found) if found else None
 
 
-def _clip_module(found: re.Match[str]) -> str:
+def clip_module(found: re.Match[str]) -> str:
     return f"encoder.layers.{found[1]}.{found[2] or found[4]}.{found[3] or found[5]}"
 
 
@@ -275,16 +254,16 @@ def from_diffusers(named: Mapping[str, Tensor], config: Mapping[str, Any]) -> Ad
     """`config`: what the file's `lora_adapter_metadata` holds, {} where it has none. Raises BadFile with unknown keys."""
     transformer: dict[str, Factors] = {}
     text: dict[str, Factors] = {}
-    found, odd = _gather({key.removeprefix("base_model.model."): value for key, value in named.items()})
+    found, odd = gather(named)
     for name, factors in found.items():
         prefix = name.split(".")[0]
         module = name.removeprefix(f"{TRANSFORMER}.")
-        clip = re.fullmatch(rf"{TEXT}\.(?:text_model\.)?{_CLIP_MODULE.pattern}", name)
-        stated = _stated_alpha(config, prefix, name.removeprefix(f"{prefix}."))
+        clip = re.fullmatch(rf"{TEXT}\.(?:text_model\.)?{CLIP_MODULE.pattern}", name)
+        stated = stated_alpha(config, prefix, name.removeprefix(f"{prefix}."))
         if stated is not None and f"{name}.alpha" not in named:
             factors = Factors(factors.down, factors.up, stated)
         if clip:
-            text[_clip_module(clip)] = factors
+            text[clip_module(clip)] = factors
         elif matrix_of(module):
             transformer[module] = factors
         else:
@@ -294,7 +273,7 @@ def from_diffusers(named: Mapping[str, Tensor], config: Mapping[str, Any]) -> Ad
     return Adapter(transformer, text)
 
 
-def _stated_alpha(config: Mapping[str, Any], component: str, module: str) -> float | None:
+def stated_alpha(config: Mapping[str, Any], component: str, module: str) -> float | None:
     """peft's rule: the pattern that ends the module's name, else the adapter's own."""
     patterns: Mapping[str, float] = config.get(f"{component}.alpha_pattern") or {}
     for pattern, value in patterns.items():
@@ -304,10 +283,17 @@ def _stated_alpha(config: Mapping[str, Any], component: str, module: str) -> flo
     return None if own is None else float(own)
 
 
-def _gather(named: Mapping[str, Tensor]) -> tuple[dict[str, Factors], list[str]]:
+ENDS = {
+    "lora_A.weight": "down",
+    "lora_down.weight": "down",
+    "lora_B.weight": "up",
+    "lora_up.weight": "up",
+    "alpha": "alpha",
+}
+
+
+def gather(named: Mapping[str, Tensor], ends: Mapping[str, str] = ENDS) -> tuple[dict[str, Factors], list[str]]:
     """Factors by module, alpha = rank where none is stored; and the keys that are no part of a whole pair."""
-    ends = {"lora_A.weight": "down", "lora_down.weight": "down", "lora.down.weight": "down",
-            "lora_B.weight": "up", "lora_up.weight": "up", "lora.up.weight": "up", "alpha": "alpha"}  # fmt: skip
     found: dict[str, dict[str, Tensor]] = {}
     odd: list[str] = []
     for key, value in named.items():
@@ -324,10 +310,6 @@ def _gather(named: Mapping[str, Tensor]) -> tuple[dict[str, Factors], list[str]]
             continue
         whole[name] = Factors(down, up, float(parts["alpha"]) if "alpha" in parts else float(down.shape[0]))
     return whole, odd
-
-
-def is_kohya(names: Iterable[str]) -> bool:
-    return any(name.startswith(("lora_unet_", "lora_te", "diffusion_model.")) for name in names)
 
 
 def _some(names: list[str]) -> str:

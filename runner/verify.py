@@ -22,9 +22,14 @@ TOLERANCE = 1e-5  # of a matrix's largest change: what another order of fp32 sum
 
 
 def lora_file(path: Path, trained: Adapter, dtype: torch.dtype) -> float:
-    """diffusers' layout."""
+    """diffusers' layout. It must give the trained change to readers of its metadata and to those that take every scale
+    for 1, so alpha must be the rank."""
     named, header = tensors.load(path)
-    return compare(path.name, trained, from_diffusers(named, json.loads(header["lora_adapter_metadata"])), dtype)
+    stored = from_diffusers(named, json.loads(header["lora_adapter_metadata"]))
+    for name, factors in (*stored.transformer.items(), *stored.text.items()):
+        if factors.scale != 1:
+            raise BadFile(f"{path.name}: {name} has alpha {factors.alpha:g} where its rank is {factors.down.shape[0]}")
+    return compare(path.name, trained, stored, dtype, folded=True)
 
 
 def kohya_file(path: Path, trained: Adapter, dtype: torch.dtype) -> float:
@@ -33,33 +38,41 @@ def kohya_file(path: Path, trained: Adapter, dtype: torch.dtype) -> float:
     return compare(path.name, trained, split_kohya(named), dtype)
 
 
-def compare(file: str, trained: Adapter, stored: Adapter, dtype: torch.dtype) -> float:
-    """`trained` in fp32; `stored` must be its change once its factors are rounded to `dtype`. The error is that of the
-    change of a weight, rounding included. What is stored and was not trained must change nothing."""
+def compare(file: str, trained: Adapter, stored: Adapter, dtype: torch.dtype, *, folded: bool = False) -> float:
+    """`trained` in fp32; `stored` must be its change once its factors are rounded to `dtype`, where `folded` after the
+    scale was multiplied into `up`. The error is that of the change of a weight, rounding included. What is stored and was
+    not trained must change nothing."""
     largest = 0.0
     for ours, theirs in ((trained.transformer, stored.transformer), (trained.text, stored.text)):
         for name in [*ours, *(name for name in theirs if name not in ours)]:
             if name not in theirs:
                 raise BadFile(f"{file}: {name} was trained and is not in it")
-            error = _error(theirs[name], ours.get(name), dtype)
+            error = _error(theirs[name], ours.get(name), dtype, folded)
             if error is None or not math.isfinite(error):
                 raise BadFile(f"{file}: {name} changes its layer otherwise than was trained")
             largest = max(largest, error)
     return largest
 
 
-def _error(stored: Factors, trained: Factors | None, dtype: torch.dtype) -> float | None:
+def _error(stored: Factors, trained: Factors | None, dtype: torch.dtype, folded: bool) -> float | None:
     """How far the change is from the trained one; None where it is not even that of the rounded factors."""
     found = trim(stored)
-    wanted = trim(Factors(trained.down.to(dtype), trained.up.to(dtype), trained.alpha)) if trained else None
+    wanted = trim(_rounded(trained, dtype, folded)) if trained else None
     if found is None or wanted is None:
         if (found is None) != (wanted is None):
             return None
         return difference(trained, None) if trained else 0.0
     if not _same(found, wanted) and not difference(found, wanted) <= TOLERANCE * difference(wanted, None):
         return None
-    exact = trained is not None and dtype == torch.float32 and found.scale == wanted.scale
+    exact = trained is not None and dtype == torch.float32 and found.scale == trained.scale
     return 0.0 if exact and _same(found, wanted) else difference(found, trained)  # sums would only add their own error
+
+
+def _rounded(trained: Factors, dtype: torch.dtype, folded: bool) -> Factors:
+    down = trained.down.to(dtype)
+    if not folded:
+        return Factors(down, trained.up.to(dtype), trained.alpha)
+    return Factors(down, (trained.up.float() * trained.scale).to(dtype), float(down.shape[0]))
 
 
 def _same(one: Factors, other: Factors) -> bool:

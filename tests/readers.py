@@ -88,6 +88,18 @@ def _change(left: dict[str, Tensor], key: str) -> Tensor:
     return alpha / down.shape[0] * (up @ down)
 
 
+def comfyui_direct_changes(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of diffusers' layout: it looks for `MODULE.alpha`, never into the metadata, and takes the scale for 1 without one."""
+    out = {}
+    for key, up in named.items():
+        if key.endswith(".lora_B.weight"):
+            stem = key.removesuffix(".lora_B.weight")
+            down = named[f"{stem}.lora_A.weight"].float()
+            scale = float(named[f"{stem}.alpha"]) / down.shape[0] if f"{stem}.alpha" in named else 1.0
+            out[stem.removeprefix("transformer.").replace(".text_model.", ".")] = scale * (up.float() @ down)
+    return out
+
+
 def comfyui_embedding(file: Path, key: str, width: int) -> Tensor | None:
     """`key`: clip_l or t5xxl. The file's first tensor stands in for a key that is not there; rows of another width are
     left out of the prompt, with a warning."""
