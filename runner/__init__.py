@@ -7,8 +7,9 @@
     frame = pandas.DataFrame(runner.table(records))           # columns "eval_loss", "spec.lora.rank", ...
     frame.to_parquet("results.parquet")
 
-`runner.history("runs", "NAME")` gives one run's curves, {"eval/loss": {step: value}, ...}. Importing this imports nothing
-else: no torch, not even pydantic, before the first call.
+`runner.history("runs", "NAME")` gives one run's curves, {"eval/loss": {step: value}, ...}; `runner.base_folder("builtin:tiny")`
+is where the bundled base lies, for diffusers' `from_pretrained`. Importing this imports nothing else: no torch, not even
+pydantic, before the first call.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from runner.index import Record as Record
     from runner.series import Series
 
-__all__ = ["Record", "history", "results", "table"]
+__all__ = ["Record", "base_folder", "history", "results", "table"]
 
 
 def results(path: Path | str) -> list[Record]:
@@ -46,6 +47,15 @@ def history(path: Path | str, name: str) -> dict[str, Series]:
     from runner.series import read_history
 
     return read_history(Run(Path(path), name).history_file)
+
+
+def base_folder(base: str) -> Path:
+    """The folder of a bundled base, in diffusers' layout. Raises ValueError for any other `model.base`."""
+    from runner.basefiles import BUILTIN
+
+    if base not in BUILTIN:
+        raise ValueError(f"{base!r} is no bundled base; bundled are: {', '.join(BUILTIN)}")
+    return BUILTIN[base]
 
 
 def __getattr__(name: str) -> Any:

@@ -7,8 +7,10 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from runner.export import LORA_FILE, About, embeddings_file, file_stem, kohya_file, webui_words
+from runner.export import LORA_FILE, About, webui_words
+from runner.exportnames import embeddings_file, file_stem, kohya_file
 from runner.layouts import AROUND
+from runner.tokens import expand, named
 
 POOLINGS = {
     "diffusers": "The rows were trained as diffusers reads them: CLIP's pooled vector at the first new token. ComfyUI reads "
@@ -91,32 +93,59 @@ def _words(about: About) -> Iterator[str]:
 
 
 def _code(about: About, errors: Mapping[str, float], guidance: float, repo: str | None) -> Iterator[str]:
-    pieces = [piece for placeholder in about.placeholders for piece in placeholder.pieces]
+    """Draws the run's own first picture, where it has one: base, size, steps and length are the run's."""
     embeddings = embeddings_file(about.name)
+    bundled = about.base.startswith("builtin:")
     yield from ("import torch", "from diffusers import AutoPipelineForText2Image")
     if repo:
         yield "from huggingface_hub import snapshot_download"
+    if bundled:
+        yield "from runner import base_folder  # fluxrun, which this base comes with"
     if embeddings in errors:
         yield "from safetensors.torch import load_file"
     yield ""
     yield f'folder = snapshot_download("{repo}")' if repo else 'folder = "."  # where this README lies'
+    if bundled:
+        yield f'base = base_folder("{about.base}")'
+    else:
+        note = "" if HUB_ID.fullmatch(about.base) else "  # the name of a folder: write where it lies on your disk"
+        yield f'base = "{about.base}"{note}'
     yield 'device = "cuda" if torch.cuda.is_available() else "cpu"'
-    yield f'pipe = AutoPipelineForText2Image.from_pretrained("{about.base}", torch_dtype=torch.bfloat16).to(device)'
+    yield f"dtype = {_dtype(about.settings.get('model.dtype'))}"
+    files = "".join(
+        f", {key}={json.dumps(value)}"
+        for key in ("revision", "variant")
+        if (value := about.settings.get(f"model.{key}")) is not None
+    )
+    yield f"pipe = AutoPipelineForText2Image.from_pretrained(base, torch_dtype=dtype{files}).to(device)"
     if LORA_FILE in errors:
         yield f'pipe.load_lora_weights(folder, weight_name="{LORA_FILE}")'
     if embeddings in errors:
         yield f'rows = load_file(f"{{folder}}/{embeddings}")'
+        pieces = json.dumps([piece for placeholder in about.placeholders for piece in placeholder.pieces])
         for key, suffix in (("clip_l", ""), ("t5", "_2")):
             if key == "clip_l" or "t5" in about.settings["inversion.encoders"]:
                 yield f'pipe.load_textual_inversion(rows["{key}"], token={pieces},'
                 yield f"    text_encoder=pipe.text_encoder{suffix}, tokenizer=pipe.tokenizer{suffix})"
-    prompt = (
-        f"a {about.placeholders[0].text}" if about.placeholders else about.settings.get("data.prompt", "your prompt")
-    )
-    length, side = about.settings["model.max_sequence_length"], about.resolution
-    yield f"image = pipe({json.dumps(prompt)}, guidance_scale={guidance}, max_sequence_length={length},"
-    scale = ', joint_attention_kwargs={"scale": 1.0}' if LORA_FILE in errors else ""
-    yield f"    height={side}, width={side}{scale}).images[0]"
+    yield from _call(about, guidance, LORA_FILE in errors)
+
+
+def _dtype(asked: str | None) -> str:
+    """The run's: without `model.dtype` fluxrun takes bf16 on a GPU and fp32 on a CPU."""
+    names = {"bf16": "torch.bfloat16", "fp16": "torch.float16", "fp32": "torch.float32"}
+    return names[asked] if asked else 'torch.bfloat16 if device == "cuda" else torch.float32'
+
+
+def _call(about: About, guidance: float, with_lora: bool) -> Iterator[str]:
+    own = about.settings
+    first = next(iter(own["validate.prompts"]), own.get("data.prompt", "your prompt"))
+    if about.placeholders and not named(first, about.placeholders):
+        first = f"a {about.placeholders[0].name}"
+    side, told = own["validate.size"], f", guidance_scale={guidance}" if about.guided else ""
+    yield f"image = pipe({json.dumps(expand(first, about.placeholders))}, num_inference_steps={own['validate.steps']}{told},"
+    yield f"    max_sequence_length={own['model.max_sequence_length']}, height={side}, width={side},"
+    scale = ', joint_attention_kwargs={"scale": 1.0}' if with_lora else ""
+    yield f"    generator=torch.Generator().manual_seed({own['seed']}){scale}).images[0]"
     yield 'image.save("image.png")'
 
 

@@ -20,7 +20,7 @@ ReaderOf = Callable[[Path, str, tuple[str, ...]], Reader]
 def check_text(seen: Seen, base: Path | None, reader: ReaderOf) -> Iterator[Finding]:
     """`base`: its folder on this disk; without it nobody can say how long a caption is."""
     spec = seen.spec
-    known = tokens.placeholders([(one.name, one.vectors, one.initializer) for one in spec.tokens])
+    known = tokens.placeholders(spec.tokens)
     if seen.pictures is not None:
         every = (*seen.pictures.items, *seen.pictures.held)
         yield from _unnamed(seen, seen.pictures.items, known)
@@ -52,6 +52,14 @@ def _too_long(
             own = reader(base, encoder, pieces)
         except (OSError, ValueError, KeyError):
             continue  # a fault of the base, told where its files are looked at
+        if taken := own.taken(pieces):
+            index = next(index for index, one in enumerate(known) if taken[0] in one.pieces)
+            yield at(
+                seen.source, "error", f"tokens.{index}.placeholder",
+                f"{NAMES[encoder]}'s tokenizer of this base has {taken[0]} already, so no new row can be learned for it; set "
+                'another one, e.g. placeholder = "bird"',
+            )  # fmt: skip
+            continue
         read = {
             caption: own.read(tokens.expand(caption, known), pieces, limit)
             for caption in dict.fromkeys(one.caption for one in pictures)

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from runner import export, files, hub, sample, tokens, verify
+from runner import export, exportnames, files, hub, sample, tokens, verify
 from runner.basefiles import licence, transformer_config
 from runner.cache import Cache
 from runner.card import CURVE, model_card
@@ -47,7 +47,7 @@ class Order:
 
     @property
     def placeholders(self) -> tuple[Placeholder, ...]:
-        return tokens.placeholders([(token.name, token.vectors, token.initializer) for token in self.spec.tokens])
+        return tokens.placeholders(self.spec.tokens)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -135,14 +135,14 @@ def _written(folder: Path, weights: Weights, shapes: Shapes, about: About, dtype
     stored, errors = export.rounded(weights, dtype), {}
     if weights.lora or weights.text_lora:
         trained = export.adapter(export.rounded(weights, torch.float32), shapes)
-        path, original = folder / export.LORA_FILE, folder / export.kohya_file(about.name)
+        path, original = folder / export.LORA_FILE, folder / exportnames.kohya_file(about.name)
         export.write_lora(path, *_stored(weights, shapes, dtype))
         errors[path.name] = verify.lora_file(path, trained, dtype)
         export.write_kohya(original, stored, shapes, about)
         errors[original.name] = verify.kohya_file(original, trained, dtype)
     if weights.rows:
         export.write_embeddings(folder, stored, about.name)
-        for path in (folder / export.embeddings_file(about.name), folder / export.webui_file(about.name)):
+        for path in (folder / exportnames.embeddings_file(about.name), folder / exportnames.webui_file(about.name)):
             if path.is_file():
                 errors[path.name] = verify.embeddings(path, weights, dtype)
     return errors
@@ -209,7 +209,7 @@ def _read_prompts(
 def push(order: Order) -> None:
     """Upload the export folder. What goes wrong is told in the log and in the state, and ends nothing."""
     own = order.spec.hub
-    repo = own.repo or export.file_stem(order.spec.name)  # without an owner it is the login's own
+    repo = own.repo or exportnames.file_stem(order.spec.name)  # without an owner it is the login's own
     order.say.line(f"export: pushing to {repo}")
     try:
         wrong = hub.push(order.run.export, repo, own.private, f"{order.spec.name}, by fluxrun", order.stop_requested)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from runner import files, tensors
 from runner.checkpoint import Weights
+from runner.exportnames import embeddings_file, file_stem, find_embeddings, webui_file
 from runner.layouts import TEXT, TRANSFORMER, Adapter, adapter_of, to_kohya
 from runner.lora import LoraShape, adapter_metadata
 from runner.sample import Exported
@@ -23,28 +24,10 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 EMBEDDING_KEYS = {"clip": ("clip_l",), "t5": ("t5", "t5xxl")}  # diffusers reads t5, ComfyUI asks for t5xxl
 
 
-def file_stem(name: str) -> str:
-    """A run's name as a file name; a sweep's has a folder in it."""
-    return name.replace("/", "-")
-
-
-def kohya_file(name: str) -> str:
-    return f"{file_stem(name)}.safetensors"
-
-
-def embeddings_file(name: str) -> str:
-    return f"{file_stem(name)}_emb.safetensors"
-
-
-def webui_file(name: str) -> str:
-    """CLIP's rows alone, beside an embeddings file with several keys: Forge and A1111 refuse those."""
-    return f"{file_stem(name)}_emb_webui.safetensors"
-
-
 def exported_files(folder: Path, name: str, placeholders: tuple[Placeholder, ...]) -> Exported:
     """What of a run's export folder a pipeline loads."""
-    lora, embeddings = folder / LORA_FILE, folder / embeddings_file(name)
-    return Exported(lora if lora.is_file() else None, embeddings if embeddings.is_file() else None, placeholders)
+    lora = folder / LORA_FILE
+    return Exported(lora if lora.is_file() else None, find_embeddings(folder, name), placeholders)
 
 
 @dataclass(frozen=True)
@@ -149,7 +132,7 @@ def webui_metadata(about: About, shapes: Shapes) -> dict[str, str]:
     side = f"{about.resolution}x{about.resolution}"
     named: dict[str, Any] = {
         "format": "pt",
-        "ss_output_name": about.name,
+        "ss_output_name": file_stem(about.name),  # A1111 also calls the LoRA by this name
         "ss_base_model_version": "flux1",
         "ss_sd_model_name": about.base,
         "ss_v2": "False",

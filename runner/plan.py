@@ -203,7 +203,7 @@ class PlanError(Exception):
 
 def make_plan(spec: Spec, facts: Facts) -> Plan:
     """Raises PlanError with everything that is wrong."""
-    known = tokens.placeholders([(token.name, token.vectors, token.initializer) for token in spec.tokens])
+    known = tokens.placeholders(spec.tokens)
     faults = [
         *_token_faults(spec, facts, known),
         *_layer_faults(spec, facts),

@@ -30,6 +30,7 @@ class Reader:
     def __init__(self, base: Path, encoder: str) -> None:
         self.encoder = encoder
         self.tokenizer = _tokenizer(base / FOLDERS[encoder], encoder)
+        self.added: set[str] = set()
 
     def read(self, caption: str, pieces: Sequence[str], limit: int) -> Read:
         """`caption` with placeholders put in; `pieces`: new vocabulary that this encoder learns."""
@@ -39,10 +40,15 @@ class Reader:
         cut = spans[room][0] if len(ids) > room else len(caption)
         return Read(len(ids) + marks, caption[cut:].strip())
 
+    def taken(self, pieces: Sequence[str]) -> list[str]:
+        """Those that the tokenizer brings itself."""
+        return [piece for piece in pieces if piece not in self.added and self.tokenizer.token_to_id(piece) is not None]
+
     def _plain(self, caption: str, pieces: Sequence[str]) -> tuple[list[int], list[tuple[int, int]]]:
         new = [piece for piece in pieces if self.tokenizer.token_to_id(piece) is None]
         if new:
             self.tokenizer.add_tokens(new)
+            self.added.update(new)
         found = self.tokenizer.encode(caption, add_special_tokens=False)
         return found.ids, found.offsets
 

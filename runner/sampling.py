@@ -12,6 +12,7 @@ from runner import device, export, files, flux, sample, tokens
 from runner.cache import Cache
 from runner.desk import open_base_of
 from runner.errors import FluxrunError
+from runner.exportnames import file_stem
 from runner.rundir import Run, read_spec
 from runner.spec import Spec
 
@@ -52,7 +53,7 @@ def sample_runs(
         columns.append(_draw(run, own, wish, gpus))
         device.release(where)
         folder = files.make_folder(out or run.samples)
-        before = f"{export.file_stem(run.name)}-" if out and len(found) > 1 else ""
+        before = f"{file_stem(run.name)}-" if out and len(found) > 1 else ""
         for number, (picture, (_, used)) in enumerate(zip(columns[-1], shots, strict=True)):
             written.append(folder / f"{before}sample-{number // count}-seed{used}.png")
             files.write_png(written[-1], picture)
@@ -69,7 +70,7 @@ def _exported(run: Run) -> tuple[Run, Spec]:
 
 
 def _draw(run: Run, spec: Spec, wish: Wish, gpus: str | None) -> list[Image.Image]:
-    placeholders = tokens.placeholders([(token.name, token.vectors, token.initializer) for token in spec.tokens])
+    placeholders = tokens.placeholders(spec.tokens)
     exported = export.exported_files(run.export, run.name, placeholders)
     return sample.sample(
         open_base_of(spec, gpus, Cache(run.runs / "cache")), exported, wish.shots, length=spec.model.max_sequence_length, steps=wish.steps,

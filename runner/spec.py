@@ -92,6 +92,11 @@ class Token(Table):
     )
     vectors: Annotated[int, Field(ge=1, le=64)] = key(2, "Embedding rows learned for it")
     initializer: Line | None = key(None, "Phrase whose embeddings the rows start from; random when absent")
+    placeholder: Annotated[str, Field(pattern=r"^[a-z]([a-z0-9-]*[a-z])?$", max_length=32)] | None = key(
+        None,
+        'Word its vocabulary entries are named by, of a-z, 0-9 and -, a letter at both ends: "bird" gives <bird0><bird1>; '
+        "default s, counted over all tokens",
+    )
 
 
 class Inversion(Table):

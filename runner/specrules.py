@@ -74,6 +74,13 @@ def broken_rules(spec: Spec, written: Mapping[str, Any]) -> Iterator[tuple[str, 
     for index, name in enumerate(names):
         if name in names[:index]:
             yield f"tokens.{index}.name", f"another token has this name (found {show(name)}); give each its own"
+    words = [token.placeholder for token in spec.tokens]
+    for index, word in enumerate(words):
+        if word is not None and word in words[:index]:
+            yield (
+                f"tokens.{index}.placeholder",
+                f"another token has this placeholder (found {show(word)}); give each its own, or take it out of all",
+            )
     if not spec.tokens and "inversion" in written:
         yield "inversion", "there are no tokens to learn; add a [[tokens]] table with a name, or take [inversion] out"
     if spec.inversion.encoders not in (("clip",), ("clip", "t5")):

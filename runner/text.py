@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from runner.errors import FluxrunError
 from runner.seeds import derive
 
 
@@ -36,7 +37,14 @@ class Rows(nn.Module):
 
 
 def attach_rows(encoder: Any, tokenizer: Any, pieces: Sequence[str], rows: nn.Parameter) -> None:
-    """Give a loaded encoder and its tokenizer the new vocabulary, as load_textual_inversion will at inference."""
+    """Give a loaded encoder and its tokenizer the new vocabulary, as load_textual_inversion will at inference. Raises
+    FluxrunError where the tokenizer has an entry of this name."""
+    vocabulary = tokenizer.get_vocab()
+    if taken := [piece for piece in pieces if piece in vocabulary]:
+        raise FluxrunError(
+            f"the base's {type(tokenizer).__name__} has {taken[0]} already, so no new row can be learned for it; give the "
+            "token another tokens.placeholder"
+        )
     first = len(tokenizer)
     tokenizer.add_tokens(list(pieces))
     encoder.set_input_embeddings(Rows(encoder.get_input_embeddings(), first, rows))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 
 @dataclass(frozen=True)
@@ -20,13 +21,34 @@ class Placeholder:
         return "".join(self.pieces)
 
 
-def placeholders(tokens: Sequence[tuple[str, int, str | None]]) -> tuple[Placeholder, ...]:
-    """(name, vectors, initializer) each -> consecutive entries over all tokens, in the order given."""
+PLACEHOLDER = "s"
+
+
+class Token(Protocol):
+    """A [[tokens]] table of a spec."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def vectors(self) -> int: ...
+    @property
+    def initializer(self) -> str | None: ...
+    @property
+    def placeholder(self) -> str | None: ...
+
+
+def placeholders(tokens: Sequence[Token]) -> tuple[Placeholder, ...]:
+    """The vocabulary entries of each token, in the order given: its placeholder with a number, <bird0><bird1>. Tokens
+    without a placeholder of their own share `s`, and count on: <s0><s1>, <s2><s3>."""
     out: list[Placeholder] = []
-    start = 0
-    for name, vectors, initializer in tokens:
-        out.append(Placeholder(name, tuple(f"<s{start + i}>" for i in range(vectors)), initializer))
-        start += vectors
+    used: dict[str, int] = {}
+    for token in tokens:
+        word = token.placeholder or PLACEHOLDER
+        start = used.get(word, 0)
+        used[word] = start + token.vectors
+        out.append(
+            Placeholder(token.name, tuple(f"<{word}{start + i}>" for i in range(token.vectors)), token.initializer)
+        )
     return tuple(out)
 
 

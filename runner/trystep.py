@@ -88,7 +88,7 @@ def _shapes(spec: Spec, pictures: Sequence[Picture]) -> dict[Size, list[Picture]
 def _trial(seen: Seen, shape: Size, pictures: Sequence[Picture], scratch: Path, number: int) -> Job:
     """The same run with a batch of pictures of this shape, and a few steps."""
     own = seen.spec
-    known = tokens.placeholders([(one.name, one.vectors, one.initializer) for one in own.tokens])
+    known = tokens.placeholders(own.tokens)
     folder = scratch / f"pictures-{number}"
     make_folder(folder)
     for index, picture in enumerate(pictures[: own.train.batch_size]):

@@ -26,6 +26,7 @@ from runner.deliver import export_day
 from runner.errors import BadFile
 from runner.lora import LoraShape
 from runner.rundir import Run
+from runner.spec import Token
 
 SEED = 3
 
@@ -109,7 +110,7 @@ def test_a_wrong_value_in_the_lora_file_is_found_by_its_layer(done: House, train
 
 
 def test_a_wrong_row_is_found_by_its_encoder(done: House, trained: Weights, tmp_path: Path) -> None:
-    known = tokens.placeholders([("TOK", 2, None)])
+    known = tokens.placeholders([Token(name="TOK")])
     stored = export.rounded(trained, torch.bfloat16)
     rows = load_file(done.folder / "runs" / "a" / "export" / "a_emb.safetensors")
     rows["t5"][1, 3] *= 1 + 2**-7
@@ -165,7 +166,7 @@ def test_the_original_layout_draws_the_runs_picture(done: House, monkeypatch: py
     """A trained pivotal run, its LoRA from NAME.safetensors by diffusers' own reader of such files."""
     diffusers_reads_kohya(monkeypatch, 128)
     run = done.folder / "runs" / "a"
-    known = tokens.placeholders([("TOK", 2, None)])
+    known = tokens.placeholders([Token(name="TOK")])
     exported = sample.Exported(run / "export" / "a.safetensors", run / "export" / "a_emb.safetensors", known)
     shots = [("a TOK on a white background", 0)]
     [picture] = sample.sample(BASE, exported, shots, length=32, steps=2, size=64)
@@ -366,37 +367,6 @@ def test_the_card_tells_what_to_type(done: House) -> None:
         assert f"]({picture})" in card
         with Image.open(export_folder / picture) as image:
             assert len(image.getcolors(1 << 16) or []) > 3
-
-
-@pytest.mark.parametrize("kind", ["pivotal", "lora"])
-def test_the_cards_code_works_as_pasted(done: House, house: House, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the tiny base's folder in the place of its name, which is no hub's."""
-    run = done.folder / "runs" / "a"
-    if kind == "lora":
-        spec = house.spec("b", drop="[[tokens]]", steps="steps = 1", prompts="prompts = []")
-        lines = spec.read_text().splitlines()
-        start = lines.index("[inversion]")
-        spec.write_text("\n".join(lines[:start] + lines[start + 3 :]))
-        assert house.fluxrun("queue", spec).code == 0
-        run = house.folder / "runs" / "b"
-    _, code = card_of(run)
-    assert '"builtin:tiny"' in code
-    shutil.copytree(run / "export", house.folder / "pasted")
-    monkeypatch.chdir(house.folder / "pasted")
-    places: dict[str, Any] = {}
-    exec(compile(code.replace('"builtin:tiny"', repr(str(BUILTIN["builtin:tiny"]))), "card", "exec"), places)
-    with Image.open("image.png") as image:
-        assert image.size == (64, 64)
-    assert "lora" in {
-        name.split("_")[0] for name, _ in places["pipe"].transformer.named_modules() for name in name.split(".")
-    }
-    assert ("rows" in places) == (kind == "pivotal")
-    if kind == "pivotal":
-        stored = load_file("a_emb.safetensors")
-        pipe = places["pipe"]
-        verify.loaded_embeddings(
-            pipe, Weights(rows={"clip": stored["clip_l"], "t5": stored["t5xxl"]}), ["<s0>", "<s1>"]
-        )
 
 
 @pytest.mark.parametrize(

@@ -185,6 +185,7 @@ TABLE: dict[str, tuple[Any, Probe, Any, dict[str, Any]]] = {
         "a TOK and a <s0><s1>", {"data__source": "named", **TOKENS}),
     "tokens.vectors": (3, lambda d: d.pieces, ["<s0>", "<s1>", "<s2>"], TOKENS),
     "tokens.initializer": ("red heart", first_rows, NOW, TOKENS),
+    "tokens.placeholder": ("bird", lambda d: d.pieces, ["<bird0>", "<bird1>"], TOKENS),
     "inversion.encoders": (["clip", "t5"], lambda d: learning(d.plan.training[0], "token rows"), ("clip", "t5"), TOKENS),
     "inversion.until": (0.25, spans, [("joint", 0, 2), ("lora", 2, 8)], TOKENS),
     "inversion.lr": (0.5, lambda d: settings(d, "rows", "lr"), 0.5, TOKENS),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ import torch
 from conftest import House
 from readers import comfyui_direct_changes
 from safetensors.torch import load_file, save_file
+from test_exports import card_of
 from test_layouts import CASES, CONFIG, differs, loaded_changes, made, stock, wanted_changes, written
+from test_snippets import run as snippet
 
 from runner import export, files, verify
 from runner.checkpoint import Weights, read
@@ -70,7 +73,7 @@ def test_a_file_that_needs_its_alpha_is_no_export(tmp_path: Path) -> None:
         verify.lora_file(tmp_path / "f.safetensors", export.adapter(weights, shapes), torch.float32)
 
 
-def test_a_run_whose_alphas_are_not_the_ranks(house: House) -> None:
+def test_a_run_whose_alphas_are_not_the_ranks(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     """The transformer's and CLIP's, from the command line; and what an older fluxrun exported is kept until asked for."""
     spec = house.spec(rank="rank = 4\nalpha = 1.5", drop="[[tokens]]", steps="steps = 2", prompts="prompts = []")
     lines = spec.read_text().splitlines()
@@ -90,6 +93,12 @@ def test_a_run_whose_alphas_are_not_the_ranks(house: House) -> None:
                 change = scale * (lora[f"{module}.lora_B.weight"] @ down)
                 assert float((found[prefix + module] - change).abs().max()) <= 0.02 * float(change.abs().max()), module
     assert described(file)["transformer.lora_alpha"] == described(file)["text_encoder.lora_alpha"] == 4
+
+    _, code = card_of(run)  # a card without learned words
+    pasted = shutil.copytree(run / "export", house.folder / "pasted")
+    names = snippet(code, pasted, monkeypatch)
+    assert "rows" not in names
+    assert names["image"].size == (64, 64)
 
     # as a fluxrun wrote it that left the scale to the metadata
     new = file.read_bytes()

@@ -22,6 +22,7 @@ import runner
 from runner.board import FILE, write_board
 from runner.series import History, read_history
 from runner.shots import shot_tag
+from runner.spec import Token
 from runner.thumbs import Thumbs, evenly
 
 
@@ -96,7 +97,9 @@ def test_norm_and_drift_are_a_tokens_own_and_a_mean_over_its_vectors() -> None:
     encoder = LiveEncoder("clip", torch.nn.Identity(), None, 1.0)
     encoder.first_rows = torch.tensor([[4.0, 0.0], [0.0, 4.0], [2.0, 0.0]])
     encoder.rows = torch.nn.Parameter(torch.tensor([[4.0, 3.0], [0.0, 5.0], [2.0, 0.0]]))
-    desk: Any = SimpleNamespace(plan=SimpleNamespace(placeholders=placeholders([("CAT", 2, None), ("DOG", 1, None)])))
+    desk: Any = SimpleNamespace(
+        plan=SimpleNamespace(placeholders=placeholders([Token(name="CAT"), Token(name="DOG", vectors=1)]))
+    )
     assert row_sizes(desk, {"clip": encoder}) == {
         "rows/norm CAT clip": 5.0,
         "rows/drift CAT clip": 0.5,  # 3 and 1, of a length of 4

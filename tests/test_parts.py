@@ -22,6 +22,7 @@ from runner.basefiles import BUILTIN, FLUX1, fingerprint, linear_layers, lora_la
 from runner.checkpoint import Checkpoint, Weights
 from runner.errors import BadFile, Held
 from runner.seeds import derive
+from runner.spec import Token
 
 BASE = flux.Base(BUILTIN["builtin:tiny"], None, torch.device("cpu"), torch.float32)
 
@@ -118,7 +119,7 @@ def test_a_lock_has_one_holder_and_dies_with_it(tmp_path: Path) -> None:
 
 
 def test_tokens_are_replaced_as_whole_words_longest_first() -> None:
-    known = tokens.placeholders([("TOK", 2, None), ("TOK2", 1, None)])
+    known = tokens.placeholders([Token(name="TOK"), Token(name="TOK2", vectors=1)])
     assert tokens.expand("a TOK, TOK2's TOKYO and (TOK)", known) == "a <s0><s1>, <s2>'s TOKYO and (<s0><s1>)"
     assert tokens.named("TOKYO and TOK2", known) == {"TOK2"}
     assert tokens.expand("a TOK", ()) == "a TOK"

@@ -91,7 +91,7 @@ def score_run(folder: Path, steps: int) -> dict[str, float]:
     flux.quiet()
     spec = read_spec(folder / "spec.toml")
     base = flux.Base(BUILTIN["builtin:tiny"], None, torch.device("cpu"), torch.float32)
-    known = tokens.placeholders([(token.name, token.vectors, token.initializer) for token in spec.tokens])
+    known = tokens.placeholders(spec.tokens)
     shots = [(prompt, 1000 + index) for index, prompt in enumerate(prompts("TOK"))]
     made = {}
     for name, exported in (("untuned", None), ("trained", export.exported_files(folder / "export", spec.name, known))):

@@ -112,7 +112,7 @@ def main() -> None:
     for name, path in specs.items():
         run = Run(given.runs, path.stem)
         spec = read_spec(run.spec_file)
-        known = tokens.placeholders([(token.name, token.vectors, token.initializer) for token in spec.tokens])
+        known = tokens.placeholders(spec.tokens)
         exported = export.exported_files(run.export, spec.name, known)
         found = concept_score.score_run(run.folder, 20)
         print(
