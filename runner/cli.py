@@ -419,9 +419,9 @@ def new(file: Path, command: str | None, template: str) -> None:
             text = f"#:schema ./{SCHEMA}\n" + spec_from_command(sys.stdin.read() if command == "-" else command)
         except CommandError as error:
             raise click.BadParameter(str(error), param_hint="--from-command") from None
-    from runner.files import make_folder, write_text
+    from runner.files import folder_for, write_text
 
-    make_folder(file.parent)
+    folder_for(file)
     write_text(file, text)
     write_text(file.parent / SCHEMA, schema_text())
     click.echo(f"{file}: `fluxrun plan {file}` checks it", err=True)
@@ -431,12 +431,13 @@ def new(file: Path, command: str | None, template: str) -> None:
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="A file. Default: stdout.")
 def schema(out: Path | None) -> None:
     """JSON Schema of a spec, for editors: a line `#:schema ./FILE` at a spec's top turns completion on."""
-    from runner.files import write_text
+    from runner.files import folder_for, write_text
     from runner.spec import schema_text
 
     if out is None:
         click.echo(schema_text(), nl=False)
     else:
+        folder_for(out)
         write_text(out, schema_text())
 
 

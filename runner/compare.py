@@ -140,7 +140,7 @@ def write_sheet(runs: Path, names: Sequence[str], out: Path) -> None:
     rows = [(f"{prompt} (seed {seed})", [_opened(one[prompt, seed]) for one in drawn]) for prompt, seed in shared]
     buffer = io.BytesIO()
     sheet(rows, short_labels([run.name for run in chosen])).save(buffer, "PNG")
-    files.make_folder(out.parent)
+    files.folder_for(out)
     files.write_bytes(out, [buffer.getvalue()])
 
 

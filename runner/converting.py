@@ -40,10 +40,10 @@ def convert(file: Path, to: str, out: Path | None, *, leave_out: bool = False) -
     except BadFile as error:
         raise BadFile(f"{file}: {error}") from error
     _refuse(file, found, leave_out)
-    files.make_folder(out.parent)
+    files.folder_for(out)
     aside = out.with_name(f".{out.name}.{os.getpid()}{files.ASIDE}")
     try:
-        error = _write(aside, out.name, found.adapter, to, header)
+        largest = _write(aside, out.name, found.adapter, to, header)
         files.DISK.rename(aside, out)
     finally:
         aside.unlink(missing_ok=True)
@@ -51,7 +51,7 @@ def convert(file: Path, to: str, out: Path | None, *, leave_out: bool = False) -
     notes = [f"left out: {found.told()}"] if found.left_out else []
     if found.zeros:
         notes.append(f"left out: zeros, which change nothing ({foreign_layouts.some(found.zeros)})")
-    return Converted(out, error, tuple(notes))
+    return Converted(out, largest, tuple(notes))
 
 
 def _refuse(file: Path, found: Contents, leave_out: bool) -> None:

@@ -6,6 +6,7 @@ so that a test can log them, let one fail, or die between two.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import io
@@ -20,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from runner.errors import BadFile, Held, disk_trouble
+from runner.errors import BadFile, FluxrunError, Held, disk_trouble
 
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
 ASIDE = ".partial"  # a stale side file is overwritten or swept, never trusted
@@ -144,6 +145,17 @@ def make_folder(path: Path) -> Path:
     for folder in reversed(missing):
         DISK.sync_folder(folder.parent)
     return path
+
+
+def folder_for(path: Path) -> Path:
+    """The folder of an output that a user named, made where it is not there. Raises FluxrunError where it cannot be."""
+    try:
+        folder = make_folder(path.parent)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+    except OSError as error:
+        raise FluxrunError(f"{path}: cannot be written ({error.filename}: {error.strerror}); name another") from error
+    return folder
 
 
 def tensors_digest(tensors: Mapping[str, Raw], metadata: Mapping[str, str]) -> str:

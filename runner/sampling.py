@@ -39,6 +39,8 @@ def sample_runs(
     FluxrunError where a run has no exports or there is no prompt.
     """
     found = [_exported(Run(runs, name)) for name in dict.fromkeys(names)]
+    if out is not None:
+        files.folder_for(out / SHEET)  # before minutes of drawing, not after
     spec = found[0][1]
     chosen = tuple(prompts) or spec.validation.prompts
     if not chosen:

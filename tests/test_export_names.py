@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import House
+from conftest import House, desk_of
+from safetensors.torch import load_file
 from test_exports import card_of
 from test_snippets import difference, run
 
@@ -68,7 +69,7 @@ def test_every_run_of_a_sweep_has_file_names_of_its_own() -> None:
     assert file_stem("v1_5") == "v1_5"
 
 
-def test_a_sweeps_run_with_a_word_of_its_own(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sweeps_run_with_a_word_of_its_own(house: House, done: House, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = house.spec(name='name = "TOK"\nplaceholder = "bird"', steps="steps = 2")
     spec.write_text(spec.read_text() + '[sweep]\n"train.lr" = [0.0005]\n')
     said = house.fluxrun("queue", spec)
@@ -91,8 +92,22 @@ def test_a_sweeps_run_with_a_word_of_its_own(house: House, monkeypatch: pytest.M
     assert "`<bird0><bird1>` is what the training captions call TOK" in card
     assert "<s0>" not in card
     pasted = shutil.copytree(folder / "export", house.folder / "pasted")
-    run(code, pasted, monkeypatch)
+    names = run(code, pasted, monkeypatch)
     assert difference(pasted / "image.png", pasted / "samples" / "0.png") <= 1
+
+    # beside another run's, whose word is <s0><s1>
+    pipe, other = names["pipe"], done.folder / "runs" / "a" / "export"
+    pipe.load_lora_weights(str(other), weight_name="pytorch_lora_weights.safetensors", adapter_name="other")
+    [first] = set(pipe.transformer.peft_config) - {"other"}
+    rows = load_file(other / "a_emb.safetensors")
+    for key, suffix in (("clip_l", ""), ("t5", "_2")):
+        encoder, tokenizer = getattr(pipe, f"text_encoder{suffix}"), getattr(pipe, f"tokenizer{suffix}")
+        pipe.load_textual_inversion(rows[key], token=["<s0>", "<s1>"], text_encoder=encoder, tokenizer=tokenizer)
+        ids = tokenizer("a <bird0><bird1> beside a <s0><s1>").input_ids
+        new = [tokenizer.convert_ids_to_tokens(one) for one in ids if one >= len(tokenizer) - 4]
+        assert new == ["<bird0>", "<bird1>", "<s0>", "<s1>"]
+    pipe.set_adapters([first, "other"], [0.8, 0.8])
+    assert set(pipe.get_active_adapters()) == {first, "other"}
 
     # as an older fluxrun named the files: the run is done, and its embeddings are found
     old = "a-train.lr=0.0005"
@@ -127,8 +142,6 @@ def planned(house: House, spec: Path) -> dict[str, str]:
 
 
 def test_a_placeholder_is_in_the_key_only_where_it_is_set(house: House) -> None:
-    from conftest import desk_of
-
     plain = desk_of(house.spec("a")).plan
     own = desk_of(house.spec("a", name='name = "TOK"\nplaceholder = "bird"')).plan
     assert own.training_key != plain.training_key

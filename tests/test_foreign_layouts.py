@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -265,6 +266,29 @@ def test_a_file_that_does_not_read_back_is_not_left_there(
     assert "old.safetensors: transformer_blocks.1.attn.to_q changes its layer otherwise than was trained" in said.err
     assert (house.folder / "old.safetensors").read_bytes() == b"an earlier one"
     assert left_in(house.folder) == {"x.safetensors", "old.safetensors"}
+
+
+def test_an_output_that_cannot_be_written_is_one_line(done: House, tmp_path: Path) -> None:
+    """Of every command with an output that is named: one line, nothing written."""
+    (tmp_path / "file").write_text("in the way")
+    save_file(named(f"transformer.{ATTENTION[0]}", PEFT, Q), tmp_path / "x.safetensors")
+    out = tmp_path / "file" / "out"
+    for command in (
+        ("convert", tmp_path / "x.safetensors", "--to", "kohya", "--out", out),
+        ("schema", "--out", out),
+        ("new", out),
+        ("sample", "a", "--out", out),
+    ):
+        said = done.fluxrun(*command)
+        assert said.code == 1
+        told = out / "sample-sheet.png" if command[0] == "sample" else out
+        assert re.fullmatch(rf"fluxrun: {re.escape(str(told))}: cannot be written \(.*\); name another\n", said.err), (
+            command
+        )
+    assert (tmp_path / "file").read_text() == "in the way"
+    said = done.fluxrun("schema", "--out", tmp_path / "new" / "folder" / "s.json")
+    assert said.code == 0
+    assert (tmp_path / "new" / "folder" / "s.json").is_file()
 
 
 def test_nothing_of_a_lora_goes_unread(tmp_path: Path) -> None:

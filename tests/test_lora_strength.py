@@ -45,7 +45,10 @@ def test_readers_with_and_without_metadata_get_the_same_change(
     assert direct.keys() == loaded.keys() == wanted.keys()
     assert differs(direct, loaded) < 1e-6
     error = verify.lora_file(file, export.adapter(weights, shapes), dtype)
-    assert differs(direct, wanted) == pytest.approx(error, rel=1e-3, abs=1e-7)  # the fold's rounding is in what is told
+    assert differs(direct, wanted) == pytest.approx(
+        error, rel=1e-3, abs=1e-7
+    )  # the fold's rounding is in what is told,
+    assert error > 0 or case != "all, odd alpha"  # in fp32 too
     ranks = {
         prefix: shape.rank
         for prefix, shape in (("transformer", shapes.lora), ("text_encoder", shapes.text_lora))

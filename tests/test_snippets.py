@@ -38,12 +38,6 @@ def difference(one: Path, other: Path) -> int:
         return int(np.abs(np.asarray(a).astype(int) - np.asarray(b).astype(int)).max())
 
 
-def roughness(file: Path) -> float:
-    """The mean step from a pixel to the next, of 255: noise has 40 and more, a picture of the base's world below 10."""
-    with Image.open(file) as image:
-        return float(np.abs(np.diff(np.asarray(image.convert("RGB")).astype(int), axis=1)).mean())
-
-
 def test_a_cards_code_draws_the_cards_first_picture(
     done: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -69,16 +63,21 @@ def after_the_quickstart(done: House, tmp_path: Path) -> Path:
 DRAWING = [block for page in ("README.md", "docs/exports.md") for block in blocks(PROJECT / page, "python")]
 
 
+@pytest.fixture(scope="module")
+def wanted(done: House) -> Path:
+    """What the pages' code shall draw."""
+    prompt = "a TOK on a mint background on the left"
+    said = done.fluxrun("sample", "a", "--prompt", prompt, "--seed", "0", "--steps", "20", "--out", "wanted")
+    assert said.code == 0, said.err
+    return done.folder / said.out.strip()
+
+
 @pytest.mark.parametrize("block", DRAWING, ids=str)
-def test_a_pages_code_draws_a_picture(
-    block: Block, after_the_quickstart: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_pages_code_draws_what_was_learned(
+    block: Block, wanted: Path, after_the_quickstart: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names = run(block.text, after_the_quickstart, monkeypatch)
-    [picture] = after_the_quickstart.glob("*.png")
-    with Image.open(picture) as image:
-        assert image.size == (64, 64)
-    assert roughness(picture) < 10
-    assert names["pipe"].transformer.peft_config
+    run(block.text, after_the_quickstart, monkeypatch)
+    assert difference(after_the_quickstart / "creature.png", wanted) <= 1
 
 
 def test_both_pages_show_how_to_draw() -> None:
