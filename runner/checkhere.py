@@ -164,7 +164,7 @@ def _on_gpus(seen: Seen, plan: Plan, gpus: Sequence[Gpu], numbers: Mapping[str, 
         yield at(
             seen.source, "warning", "model.base",
             f"phase {need.likely_phase} needs about {size(need.likely)}, margin included, and {has}; "
-            f"{_smaller(spec, plan, need, gpu)}; `fluxrun check --step` measures it",
+            f"{_smaller(spec, plan, need, gpu)}; `fluxrun check SPEC --step` measures it",
         )  # fmt: skip
     if spec.model.dtype in (None, "bf16") and gpu.capability is not None and gpu.capability < 8:
         yield at(

@@ -16,6 +16,7 @@ from PIL import Image
 from runner import device, files
 from runner.board import write_session
 from runner.checkpoint import Checkpoint
+from runner.commandline import command
 from runner.deliver import Delivered, sample_file
 from runner.plan import Inversion, Joint, Lora, Phase, Plan
 from runner.preview import Look
@@ -206,7 +207,7 @@ class Clerk:
     def finish(self, delivered: Delivered) -> None:
         more = export_facts(self.run, delivered)
         if self.spec.hub.push:  # true until the push is through, also if this process ends before it
-            more["warning"] = f"not pushed yet; `fluxrun export {self.run.name} --push` does it"
+            more["warning"] = f"not pushed yet; `{command('export', self.run.name, '--push', runs=self.run.runs)}` does it"
         self.run.fence()
         self.sum_up()
         self.run.write_state("done", **self.facts(), finished=time.time(), **more)

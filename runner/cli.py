@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from runner.commandline import command as typed
 from runner.complete import run_names
 from runner.errors import Code, Fault, FluxrunError, SpecError
 
@@ -424,7 +425,7 @@ def new(file: Path, command: str | None, template: str) -> None:
     folder_for(file)
     write_text(file, text)
     write_text(file.parent / SCHEMA, schema_text())
-    click.echo(f"{file}: `fluxrun plan {file}` checks it", err=True)
+    click.echo(f"{file}: `{typed('plan', file)}` checks it", err=True)
 
 
 @main.command()

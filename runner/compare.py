@@ -9,6 +9,7 @@ from typing import Any
 
 from runner import files
 from runner.clock import clock
+from runner.commandline import command
 from runner.errors import FluxrunError
 from runner.index import Record, comparable, differing, record_of, short_labels
 from runner.rundir import Run, find_runs
@@ -42,7 +43,7 @@ def _chosen(runs: Path, names: Sequence[str]) -> list[Run]:
     known = {run.name: run for run in find_runs(runs)}
     wanted = list(dict.fromkeys(name.strip("/") for name in names))
     if unknown := [name for name in wanted if name not in known]:
-        raise FluxrunError(f"no such run in {runs}: {', '.join(unknown)}; `fluxrun results` lists them")
+        raise FluxrunError(f"no such run in {runs}: {', '.join(unknown)}; `{command('results', runs=runs)}` lists them")
     if len(wanted) < 2:
         raise FluxrunError(f"comparing takes two runs or more (found {', '.join(wanted)})")
     return [known[name] for name in wanted]

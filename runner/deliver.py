@@ -18,6 +18,7 @@ from runner.basefiles import licence, transformer_config
 from runner.cache import Cache
 from runner.card import CURVE, model_card
 from runner.checkpoint import Checkpoint, Weights
+from runner.commandline import command
 from runner.curve import draw_curve
 from runner.device import DTYPES, release
 from runner.encode import frozen_t5, text_lora_shape
@@ -218,6 +219,7 @@ def push(order: Order) -> None:
     if wrong is None:
         order.run.amend(warning=None)
         return
-    warning = f"not pushed to {repo} ({wrong}); `fluxrun export {order.spec.name} --push` tries again"
+    again = command("export", order.spec.name, "--push", runs=order.run.runs)
+    warning = f"not pushed to {repo} ({wrong}); `{again}` tries again"
     order.say.line(f"warning: {warning}")
     order.run.amend(warning=warning)

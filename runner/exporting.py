@@ -7,6 +7,7 @@ from pathlib import Path
 from runner import checkpoint, flux
 from runner.checkpoint import Checkpoint
 from runner.clerk import export_facts
+from runner.commandline import command
 from runner.deliver import Order, deliver, push
 from runner.desk import open_base_of
 from runner.errors import BadFile, FluxrunError
@@ -23,7 +24,7 @@ def export_run(runs: Path, name: str, step: int | None, *, gpus: str | None, pus
     what it is. Raises FluxrunError where there is no such checkpoint, Held while another process works on the run."""
     run = Run(runs, name)
     if not run.spec_file.is_file():
-        raise FluxrunError(f"{run.folder}: no such run; `fluxrun status` names those there are")
+        raise FluxrunError(f"{run.folder}: no such run; `{command('status', runs=runs)}` names those there are")
     run.refuse_if_held()
     with run.locked(), StopRequest() as stop:
         run.attempt = run.lease().attempt  # no attempt of its own: it trains nothing
@@ -54,4 +55,5 @@ def _checkpoint(run: Run, step: int | None, say: Say) -> Checkpoint:
             return checkpoint.read(path)
         except BadFile as error:
             say.line(f"{error}; taking the checkpoint before it")
-    raise FluxrunError(f"{run.checkpoints}: no checkpoint to export; `fluxrun status` tells how far the run is")
+    ask = command("status", runs=run.runs)
+    raise FluxrunError(f"{run.checkpoints}: no checkpoint to export; `{ask}` tells how far the run is")

@@ -201,7 +201,7 @@ def _launch(draft: Draft, words: list[str]) -> None:
         elif name == "dynamo_backend":
             draft.values["model.compile"] = value.lower() != "no"
         elif name in ("gpu_ids", "cpu"):
-            draft.notes.append((f"accelerate --{name}", "choose devices when queueing: fluxrun queue --gpus"))
+            draft.notes.append((f"accelerate --{name}", "choose devices when queueing: `fluxrun queue SPEC --gpus 0,1`"))
         else:
             draft.notes.append((f"accelerate --{name}", "fluxrun starts its own processes"))
 
@@ -403,7 +403,7 @@ def _written(draft: Draft, script: str) -> str:
         table, _, name = key.rpartition(".")
         if key != "tokens":
             tables.setdefault(table, []).append(toml_value(name, value))
-    lines = [f"# From a command line of {script.rsplit('/', 1)[-1]}, by `fluxrun new --from-command`."]
+    lines = [f"# From a command line of {script.rsplit('/', 1)[-1]}, by `fluxrun new FILE --from-command COMMAND`."]
     lines += [f"# {flag}: {reason}." for flag, reason in draft.notes]
     lines += ["", *tables.pop("")]
     for table in sorted(tables, key=ORDER.index):

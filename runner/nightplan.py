@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from runner.clock import clock
+from runner.commandline import command
 from runner.finding import size
 from runner.fitting import lines
 from runner.pace import Time
@@ -101,14 +102,16 @@ def _sum(jobs: Sequence[Job], times: Sequence[Time], now: float) -> Iterator[Tex
     todo = [job for job, own in zip(jobs, times, strict=True) if own.left]
     disk = sum(job.plan.disk_bytes for job in todo)
     said = Text(f"{_count(len(jobs), 'run')}, {len(todo)} to do: {left} steps, about {size(disk)}", style="bold")
-    unknown = [job.plan.name for job, own in zip(jobs, times, strict=True) if own.seconds is None]
+    unknown = [job for job, own in zip(jobs, times, strict=True) if own.seconds is None]
     if not todo:
         yield said
     elif unknown:
         yield said.append("; when it ends is unknown", style="bold")
+        names = [job.plan.name for job in unknown]
+        measure = command("check", *dict.fromkeys(job.file for job in unknown[:3]), "--step")
         yield Text(
             "? no earlier run on this machine has the same base and size, so the time of a step is not known "
-            f"({', '.join(unknown[:3])}{', ...' if len(unknown) > 3 else ''}); `fluxrun check --step` measures it",
+            f"({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}); `{measure}` measures it",
             style="dim",
         )
     else:

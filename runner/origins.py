@@ -1,4 +1,4 @@
-"""A resolved spec as TOML that says behind each key where its value came from. No torch."""
+"""A resolved spec as TOML that says behind each key where its value came from, and that read again. No torch."""
 
 from __future__ import annotations
 
@@ -25,6 +25,20 @@ def annotated(tables: Mapping[str, Any], origin: Callable[[str], str]) -> str:
             said = origin(".".join(map(str, where)))
             lines[number - 1] += "  # " + "".join(c if c.isprintable() else "?" for c in said)
     return "\n".join(lines)
+
+
+KINDS = ("default", "set in ", "extended from ", "sweep in ")
+
+
+def read_origins(text: str) -> dict[str, str]:
+    """The origins in what `annotated` wrote, by dotted key; a line that was written by hand since has none."""
+    lines = text.split("\n")
+    found = {}
+    for where, number in key_lines(text).items():
+        _, mark, said = lines[number - 1].rpartition("  # ")
+        if mark and said.startswith(KINDS):
+            found[".".join(map(str, where))] = said
+    return found
 
 
 def _tables(value: list[Any]) -> bool:

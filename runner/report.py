@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,6 +19,7 @@ from urllib.parse import quote
 
 from runner import files
 from runner.clock import clock
+from runner.commandline import command
 from runner.index import Record, comparable, record_of, short_labels, telling
 from runner.rundir import Run, find_runs
 from runner.series import Series, read_history
@@ -271,19 +271,21 @@ def _details(one: Folder, runs: Path) -> dict[str, Any]:
 
 
 def _commands(one: Folder, runs: Path) -> list[tuple[str, str]]:
-    """(what for, what to type) in the folder that fluxrun is typed in."""
+    """(what for, what to type) in the folder that fluxrun is typed in. A folder moved aside by --fresh has the spec of a run
+    of another name, which is what its commands would be about: it gets none of them."""
     run, record = one.run, one.record
-    where = [] if runs == Path("runs") else ["--runs", str(runs)]
     out = []
-    if record.state != "done":
-        out.append(("go on", ["queue", str(run.spec_file), *where]))
-    if record.exports:
-        prompts = record.spec.get("validate.prompts") or ["..."]
-        out.append(("more pictures", ["sample", run.name, "--prompt", str(prompts[0]), "--count", "4", *where]))
-    if record.steps and run.checkpoint_files():
-        out.append(("export again", ["export", run.name, *where]))
-    out.append(("watch in TensorBoard", ["board", *where]))
-    return [(what, shlex.join(["fluxrun", *words])) for what, words in out]
+    if not run.moved_aside():
+        if record.state != "done":
+            allow = ["--allow-commands"] if record.spec.get("notify.command") else []
+            out.append(("go on", ["queue", str(run.spec_file), *allow]))
+        if record.exports:
+            prompts = record.spec.get("validate.prompts") or ["..."]
+            out.append(("more pictures", ["sample", run.name, "--prompt", str(prompts[0]), "--count", "4"]))
+        if record.steps and run.checkpoint_files():
+            out.append(("export again", ["export", run.name]))
+    out.append(("watch in TensorBoard", ["board"]))
+    return [(what, command(*words, runs=runs)) for what, words in out]
 
 
 def _last_lines(path: Path) -> list[str]:

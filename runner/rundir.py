@@ -17,11 +17,11 @@ from runner.origins import annotated
 from runner.plan import NOT_IN_KEY, OPEN_ENDED, RECOMPUTING, SPAN_KEYS, Plan, as_json
 from runner.processes import Process
 from runner.spec import Spec, dump
+from runner.specload import VERSION_TABLE
 from runner.statefile import PROGRESS, is_number, is_text, read_json, read_state, writable
 from runner.stepfiles import steps_in
 
 FORMAT = 1  # of state.json, plan.json and lease.json; older ones are read as long as they can be
-VERSION_TABLE = "fluxrun"
 FOREIGN_PATIENCE = 600.0  # seconds without a heartbeat after which another host's process is taken for dead
 
 
@@ -323,6 +323,13 @@ class Run:
             self.folder.rename(target)
         files.DISK.sync_folder(target.parent)
         return target
+
+    def moved_aside(self) -> bool:
+        """Whether the folder is named otherwise than the run whose spec it holds, as `put_aside` leaves it."""
+        try:
+            return _spec_tables(self.spec_file).get("name", self.name) != self.name
+        except (OSError, ValueError, RecursionError):
+            return False
 
     def checkpoint_files(self) -> list[tuple[int, Path]]:
         """(step, file), newest first."""

@@ -10,6 +10,7 @@ from PIL import Image
 
 from runner import device, export, files, flux, sample, tokens
 from runner.cache import Cache
+from runner.commandline import command
 from runner.desk import open_base_of
 from runner.errors import FluxrunError
 from runner.exportnames import file_stem
@@ -67,7 +68,8 @@ def sample_runs(
 
 def _exported(run: Run) -> tuple[Run, Spec]:
     if not run.export.is_dir():
-        raise FluxrunError(f"{run.export}: no exports; `fluxrun status` tells how far the run is")
+        ask = command("status", runs=run.runs)
+        raise FluxrunError(f"{run.export}: no exports; `{ask}` tells how far the run is")
     return run, read_spec(run.spec_file)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from runner.attention import HALF
-from runner.spec import Spec
+from runner.spec import Inversion, Spec
 from runner.specfaults import show
 
 SECRET_KEYS = {"token", "hf_token", "hub_token", "api_key", "apikey", "password", "secret"}
@@ -44,6 +44,19 @@ def fill_defaults(tables: Mapping[str, Any]) -> dict[str, Any]:
         if not out.get(name) and name not in tables:
             out.pop(name, None)  # a required table that is not there is one fault, not its keys'
     return out
+
+
+def drop_unused_inversion(tables: dict[str, Any]) -> None:
+    """Take [inversion] out of a spec that fluxrun wrote where no token learns: a resolved spec states every default, also of
+    what does not apply. Choices that a user made there stay, to be refused; `lr` and `until` were filled in from other keys.
+    """
+    told = tables.get("inversion")
+    if tables.get("tokens") or not isinstance(told, dict):
+        return
+    chosen = {key: value for key, value in told.items() if key not in ("lr", "until")}
+    default = Inversion().model_dump(mode="json", exclude_none=True)
+    if all(default.get(key) == value for key, value in chosen.items()):
+        del tables["inversion"]
 
 
 def _float(value: Any) -> Any:

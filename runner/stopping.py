@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 
 from runner import files
+from runner.commandline import command
 from runner.errors import FluxrunError
 from runner.rundir import Run, find_runs
 
@@ -16,7 +17,8 @@ def stop_run(runs: Path, name: str) -> str:
     run = Run(runs, name)
     holder = run.holder() if run.folder.is_dir() else None
     if holder is None:
-        raise FluxrunError(f"{run.folder}: nothing is working on it; `fluxrun status` tells what each run is doing")
+        ask = command("status", runs=runs)
+        raise FluxrunError(f"{run.folder}: nothing is working on it; `{ask}` tells what each run is doing")
     if not holder.here:
         raise FluxrunError(f"{run.folder}: process {holder.pid} on {holder.host} works on it; stop it there")
     trainer = files.lock_holder(run.lock_file)
