@@ -207,7 +207,9 @@ class Clerk:
     def finish(self, delivered: Delivered) -> None:
         more = export_facts(self.run, delivered)
         if self.spec.hub.push:  # true until the push is through, also if this process ends before it
-            more["warning"] = f"not pushed yet; `{command('export', self.run.name, '--push', runs=self.run.runs)}` does it"
+            more["warning"] = (
+                f"not pushed yet; `{command('export', self.run.name, '--push', runs=self.run.runs)}` does it"
+            )
         self.run.fence()
         self.sum_up()
         self.run.write_state("done", **self.facts(), finished=time.time(), **more)

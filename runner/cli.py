@@ -400,31 +400,42 @@ def board(runs: Path, port: int) -> None:
     help="A command line of train_dreambooth_lora_flux_advanced.py, or - for stdin.",
 )
 @click.option(
-    "--template",
-    type=click.Choice(["pivotal", "lora", "inversion"]),
-    default="pivotal",
-    show_default=True,
-    help="What it trains.",
+    "--template", type=click.Choice(["pivotal", "lora", "inversion"]), help="What it trains. Default: pivotal."
 )
-def new(file: Path, command: str | None, template: str) -> None:
+@click.option("--short", is_flag=True, help="Only the keys that people change most.")
+@click.option(
+    "--card", metavar="GIB|auto", help="Set what makes it fit a card of so much memory, or the one that is here."
+)
+@click.option(
+    "--pictures",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="A folder: source, captions, resolution and buckets as it has them.",
+)
+def new(
+    file: Path, command: str | None, template: str | None, short: bool, card: str | None, pictures: Path | None
+) -> None:
     """Write a commented spec; FILE must not exist yet. Its schema, for editors, is put beside it."""
-    from runner.migrate import CommandError, spec_from_command
-    from runner.newspec import SCHEMA, commented_spec
+    from runner.newfile import Wish, new_file
+    from runner.newspec import SCHEMA, NewError
     from runner.spec import schema_text
 
     if file.exists():
         raise click.BadParameter(f"{file} exists; name another file", param_hint="FILE")
-    text = commented_spec(template)
-    if command is not None:
-        try:
-            text = f"#:schema ./{SCHEMA}\n" + spec_from_command(sys.stdin.read() if command == "-" else command)
-        except CommandError as error:
-            raise click.BadParameter(str(error), param_hint="--from-command") from None
+    others = [name for name, given in (("--template", template), ("--short", short), ("--pictures", pictures)) if given]
+    if command is not None and others:
+        raise click.UsageError(f"--from-command does not go with {', '.join(others)}: the command says what it trains")
+    text = sys.stdin.read() if command == "-" else command
+    try:
+        made = new_file(Wish(file, template or "pivotal", text, short, card, pictures))
+    except NewError as error:
+        raise click.BadParameter(str(error), param_hint=error.option) from None
     from runner.files import folder_for, write_text
 
     folder_for(file)
-    write_text(file, text)
+    write_text(file, made.text)
     write_text(file.parent / SCHEMA, schema_text())
+    for note in made.notes:
+        click.echo(f"{file}: {note}", err=True)
     click.echo(f"{file}: `{typed('plan', file)}` checks it", err=True)
 
 

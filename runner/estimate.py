@@ -39,6 +39,7 @@ CPU_WORKSPACE, CPU_TRAINED = 26 << 20, 47 << 20
 # What a card must have beside it: CUDA's context and kernels, and what torch's allocator cannot fill of its blocks.
 CONTEXT, FRAGMENTS = 0.75 * 2**30, 0.05
 HEAP = 0.6  # on a CPU glibc's heap keeps holes: of the activations without checkpointing, up to a half; measured
+TABLES = {"validation": "validate"}  # as a spec calls them
 CARDS = (8, 12, 16, 24, 40, 80)  # GB, as sold
 
 
@@ -63,10 +64,11 @@ class Memory:
 
 @dataclass(frozen=True)
 class Change:
-    """Keys of a spec set otherwise, and what its largest phase then needs of a card."""
+    """Keys of a spec set otherwise, as text and as values by dotted key, and what its largest phase then needs of a card."""
 
     keys: tuple[str, ...]
     needs: int
+    values: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -312,12 +314,17 @@ def fit(spec: Spec, plan: Plan, shapes: Shapes) -> Fit:
 def ways(spec: Spec, plan: Plan, shapes: Shapes) -> Iterator[Change]:
     """To need less, the cheapest first, each with all those before it."""
     keys: dict[str, str] = {}
+    values: dict[str, Any] = {}
     for text, update in _changes(spec):
+        values |= {
+            f"{TABLES.get(table, table)}.{key}": value for table, own in update.items() for key, value in own.items()
+        }
         spec, plan = _set(spec, update), _replanned(plan, update)
         keys[text.split(" =")[0]] = text  # int8 gives way to nf4
         if text.startswith("model.gradient"):
             keys.pop("inversion.gradient_checkpointing", None)  # which goes without saying then
-        yield Change(tuple(keys.values()), _largest(spec, plan, shapes)[1])
+        told = {key: value for key, value in values.items() if value is not None}
+        yield Change(tuple(keys.values()), _largest(spec, plan, shapes)[1], told)
 
 
 def _largest(spec: Spec, plan: Plan, shapes: Shapes) -> tuple[str, int]:

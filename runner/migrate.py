@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from runner.newspec import toml_value
+from runner.newspec import DEFAULT_BASE, toml_value
 
 Number = TypeVar("Number", int, float)
 
@@ -84,19 +84,26 @@ class CommandError(Exception):
 
 @dataclass
 class Draft:
-    """The spec to be: values by dotted key, and what could not be carried over, as (flag, reason)."""
+    """The spec to be, of a command line of `script`: values by dotted key, and what could not be carried over, as (flag,
+    reason)."""
 
+    script: str
     values: dict[str, Any] = field(default_factory=dict)
     notes: list[tuple[str, str]] = field(default_factory=list)
 
 
 def spec_from_command(command: str, environment: Mapping[str, str] | None = None) -> str:
     """TOML text. Raises CommandError for what is no such command line, with every unknown flag."""
+    return written(draft_of(command, environment))
+
+
+def draft_of(command: str, environment: Mapping[str, str] | None = None) -> Draft:
+    """Raises CommandError."""
     launch, script, flags = _split(_words(command, os.environ if environment is None else environment))
-    draft = Draft()
+    draft = Draft(script)
     _launch(draft, launch)
     _flags(draft, flags)
-    return _written(draft, script)
+    return draft
 
 
 # ---- reading -------------------------------------------------------------------------------------------------------
@@ -201,7 +208,9 @@ def _launch(draft: Draft, words: list[str]) -> None:
         elif name == "dynamo_backend":
             draft.values["model.compile"] = value.lower() != "no"
         elif name in ("gpu_ids", "cpu"):
-            draft.notes.append((f"accelerate --{name}", "choose devices when queueing: `fluxrun queue SPEC --gpus 0,1`"))
+            draft.notes.append(
+                (f"accelerate --{name}", "choose devices when queueing: `fluxrun queue SPEC --gpus 0,1`")
+            )
         else:
             draft.notes.append((f"accelerate --{name}", "fluxrun starts its own processes"))
 
@@ -216,7 +225,12 @@ def _flags(draft: Draft, given: Mapping[str, str]) -> None:
         if name in given:
             draft.notes.append((f"--{name}", reason))
     folder = given.get("output_dir", "flux-dreambooth-lora").rstrip("/").split("/")[-1]
-    values["name"] = re.sub(r"[^A-Za-z0-9._=,+-]+", "-", folder)
+    values["name"] = run_name(folder)
+    if "model.base" not in values:
+        values["model.base"] = DEFAULT_BASE
+        draft.notes.append(
+            ("--pretrained_model_name_or_path", f"not given, though the script wants it; {DEFAULT_BASE} is taken")
+        )
     _data(draft, given)
     _text(draft, given)
     _layers(draft, given)
@@ -224,6 +238,11 @@ def _flags(draft: Draft, given: Mapping[str, str]) -> None:
     _optimizer(draft, given)
     _schedule(draft, given)
     _rest(draft, given)
+
+
+def run_name(text: str) -> str:
+    """A run's name made of a file's or a folder's."""
+    return re.sub(r"[^A-Za-z0-9._=,+-]+", "-", text).strip(".=,+-") or "my-lora"
 
 
 def _typed(name: str, text: str, kind: type) -> Any:
@@ -252,9 +271,11 @@ def _data(draft: Draft, given: Mapping[str, str]) -> None:
         )
     if "with_prior_preservation" not in given:
         return
+    if not given.get("class_prompt"):
+        raise CommandError("--with_prior_preservation wants a --class_prompt, as in the script; add it")
     values = {
         "prior.images": given.get("class_data_dir", "class-images"),
-        "prior.prompt": given.get("class_prompt", ""),
+        "prior.prompt": given["class_prompt"],
         "prior.count": _number(given, "num_class_images", 100),
         "prior.weight": _number(given, "prior_loss_weight", 1.0),
         "prior.batch_size": _number(given, "sample_batch_size", 4),
@@ -359,7 +380,13 @@ def _schedule(draft: Draft, given: Mapping[str, str]) -> None:
     name = given.get("lr_scheduler", "constant")
     warmup = _number(given, "lr_warmup_steps", 500)
     if name != "constant":
-        draft.values["schedule.warmup"] = warmup
+        steps = draft.values.get("train.steps", warmup)
+        draft.values["schedule.warmup"] = min(warmup, steps)
+        if warmup > steps:
+            told = f"{warmup}, the script's default," if "lr_warmup_steps" not in given else warmup
+            draft.notes.append(
+                ("--lr_warmup_steps", f"{told} is longer than the run; schedule.warmup is its {steps} steps")
+            )
     elif warmup and "lr_warmup_steps" in given:
         draft.notes.append(("--lr_warmup_steps", "the constant schedule has no warm-up; use constant_with_warmup"))
     if name == "cosine_with_restarts":
@@ -397,7 +424,9 @@ def _rest(draft: Draft, given: Mapping[str, str]) -> None:
 # ---- writing -------------------------------------------------------------------------------------------------------
 
 
-def _written(draft: Draft, script: str) -> str:
+def written(draft: Draft) -> str:
+    """TOML text."""
+    script = draft.script
     tables: dict[str, list[str]] = {"": []}
     for key, value in draft.values.items():
         table, _, name = key.rpartition(".")

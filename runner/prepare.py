@@ -30,7 +30,7 @@ from runner.plan import Facts, Plan, PlanError, make_plan
 from runner.rundir import WAYS_OUT, Run, Verdict
 from runner.sources import COLUMNAR, Source
 from runner.spec import Spec
-from runner.specload import Loaded, load_all, path_at, touches
+from runner.specload import Loaded, load_all, load_text, path_at, touches
 from runner.specload import Source as SpecSource
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -156,6 +156,11 @@ def _absolute(loaded: Loaded) -> Spec:
         images = path_at(spec.prior.images, source, "prior.images")
         update["prior"] = spec.prior.model_copy(update={"images": str(images)})
     return spec.model_copy(update=update)
+
+
+def drafted(text: str, file: Path) -> Spec:
+    """The spec that `text` would be as `file`, with absolute paths. Raises SpecError with every fault."""
+    return _absolute(load_text(text, file))
 
 
 def plan_of(spec: Spec, pictures: Pictures | None) -> Plan:

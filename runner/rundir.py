@@ -327,7 +327,7 @@ class Run:
     def moved_aside(self) -> bool:
         """Whether the folder is named otherwise than the run whose spec it holds, as `put_aside` leaves it."""
         try:
-            return _spec_tables(self.spec_file).get("name", self.name) != self.name
+            return bool(_spec_tables(self.spec_file).get("name", self.name) != self.name)
         except (OSError, ValueError, RecursionError):
             return False
 

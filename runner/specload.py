@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import re
+import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from runner.origins import read_origins
 from runner.spec import Spec
 from runner.specfaults import Where, explain, show
 from runner.specrules import broken_rules, drop_unused_inversion, fill_defaults, secrets
+from runner.tomllines import key_lines
 
 VERSION_TABLE = "fluxrun"  # in the specs that fluxrun itself writes into run folders
 
@@ -96,6 +98,19 @@ def load_all(paths: Sequence[Path]) -> tuple[list[Loaded], list[Fault]]:
                 loaded.append(one)
     faults += _same_names(loaded)
     return loaded, list(dict.fromkeys(faults))
+
+
+def load_text(text: str, file: Path) -> Loaded:
+    """The spec that `text` would be as `file`, its [sweep] aside. Raises SpecError with every fault."""
+    tables = tomllib.loads(text)
+    faults: list[Fault] = []
+    tables.pop("sweep", None)
+    tables.setdefault("name", file.stem)
+    places = {where: (file, line) for where, line in key_lines(text).items()}
+    loaded = _build(tables, Source(file, places), faults)
+    if faults or loaded is None:
+        raise SpecError(faults)
+    return loaded
 
 
 def path_at(text: str, source: Source, key: str) -> Path:

@@ -322,7 +322,9 @@ def test_too_little_for_the_estimate_is_a_warning_with_a_way_out(house: House, m
     assert one["message"].startswith(
         "phase export needs about 845 MiB, margin included, and GPU 0 (Test Card) has 20 MiB of "
     )
-    assert "; end what holds its memory (`nvidia-smi` names it); `fluxrun check SPEC --step` measures it" in one["message"]
+    assert (
+        "; end what holds its memory (`nvidia-smi` names it); `fluxrun check SPEC --step` measures it" in one["message"]
+    )
 
 
 def test_a_change_that_suffices_is_named(house: House, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import tomllib
 from pathlib import Path
 
@@ -12,8 +11,7 @@ from conftest import PICTURES, House
 
 from runner.migrate import NO_COUNTERPART, PLAIN, SWITCHES, CommandError, _known, spec_from_command
 from runner.newspec import TEMPLATES
-from runner.spec import Spec, dump, json_schema
-from runner.specfaults import _all_keys
+from runner.spec import dump, json_schema
 from runner.specload import load
 
 
@@ -26,10 +24,9 @@ def bare(tmp_path: Path) -> House:
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_a_new_spec_names_every_key_and_plans(bare: House, template: str) -> None:
+def test_a_new_spec_plans(bare: House, template: str) -> None:
     said = bare.fluxrun("new", "a.toml", "--template", template)
     assert (said.code, said.err) == (0, "a.toml: `fluxrun plan a.toml` checks it\n")
-    text = (bare.folder / "a.toml").read_text()
     [loaded] = load([bare.folder / "a.toml"])
     assert not loaded.bad
     (bare.folder / "my-pictures" / "a.png").write_bytes((PICTURES / "01.png").read_bytes())
@@ -41,13 +38,6 @@ def test_a_new_spec_names_every_key_and_plans(bare: House, template: str) -> Non
         "inversion": ["encode", "inversion", "export"],
     }
     assert [phase["kind"] for phase in planned["runs"][0]["phases"]] == kinds[template]
-    written = {re.sub(r"^# ", "", line).split(" =")[0] for line in text.splitlines() if " = " in line}
-    wanted = {name.rsplit(".", 1)[-1] for name, field in _all_keys(Spec)} - {
-        "model", "data", "prior", "tokens", "inversion", "lora", "text_lora", "train", "weighting", "optimizer",
-        "schedule", "checkpoint", "validate", "stop", "track", "export", "hub", "notify", "compute",
-        "beta3", "decouple", "bias_correction", "safeguard_warmup", "d_coef", "d0", "growth_rate",  # Prodigy's
-    }  # fmt: skip
-    assert wanted - written <= {"name", "scale"}
     again = bare.fluxrun("new", "a.toml")
     assert again.code == 2
     assert "a.toml exists; name another file" in again.err

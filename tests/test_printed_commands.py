@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import json
 import re
 import shlex
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import click
 import pytest
-from conftest import PROJECT, House
+from conftest import PROJECT
 
 from runner.cli import main
 

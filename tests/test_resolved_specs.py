@@ -130,7 +130,9 @@ def test_a_run_folder_of_an_earlier_format(tmp_path: Path) -> None:
     shutil.copytree(PROJECT / "tests" / "old-runs" / "v1", tmp_path, dirs_exist_ok=True)
     (tmp_path / "night").rename(tmp_path / "runs")
     for spec in tmp_path.glob("runs/*/spec.toml"):  # made elsewhere
-        spec.write_text(re.sub(r'^source = ".*/pictures"', f'source = "{tmp_path}/pictures"', spec.read_text(), flags=re.M))
+        spec.write_text(
+            re.sub(r'^source = ".*/pictures"', f'source = "{tmp_path}/pictures"', spec.read_text(), flags=re.M)
+        )
     said = house.fluxrun("plan", "runs/half/spec.toml", "runs/whole/spec.toml")
     assert said.code == 0, said.err
     assert "half  (runs/half/spec.toml)  resume: interrupted; last checkpoint at step 2 of 4\n" in said.out
@@ -195,7 +197,9 @@ def test_a_folder_moved_aside_has_no_commands(house: House, monkeypatch: pytest.
     assert set(page_commands(house.folder / "runs")) == {"fluxrun board"}
 
 
-def test_the_runs_folder_is_named_where_a_command_would_take_another(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_runs_folder_is_named_where_a_command_would_take_another(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
     said = house.fluxrun("export", "nothing", "--runs", "other night")
     assert said.err == (
         "fluxrun: other night/nothing: no such run; `fluxrun status --runs 'other night'` names those there are\n"

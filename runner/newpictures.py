@@ -1,0 +1,108 @@
+"""`fluxrun new --pictures`: what a folder of pictures says of the keys of [data], and of the words to be learned. No torch."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from runner import data, sources
+from runner.data import DataError, Pictures
+from runner.errors import FluxrunError
+from runner.newspec import NewError, Values
+from runner.views import STEP, Size, bucket_sizes, nearest
+
+OPTION = "--pictures"
+SIDES = (1024, 768, 512)  # what FLUX.1 is trained at, as a rule; smaller pictures have a size of their own
+ENLARGED = 0.1  # at most this part of the pictures may be smaller than what they are trained at
+COLUMNS = ("text", "caption", "prompt")  # of metadata files, by their habit
+RARE = ("ohwx", "sks")  # words without a meaning that people choose
+LONGEST_PROMPT = 300  # characters of a caption that is drawn as a sample
+
+
+@dataclass(frozen=True)
+class Found:
+    """values: by dotted key, None for a key that the folder makes needless; pictures: as the spec will read them; told: what
+    there is, in one line."""
+
+    values: dict[str, Any]
+    pictures: Pictures
+    told: str
+
+
+def look_at(folder: Path, file: Path, written: Values) -> Found:
+    """What a spec in `file` says of the pictures in `folder`. written: the template's values.
+
+    Raises NewError.
+    """
+    prompt = written["data.prompt"]
+    column, pictures = _read(folder, prompt)
+    captions = [one.caption for one in pictures.items if one.caption != prompt]
+    values: dict[str, Any] = {"data.source": Path(os.path.relpath(folder.resolve(), file.parent.resolve())).as_posix()}
+    if column:
+        values["data.caption_column"] = column
+    try:
+        values |= fitting_size([data.measure(one) for one in pictures.items])
+    except FluxrunError as error:
+        raise NewError(OPTION, str(error)) from error
+    word = None
+    if "tokens.name" in written and captions:
+        word = word_of(captions)
+        if word is None and len(captions) == len(pictures.items):
+            raise NewError(
+                OPTION,
+                f"all {len(captions)} pictures have a caption, and no one word in capitals, like TOK, is in each; write the "
+                "word to be learned into them, or take --template lora",
+            )
+    if word:
+        values["tokens.name"] = word
+        for key in ("data.prompt", "validate.prompts"):
+            values[key] = _renamed(written[key], written["tokens.name"], word)
+    if len(captions) == len(pictures.items):
+        values["data.prompt"] = None
+    if captions and len(captions[0]) <= LONGEST_PROMPT:
+        values["validate.prompts"] = [captions[0]]
+    count = len(pictures.items)
+    told = f"{count} picture{'' if count == 1 else 's'}, {len(captions)} with a caption of their own"
+    return Found(values, pictures, told)
+
+
+def _read(folder: Path, prompt: str) -> tuple[str | None, Pictures]:
+    """(the metadata's column of captions, the pictures)."""
+    told: list[str] = []
+    for column in (*(COLUMNS if _has_metadata(folder) else ()), None):
+        try:
+            return column, sources.read_folder(folder, sources.IMAGE_COLUMN, column, prompt)
+        except DataError as error:
+            told = list(error.messages)
+    raise NewError(OPTION, "; ".join(told))
+
+
+def _has_metadata(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in sources.METADATA)
+
+
+def fitting_size(sizes: Sequence[Size]) -> dict[str, Any]:
+    """data.resolution and, where not all are square, data.buckets, so that few pictures are enlarged. sizes: (width, height)."""
+    squares = [bucket_sizes(SIDES[0])[0] == nearest(size, bucket_sizes(SIDES[0])) for size in sizes]
+    buckets = not all(squares)
+    lengths = sorted((width * height) ** 0.5 if buckets else min(width, height) for width, height in sizes)
+    common = int(lengths[int(ENLARGED * len(lengths))])
+    side = next((side for side in SIDES if side <= common), max(STEP, common // STEP * STEP))
+    return {"data.resolution": side, **({"data.buckets": True} if buckets else {})}
+
+
+def word_of(captions: Sequence[str]) -> str | None:
+    """The word to be learned: in every caption, and in capitals or one of RARE. None where that is not exactly one word."""
+    each = [set(re.findall(r"\b[A-Za-z_]\w+", caption, re.ASCII)) for caption in captions]
+    common = [word for word in set.intersection(*each) if word.isupper() or word in RARE]
+    return common[0] if len(common) == 1 else None
+
+
+def _renamed(value: Any, old: str, new: str) -> Any:
+    if isinstance(value, list):
+        return [_renamed(one, old, new) for one in value]
+    return str(value).replace(old, new)
