@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import PROJECT, House
+from conftest import PROJECT, House, stopping_after
 from test_printed_commands import refusal
 
 from runner.prepare import Job, prepare
@@ -186,6 +186,24 @@ def test_what_the_page_says_to_type_goes_on(house: House, runs: str) -> None:
     assert sorted((run["name"], run["state"]) for run in planned["runs"]) == [(name, "resume") for name in before]
     [told] = {tuple(words) for words in queued if words[1] == f"{runs}/told/spec.toml"}
     assert "--allow-commands" in told
+
+
+def test_a_run_that_was_stopped_goes_on_by_its_own_spec(house: House) -> None:
+    """A LoRA alone, whose resolved spec was refused once; typed as the page has it."""
+    house.write("a.toml", WHOLE.replace("steps = 8", "steps = 3") + "[checkpoint]\nevery = 1\n[validate]\nloss = false\n")
+    with stopping_after(2):
+        assert house.fluxrun("queue", "a.toml").code == 3
+    before = (house.folder / "runs" / "a" / "spec.toml").read_text()
+    [line] = {line for line in page_commands(house.folder / "runs") if line.startswith("fluxrun queue")}
+    assert line == "fluxrun queue runs/a/spec.toml"
+    said = house.fluxrun(*shlex.split(line)[1:])
+    assert said.code == 0, said.err
+    assert "a: resuming at step 2 of 3\n" in said.err
+    assert (house.folder / "runs" / "a" / "spec.toml").read_text() == before
+    assert [run.name for run in find_runs(house.folder / "runs")] == ["a"]
+    said = house.fluxrun("queue", "a.toml", "runs/a/spec.toml", "--dry-run")
+    assert "two runs have this name (found 'a', also in a.toml)" in said.err
+    assert "a: skipped, done (same spec, data and base; its exports are there)\n" in house.fluxrun("queue", "a.toml").err
 
 
 def test_a_folder_moved_aside_has_no_commands(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
