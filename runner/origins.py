@@ -1,13 +1,19 @@
-"""A resolved spec as TOML that says behind each key where its value came from, and that read again. No torch."""
+"""A resolved spec as TOML that says behind each key where its value came from, and reading that again. No torch."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import tomli_w
 
 from runner.tomllines import key_lines
+
+DEFAULT = "default"
+_COMMENT = re.compile(
+    rf".*  # ({DEFAULT}$|(?:set|extended|sweep) .*)"
+)  # the last one: a text or a file's name may hold such
 
 
 def annotated(tables: Mapping[str, Any], origin: Callable[[str], str]) -> str:
@@ -27,18 +33,17 @@ def annotated(tables: Mapping[str, Any], origin: Callable[[str], str]) -> str:
     return "\n".join(lines)
 
 
-KINDS = ("default", "set in ", "extended from ", "sweep in ")
+def origins_in(text: str) -> dict[str, str]:
+    """What `annotated` wrote behind each dotted key: "default", "set in FILE", "extended from FILE", "sweep in FILE".
 
-
-def read_origins(text: str) -> dict[str, str]:
-    """The origins in what `annotated` wrote, by dotted key; a line that was written by hand since has none."""
-    lines = text.split("\n")
-    found = {}
+    {} where no key is said to be a default: the file is from elsewhere, or it was written from a run's own copy, by a
+    version that did not carry over what that one said, so that its comments tell nothing.
+    """
+    lines, found = text.split("\n"), {}
     for where, number in key_lines(text).items():
-        _, mark, said = lines[number - 1].rpartition("  # ")
-        if mark and said.startswith(KINDS):
-            found[".".join(map(str, where))] = said
-    return found
+        if said := _COMMENT.match(lines[number - 1]):
+            found[".".join(map(str, where))] = said[1]
+    return found if DEFAULT in found.values() else {}
 
 
 def _tables(value: list[Any]) -> bool:

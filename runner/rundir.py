@@ -16,8 +16,7 @@ from runner.errors import BadFile, Held, Refused
 from runner.origins import annotated
 from runner.plan import NOT_IN_KEY, OPEN_ENDED, RECOMPUTING, SPAN_KEYS, Plan, as_json
 from runner.processes import Process
-from runner.spec import Spec, dump
-from runner.specload import VERSION_TABLE
+from runner.spec import VERSION_TABLE, Spec, dump
 from runner.statefile import PROGRESS, is_number, is_text, read_json, read_state, writable
 from runner.stepfiles import steps_in
 

@@ -20,6 +20,9 @@ Side = Annotated[int, Field(ge=16, le=8192, multiple_of=16)]
 Line = Annotated[str, Field(min_length=1, max_length=4000, pattern=r"^[^\x00-\x1f]*$")]
 
 
+VERSION_TABLE = "fluxrun"  # in the specs that fluxrun itself writes into run folders, and in no others
+
+
 def key(default: Any, description: str) -> Any:
     return Field(default=default, description=description)
 

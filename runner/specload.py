@@ -14,14 +14,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from runner.errors import Fault, SpecError
-from runner.inherit import Places, mere_bases, merged, place_of, read_toml
-from runner.origins import read_origins
-from runner.spec import Spec
+from runner.inherit import Places, mere_bases, merged, place_of
+from runner.origins import DEFAULT, origins_in
+from runner.spec import VERSION_TABLE, Spec
 from runner.specfaults import Where, explain, show
 from runner.specrules import broken_rules, drop_unused_inversion, fill_defaults, secrets
 from runner.tomllines import key_lines
-
-VERSION_TABLE = "fluxrun"  # in the specs that fluxrun itself writes into run folders
 
 # For required keys that are missing or wrong, so that the rest of the spec can still be looked at.
 STAND_INS: dict[str, Any] = {
@@ -35,14 +33,14 @@ STAND_INS: dict[str, Any] = {
 @dataclass(frozen=True)
 class Source:
     """Where a spec came from, so that later checks can point at a line. `places`: of its keys, in the file itself or in
-    one that it extends; `swept`: what [sweep] set; `written`: every dotted key that stands somewhere; `resolved`: where
-    the file is a run's own spec.toml, what it says of where each value came from."""
+    one that it extends; `swept`: what [sweep] set; `written`: every dotted key that stands somewhere; `origins`: of a run
+    folder's own spec, what it says of where each value came from."""
 
     file: Path
     places: Places
     swept: Mapping[str, Any] = field(default_factory=dict)
     written: frozenset[str] = frozenset()
-    resolved: Mapping[str, str] = field(default_factory=dict)
+    origins: Mapping[str, str] = field(default_factory=dict)
 
     def place(self, key: str) -> tuple[Path, int]:
         if key in self.swept:
@@ -60,12 +58,14 @@ class Source:
 
     def origin(self, key: str) -> str:
         """Where a resolved spec's value came from, in words."""
-        if key in self.resolved:
-            return self.resolved[key]
-        if key in self.swept or (key == "name" and self.swept):
-            return f"sweep in {self.file if key == 'name' else self.place(key)[0]}"
+        if swept := next((one for one, value in self.swept.items() if key in _dotted(value, one)), None):
+            return f"sweep in {self.place(swept)[0]}"
+        if key == "name" and self.swept:
+            return f"sweep in {self.file}"
+        if key in self.origins:
+            return self.origins[key]
         if key not in self.written:
-            return "default"
+            return DEFAULT
         file, _ = self.place(key)
         return f"set in {file}" if file == self.file else f"extended from {file}"
 
@@ -139,13 +139,13 @@ def _variants(file: Path, faults: list[Fault]) -> Iterator[tuple[dict[str, Any],
     except SpecError as error:
         faults += error.faults
         return
-    by_fluxrun = tables.pop(VERSION_TABLE, None) is not None  # a run folder's spec.toml, or a copy of one
-    if by_fluxrun:
+    own = tables.pop(VERSION_TABLE, None)  # a run folder's own spec, which is a spec like any other
+    if own is not None:
         drop_unused_inversion(tables)
+    origins = origins_in(file.read_text(encoding="utf-8")) if own is not None else {}
     sweep = _flat_sweep(tables.pop("sweep", {}))
+    source = Source(file, places, {}, frozenset(_dotted(tables)), origins)
     tables.setdefault("name", file.stem)
-    resolved = _origins(file, tables["name"]) if by_fluxrun and not sweep else {}
-    source = Source(file, places, {}, frozenset(_dotted(tables)), resolved)
     bad = [
         Fault(*(place_of(places, ("sweep", key)) or (file, 1)), f"sweep.{key}", message)
         for key, message in _sweep_faults(sweep)
@@ -163,16 +163,7 @@ def _variants(file: Path, faults: list[Fault]) -> Iterator[tuple[dict[str, Any],
         label = ",".join(f"{key}={_safe(value)}" for key, value in zip(sweep, values, strict=True))
         variant["name"] = f"{tables['name']}/{label}"
         swept = dict(zip(sweep, values, strict=True))
-        yield variant, Source(file, places, swept, source.written)
-
-
-def _origins(file: Path, name: Any) -> dict[str, str]:
-    """What a spec says of its values' origins where it lies in the folder of the run that it names: queueing a run by its
-    own spec.toml must not make it forget who set what."""
-    folders = Path(str(name)).parts
-    if file.name != "spec.toml" or file.resolve().parent.parts[-len(folders) :] != folders:
-        return {}
-    return read_origins(read_toml(file)[1])
+        yield variant, Source(file, places, swept, source.written, origins)
 
 
 def _dotted(value: Any, prefix: str = "") -> Iterator[str]:

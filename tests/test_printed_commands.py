@@ -31,6 +31,7 @@ def refusal(words: list[str], folder: Path) -> str | None:
         return None
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        (folder / "runs").mkdir(exist_ok=True)
         for name in ("FILE", "LORA.safetensors"):
             (folder / name).touch()
         try:
