@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from runner import data, sources
+from runner.commandline import command as typed
 from runner.data import DataError, Pictures
 from runner.errors import FluxrunError
+from runner.metadatafile import IMAGE_COLUMN, columns_of
 from runner.newspec import NewError, Values
+from runner.picturefiles import metadata_of
 from runner.views import STEP, Size, bucket_sizes, nearest
 
 OPTION = "--pictures"
@@ -67,22 +70,19 @@ def look_at(folder: Path, file: Path, written: Values) -> Found:
         values["validate.prompts"] = [captions[0]]
     count = len(pictures.items)
     told = f"{count} picture{'' if count == 1 else 's'}, {len(captions)} with a caption of their own"
+    if pictures.folder and (unused := len(pictures.folder.unused) + len(pictures.folder.unread)):
+        told += f"; {unused} file{' is' if unused == 1 else 's are'} not used, `{typed('check', file)}` says why"
     return Found(values, pictures, told)
 
 
 def _read(folder: Path, prompt: str) -> tuple[str | None, Pictures]:
     """(the metadata's column of captions, the pictures)."""
-    told: list[str] = []
-    for column in (*(COLUMNS if _has_metadata(folder) else ()), None):
-        try:
-            return column, sources.read_folder(folder, sources.IMAGE_COLUMN, column, prompt)
-        except DataError as error:
-            told = list(error.messages)
-    raise NewError(OPTION, "; ".join(told))
-
-
-def _has_metadata(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in sources.METADATA)
+    try:
+        columns = columns_of(metadata).split(", ") if (metadata := metadata_of(folder)) else []
+        column = next((name for name in COLUMNS if name in columns), None)
+        return column, sources.read_folder(folder, IMAGE_COLUMN, column, prompt)
+    except DataError as error:
+        raise NewError(OPTION, str(error)) from error
 
 
 def fitting_size(sizes: Sequence[Size]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from runner.spec import VERSION_TABLE, Spec
 from runner.specfaults import Where, explain, show
 from runner.specrules import broken_rules, drop_unused_inversion, fill_defaults, secrets
 from runner.tomllines import key_lines
+from runner.usertext import read_user_text
 
 # For required keys that are missing or wrong, so that the rest of the spec can still be looked at.
 STAND_INS: dict[str, Any] = {
@@ -142,7 +143,7 @@ def _variants(file: Path, faults: list[Fault]) -> Iterator[tuple[dict[str, Any],
     own = tables.pop(VERSION_TABLE, None)  # a run folder's own spec, which is a spec like any other
     if own is not None:
         drop_unused_inversion(tables)
-    origins = origins_in(file.read_text(encoding="utf-8")) if own is not None else {}
+    origins = origins_in(read_user_text(file)) if own is not None else {}
     sweep = _flat_sweep(tables.pop("sweep", {}))
     source = Source(file, places, {}, frozenset(_dotted(tables)), origins)
     tables.setdefault("name", file.stem)
