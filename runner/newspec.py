@@ -93,7 +93,7 @@ EXAMPLES: Values = {
     "model.revision": "main", "model.variant": "fp16", "model.dtype": "bf16",
     "data.prompt": "a photo of TOK", "data.variants": 4,
     "prior.dtype": "bf16",
-    "tokens.initializer": "dog", "tokens.placeholder": "s",
+    "tokens.initializer": "dog", "tokens.placeholder": "bird",
     "inversion.until": 0.5, "inversion.lr": 1e-4, "inversion.gradient_checkpointing": True,
     "lora.alpha": 16.0,
     "text_lora.alpha": 16.0, "text_lora.lr": 1e-4,

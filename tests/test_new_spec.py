@@ -91,7 +91,7 @@ def test_every_commented_line_can_be_taken(bare: House, template: str) -> None:
 
 
 EXAMPLES = {  # lines that show no default, there being none
-    "name", "extends", "model.revision", "model.variant", "model.dtype", "tokens.initializer",
+    "name", "extends", "model.revision", "model.variant", "model.dtype", "tokens.initializer", "tokens.placeholder",
     "inversion.gradient_checkpointing", "train.weighting", "checkpoint.minutes", "stop.no_better_for", "stop.loss_above",
     "stop.at", "hub.repo", "notify.url", "notify.command",
 }  # fmt: skip

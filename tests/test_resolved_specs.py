@@ -33,7 +33,8 @@ TOKEN = '[[tokens]]\nname = "TOK"\n'
 KINDS = {  # what is laid over WHOLE
     "lora": "",
     "pivotal": TOKEN,
-    "pivotal-t5": f'{TOKEN}initializer = "creature"\n[inversion]\nencoders = ["clip", "t5"]\nlr = 1e-3\npooling = "both"\n',
+    "pivotal-t5": f'{TOKEN}initializer = "creature"\nplaceholder = "bird"\n'
+    '[inversion]\nencoders = ["clip", "t5"]\nlr = 1e-3\npooling = "both"\n',
     "inversion": f"{TOKEN}[lora]\nuntil = 0.0\n",
     "text-lora": "[text_lora]\nrank = 2\n",
     "text-lora-alone": "[text_lora]\nuntil = 0.5\n[lora]\nuntil = 0.0\n",
