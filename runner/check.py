@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
+from runner import hub
 from runner.basefiles import cached_base
 from runner.checkbase import check_base
 from runner.checkdata import check_data, pictures_of
 from runner.checkhere import check_devices, check_disk, check_libraries, numbers_of
-from runner.checkhub import check_access, check_push, check_wandb, hub_cache, writable_names
+from runner.checkhub import check_access, check_push, check_wandb, hub_cache
 from runner.checktext import check_text
 from runner.errors import Fault
-from runner.finding import Finding, at, in_order
+from runner.finding import Finding, at, here, in_order
 from runner.looking import look_at
 from runner.prepare import Job, Seen
 from runner.readers import Reader
+from runner.tracebacks import one_line
 
 
 def check(seen: Sequence[Seen], faults: Sequence[Fault], runs: Path, gpus: str | None) -> list[Finding]:
@@ -26,14 +28,31 @@ def check(seen: Sequence[Seen], faults: Sequence[Fault], runs: Path, gpus: str |
     looks = look_at([picture for one in seen for picture in pictures_of(one)])
     reader = cache(lambda base, encoder, pieces: Reader(base, encoder))
     for one in seen:
-        found += check_data(one, looks)
-        found += check_text(one, bases.get(_base(one)), reader)
-        found += check_wandb(one)
-    found += _pushes(seen)
-    found += check_devices(seen, numbers, gpus, runs)
-    found += check_disk(seen, runs, download, hub_cache() if download else None)
-    found += check_libraries(seen)
+        found += [at(one.source, "warning", *doubt) for doubt in one.doubts]
+        found += _of_one(one, "data.source", lambda one: check_data(one, looks))
+        found += _of_one(one, "data.source", lambda one: check_text(one, bases.get(_base(one)), reader))
+        found += _of_one(one, "track.to", check_wandb)
+    found += _of_all("the login", lambda: _pushes(seen))
+    found += _of_all("the devices", lambda: check_devices(seen, numbers, gpus, runs))
+    found += _of_all("the disk", lambda: check_disk(seen, runs, download, hub_cache() if download else None))
+    found += _of_all("the libraries", lambda: check_libraries(seen))
     return in_order(found)
+
+
+def _of_one(seen: Seen, key: str, look: Callable[[Seen], Iterable[Finding]]) -> list[Finding]:
+    """What `look` finds of one run. Where it fails itself, that is a finding: it ends neither the check nor the queue."""
+    try:
+        return list(look(seen))
+    except Exception as error:
+        return [at(seen.source, "warning", key, f"could not be checked: {one_line(error)}")]
+
+
+def _of_all(what: str, look: Callable[[], Iterable[Finding]]) -> list[Finding]:
+    """The same of what all runs share."""
+    try:
+        return list(look())
+    except Exception as error:
+        return [here("warning", f"{what} could not be checked: {one_line(error)}")]
 
 
 def _base(seen: Seen) -> tuple[str, str | None, str | None]:
@@ -47,45 +66,54 @@ def _bases(
     """(folder of each base, numbers in its parts, bytes to fetch); what is wrong is added to `found`."""
     folders: dict[tuple[str, str | None, str | None], Path] = {}
     numbers: dict[str, dict[str, int]] = {}
-    looked: dict[tuple[str, str | None, str | None], Callable[[Seen], list[Finding]]] = {}
+    looked: dict[tuple[str, str | None, str | None], list[Finding]] = {}
     download = 0
     for one in seen:
         key = _base(one)
         if "model.base" in one.bad or "model" in one.bad:
             continue
         if key not in looked:
-            folder = cached_base(one.spec.model.base, one.spec.model.revision)
-            told, counts = check_base(folder, one.spec.model.variant) if folder else ([], {})
-            fetched = folder is None or (bool(told) and str(folder).startswith(str(hub_cache())))
-            if folder and not (told and fetched):
-                folders[key] = folder
-            numbers[one.spec.model.base] = dict(numbers_of(one.spec.model.base, counts))
-            if fetched:
-                access, bytes_ = check_access(one, folder)
+
+            def look(one: Seen, key: tuple[str, str | None, str | None] = key) -> list[Finding]:
+                nonlocal download
+                told, bytes_ = _look_at_base(one, key, folders, numbers)
                 download += bytes_
-                looked[key] = _repeat(access)
-            else:
-                looked[key] = _as_told(told)
-        found += looked[key](one)
+                return told
+
+            looked[key] = _of_one(one, "model.base", look)
+        # of another spec with the same base at its own line
+        found += [at(one.source, told.level, told.key, told.message) for told in looked[key]]
     return folders, numbers, download
 
 
-def _as_told(messages: Sequence[str]) -> Callable[[Seen], list[Finding]]:
-    return lambda seen: [at(seen.source, "error", "model.base", message) for message in messages]
-
-
-def _repeat(found: Sequence[Finding]) -> Callable[[Seen], list[Finding]]:
-    """The same for another spec of the same base, at its own line."""
-    return lambda seen: [at(seen.source, one.level, one.key, one.message) for one in found]
+def _look_at_base(
+    one: Seen, key: tuple[str, str | None, str | None], folders: dict[tuple[str, str | None, str | None], Path],
+    numbers: dict[str, dict[str, int]],
+) -> tuple[list[Finding], int]:  # fmt: skip
+    """(what is wrong, bytes to fetch); what is known of it goes into `folders` and `numbers`."""
+    own = one.spec.model
+    numbers[own.base] = dict(numbers_of(own.base, {}))
+    folder = cached_base(own.base, own.revision)
+    told, counts = check_base(folder, own.variant) if folder else ([], {})
+    fetched = folder is None or (bool(told) and str(folder).startswith(str(hub_cache())))
+    if folder and not (told and fetched):
+        folders[key] = folder
+    numbers[own.base] = dict(numbers_of(own.base, counts))
+    if fetched:
+        return check_access(one, folder)
+    return [at(one.source, "error", "model.base", message) for message in told], 0
 
 
 def _pushes(seen: Sequence[Seen]) -> Iterator[Finding]:
-    pushing = [one for one in seen if one.spec.hub.push and one.spec.hub.repo and "hub.push" not in one.bad]
-    names = writable_names() if pushing else set()
+    pushing = [one for one in seen if one.spec.hub.push and "hub.push" not in one.bad]
+    login = hub.login() if pushing else hub.Login()
     for one in pushing:
-        yield from check_push(one, names)
+        yield from check_push(one, login)
 
 
 def seen_of(jobs: Sequence[Job]) -> list[Seen]:
     """What a queue is about to run, as a check takes it."""
-    return [Seen(job.source, job.spec, frozenset(), job.pictures, job.plan, job.run, job.verdict) for job in jobs]
+    return [
+        Seen(job.source, job.spec, frozenset(), job.pictures, job.plan, job.run, job.verdict, job.doubts)
+        for job in jobs
+    ]

@@ -9,11 +9,11 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from runner import hub
 from runner.basefiles import PARTS
 from runner.finding import Finding, at, size
 from runner.prepare import Seen
 
-PATIENCE = 10.0  # seconds for one answer
 WANTED = ("model_index.json", *(f"{part}/*" for part in PARTS))  # as `flux.open_base` fetches them
 WANDB_HOST = "api.wandb.ai"
 
@@ -33,13 +33,7 @@ def offline() -> bool:
 def check_access(seen: Seen, folder: Path | None) -> tuple[list[Finding], int]:
     """(findings, bytes to fetch) of a base that is not on this disk whole. `folder`: as far as it is there."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     own = seen.spec.model
     there = "only partly on this disk" if folder else "not on this disk"
@@ -52,10 +46,11 @@ def check_access(seen: Seen, folder: Path | None) -> tuple[list[Finding], int]:
             "error",
             f"{own.base} is {there}, and HF_HUB_OFFLINE forbids fetching it; take that variable away, or name a folder",
         )
+    hub.set_up_client(hub.ANSWER)
     api = HfApi()
     try:
         api.auth_check(own.base)
-        info = api.model_info(own.base, revision=own.revision, files_metadata=True, timeout=PATIENCE)
+        info = api.model_info(own.base, revision=own.revision, files_metadata=True, timeout=hub.ANSWER)
     except GatedRepoError:
         way = (
             "and accept its licence" if logged_in() else "accept its licence, and log in (`hf auth login` or HF_TOKEN)"
@@ -75,10 +70,12 @@ def check_access(seen: Seen, folder: Path | None) -> tuple[list[Finding], int]:
             f"the hub has no model of this name, or this login may not see it (found {own.base!r}); mend the name, or log "
             "in (`hf auth login`)",
         )
-    except (OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+    except Exception as error:
+        # Whatever else the client raises, and it has many ways to, is no verdict on the base.
         return said(
             "warning",
-            f"{own.base} is {there}, and whether it can be fetched is unknown: the hub does not answer ({error})",
+            f"{own.base} is {there}, and whether it can be fetched is unknown: the hub does not answer ({hub.told(error)}); "
+            "the run fails if it cannot, and the others go on",
         )
     bytes_ = sum(one.size or 0 for one in info.siblings or () if any(fnmatch(one.rfilename, mark) for mark in WANTED))
     if folder:
@@ -92,21 +89,11 @@ def logged_in() -> bool:
     return bool(get_token())
 
 
-def writable_names() -> set[str]:
-    """The user of this login and its organisations; none where the hub does not say."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-
-    try:
-        facts = HfApi().whoami()
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError):
-        return set()
-    return {str(one["name"]) for one in (facts, *facts.get("orgs", ())) if one.get("name")}
-
-
-def check_push(seen: Seen, names: set[str]) -> Iterator[Finding]:
-    """Whether the login itself is good has been asked before (`runner.hub`)."""
-    repo = seen.spec.hub.repo or ""
+def check_push(seen: Seen, login: hub.Login) -> Iterator[Finding]:
+    """A login that is certainly wrong is told with the spec's faults (`runner.prepare`)."""
+    repo, names = seen.spec.hub.repo or "", login.names
+    if login.doubt:
+        yield at(seen.source, "warning", "hub.push", login.doubt)
     if names and "/" in repo and repo.split("/")[0] not in names:
         yield at(
             seen.source, "error", "hub.repo",

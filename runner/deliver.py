@@ -209,8 +209,7 @@ def _read_prompts(
 
 def push(order: Order) -> None:
     """Upload the export folder. What goes wrong is told in the log and in the state, and ends nothing."""
-    own = order.spec.hub
-    repo = own.repo or exportnames.file_stem(order.spec.name)  # without an owner it is the login's own
+    own, repo = order.spec.hub, hub.repository(order.spec.hub.repo, order.spec.name)
     order.say.line(f"export: pushing to {repo}")
     try:
         wrong = hub.push(order.run.export, repo, own.private, f"{order.spec.name}, by fluxrun", order.stop_requested)

@@ -5,6 +5,7 @@
     ├── Interrupted              3  STOPPED    asked to stop (signal, deadline); the same command goes on
     ├── Paused                   3  DISK       the disk is full or failing; the same command goes on once it is not
     ├── Held                     3  HELD       another process works on the run; it is untouched
+    ├── Unreachable              1  UNREACHABLE  the hub does not answer; worth another try, later
     ├── Refused                  1  FAILED     the run folder is another run's; it is untouched
     ├── NonFinite                1  FAILED     the loss or the gradients left the numbers
     └── BadFile                  1  FAILED     a checkpoint, cache entry or export that does not verify
@@ -27,6 +28,7 @@ class Code(IntEnum):
 
     DONE = 0
     CRASHED = 1
+    UNREACHABLE = 68
     FAILED = 69  # for a known reason, which another try would meet again
     HELD = 70
     MEMORY = 71
@@ -81,6 +83,10 @@ class Paused(FluxrunError):
 class Held(FluxrunError):
     exit_code = 3
     code = Code.HELD
+
+
+class Unreachable(FluxrunError):
+    code = Code.UNREACHABLE
 
 
 class Refused(FluxrunError):

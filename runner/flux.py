@@ -20,11 +20,11 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from runner import activations, quant
+from runner import activations, hub, quant
 from runner.attention import ON_A_GPU
 from runner.basefiles import PARTS, fingerprint, local_folder
 from runner.digest import key_of
-from runner.errors import FluxrunError
+from runner.errors import FluxrunError, Unreachable, disk_trouble
 from runner.offload import spread
 
 Generator = torch.Generator
@@ -49,14 +49,28 @@ def open_base(
     text: str, revision: str | None, variant: str | None, device: torch.device, dtype: torch.dtype,
     quantize: str = "none", cache: Path | None = None, offload: bool = False,
 ) -> Base:  # fmt: skip
-    """Find the base on disk (`builtin:tiny`, a folder), or fetch its diffusers parts from the hub."""
+    """Find the base on disk (`builtin:tiny`, a folder), or fetch its diffusers parts from the hub. Raises Unreachable where
+    the hub does not answer, FluxrunError where it does not give them."""
     folder = local_folder(text)
     if folder is None:
-        from huggingface_hub import snapshot_download
-
-        wanted = ["model_index.json", *(f"{part}/*" for part in PARTS)]  # not the single-file copies beside them
-        folder = Path(snapshot_download(text, revision=revision, allow_patterns=wanted))
+        folder = _fetched(text, revision)
     return Base(folder, variant, device, dtype, quantize, cache, offload)
+
+
+def _fetched(text: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    wanted = ["model_index.json", *(f"{part}/*" for part in PARTS)]  # not the single-file copies beside them
+    try:
+        hub.set_up_client(hub.ANSWER)
+        return Path(snapshot_download(text, revision=revision, allow_patterns=wanted))
+    except Exception as error:
+        # The client has an exception for each way of not being answered, and passes on those of the libraries below it.
+        if disk_trouble(error):
+            raise
+        if hub.passing(error):
+            raise Unreachable(f"{text} cannot be fetched: the hub does not answer ({hub.told(error)})") from error
+        raise FluxrunError(f"{text} cannot be fetched ({hub.told(error)}); `fluxrun check` says more") from error
 
 
 def quiet() -> None:

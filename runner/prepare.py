@@ -15,6 +15,7 @@ from pathlib import Path
 from runner import classfolder, data, hub, sources
 from runner.basefiles import (
     BUILTIN,
+    KNOWN,
     broken_configs,
     clip_config,
     fingerprint,
@@ -23,24 +24,26 @@ from runner.basefiles import (
     transformer_config,
 )
 from runner.batchfaults import batch_faults
-from runner.data import DataError, Pictures
+from runner.data import DataError, Pictures, some
 from runner.digest import key_of
-from runner.errors import Fault, FluxrunError, SpecError
+from runner.errors import Fault, FluxrunError, SpecError, Unreachable
 from runner.plan import Facts, Plan, PlanError, make_plan
 from runner.rundir import WAYS_OUT, Run, Verdict
 from runner.sources import COLUMNAR, Source
 from runner.spec import Spec
 from runner.specload import Loaded, load_all, load_text, path_at, touches
 from runner.specload import Source as SpecSource
+from runner.tracebacks import one_line
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+Shared = dict[Source, "Pictures | list[tuple[str, str]] | Unreachable | None"]  # what each data set came to, read once
 
 
 @dataclass(frozen=True)
 class Seen:
     """One run asked for, as far as it could be looked at; None where something was wrong, or only the hub knows.
 
-    `spec` has absolute paths; `bad`: its faulty keys.
+    `spec` has absolute paths; `bad`: its faulty keys; `doubts`: (key, message) of what nobody could tell.
     """
 
     source: SpecSource
@@ -50,6 +53,7 @@ class Seen:
     plan: Plan | None
     run: Run
     verdict: Verdict | None
+    doubts: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ class Job:
     run: Run
     verdict: Verdict
     source: SpecSource
+    doubts: tuple[tuple[str, str], ...] = ()
 
 
 def prepare(paths: Sequence[Path], runs: Path, *, fetch: bool, fresh: bool) -> list[Job]:
@@ -77,7 +82,7 @@ def prepare(paths: Sequence[Path], runs: Path, *, fetch: bool, fresh: bool) -> l
 def jobs_of(seen: Sequence[Seen]) -> list[Job]:
     """Those that have a plan."""
     return [
-        Job(one.source.file, one.spec, one.plan, one.pictures, one.run, one.verdict, one.source)
+        Job(one.source.file, one.spec, one.plan, one.pictures, one.run, one.verdict, one.source, one.doubts)
         for one in seen
         if one.plan and one.verdict
     ]
@@ -86,36 +91,75 @@ def jobs_of(seen: Sequence[Seen]) -> list[Job]:
 def survey(paths: Sequence[Path], runs: Path, *, fetch: bool, fresh: bool) -> tuple[list[Seen], list[Fault]]:
     """Every run asked for, and every fault of every spec."""
     loaded, faults = load_all(paths)
-    shared: dict[Source, Pictures | list[tuple[str, str]] | None] = {}
+    shared: Shared = {}
     seen = []
-    ask_hub = functools.cache(hub.login_fault)  # once for all specs
+    login = functools.cache(hub.login)  # once for all specs
     for one in loaded:
-        found, told = _look(one, runs, fetch, fresh, shared)
-        if fetch and found.spec.hub.push and found.plan and not _is_done(found) and (wrong := ask_hub()):
+        found, told = _looked(one, runs, fetch, fresh, shared)
+        if fetch and found.spec.hub.push and found.plan and not _is_done(found) and (wrong := login().fault):
             found = replace(found, bad=found.bad | {"hub.push"})
             told = [*told, one.source.fault("hub.push", wrong)]
         seen.append(found)
         faults += told
-    return seen, [*faults, *batch_faults(seen)]
+    return seen, [*faults, *batch_faults(seen), *_same_repositories(seen)]
+
+
+def _repository(seen: Seen) -> str:
+    return hub.repository(seen.spec.hub.repo, seen.spec.name)
+
+
+def _looked(loaded: Loaded, runs: Path, fetch: bool, fresh: bool, shared: Shared) -> tuple[Seen, list[Fault]]:
+    """What goes wrong in looking at one run is that run's fault, so that the others are told too."""
+    try:
+        return _look(loaded, runs, fetch, fresh, shared)
+    except Exception as error:
+        spec, key = loaded.spec, "data.source" if isinstance(error, OSError) else ""
+        fault = loaded.source.fault(key, f"this run cannot be looked at: {one_line(error)}")
+        return Seen(loaded.source, spec, frozenset({"model", "data"}), None, None, Run(runs, spec.name), None), [fault]
+
+
+def _same_repositories(seen: Sequence[Seen]) -> list[Fault]:
+    """Runs that push to one repository would replace each other's files."""
+    pushing: dict[str, list[Seen]] = {}
+    for one in seen:
+        if one.spec.hub.push and "hub" not in one.bad:
+            pushing.setdefault(_repository(one).lower(), []).append(one)  # the hub ignores case in names
+    faults = []
+    for alike in pushing.values():
+        if len(alike) < 2 or all(map(_is_done, alike)):
+            continue
+        names, last = [one.spec.name for one in alike], alike[-1]
+        way = (
+            "take hub.repo out, and each run has a repository of its own name"
+            if last.source.swept
+            else "give each its own"
+        )
+        message = f"{len(alike)} runs push to one repository (found {_repository(last)!r}, for {some(names)}); {way}"
+        faults.append(last.source.fault("hub.repo", message))
+    return faults
 
 
 def _is_done(seen: Seen) -> bool:
     return seen.verdict is not None and seen.verdict.state == "done"
 
 
-def _look(
-    loaded: Loaded, runs: Path, fetch: bool, fresh: bool, shared: dict[Source, Pictures | list[tuple[str, str]] | None]
-) -> tuple[Seen, list[Fault]]:
+def _look(loaded: Loaded, runs: Path, fetch: bool, fresh: bool, shared: Shared) -> tuple[Seen, list[Fault]]:
     spec, source = _absolute(loaded), loaded.source
     told = _base_faults(spec)
     asked = data_source(spec)
     if asked not in shared:  # a sweep reads its data once
         shared[asked] = _pictures(asked, source.place("data.source")[0].parent, fetch)
-    found = shared[asked]
+    found, doubts = shared[asked], []
+    if isinstance(found, Unreachable):
+        if spec.train.epochs is not None:
+            told.append(
+                ("data.source", f"{found}, and train.epochs counts its pictures; connect, or set train.steps instead")
+            )
+        doubts, found = [("data.source", f"{found}; the run fails if it cannot, and the others go on")], None
     if isinstance(found, list):
         told += [(key, source.relative(key, message)) for key, message in found]
         found = None
-    told += _nested_folders(spec, runs)
+    told += [*_repository_faults(spec), *_nested_folders(spec, runs)]
     pictures = found.hold_out(spec.data.holdout) if found else None
     plan = verdict = None
     broken = _config_faults(spec)
@@ -134,13 +178,13 @@ def _look(
         verdict = run.verdict(spec, plan)
         if verdict.state == "changed" and not fresh:
             faults.append(source.fault("name", f"{run.folder} holds another run: {verdict.reason}; {WAYS_OUT}"))
-    if verdict is None or verdict.state != "done":  # a run that is done looks at them no more
+    if (verdict is None or verdict.state != "done") and not any(key == "model.base" for key, _ in told):  # a run that is done looks at them no more
         prior = [fault for fault in _prior_faults(spec) if not any(touches(fault[0], bad) for bad in loaded.bad)]
         told += prior
         faults += [source.fault(key, source.relative(key, message)) for key, message in prior]
         plan, verdict = (None, None) if prior else (plan, verdict)
     bad = loaded.bad | {key for key, _ in told}
-    return Seen(source, spec, frozenset(bad), pictures, plan, run, verdict), faults
+    return Seen(source, spec, frozenset(bad), pictures, plan, run, verdict, tuple(doubts)), faults
 
 
 def _absolute(loaded: Loaded) -> Spec:
@@ -182,6 +226,11 @@ def _prior_faults(spec: Spec) -> list[tuple[str, str]]:
     return [wrong] if wrong else []
 
 
+def _repository_faults(spec: Spec) -> list[tuple[str, str]]:
+    wrong = hub.id_fault(spec.hub.repo) if spec.hub.push and spec.hub.repo else None
+    return [("hub.repo", wrong)] if wrong else []
+
+
 def _nested_folders(spec: Spec, runs: Path) -> list[tuple[str, str]]:
     """Pictures that runs make must not become training pictures of the next one."""
     source = Path(spec.data.source)
@@ -210,6 +259,8 @@ def _base_faults(spec: Spec) -> list[tuple[str, str]]:
                 f"no such model (found {base!r}); allowed are a hub id (owner/name), a folder beside the spec, {', '.join(BUILTIN)}",
             )
         ]
+    if folder is None and base not in KNOWN and (wrong := hub.id_fault(base)):
+        return [("model.base", wrong)]
     if folder is not None and not (folder / "model_index.json").is_file():
         return [
             ("model.base", f"{folder} holds no model_index.json; wanted is a model in diffusers' layout (FluxPipeline)")
@@ -222,8 +273,9 @@ def _config_faults(spec: Spec) -> list[tuple[str, str]]:
     return [("model.base", message) for message in broken_configs(folder)] if folder else []
 
 
-def _pictures(asked: Source, near: Path, fetch: bool) -> Pictures | list[tuple[str, str]] | None:
-    """The data set, None where only the hub has it, or what is wrong with it: (key, message) each."""
+def _pictures(asked: Source, near: Path, fetch: bool) -> Pictures | list[tuple[str, str]] | Unreachable | None:
+    """The data set, None where only the hub has it, Unreachable where that does not answer, or what is wrong with it: (key,
+    message) each."""
     path = Path(asked.text)
     try:
         if path.is_absolute() and path.exists():
@@ -242,7 +294,11 @@ def _pictures(asked: Source, near: Path, fetch: bool) -> Pictures | list[tuple[s
                     f"(owner/name){f'; did you mean {guess[0]}?' if guess else ''}",
                 )
             ]
+        if wrong := hub.id_fault(asked.text):
+            return [("data.source", wrong)]
         return sources.read(asked) if fetch else None
+    except Unreachable as error:
+        return error
     except DataError as error:
         return list(error.faults)
 

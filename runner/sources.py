@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from runner import hub
 from runner.data import DataError, Picture, Pictures, some
 from runner.digest import key_of
+from runner.errors import Unreachable
 from runner.files import sha256_file
 from runner.metadatafile import IMAGE_COLUMN, columns_of, read_captions
 from runner.picturefiles import (
@@ -48,7 +50,7 @@ class Source:
 
 
 def read(source: Source) -> Pictures:
-    """Raises DataError with everything that is wrong. A hub id is fetched."""
+    """Raises DataError with everything that is wrong. A hub id is fetched; raises Unreachable where the hub does not answer."""
     path = Path(source.text)
     if path.is_dir() and not _is_columnar(path):
         for key, found, default in (("config", source.config, None), ("split", source.split, "train")):
@@ -203,6 +205,8 @@ def _load(source: Source) -> Any:
 
     path = Path(source.text)
     try:
+        if not path.exists():
+            hub.set_up_client(hub.ANSWER)
         if path.is_file() and path.suffix == ".arrow":
             return datasets.Dataset.from_file(str(path))
         if path.is_file():
@@ -212,9 +216,10 @@ def _load(source: Source) -> Any:
         if (path / "state.json").is_file():
             return datasets.load_from_disk(str(path))
         return datasets.load_dataset(source.text, source.config, split=source.split)
-    except (OSError, ValueError, KeyError) as error:  # not there, no access, no network, no such config or split
-        raise DataError(f"{source.text} cannot be loaded ({error})") from error
-    except datasets.exceptions.DatasetsError as error:
+    except Exception as error:
+        # Not there, no access, no such config or split, no network: `datasets` and the hub's client have a kind for each.
+        if not path.exists() and hub.passing(error):
+            raise Unreachable(f"{source.text} cannot be loaded: the hub does not answer ({hub.told(error)})") from error
         raise DataError(f"{source.text} cannot be loaded ({error})") from error
 
 

@@ -251,7 +251,7 @@ def _ended(queue: Queue, work: Work, code: int) -> None:
         work.split = split
         batch, times = work.job.spec.train.batch_size // split, work.job.spec.train.accumulate * split
         _again(queue, work, f"{work.reason}; trying again with {batch} a micro-batch and {times} of them to a step")
-    elif code in set(Code) - {Code.CRASHED}:
+    elif code in set(Code) - {Code.CRASHED, Code.UNREACHABLE}:
         _end(queue, work, code)
     else:
         _crashed(queue, work, code)
@@ -281,14 +281,16 @@ def _crashed(queue: Queue, work: Work, code: int) -> None:
         _end(queue, work, code)
     else:
         work.retries += 1
-        _again(queue, work, f"{work.reason}; trying again from step {saved} (retry {work.retries} of {queue.retries})")
+        away = code == Code.UNREACHABLE  # the hub may answer when the others have had their turn
+        when = "after the runs that wait" if away and queue.waiting else f"from step {saved}"
+        _again(queue, work, f"{work.reason}; trying again {when} (retry {work.retries} of {queue.retries})", last=away)
 
 
-def _again(queue: Queue, work: Work, why: str) -> None:
+def _again(queue: Queue, work: Work, why: str, *, last: bool = False) -> None:
     queue.screen.line(why, work.name)
     work.attempt = work.job.run.next_attempt()
     _write_down(queue, work, "waiting", why)
-    queue.waiting.insert(0, work)
+    queue.waiting.insert(len(queue.waiting) if last else 0, work)
 
 
 def _end(queue: Queue, work: Work, code: int) -> None:
@@ -309,7 +311,7 @@ def _end(queue: Queue, work: Work, code: int) -> None:
         queue.screen.line(f"failed: {work.reason}; the same command tries again from the last checkpoint", work.name)
         _write_down(queue, work, "failed", work.reason)
         queue.failed = True
-        _circuit_breaker(queue, work)
+        _circuit_breaker(queue, work, code)
     with _as_the_disk_allows(queue, work):
         work.job.run.give_up()
         write_index(queue.runs)
@@ -347,12 +349,14 @@ def _as_the_disk_allows(queue: Queue, work: Work) -> Iterator[None]:
         queue.screen.line(f"the state could not be written: {error}", work.name)
 
 
-def _circuit_breaker(queue: Queue, work: Work) -> None:
+def _circuit_breaker(queue: Queue, work: Work, code: int) -> None:
     named = rf"(?<!\w){re.escape(work.name)}(?!\w)"  # as a word: a run may be called "a"
     alike = re.sub(rf"{re.escape(str(work.job.run.folder))}|{named}|\d+", "#", work.reason)
     queue.alike = [*(queue.alike if queue.alike[-1:] == [alike] else []), alike]
     if queue.fail_fast:
         queue.halted = "not begun: --fail-fast"
+    elif code == Code.UNREACHABLE:
+        queue.alike.clear()  # it says nothing of runs whose base and pictures are here
     elif len(queue.alike) == ALIKE and queue.waiting:
         queue.halted = f"not begun: {ALIKE} runs in a row failed alike ({work.reason})"
         queue.screen.line(f"stopped: {ALIKE} runs in a row failed alike; the last: {work.reason}")

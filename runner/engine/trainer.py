@@ -136,7 +136,10 @@ def _train(run: Run, told: Told, gpus: str | None, say: Say, stop: StopRequest, 
         pictures = sources.read(data_source(spec)).hold_out(spec.data.holdout)
     except DataError as error:
         raise FluxrunError(f"data.source: {error}") from error
-    plan = plan_of(spec, pictures)
+    try:
+        plan = plan_of(spec, pictures)
+    except PlanError as error:  # of a data set that could not be read when the queue planned the run
+        raise FluxrunError(str(error)) from error
     _same_as_planned(run, plan)
     model, split = spec.model, run.split(spec.train.batch_size)
     cache, dtype = open_cache(run.runs), device.resolve_dtype(model.dtype, where)
