@@ -129,9 +129,10 @@ def set_up_client(seconds: float) -> None:
 
 @dataclass(frozen=True)
 class Login:
-    """names: whose repositories it may write, none where that is not known. fault: why a push would be refused, and what
+    """name: the user's; names: whose repositories it may write; none where that is not known. fault: why a push would be refused, and what
     to do; doubt: why nobody can say whether it would be."""
 
+    name: str = ""
     names: frozenset[str] = frozenset()
     fault: str | None = None
     doubt: str | None = None
@@ -158,7 +159,7 @@ def login() -> Login:
         )
     if role == "read":
         return Login(fault=f"the hub's login may only read; {LOGIN}, or take hub.push out")
-    return Login(names)
+    return Login(str(facts.get("name", "")), names)
 
 
 # ---- the push ------------------------------------------------------------------------------------------------------

@@ -101,7 +101,9 @@ def survey(paths: Sequence[Path], runs: Path, *, fetch: bool, fresh: bool) -> tu
             told = [*told, one.source.fault("hub.push", wrong)]
         seen.append(found)
         faults += told
-    return seen, [*faults, *batch_faults(seen), *_same_repositories(seen)]
+    pushing = [one for one in seen if one.spec.hub.push and "hub" not in one.bad]
+    owner = login().name if fetch and len(pushing) > 1 else ""
+    return seen, [*faults, *batch_faults(seen), *_same_repositories(pushing, owner)]
 
 
 def _repository(seen: Seen) -> str:
@@ -113,19 +115,19 @@ def _looked(loaded: Loaded, runs: Path, fetch: bool, fresh: bool, shared: Shared
     try:
         return _look(loaded, runs, fetch, fresh, shared)
     except Exception as error:
-        spec, key = loaded.spec, "data.source" if isinstance(error, OSError) else ""
-        fault = loaded.source.fault(key, f"this run cannot be looked at: {one_line(error)}")
+        spec = loaded.spec
+        fault = loaded.source.fault("", f"this run cannot be looked at: {one_line(error)}")
         return Seen(loaded.source, spec, frozenset({"model", "data"}), None, None, Run(runs, spec.name), None), [fault]
 
 
-def _same_repositories(seen: Sequence[Seen]) -> list[Fault]:
-    """Runs that push to one repository would replace each other's files."""
-    pushing: dict[str, list[Seen]] = {}
-    for one in seen:
-        if one.spec.hub.push and "hub" not in one.bad:
-            pushing.setdefault(_repository(one).lower(), []).append(one)  # the hub ignores case in names
+def _same_repositories(pushing: Sequence[Seen], owner: str) -> list[Fault]:
+    """Runs that push to one repository would replace each other's files. `owner`: the login's name, where it is known."""
+    by_repository: dict[str, list[Seen]] = {}
+    for one in pushing:
+        full = _repository(one) if "/" in _repository(one) else f"{owner}/{_repository(one)}"
+        by_repository.setdefault(full.lower(), []).append(one)  # the hub ignores case in names
     faults = []
-    for alike in pushing.values():
+    for alike in by_repository.values():
         if len(alike) < 2 or all(map(_is_done, alike)):
             continue
         names, last = [one.spec.name for one in alike], alike[-1]

@@ -18,7 +18,8 @@ class Hub:
 
     And how it behaves: `login`: the status it answers to who-am-I; `role`: the token's; `down`: how many commits it still
     answers with 412, which the client does not try again by itself; `refusals`: what it answers to a GET whose path ends
-    so, as (status, the hub's error code).
+    so, as (status, the hub's error code). `page`: sent with status 200 instead of any answer, as a proxy does; `asleep`: it
+    takes questions and never answers. `commit_status`: what it answers to every commit, of which it counts `commits`.
     """
 
     address: str = ""
@@ -29,11 +30,16 @@ class Hub:
     role: str = "write"
     down: int = 0
     refusals: dict[str, tuple[int, str]] = field(default_factory=dict)
+    page: str = ""
+    asleep: bool = False
+    commit_status: int = 200
+    commits: int = 0
 
 
 @contextmanager
 def hub(owner: str) -> Iterator[Hub]:
     seen = Hub()
+    closing = threading.Event()
 
     class Handler(BaseHTTPRequestHandler):
         def answer(self, document: dict[str, Any], status: int = 200) -> None:
@@ -44,7 +50,20 @@ def hub(owner: str) -> Iterator[Hub]:
             self.end_headers()
             self.wfile.write(body)
 
+        def do_HEAD(self) -> None:
+            self.do_GET()
+
         def do_GET(self) -> None:
+            if seen.asleep:
+                closing.wait(60)
+                return
+            if seen.page:
+                self.send_response(200)
+                self.send_header("Content-Type", "text/html")
+                self.send_header("Content-Length", str(len(seen.page)))
+                self.end_headers()
+                self.wfile.write(seen.page.encode())
+                return
             for end, (status, code) in seen.refusals.items():
                 if self.path.split("?")[0].endswith(end):
                     self.send_response(status)
@@ -78,6 +97,10 @@ def hub(owner: str) -> Iterator[Hub]:
                 ]
                 self.answer({"files": files})
             elif "commit" in parts:
+                seen.commits += 1
+                if seen.commit_status != 200:
+                    self.answer({"error": "refused"}, seen.commit_status)
+                    return
                 if seen.down:
                     seen.down -= 1
                     self.answer({"error": f"down, said {self.headers.get('Authorization', '')}"}, 412)
@@ -101,5 +124,6 @@ def hub(owner: str) -> Iterator[Hub]:
     try:
         yield seen
     finally:
+        closing.set()
         server.shutdown()
         server.server_close()
