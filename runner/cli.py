@@ -388,7 +388,9 @@ def board(runs: Path, port: int) -> None:
     from runner.board import write_board
 
     write_board(runs)
-    sys.exit(subprocess.call([sys.executable, "-m", "tensorboard.main", "--logdir", str(runs), "--port", str(port)]))
+    sys.exit(
+        subprocess.call([sys.executable, "-P", "-m", "tensorboard.main", "--logdir", str(runs), "--port", str(port)])
+    )
 
 
 @main.command()

@@ -23,14 +23,24 @@ class Ranks:
     def leads(self) -> bool:
         return self.rank == 0
 
-    def join(self, address: str, device: torch.device) -> None:
-        """Wait for the others. address: "tcp://HOST:PORT" of rank 0."""
-        if self.count > 1:
-            backend = "nccl" if device.type == "cuda" else "gloo"
-            distributed.init_process_group(
-                backend, init_method=address, rank=self.rank, world_size=self.count, timeout=PATIENCE,
-                device_id=device if device.type == "cuda" else None,
-            )  # fmt: skip
+    def meet(self) -> distributed.TCPStore:
+        """Where the others find rank 0, which calls this, at `.port` of this machine: a port that the system chose and that is
+        kept from then on."""
+        return distributed.TCPStore(
+            "127.0.0.1", 0, self.count, is_master=True, timeout=PATIENCE, wait_for_workers=False
+        )
+
+    def find(self, port: int) -> distributed.TCPStore:
+        """The same for the others."""
+        return distributed.TCPStore("127.0.0.1", port, self.count, is_master=False, timeout=PATIENCE)
+
+    def join(self, store: distributed.TCPStore, device: torch.device) -> None:
+        """Wait for the others. store: of `meet` or `find`."""
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        distributed.init_process_group(
+            backend, store=store, rank=self.rank, world_size=self.count, timeout=PATIENCE,
+            device_id=device if device.type == "cuda" else None,
+        )  # fmt: skip
 
     def leave(self) -> None:
         if self.count > 1 and distributed.is_initialized():

@@ -145,7 +145,7 @@ class House:
 
     def start(self, *arguments: str | Path) -> subprocess.Popen[str]:
         """The same in a process of its own, for signals."""
-        command = [sys.executable, "-m", "runner", *map(str, arguments)]
+        command = [sys.executable, "-P", "-m", "runner", *map(str, arguments)]
         environment = {**os.environ, "PYTHONPATH": str(PROJECT), "PYTHONUNBUFFERED": "1"}
         return subprocess.Popen(
             command, cwd=self.folder, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True

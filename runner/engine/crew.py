@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -36,23 +35,22 @@ def crew(spec: Spec, key: str, runs: Path, where: torch.device, split: int) -> I
         return
     if where.type == "cuda" and torch.cuda.device_count() < count:
         raise FluxrunError(f"compute.gpus is {count}, this machine has {torch.cuda.device_count()}; lower it")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
     helpers = []
     ranks = Ranks(0, count)
+    store = ranks.meet()
     try:
         for rank in range(1, count):
-            order = {"spec": dump(spec), "runs": str(runs.resolve()), "rank": rank, "count": count, "address": address,
+            order = {"spec": dump(spec), "runs": str(runs.resolve()), "rank": rank, "count": count, "port": store.port,
                      "device": where.type, "key": key, "split": split, "parent": os.getpid()}  # fmt: skip
-            helper = subprocess.Popen([sys.executable, "-m", "runner.engine.crew"], stdin=subprocess.PIPE, text=True)
+            command = [sys.executable, "-P", "-m", "runner.engine.crew"]  # -P: whatever lies where the user stands
+            helper = subprocess.Popen(command, stdin=subprocess.PIPE, text=True)
             helpers.append(helper)
             assert helper.stdin is not None
             helper.stdin.write(json.dumps(order))
             helper.stdin.close()
         if where.type == "cpu":
             torch.set_num_threads(max(1, torch.get_num_threads() // count))
-        ranks.join(address, where)
+        ranks.join(store, where)
         yield ranks
     finally:
         ranks.leave()
@@ -81,7 +79,7 @@ def main() -> None:
     base = flux.open_base(
         model.base, model.revision, model.variant, where, dtype, model.quantize, cache.folder, model.offload == "blocks"
     )
-    ranks.join(order["address"], where)
+    ranks.join(ranks.find(order["port"]), where)
     try:
         assist(Run(runs, spec.name), spec, plan, pictures, base, cache, ranks, order["split"])
     finally:
