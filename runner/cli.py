@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from runner import output
 from runner.commandline import command as typed
 from runner.complete import run_names
 from runner.errors import Code, Fault, FluxrunError, SpecError
@@ -33,12 +34,16 @@ class Group(click.Group):
         try:
             return super().invoke(ctx)
         except SpecError as error:
-            _echo_faults(error.faults)
-            click.echo(f"{_count(len(error.faults), 'fault')}; nothing was started", err=True)
+            with output.outlived():
+                _echo_faults(error.faults)
+                click.echo(f"{_count(len(error.faults), 'fault')}; nothing was started", err=True)
             ctx.exit(error.exit_code)
         except FluxrunError as error:
-            click.echo(f"fluxrun: {error}", err=True)
+            with output.outlived():
+                click.echo(f"fluxrun: {error}", err=True)
             ctx.exit(error.exit_code)
+        except BrokenPipeError:  # `fluxrun results | head`
+            ctx.exit(output.end_of_pipe())
 
 
 def _echo_faults(faults: Sequence[Fault]) -> None:
@@ -104,6 +109,7 @@ def queue(
     if dry_run:
         ctx.invoke(plan, specs=specs, runs=runs, as_json=as_json, gpus=gpus)
         return
+    ctx.with_resource(output.outlived())
     from runner import pace, pacebook
     from runner.engine.local import run_queue, warmed
     from runner.engine.slots import make_slots
@@ -174,7 +180,8 @@ def stop(names: tuple[str, ...], runs: Path) -> None:
 @main.command("_train", hidden=True)
 @click.option("--parent", type=int, help="Die with this process.")
 @click.option("--gpus")
-def train(parent: int | None, gpus: str | None) -> None:
+@click.pass_context
+def train(ctx: click.Context, parent: int | None, gpus: str | None) -> None:
     """What a queue starts for each slot: trains the runs named on stdin."""
     from runner.processes import die_with
     from runner.stop import StopRequest
@@ -182,6 +189,7 @@ def train(parent: int | None, gpus: str | None) -> None:
     if parent is not None:
         die_with(parent)
     code: int = Code.STOPPED
+    ctx.with_resource(output.outlived())
     gc.disable()  # half a million objects come with the imports, and stay; `settle_libraries` enables it again
     with StopRequest() as stop, suppress(KeyboardInterrupt):  # a second signal may come when the run has ended already
         from runner.engine.trainer import main as train_all
@@ -492,8 +500,10 @@ def report(runs: Path) -> None:
 @click.option("--step", type=click.IntRange(min=0), help="From the checkpoint of this step. Default: the newest.")
 @click.option("--push", is_flag=True, help="Upload them, as hub.repo and hub.private say.")
 @click.option("--gpus", help="A GPU's number, or `cpu`.")
-def export_again(name: str, runs: Path, step: int | None, push: bool, gpus: str | None) -> None:
+@click.pass_context
+def export_again(ctx: click.Context, name: str, runs: Path, step: int | None, push: bool, gpus: str | None) -> None:
     """Write a run's exports again, whatever state it is in."""
+    ctx.with_resource(output.outlived())
     from runner.exporting import export_run
     from runner.say import Say
     from runner.screen import Screen
@@ -537,6 +547,8 @@ def check(ctx: click.Context, specs: tuple[Path, ...], runs: Path, as_json: bool
     from runner.check import check as look
     from runner.prepare import survey
 
+    if step:  # which trains
+        ctx.with_resource(output.outlived())
     seen, faults = survey(list(specs), runs, fetch=True, fresh=False)
     found = look(seen, faults, runs, gpus)
     if step and not any(one.level == "error" for one in found):

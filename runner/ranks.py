@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 PATIENCE = timedelta(hours=24)  # the others wait while rank 0 encodes a large data set
 
@@ -23,18 +25,16 @@ class Ranks:
     def leads(self) -> bool:
         return self.rank == 0
 
-    def meet(self) -> distributed.TCPStore:
-        """Where the others find rank 0, which calls this, at `.port` of this machine: a port that the system chose and that is
-        kept from then on."""
-        return distributed.TCPStore(
-            "127.0.0.1", 0, self.count, is_master=True, timeout=PATIENCE, wait_for_workers=False
-        )
+    def meet(self) -> Any:
+        """A store (torch.distributed.TCPStore) where the others find rank 0, which calls this. Its `.port` of this machine is
+        chosen by the system, and kept from then on."""
+        return TCPStore("127.0.0.1", 0, self.count, is_master=True, timeout=PATIENCE, wait_for_workers=False)
 
-    def find(self, port: int) -> distributed.TCPStore:
+    def find(self, port: int) -> Any:
         """The same for the others."""
-        return distributed.TCPStore("127.0.0.1", port, self.count, is_master=False, timeout=PATIENCE)
+        return TCPStore("127.0.0.1", port, self.count, is_master=False, timeout=PATIENCE)
 
-    def join(self, store: distributed.TCPStore, device: torch.device) -> None:
+    def join(self, store: Any, device: torch.device) -> None:
         """Wait for the others. store: of `meet` or `find`."""
         backend = "nccl" if device.type == "cuda" else "gloo"
         distributed.init_process_group(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -62,8 +64,14 @@ def table(rows: list[dict[str, Any]], columns: dict[str, Cell]) -> Table:
     return made
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """rich would end the process here with code 1, which fluxrun's say of runs that failed."""
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+
 def console() -> Console:
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 200)  # a pipe has no width to fold at
+    return _Console(highlight=False, width=None if sys.stdout.isatty() else 200)  # a pipe has no width to fold at
 
 
 def results_table(rows: list[dict[str, Any]], spec_keys: Sequence[str]) -> Table:
