@@ -34,7 +34,7 @@ def check(seen: Sequence[Seen], faults: Sequence[Fault], runs: Path, gpus: str |
         found += _of_one(one, "track.to", check_wandb)
     found += _of_all("the login", lambda: _pushes(seen))
     found += _of_all("the devices", lambda: check_devices(seen, numbers, gpus, runs))
-    found += _of_all("the disk", lambda: check_disk(seen, runs, download, hub_cache() if download else None))
+    found += _of_all("the disk", lambda: check_disk(seen, runs, gpus, download, hub_cache() if download else None))
     found += _of_all("the libraries", lambda: check_libraries(seen))
     return in_order(found)
 

@@ -12,15 +12,16 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from runner import estimate, schemes
 from runner.attention import ON_A_GPU, PACKAGES
 from runner.basefiles import BUILTIN, KNOWN, linear_layers
+from runner.diskuse import SPARE
 from runner.engine import slots
 from runner.finding import Finding, at, count, here, size
-from runner.plan import MOMENTS, Plan, Train, resident, resolutions
-from runner.prepare import Seen
+from runner.forecast import night_bytes
+from runner.plan import MOMENTS, Plan, Train, resident
+from runner.prepare import Seen, jobs_of
 from runner.shapes import read_shapes
 from runner.spec import Spec
 
@@ -274,57 +275,36 @@ def _container() -> list[tuple[int, int]]:
 # ---- disk ----------------------------------------------------------------------------------------------------------
 
 
-def check_disk(seen: Sequence[Seen], runs: Path, download: int = 0, hub_cache: Path | None = None) -> Iterator[Finding]:
-    """What all runs will write against what is free. `download`: bytes of bases that come into `hub_cache`."""
-    want = {one.run.folder: _left_to_write(one) for one in seen if one.plan}
-    caches = sum({_cache_key(one): _cache_bytes(one) for one in seen if one.plan}.values())
+def check_disk(
+    seen: Sequence[Seen], runs: Path, gpus: str | None, download: int = 0, hub_cache: Path | None = None
+) -> Iterator[Finding]:
+    """What all runs will write against what is free. gpus: as --gpus takes them; `download`: bytes of bases that come into
+    `hub_cache`."""
+    jobs = [job for job in jobs_of(seen) if job.verdict.state != "done"]
+    folders, cached = night_bytes(jobs, on_gpu=gpus != "cpu" and slots.NVIDIA.is_dir())
     disk = _existing(runs)
     free = shutil.disk_usage(disk).free
-    need = sum(want.values()) + caches
     with_base = download if hub_cache and _same_disk(_existing(hub_cache), disk) else 0
-    if need + with_base > free:
+    need = folders + cached + with_base
+    if jobs and need + SPARE > free:
         base = f", {size(with_base)} for the base's files" if with_base else ""
         yield here(
             "error",
-            f"disk: the night writes about {size(need + with_base)} ({size(sum(want.values()))} in {count(len(want), 'run folder')}, "
-            f"{size(caches)} in the cache{base}), and {runs} has room for {size(free)}; free some space, lower "
-            "checkpoint.keep, or queue fewer specs",
+            f"disk: the night wants about {size(need + SPARE)} ({size(folders)} in {count(len(jobs), 'run folder')}, "
+            f"{size(cached)} in the cache{base}, {size(SPARE)} to spare beside a checkpoint), and {runs} has room for "
+            f"{size(free)}; free some space, lower checkpoint.keep, or queue fewer specs",
         )
-    elif want:
-        yield here("note", f"disk: about {size(need + with_base)} will be written, {size(free)} are free")
+    elif jobs:
+        yield here(
+            "note",
+            f"disk: about {size(need)} will be written, {size(SPARE)} must stay free beside it, {size(free)} are free",
+        )
     if hub_cache and download and not with_base and download > (room := shutil.disk_usage(_existing(hub_cache)).free):
         yield here(
             "error",
             f"disk: the base's files take {size(download)}, and {hub_cache} has room for {size(room)}; free some space, or "
             "set HF_HOME to a larger disk",
         )
-
-
-def _left_to_write(seen: Seen) -> int:
-    assert seen.plan is not None
-    if seen.verdict and seen.verdict.state == "done":
-        return 0
-    folder = seen.run.folder
-    have = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
-    return max(0, seen.plan.disk_bytes - have)
-
-
-def _cache_key(seen: Seen) -> Any:
-    own = seen.spec
-    return own.data.model_dump_json(), own.model.model_dump_json()
-
-
-def _cache_bytes(seen: Seen) -> int:
-    """Latents and T5's embeddings, as if none of them were there."""
-    if seen.pictures is None or seen.plan is None:
-        return 0
-    own = seen.spec
-    count = len(seen.pictures.items) * (own.data.variants or 1) + len(seen.pictures.held)
-    latents = sum(count * 32 * (side // 8) ** 2 * 4 for side in resolutions(own))
-    return (
-        latents
-        + len(seen.pictures.captions) * own.model.max_sequence_length * 4096 * estimate.BYTES[own.model.dtype or "bf16"]
-    )
 
 
 def _existing(path: Path) -> Path:

@@ -8,15 +8,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from runner import keys
-from runner.basefiles import clip_config, fingerprint, local_folder
-from runner.estimate import BYTES
+from runner import keys, schemes
+from runner.basefiles import FLUX1, clip_config, fingerprint, local_folder
+from runner.diskuse import bytes_in, left_to_write
+from runner.estimate import BYTES, LARGE
 from runner.finding import size
-from runner.plan import Encode
+from runner.plan import Encode, resolutions
 from runner.prepare import Job
+from runner.shapes import CLIP, T5, VAE, Shapes, read_shapes
+from runner.spec import Spec
 from runner.statefile import read_json
 
 TORCH = {"bf16": "torch.bfloat16", "fp16": "torch.float16", "fp32": "torch.float32"}
+ENTRY = 512  # bytes that an entry takes beside its numbers: its header, its name in the list of views
 CHANNELS = 2 * 16  # mean and log-variance of FLUX's 16 latent channels
 
 
@@ -73,6 +77,67 @@ def _width(folder: Path, encoder: str) -> int:
         return int((clip_config(folder) or {}).get("hidden_size", 768))
     config: Mapping[str, Any] = json.loads((folder / "text_encoder_2" / "config.json").read_text(encoding="utf-8"))
     return int(config["d_model"])
+
+
+def night_bytes(jobs: Sequence[Job], *, on_gpu: bool) -> tuple[int, int]:
+    """What these runs will add to (their folders, the cache), beside what is there."""
+    folders = sum(left_to_write(job.run.folder, job.plan.disk_bytes) for job in jobs)
+    return folders, _cache_bytes(jobs, jobs[0].run.runs, on_gpu=on_gpu) if jobs else 0
+
+
+def _cache_bytes(jobs: Sequence[Job], runs: Path, *, on_gpu: bool) -> int:
+    """Runs with the same pictures and base share what is made before anything is learned;
+    what an encoder reads after it has learned is each run's own."""
+    shared: dict[str, int] = {}
+    own = quantized = 0
+    bases: dict[str, int] = {}
+    for job in jobs:
+        spec = job.spec
+        key = spec.data.model_dump_json() + spec.model.model_dump_json()
+        found = forecast(job, runs, on_gpu=on_gpu)
+        made = (
+            sum(one.bytes + ENTRY * one.missing for one in found.values())
+            if found
+            else _made_of_a_hub_base(job, on_gpu=on_gpu)
+        )
+        shared[key] = max(made, shared.get(key, 0))
+        own += sum(_read_again(job, phase, on_gpu=on_gpu) for phase in job.plan.phases if isinstance(phase, Encode))
+        if spec.model.quantize != "none":
+            bases[spec.model.model_dump_json()] = _quantized(spec, on_gpu=on_gpu)
+    if bases:
+        quantized = max(0, sum(bases.values()) - bytes_in(runs / "cache" / "quantized"))
+    return sum(shared.values()) + own + quantized
+
+
+def _made_of_a_hub_base(job: Job, *, on_gpu: bool) -> int:
+    """As if nothing were there: its fingerprint, and so what is there of it, is not known before it is here."""
+    if job.pictures is None:
+        return 0
+    spec = job.spec
+    each = BYTES[spec.model.dtype or ("bf16" if on_gpu else "fp32")]
+    views = len(job.pictures.items) * (spec.data.variants or 1) + len(job.pictures.held)
+    latents = sum(views * CHANNELS * (side // 8) ** 2 * each for side in resolutions(spec))
+    return latents + len(keys.captions(spec, job.pictures)) * spec.model.max_sequence_length * int(T5["d_model"]) * each
+
+
+def _read_again(job: Job, phase: Encode, *, on_gpu: bool) -> int:
+    """By the encoders that have learned before this phase."""
+    if phase.at == 0 or job.pictures is None:
+        return 0
+    spec = job.spec
+    each = BYTES[spec.model.dtype or ("bf16" if on_gpu else "fp32")]
+    shapes = read_shapes(spec.model.base)
+    width = shapes.t5["d_model"] if shapes else T5["d_model"]
+    long = spec.model.max_sequence_length * width if "t5" in phase.encoders else 0
+    return len(keys.captions(spec, job.pictures)) * int(long + CLIP["hidden_size"]) * each
+
+
+def _quantized(spec: Spec, *, on_gpu: bool) -> int:
+    """The transformer and T5 as they are kept for the next run."""
+    shapes = read_shapes(spec.model.base) or Shapes(FLUX1, CLIP, T5, VAE)
+    plain = BYTES[spec.model.dtype or ("bf16" if on_gpu else "fp32")]
+    numbers = [shapes.numbers[part] for part in LARGE]
+    return int(sum(matrices * schemes.BYTES[spec.model.quantize] + rest * plain for matrices, rest in numbers))
 
 
 def line(found: Mapping[str, Hits]) -> str:

@@ -19,6 +19,11 @@ LOGIN = "set HF_TOKEN, or `hf auth login`, to a token that may write"
 ANSWER = 10.0  # seconds for one answer to a question
 UPLOAD = 120.0  # seconds without a byte moving in an upload
 LONGEST_ID = 96  # characters of a repository's name, as `huggingface_hub.utils.validate_repo_id` has it
+
+# A name that the client's rule takes for certain: `plan` need not import the client to know that.
+_WORDS = r"(?=.{1,96}(?:/|$))\w+(?:[.-]\w+)*"
+PLAIN_ID = re.compile(rf"(?!.*\.git$)(?:{_WORDS}/)?{_WORDS}", re.ASCII)
+
 LONGEST_TOLD = 300  # characters of an error
 
 # Answers below 500 that may be another one the next time: RFC 9110 and RFC 6585; 412: the branch moved meanwhile.
@@ -39,6 +44,8 @@ TRANSPORTS = {
 
 def id_fault(repo: str) -> str | None:
     """Why the hub takes no repository of this name, by its own client's rule; None where it does."""
+    if PLAIN_ID.fullmatch(repo):
+        return None
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 

@@ -14,8 +14,10 @@ from rich.text import Text
 
 from runner.clock import clock
 from runner.commandline import command
+from runner.engine import slots
 from runner.finding import size
 from runner.fitting import lines
+from runner.forecast import night_bytes
 from runner.pace import Time
 from runner.plan import Inversion, Joint, Lora
 from runner.prepare import Job
@@ -37,7 +39,7 @@ def draw(
     console.print(_table(jobs, times, now, console.width))
     lines = (*_sweeps(jobs), *_images(jobs), *_same(cached), *_memory(jobs, on_gpu), *_notes(jobs))
     told = (Text(line) for line in lines)
-    for line in (*told, *_sum(jobs, times, now)):
+    for line in (*told, *_sum(jobs, times, now, on_gpu)):
         console.print(line, soft_wrap=True)
 
 
@@ -97,10 +99,10 @@ def _phases(job: Job, own: Time, longest: int, most: int) -> Group:
     return Group(bar, words)
 
 
-def _sum(jobs: Sequence[Job], times: Sequence[Time], now: float) -> Iterator[Text]:
+def _sum(jobs: Sequence[Job], times: Sequence[Time], now: float, on_gpu: bool) -> Iterator[Text]:
     left = sum(own.left for own in times)
     todo = [job for job, own in zip(jobs, times, strict=True) if own.left]
-    disk = sum(job.plan.disk_bytes for job in todo)
+    disk = sum(night_bytes(todo, on_gpu=on_gpu and slots.NVIDIA.is_dir()))
     said = Text(f"{_count(len(jobs), 'run')}, {len(todo)} to do: {left} steps, about {size(disk)}", style="bold")
     unknown = [job for job, own in zip(jobs, times, strict=True) if own.seconds is None]
     if not todo:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from runner import tokens
-from runner.basefiles import CLIP_L, clip_layers, linear_layers, lora_layers
+from runner.basefiles import CLIP_L, FLUX1, clip_layers, linear_layers, lora_layers
 from runner.digest import key_of
+from runner.diskuse import run_bytes
 from runner.spec import Spec
 from runner.views import Size, group
 
@@ -166,7 +167,7 @@ class Plan:
 
     `sizes`: how many views are trained at each size; `texts`: how many different ones a batch can have. None where that is
     not known before the images are here.
-    `disk_bytes`: about what the run folder will hold at most: checkpoints, one more while it is written, and exports.
+    `disk_bytes`: about what the run folder will hold at most (`runner.diskuse`).
     """
 
     name: str
@@ -221,7 +222,16 @@ def make_plan(spec: Spec, facts: Facts) -> Plan:
     steps = max(text_stop, lora_stop)
     phases = _phases(spec, facts, known, text_stop, lora_stop)
     notes = (*_notes(spec, facts, asked, steps), *_caption_notes(facts, known))
-    return Plan(spec.name, steps, phases, known, notes, _sizes(spec, facts), _texts(spec, facts), _disk(spec, phases))
+    return Plan(
+        spec.name,
+        steps,
+        phases,
+        known,
+        notes,
+        _sizes(spec, facts),
+        _texts(spec, facts),
+        _disk(spec, facts, phases, steps),
+    )
 
 
 def resolutions(spec: Spec) -> tuple[int, ...]:
@@ -260,11 +270,14 @@ def _texts(spec: Spec, facts: Facts) -> int | None:
 MOMENTS = {"adamw": 2.0, "adamw8bit": 0.5, "prodigy": 4.0}
 
 
-def _disk(spec: Spec, phases: Sequence[Phase]) -> int:
+def _disk(spec: Spec, facts: Facts, phases: Sequence[Phase], steps: int) -> int:
+    """A base whose config only the hub has is taken for a FLUX.1 of the published shape."""
     training = [phase for phase in phases if isinstance(phase, Train)]
-    parts = {part.what: part.parameters or 0 for phase in training for part in phase.trains}
-    weights = 4 * sum(parts.values())
-    return int(weights * (1 + MOMENTS[spec.optimizer.name]) * (spec.checkpoint.keep + len(training) + 1) + 2 * weights)
+    parts = {part.what: part.parameters for phase in training for part in phase.trains}
+    if "lora" in parts and parts["lora"] is None:
+        parts["lora"] = _lora_count(spec, replace(facts, config=FLUX1))
+    trained = sum(count or 0 for count in parts.values())
+    return run_bytes(spec, trained, MOMENTS[spec.optimizer.name], len(training), steps)
 
 
 def _phases(

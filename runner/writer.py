@@ -8,10 +8,9 @@ from pathlib import Path
 
 from runner import checkpoint, files
 from runner.checkpoint import Checkpoint
+from runner.diskuse import SPARE
 from runner.errors import BadFile, Paused
 from runner.stepfiles import file_name, steps_in
-
-SPARE = 16 << 20  # bytes left free beside a checkpoint, for state, log and events
 
 
 class Writer:

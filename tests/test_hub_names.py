@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -57,6 +58,18 @@ def test_a_name_that_the_hub_does_not_take(house: House, there: Hub, command: st
     fault = f"the hub takes no such name (found {repo!r}); {RULE}; did you mean {better!r}?"
     assert f"{spec}:{line_of(spec, 'repo =')}: hub.repo: {fault}\n" in said.out + said.err
     validate_repo_id(better)
+
+
+def test_names_that_are_taken_without_asking_are_names_that_the_hub_takes() -> None:
+    draw, taken = random.Random(0), 0
+    for _ in range(20_000):
+        name = "".join(draw.choice("ab_1.-/") for _ in range(draw.randint(1, 8))) + draw.choice(
+            ["", "", ".git", 96 * "x"]
+        )
+        if ours.PLAIN_ID.fullmatch(name):
+            validate_repo_id(name)
+            taken += 1
+    assert taken > 1000
 
 
 def test_an_old_spec_that_pushes_nothing_may_call_its_repository_what_it_likes(house: House) -> None:

@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
-from runner import files
+from runner import diskuse, files
 from runner.engine.process import Trainer
 from runner.engine.slots import Slot
 from runner.errors import Code, FluxrunError, Held, Paused, disk_trouble
+from runner.finding import size
 from runner.index import write_index
 from runner.morning import prepare_morning, read_ahead
 from runner.notify import Target, tell
@@ -390,10 +391,10 @@ def _newest(work: Work) -> int:
 
 def _make_sure_of_room(job: Job) -> None:
     """Raises Paused where the disk cannot take what the plan says the run will write."""
-    free = files.DISK.free(job.run.folder)
-    have = sum(path.stat().st_size for path in job.run.folder.rglob("*") if path.is_file())
-    if free + have < job.plan.disk_bytes:
+    free, folder = files.DISK.free(job.run.folder), job.run.folder
+    wanted = diskuse.left_to_write(folder, job.plan.disk_bytes) + diskuse.SPARE
+    if free < wanted:
         raise Paused(
-            f"the run will write about {job.plan.disk_bytes >> 20} MiB, and {job.run.folder} has room for {free >> 20}; "
+            f"the run wants about {size(wanted)}, {size(diskuse.SPARE)} of them to spare, and {folder} has room for {size(free)}; "
             "free some space, then the same command goes on"
         )
