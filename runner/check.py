@@ -10,9 +10,17 @@ from runner import hub
 from runner.basefiles import cached_base
 from runner.checkbase import check_base
 from runner.checkdata import check_data, pictures_of
-from runner.checkhere import check_devices, check_disk, check_libraries, numbers_of
+from runner.checkhere import (
+    check_devices,
+    check_disk,
+    check_folder,
+    check_libraries,
+    check_runs_folder,
+    numbers_of,
+)
 from runner.checkhub import check_access, check_push, check_wandb, hub_cache
 from runner.checktext import check_text
+from runner.checkvalues import check_values
 from runner.errors import Fault
 from runner.finding import Finding, at, here, in_order
 from runner.looking import look_at
@@ -21,8 +29,8 @@ from runner.readers import Reader
 from runner.tracebacks import one_line
 
 
-def check(seen: Sequence[Seen], faults: Sequence[Fault], runs: Path, gpus: str | None) -> list[Finding]:
-    """The worst first. `faults`: what the specs are refused for anyway; `gpus`: as --gpus takes them."""
+def check(seen: Sequence[Seen], faults: Sequence[Fault], runs: Path, gpus: str | None, slots: int = 1) -> list[Finding]:
+    """The worst first. `faults`: what the specs are refused for anyway; `gpus`, `slots`: as a queue takes them."""
     found = [Finding("error", fault.message, fault.file, fault.line, fault.key) for fault in sorted(faults)]
     bases, numbers, download = _bases(seen, found)
     looks = look_at([picture for one in seen for picture in pictures_of(one)])
@@ -32,8 +40,11 @@ def check(seen: Sequence[Seen], faults: Sequence[Fault], runs: Path, gpus: str |
         found += _of_one(one, "data.source", lambda one: check_data(one, looks))
         found += _of_one(one, "data.source", lambda one: check_text(one, bases.get(_base(one)), reader))
         found += _of_one(one, "track.to", check_wandb)
+        found += _of_one(one, "train.lr", check_values)
+        found += _of_one(one, "name", check_folder)
+    found += _of_all("the runs folder", lambda: check_runs_folder(runs))
     found += _of_all("the login", lambda: _pushes(seen))
-    found += _of_all("the devices", lambda: check_devices(seen, numbers, gpus, runs))
+    found += _of_all("the devices", lambda: check_devices(seen, numbers, gpus, slots, runs))
     found += _of_all("the disk", lambda: check_disk(seen, runs, gpus, download, hub_cache() if download else None))
     found += _of_all("the libraries", lambda: check_libraries(seen))
     return in_order(found)

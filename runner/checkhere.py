@@ -18,6 +18,7 @@ from runner.attention import ON_A_GPU, PACKAGES
 from runner.basefiles import BUILTIN, KNOWN, linear_layers
 from runner.diskuse import SPARE
 from runner.engine import slots
+from runner.errors import Held
 from runner.finding import Finding, at, count, here, size
 from runner.forecast import night_bytes
 from runner.plan import MOMENTS, Plan, Train, resident
@@ -104,15 +105,15 @@ def _bytes(spec: Spec, part: str, plain: float) -> float:
 
 
 def check_devices(
-    seen: Sequence[Seen], numbers: Mapping[str, Mapping[str, int]], asked: str | None, runs: Path
+    seen: Sequence[Seen], numbers: Mapping[str, Mapping[str, int]], asked: str | None, count: int, runs: Path
 ) -> Iterator[Finding]:
-    """`numbers`: of each base's parts; `asked`: what --gpus says."""
+    """`numbers`: of each base's parts; `asked`, `count`: what --gpus and --slots say."""
     planned = [(one, one.plan) for one in seen if one.plan]
     if not planned:
         return
     most = max(one.spec.compute.gpus for one, _ in planned)
     try:
-        places = slots.make_slots(asked, 1, most, runs)
+        places = slots.make_slots(asked, count, most, runs)
     except ValueError as error:
         yield here("error", f"--gpus: {error}")
         return
@@ -305,6 +306,25 @@ def check_disk(
             f"disk: the base's files take {size(download)}, and {hub_cache} has room for {size(room)}; free some space, or "
             "set HF_HOME to a larger disk",
         )
+
+
+def check_runs_folder(runs: Path) -> Iterator[Finding]:
+    there = _existing(runs)
+    if not os.access(there, os.W_OK | os.X_OK):
+        yield here(
+            "error",
+            f"{runs} cannot be written: {there} may not be changed by this user; name another folder with --runs",
+        )
+
+
+def check_folder(seen: Seen) -> Iterator[Finding]:
+    """Whether another queue has the run's folder."""
+    if seen.verdict is None or seen.verdict.state == "done":
+        return
+    try:
+        seen.run.refuse_if_held()
+    except Held as error:
+        yield at(seen.source, "warning", "name", f"{error}; a queue leaves this run out")
 
 
 def _existing(path: Path) -> Path:

@@ -63,10 +63,18 @@ def main() -> None:
     """Queue FLUX LoRA and pivotal-tuning runs, and go to bed."""
 
 
+def _runs_folder(ctx: click.Context, param: click.Parameter, value: Path) -> Path:
+    del ctx, param
+    there = next(path for path in (value, *value.absolute().parents) if path.exists() or path == path.parent)
+    if not there.is_dir():
+        raise click.BadParameter(f"{value} cannot be there: {there} is a file; name another folder")
+    return value
+
+
 def runs_option(command: Command) -> Command:
     option = click.option(
         "--runs", type=click.Path(path_type=Path, file_okay=False), default="runs", envvar="FLUXRUN_RUNS",
-        show_default=True, help="The runs folder.",
+        show_default=True, help="The runs folder.", callback=_runs_folder,
     )  # fmt: skip
     return option(command)
 
@@ -114,8 +122,7 @@ def queue(
     from runner.engine.local import run_queue, warmed
     from runner.engine.slots import make_slots
     from runner.files import make_folder
-    from runner.notify import Target, refusal
-    from runner.prepare import prepare
+    from runner.prepare import notify_faults, prepare
     from runner.screen import Screen
     from runner.stop import StopRequest, next_time
 
@@ -125,9 +132,8 @@ def queue(
         raise click.BadParameter(f"{stop_at!r} is no time of day; write HH:MM", param_hint="--stop-at") from None
     with StopRequest(deadline, at_once=False) as stop:
         jobs = prepare(list(specs), runs, fetch=True, fresh=fresh)
-        for job in jobs:
-            if wrong := refusal(Target(**job.spec.notify.model_dump()), allow_commands):
-                raise click.UsageError(f"{job.file}: {wrong}")
+        if refused := notify_faults(jobs, allow_commands):
+            raise SpecError(refused)
         try:
             places = make_slots(gpus, slots, max((job.spec.compute.gpus for job in jobs), default=1), runs)
         except ValueError as error:
@@ -135,12 +141,17 @@ def queue(
         screen = Screen()
         todo = _without_done(jobs, screen)
         with warmed(places, len(todo)) as warm:  # they import their libraries meanwhile
-            if todo and not no_check and not _all_well(todo, runs, gpus):
+            if todo and not no_check and not _all_well(todo, runs, gpus, slots):
                 ctx.exit(2)
             for job in todo:
                 if job.verdict.state == "changed":
                     screen.line(f"{job.plan.name}: the old run now is {job.run.put_aside()}")
-            make_folder(runs)
+            try:
+                make_folder(runs)
+            except OSError as error:
+                raise click.BadParameter(
+                    f"{runs} cannot be made ({error.strerror}); name another folder", param_hint="--runs"
+                ) from None
             code = run_queue(todo, runs, places, screen, stop, retries=retries, fail_fast=fail_fast, warm=warm)
         pace.remember(todo, on_gpu=pacebook.on_gpus(places))
     if as_json:
@@ -148,11 +159,11 @@ def queue(
     ctx.exit(code)
 
 
-def _all_well(jobs: list[Job], runs: Path, gpus: str | None) -> bool:
+def _all_well(jobs: list[Job], runs: Path, gpus: str | None, slots: int) -> bool:
     """`fluxrun check` of what is to run: its warnings and errors on stderr, and whether there is no error."""
     from runner.check import check, seen_of
 
-    found = [one for one in check(seen_of(jobs), (), runs, gpus) if one.level != "note"]
+    found = [one for one in check(seen_of(jobs), (), runs, gpus, slots) if one.level != "note"]
     errors = sum(one.level == "error" for one in found)
     _echo_findings(found, err=True)
     if errors:
@@ -538,19 +549,25 @@ def convert(file: Path, to: str, out: Path | None, leave_out: bool) -> None:
 @runs_option
 @json_option
 @click.option("--gpus", help="GPU numbers, e.g. 0,1, or `cpu`, as for `queue`. Default: all GPUs.")
+@click.option("--slots", type=click.IntRange(1, 64), default=1, show_default=True, help="Runs at a time on a CPU.")
 @click.option("--step", is_flag=True, help="Also train a step or two of each shape, and measure time and memory.")
+@click.option("--allow-commands", is_flag=True, help="What a spec's notify.command says will be run.")
+@click.option("--fresh", is_flag=True, help="An existing run folder of another spec will be moved aside.")
 @click.pass_context
-def check(ctx: click.Context, specs: tuple[Path, ...], runs: Path, as_json: bool, gpus: str | None, step: bool) -> None:
+def check(
+    ctx: click.Context, specs: tuple[Path, ...], runs: Path, as_json: bool, gpus: str | None, slots: int, step: bool,
+    allow_commands: bool, fresh: bool,
+) -> None:  # fmt: skip
     """Everything that can be known before the night: the plan, every picture and caption, the base's files, disk,
     memory, GPUs, logins, versions. `queue` does it first by itself. Exit code 2 where something is wrong.
     """
     from runner.check import check as look
-    from runner.prepare import survey
+    from runner.prepare import jobs_of, notify_faults, survey
 
     if step:  # which trains
         ctx.with_resource(output.outlived())
-    seen, faults = survey(list(specs), runs, fetch=True, fresh=False)
-    found = look(seen, faults, runs, gpus)
+    seen, faults = survey(list(specs), runs, fetch=True, fresh=fresh)
+    found = look(seen, [*faults, *notify_faults(jobs_of(seen), allow_commands)], runs, gpus, slots)
     if step and not any(one.level == "error" for one in found):
         from runner.trystep import try_steps
 

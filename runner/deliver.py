@@ -109,7 +109,7 @@ def _about(order: Order, step: int) -> About:
     settings = {
         key: value
         for key, value in flat(dump(order.spec)).items()
-        if not key.startswith(("data.source", "model.base", "prior.images", "hub"))
+        if not key.startswith(("data.source", "model.base", "prior.images", "hub", "notify"))
     }
     config = transformer_config(own, order.base.folder) or {}
     return About(

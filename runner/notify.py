@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from urllib.parse import parse_qsl, urlsplit
 
 SECONDS = 20.0  # for the other side to answer
 
@@ -43,14 +45,70 @@ def tell(target: Target, event: str, run: str, text: str, complain: Callable[[st
             complain(f"notify.command: {event} could not be told ({error})")
 
 
-def refusal(target: Target, allow_commands: bool) -> str | None:
-    """What must be mended before the night, as `KEY: ...`. A spec may come from anywhere, so it alone runs no command."""
+def refusals(target: Target, allow_commands: bool) -> Iterator[tuple[str, str]]:
+    """(key, message) of what must be mended before the night. A spec may come from anywhere, so it alone runs no command."""
     if target.command is not None and not allow_commands:
-        return f"notify.command: this spec asks for a command (found {target.command!r}); add --allow-commands, or take it out"
-    left = os.path.expandvars(target.url or "")
-    if "$" in left:
-        return f"notify.url: the environment has no such variable (found {left!r}); set it, or take the key out"
-    return None
+        yield (
+            "notify.command",
+            f"this spec asks for a command (found {_hidden(target.command)!r}); add --allow-commands, or take it out",
+        )
+    missing = [name for name in _variables(target.url or "") if name not in os.environ]
+    if missing:
+        names = ", ".join(f"${name}" for name in missing)
+        yield "notify.url", f"the environment has no such variable (found {names}); set it, or take the key out"
+
+
+def literal_secrets(target: Target) -> Iterator[tuple[str, str]]:
+    """(key, message) of addresses that are a secret and stand in the spec as they are; no part of them is shown."""
+    for key, text in (("notify.url", target.url), ("notify.command", target.command)):
+        if text and any(map(_is_secret, _URL.findall(text))):
+            way = 'put it into the environment and write url = "$NAME"'
+            if key == "notify.command":
+                way = "let the command read it from the environment or a file"
+            yield (
+                key,
+                "whoever knows this address can use it, and it stands in the spec, which is copied into the run's folder (not "
+                f"shown); {way}",
+            )
+
+
+_URL = re.compile(r"[a-z]+://[^\s\"'<>|;]+", re.IGNORECASE)
+_VARIABLE = re.compile(r"\$(?:(\w+)|\{([^}]*)\})", re.ASCII)  # as `os.path.expandvars` reads them
+_TELLING = re.compile(r"token|secret|key|sig|signature|password|auth", re.IGNORECASE)  # in names of query values
+
+# Addresses that need nothing but themselves, as the services' own pages give them: (end of the host, start of the path).
+# ntfy.sh: "the topic is essentially a password" (docs.ntfy.sh/publish).
+WEBHOOKS = (
+    ("discord.com", "/api/webhooks/"), ("discordapp.com", "/api/webhooks/"), ("hooks.slack.com", "/"),
+    ("webhook.office.com", "/"), ("outlook.office.com", "/webhook/"), ("logic.azure.com", "/"),
+    ("api.telegram.org", "/bot"), ("chat.googleapis.com", "/"), ("ntfy.sh", "/"), ("hooks.zapier.com", "/"),
+    ("maker.ifttt.com", "/"), ("open.feishu.cn", "/open-apis/bot/"), ("webhook.site", "/"), ("hc-ping.com", "/"),
+)  # fmt: skip
+
+
+def _is_secret(url: str) -> bool:
+    """Whether what is written out in it, less `$NAME`s, lets others in."""
+    try:
+        found = urlsplit(_VARIABLE.sub("", url))
+        host, path = (found.hostname or "").lower(), found.path
+    except ValueError:  # no address, which is told when it is used
+        return False
+    if found.username or found.password:
+        return True
+    if any(value and _TELLING.search(name) for name, value in parse_qsl(found.query)):
+        return True
+    return any(
+        (host == end or host.endswith(f".{end}")) and path.startswith(start) and path[len(start) :].strip("/")
+        for end, start in WEBHOOKS
+    )
+
+
+def _hidden(command: str) -> str:
+    return _URL.sub(lambda found: "(an address)" if _is_secret(found[0]) else found[0], command)
+
+
+def _variables(url: str) -> list[str]:
+    return [plain or braced for plain, braced in _VARIABLE.findall(url)]
 
 
 def _post(url: str, value: dict[str, str]) -> None:

@@ -27,6 +27,7 @@ from runner.batchfaults import batch_faults
 from runner.data import DataError, Pictures, some
 from runner.digest import key_of
 from runner.errors import Fault, FluxrunError, SpecError, Unreachable
+from runner.notify import Target, refusals
 from runner.plan import Facts, Plan, PlanError, make_plan
 from runner.rundir import WAYS_OUT, Run, Verdict
 from runner.sources import COLUMNAR, Source
@@ -139,6 +140,16 @@ def _same_repositories(pushing: Sequence[Seen], owner: str) -> list[Fault]:
         message = f"{len(alike)} runs push to one repository (found {_repository(last)!r}, for {some(names)}); {way}"
         faults.append(last.source.fault("hub.repo", message))
     return faults
+
+
+def notify_faults(jobs: Sequence[Job], allow_commands: bool) -> list[Fault]:
+    """Of runs that will tell somebody. `allow_commands`: as the option of the command line."""
+    return [
+        job.source.fault(*told)
+        for job in jobs
+        if job.verdict.state != "done"
+        for told in refusals(Target(**job.spec.notify.model_dump()), allow_commands)
+    ]
 
 
 def _is_done(seen: Seen) -> bool:

@@ -74,7 +74,9 @@ class Wandb:
             raise FluxrunError('track.to has "wandb", which is not installed; pip install "fluxrun[wandb]"') from error
         self.wandb = wandb
         self.start = start
-        shown = {key: value for key, value in settings.items() if not key.startswith(("data.source", "model.base"))}
+        shown = {
+            key: value for key, value in settings.items() if not key.startswith(("data.source", "model.base", "notify"))
+        }
         self.run = wandb.init(
             dir=str(folder), name=name, id=f"fluxrun-{name}".replace("/", "-"), resume="allow", config=shown,
             settings=wandb.Settings(silent=True),

@@ -75,7 +75,7 @@ def test_a_spec_alone_runs_no_command(house: House) -> None:
 def test_a_variable_that_is_not_set_is_told_before_the_night(house: House) -> None:
     said = house.fluxrun("queue", house.spec(every='every = 50\n[notify]\nurl = "https://x.org/$NO_SUCH_HOOK"'))
     assert said.code == 2
-    assert "notify.url: the environment has no such variable (found 'https://x.org/$NO_SUCH_HOOK')" in said.err
+    assert "notify.url: the environment has no such variable (found $NO_SUCH_HOOK); set it" in said.err
 
 
 def test_nobody_listening_is_told_without_the_address() -> None:
