@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from runner.finding import Finding
     from runner.prepare import Job
 
+MANY = 3  # places beside the first one, from which on a fault is told once for all of them
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
@@ -47,14 +48,24 @@ class Group(click.Group):
 
 
 def _echo_faults(faults: Sequence[Fault]) -> None:
-    """On a terminal with the line and a caret below each."""
+    """On a terminal with the line and a caret below each. One that many files have is told once."""
     from runner.caret import excerpts
+    from runner.finding import same_in
 
     shown = excerpts(faults) if sys.stderr.isatty() else {}
+    alike: dict[tuple[str, str], list[Fault]] = {}
     for fault in faults:
+        alike.setdefault((fault.key, fault.message), []).append(fault)
+    for fault in faults:
+        first, *rest = alike[fault.key, fault.message]
+        many = len(rest) >= MANY
+        if many and fault is not first:
+            continue
         click.echo(fault, err=True)
         if fault in shown:
             click.echo(shown[fault], err=True)
+        if many:
+            click.echo(f"    {same_in([(one.file, one.line) for one in rest])}", err=True)
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})

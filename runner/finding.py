@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from runner.data import some
 from runner.errors import Fault
 from runner.specload import Source
 
@@ -18,7 +19,8 @@ LEVELS: tuple[Level, ...] = ("error", "warning", "note")
 class Finding:
     """error: the run would fail or be wrong; warning: it will run, and is likely not what was meant; note: good to know.
 
-    `fault` is what and where; where it is about the machine and no spec, its file is None. `more`: one line each.
+    `fault` is what and where; where it is about the machine and no spec, its file is None. `more`: one line each; `also`: other
+    places of which the same is found, as (file, line).
     """
 
     level: Level
@@ -27,6 +29,7 @@ class Finding:
     line: int | None = None
     key: str = ""
     more: tuple[str, ...] = ()
+    also: tuple[tuple[Path, int], ...] = ()
 
     @property
     def fault(self) -> Fault | None:
@@ -39,7 +42,8 @@ class Finding:
     def lines(self, most: int = 10) -> list[str]:
         """As told on a screen: the finding, then at most so many of its lines."""
         shown = self.more if len(self.more) <= most + 1 else (*self.more[:most], f"and {len(self.more) - most} more")
-        return [str(self), *(f"    {_printable(line)}" for line in shown)]
+        same = [f"    {same_in(self.also)}"] if self.also else []
+        return [str(self), *(f"    {_printable(line)}" for line in shown), *same]
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -49,6 +53,7 @@ class Finding:
             "key": self.key or None,
             "message": self.message,
             "more": list(self.more),
+            "also": [{"file": str(file), "line": line} for file, line in self.also],
         }
 
 
@@ -64,8 +69,22 @@ def here(level: Level, message: str, more: Iterable[str] = ()) -> Finding:
 
 
 def in_order(found: Iterable[Finding]) -> list[Finding]:
-    """The worst first, then as they were found; each once."""
-    return sorted(dict.fromkeys(found), key=lambda one: LEVELS.index(one.level))
+    """The worst first, then as they were found; each once, with all the places where it was found."""
+    together: dict[tuple[object, ...], list[Finding]] = {}
+    for one in dict.fromkeys(found):
+        together.setdefault((one.level, one.key, one.message, one.more, one.file is None), []).append(one)
+    merged = [
+        replace(first, also=tuple((one.file, one.line or 1) for one in rest if one.file)) if rest else first
+        for first, *rest in together.values()
+    ]
+    return sorted(merged, key=lambda one: LEVELS.index(one.level))
+
+
+def same_in(places: Sequence[tuple[Path, int]]) -> str:
+    """Where else the same is to be mended."""
+    return _printable(
+        f"the same in {count(len(places), 'more place')}: {some([f'{file}:{line}' for file, line in places])}"
+    )
 
 
 def size(count: float) -> str:

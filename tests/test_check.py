@@ -508,8 +508,11 @@ def test_a_base_that_must_be_fetched_is_told_with_its_size(house: House, monkeyp
         usage = type(shutil.disk_usage(house.folder))
         monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**10, 10**10, 2 * 10**9))
         _, found = report(house, path)
-    assert found["error"][0].startswith("disk: the night writes about 3.0 GiB (")
-    assert ", 3.0 GiB for the base's files), and runs has room for 1.9 GiB;" in found["error"][0]
+    assert found["error"][0].startswith("disk: the night wants about 3.3 GiB (")
+    assert (
+        ", 3.0 GiB for the base's files, 16 MiB to spare beside a checkpoint), and runs has room for 1.9 GiB;"
+        in found["error"][0]
+    )
 
 
 # ---- as a command --------------------------------------------------------------------------------------------------
