@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,7 @@ class Night:
             [sys.executable, "-c", f"{before}{CLI}", "queue", "a.toml", "--gpus", "cpu"],
             cwd=house.folder, stderr=subprocess.PIPE, text=True, start_new_session=group,
             env={**os.environ, "PYTHONPATH": str(PROJECT), "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"},
-            preexec_fn=lambda: [signal.signal(number, signal.SIG_IGN) for number in ignored] and None,
+            preexec_fn=lambda: _signals(ignored),
         )  # fmt: skip
         self.said = ""
 
@@ -62,6 +63,12 @@ class Night:
         _, rest = self.queue.communicate(timeout=120)
         self.said += rest
         return self.queue.returncode
+
+
+def _signals(ignored: Sequence[int]) -> None:
+    """As a shell in a terminal starts a program, and not as these tests were started, under nohup perhaps."""
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN if number in ignored else signal.SIG_DFL)
 
 
 def children(pid: int) -> list[int]:
