@@ -241,7 +241,7 @@ class Export(Table):
 
 class Hub(Table):
     push: bool = key(False, "Upload the export folder when done")
-    repo: Line | None = key(None, "Repository id; default the run's name")
+    repo: Line | None = key(None, "Repository id; default one made of the run's name")
     private: bool = key(False, "Make the repository private")
 
 
