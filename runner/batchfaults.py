@@ -8,8 +8,9 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runner import classfolder
+from runner import classfolder, hub
 from runner.basefiles import BaseIdentity, identity_of
+from runner.data import some
 from runner.errors import Fault
 
 if TYPE_CHECKING:
@@ -17,10 +18,10 @@ if TYPE_CHECKING:
     from runner.spec import Prior
 
 
-def batch_faults(seen: Sequence[Seen]) -> list[Fault]:
-    """Each once. Runs that are done make and read nothing more."""
+def batch_faults(seen: Sequence[Seen], owner: str) -> list[Fault]:
+    """Each once. Runs that are done make and read nothing more. owner: the hub login's name, where it is known."""
     waiting = [one for one in seen if one.verdict is None or one.verdict.state != "done"]
-    return list(dict.fromkeys([*_class_folders(waiting), *_pictures_made(waiting)]))
+    return list(dict.fromkeys([*_class_folders(waiting), *_pictures_made(waiting), *_same_repository(seen, owner)]))
 
 
 def _class_folders(waiting: Sequence[Seen]) -> Iterator[Fault]:
@@ -93,3 +94,25 @@ def _pictures_made(waiting: Sequence[Seen]) -> Iterator[Fault]:
                     f"it lies in the folder of run {trained.spec.name}, which is yet to be trained; queue "
                     "this spec once that run is done",
                 )
+
+
+def _same_repository(seen: Sequence[Seen], owner: str) -> Iterator[Fault]:
+    """Runs that push to one repository would replace each other's files; those of earlier nights, too."""
+    pushing: dict[str, list[Seen]] = {}
+    for one in seen:
+        if one.spec.hub.push and "hub" not in one.bad:
+            name = hub.repository(one.spec.hub.repo, one.spec.name)
+            full = name if "/" in name else f"{owner}/{name}"
+            pushing.setdefault(full.lower(), []).append(one)  # the hub ignores case in names
+    for alike in pushing.values():
+        if len(alike) < 2 or all(one.verdict is not None and one.verdict.state == "done" for one in alike):
+            continue
+        last = alike[-1]
+        found = hub.repository(last.spec.hub.repo, last.spec.name)
+        way = "give each its own"
+        if last.source.swept:
+            way = "take hub.repo out, and each run has a repository of its own name"
+        yield last.source.fault(
+            "hub.repo",
+            f"{len(alike)} runs push to one repository (found {found!r}, for {some([one.spec.name for one in alike])}); {way}",
+        )

@@ -24,7 +24,7 @@ from runner.basefiles import (
     transformer_config,
 )
 from runner.batchfaults import batch_faults
-from runner.data import DataError, Pictures, some
+from runner.data import DataError, Pictures
 from runner.digest import key_of
 from runner.errors import Fault, FluxrunError, SpecError, Unreachable
 from runner.notify import Target, refusals
@@ -102,13 +102,8 @@ def survey(paths: Sequence[Path], runs: Path, *, fetch: bool, fresh: bool) -> tu
             told = [*told, one.source.fault("hub.push", wrong)]
         seen.append(found)
         faults += told
-    pushing = [one for one in seen if one.spec.hub.push and "hub" not in one.bad]
-    owner = login().name if fetch and len(pushing) > 1 else ""
-    return seen, [*faults, *batch_faults(seen), *_same_repositories(pushing, owner)]
-
-
-def _repository(seen: Seen) -> str:
-    return hub.repository(seen.spec.hub.repo, seen.spec.name)
+    owner = login().name if fetch and sum(one.spec.hub.push for one in seen) > 1 else ""
+    return seen, [*faults, *batch_faults(seen, owner)]
 
 
 def _looked(loaded: Loaded, runs: Path, fetch: bool, fresh: bool, shared: Shared) -> tuple[Seen, list[Fault]]:
@@ -119,27 +114,6 @@ def _looked(loaded: Loaded, runs: Path, fetch: bool, fresh: bool, shared: Shared
         spec = loaded.spec
         fault = loaded.source.fault("", f"this run cannot be looked at: {one_line(error)}")
         return Seen(loaded.source, spec, frozenset({"model", "data"}), None, None, Run(runs, spec.name), None), [fault]
-
-
-def _same_repositories(pushing: Sequence[Seen], owner: str) -> list[Fault]:
-    """Runs that push to one repository would replace each other's files. `owner`: the login's name, where it is known."""
-    by_repository: dict[str, list[Seen]] = {}
-    for one in pushing:
-        full = _repository(one) if "/" in _repository(one) else f"{owner}/{_repository(one)}"
-        by_repository.setdefault(full.lower(), []).append(one)  # the hub ignores case in names
-    faults = []
-    for alike in by_repository.values():
-        if len(alike) < 2 or all(map(_is_done, alike)):
-            continue
-        names, last = [one.spec.name for one in alike], alike[-1]
-        way = (
-            "take hub.repo out, and each run has a repository of its own name"
-            if last.source.swept
-            else "give each its own"
-        )
-        message = f"{len(alike)} runs push to one repository (found {_repository(last)!r}, for {some(names)}); {way}"
-        faults.append(last.source.fault("hub.repo", message))
-    return faults
 
 
 def notify_faults(jobs: Sequence[Job], allow_commands: bool) -> list[Fault]:
@@ -191,7 +165,8 @@ def _look(loaded: Loaded, runs: Path, fetch: bool, fresh: bool, shared: Shared) 
         verdict = run.verdict(spec, plan)
         if verdict.state == "changed" and not fresh:
             faults.append(source.fault("name", f"{run.folder} holds another run: {verdict.reason}; {WAYS_OUT}"))
-    if (verdict is None or verdict.state != "done") and not any(key == "model.base" for key, _ in told):  # a run that is done looks at them no more
+    based = all(key != "model.base" for key, _ in told)  # else nobody can say which base has made class images
+    if based and (verdict is None or verdict.state != "done"):  # a run that is done looks at them no more
         prior = [fault for fault in _prior_faults(spec) if not any(touches(fault[0], bad) for bad in loaded.bad)]
         told += prior
         faults += [source.fault(key, source.relative(key, message)) for key, message in prior]
