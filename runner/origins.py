@@ -1,13 +1,19 @@
-"""A resolved spec as TOML that says behind each key where its value came from. No torch."""
+"""A resolved spec as TOML that says behind each key where its value came from, and reading that again. No torch."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import tomli_w
 
 from runner.tomllines import key_lines
+
+DEFAULT = "default"
+_COMMENT = re.compile(
+    rf".*  # ({DEFAULT}$|(?:set|extended|sweep) .*)"
+)  # the last one: a text or a file's name may hold such
 
 
 def annotated(tables: Mapping[str, Any], origin: Callable[[str], str]) -> str:
@@ -25,6 +31,19 @@ def annotated(tables: Mapping[str, Any], origin: Callable[[str], str]) -> str:
             said = origin(".".join(map(str, where)))
             lines[number - 1] += "  # " + "".join(c if c.isprintable() else "?" for c in said)
     return "\n".join(lines)
+
+
+def origins_in(text: str) -> dict[str, str]:
+    """What `annotated` wrote behind each dotted key: "default", "set in FILE", "extended from FILE", "sweep in FILE".
+
+    {} where no key is said to be a default: the file is from elsewhere, or it was written from a run's own copy, by a
+    version that did not carry over what that one said, so that its comments tell nothing.
+    """
+    lines, found = text.split("\n"), {}
+    for where, number in key_lines(text).items():
+        if said := _COMMENT.match(lines[number - 1]):
+            found[".".join(map(str, where))] = said[1]
+    return found if DEFAULT in found.values() else {}
 
 
 def _tables(value: list[Any]) -> bool:

@@ -132,6 +132,8 @@ def _look(
         plan = None
     if plan:
         verdict = run.verdict(spec, plan)
+        if verdict.state in ("new", "resume"):
+            verdict = run.at_work() or verdict
         if verdict.state == "changed" and not fresh:
             faults.append(source.fault("name", f"{run.folder} holds another run: {verdict.reason}; {WAYS_OUT}"))
     if verdict is None or verdict.state != "done":  # a run that is done looks at them no more

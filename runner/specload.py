@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from runner.errors import Fault, SpecError
 from runner.inherit import Places, mere_bases, merged, place_of
+from runner.origins import DEFAULT, origins_in
 from runner.spec import Spec
 from runner.specfaults import Where, explain, show
 from runner.specrules import broken_rules, fill_defaults, secrets
@@ -30,12 +31,14 @@ STAND_INS: dict[str, Any] = {
 @dataclass(frozen=True)
 class Source:
     """Where a spec came from, so that later checks can point at a line. `places`: of its keys, in the file itself or in
-    one that it extends; `swept`: what [sweep] set; `written`: every dotted key that stands somewhere."""
+    one that it extends; `swept`: what [sweep] set; `written`: every dotted key that stands somewhere; `origins`: of a run
+    folder's own spec, what it says of where each value came from."""
 
     file: Path
     places: Places
     swept: Mapping[str, Any] = field(default_factory=dict)
     written: frozenset[str] = frozenset()
+    origins: Mapping[str, str] = field(default_factory=dict)
 
     def place(self, key: str) -> tuple[Path, int]:
         if key in self.swept:
@@ -53,10 +56,14 @@ class Source:
 
     def origin(self, key: str) -> str:
         """Where a resolved spec's value came from, in words."""
-        if key in self.swept or (key == "name" and self.swept):
-            return f"sweep in {self.file if key == 'name' else self.place(key)[0]}"
+        if swept := next((one for one, value in self.swept.items() if key in _dotted(value, one)), None):
+            return f"sweep in {self.place(swept)[0]}"
+        if key == "name" and self.swept:
+            return f"sweep in {self.file}"
+        if key in self.origins:
+            return self.origins[key]
         if key not in self.written:
-            return "default"
+            return DEFAULT
         file, _ = self.place(key)
         return f"set in {file}" if file == self.file else f"extended from {file}"
 
@@ -117,9 +124,10 @@ def _variants(file: Path, faults: list[Fault]) -> Iterator[tuple[dict[str, Any],
     except SpecError as error:
         faults += error.faults
         return
-    tables.pop("fluxrun", None)  # in a run folder's own spec, which is a spec like any other
+    own = tables.pop("fluxrun", None)  # a run folder's own spec, which is a spec like any other
+    origins = origins_in(file.read_text(encoding="utf-8")) if own is not None else {}
     sweep = _flat_sweep(tables.pop("sweep", {}))
-    source = Source(file, places, {}, frozenset(_dotted(tables)))
+    source = Source(file, places, {}, frozenset(_dotted(tables)), origins)
     tables.setdefault("name", file.stem)
     bad = [
         Fault(*(place_of(places, ("sweep", key)) or (file, 1)), f"sweep.{key}", message)
@@ -138,7 +146,7 @@ def _variants(file: Path, faults: list[Fault]) -> Iterator[tuple[dict[str, Any],
         label = ",".join(f"{key}={_safe(value)}" for key, value in zip(sweep, values, strict=True))
         variant["name"] = f"{tables['name']}/{label}"
         swept = dict(zip(sweep, values, strict=True))
-        yield variant, Source(file, places, swept, source.written)
+        yield variant, Source(file, places, swept, source.written, origins)
 
 
 def _dotted(value: Any, prefix: str = "") -> Iterator[str]:
