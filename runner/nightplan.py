@@ -55,7 +55,8 @@ def _table(jobs: Sequence[Job], times: Sequence[Time], now: float, width: int) -
     numbers = sum(max(len(title), *(len(row[title]) for row in rows)) + GAP for title in shown)
     bar = BAR if wide else NARROW_BAR if width >= NARROW else NARROWEST_BAR
     room = max(LEAST_NARROW, width - numbers - bar - GAP - 1)  # for the names
-    names = shortened([job.plan.name for job in jobs], min(room, LONGEST_NAME))
+    lines = 2 if room < LEAST_NAME else 1
+    names = shortened([job.plan.name for job in jobs], min(lines * room, LONGEST_NAME))
     table = Table(box=box.SIMPLE, padding=(0, GAP - 1, 0, 0), show_edge=False)
     table.add_column("run", overflow="fold", width=min(room, max(LEAST_NAME, *map(cell_len, names))))
     table.add_column("phases", overflow="fold", min_width=bar)
