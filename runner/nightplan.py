@@ -19,7 +19,8 @@ from runner.fitting import lines
 from runner.pace import Time
 from runner.plan import Inversion, Joint, Lora
 from runner.prepare import Job
-from runner.tables import GAP, LEAST_NAME, LEAST_NARROW, NARROW, shortened
+from runner.shortnames import shortened
+from runner.tables import GAP, LEAST_NAME, LEAST_NARROW, NARROW
 from runner.views import Size
 
 BAR, NARROW_BAR, NARROWEST_BAR = 24, 16, 10

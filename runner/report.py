@@ -23,8 +23,9 @@ from runner.clock import clock
 from runner.index import Record, comparable, record_of, short_labels, swept_keys, telling
 from runner.rundir import Run, find_runs
 from runner.series import Series, read_history
+from runner.shortnames import shortened
 from runner.shots import shots
-from runner.tables import LONGEST_VALUE, number_text, shortened, spec_text, steps_text
+from runner.tables import LONGEST_VALUE, number_text, spec_text, steps_text
 from runner.thumbs import Thumbs, evenly
 
 PAGE = Path(__file__).parent / "page"

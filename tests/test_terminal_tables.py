@@ -22,7 +22,7 @@ from runner.origins import annotated
 from runner.pace import Time
 from runner.prepare import prepare
 from runner.report import write_report
-from runner.tables import shortened
+from runner.shortnames import shortened
 
 WIDTHS = [60, 80, 100, 120]
 REASON = "no finite loss or gradient in 5 steps in a row (loss nan, gradient norm nan); lower train.lr, or use bf16"
