@@ -36,7 +36,11 @@ SAID = "Error: Invalid value for --runs: there is no folder 'nothere'; name the 
 
 
 @pytest.mark.parametrize("words", READERS, ids=" ".join)
-def test_a_runs_folder_that_is_not_there_is_refused(house: House, words: list[str]) -> None:
+def test_a_runs_folder_that_is_not_there_is_refused(
+    house: House, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli.sys, "executable", "/bin/true")  # what does not refuse would serve, or watch, for ever
+    monkeypatch.setattr(cli.time, "sleep", lambda _: pytest.fail("it watches"))
     said = house.fluxrun(*words, "--runs", "nothere")
     assert (said.code, said.out, said.err.splitlines()[-1]) == (2, "", SAID)
     assert not (house.folder / "nothere").exists()
@@ -45,7 +49,7 @@ def test_a_runs_folder_that_is_not_there_is_refused(house: House, words: list[st
 def test_the_default_folder_is_no_exception(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "there is no folder 'runs'" in house.fluxrun("results").err
     monkeypatch.setenv("FLUXRUN_RUNS", "elsewhere")
-    assert "there is no folder 'elsewhere'" in house.fluxrun("board").err
+    assert "there is no folder 'elsewhere'" in house.fluxrun("results").err
 
 
 def commands(group: click.Group, *before: str) -> Iterator[tuple[tuple[str, ...], click.Command]]:

@@ -128,10 +128,10 @@ def test_folders_that_do_not_say_what_was_set(house: House) -> None:
 
 
 def test_a_comment_is_read_behind_whatever_stands_before_it(house: House) -> None:
-    text = house.spec("a").read_text().replace("a TOK on", "a  # default TOK on")
+    text = house.spec("a").read_text().replace("a TOK on", "a  # set by TOK on")
     runs = enlisted(house, house.write("a  # set.toml", text.replace("[model]", 'name = "a"\n[model]', 1)))
     [record] = runner.results(runs)
-    assert record.spec["validate.prompts"] == ["a  # default TOK on a white background"]
+    assert record.spec["validate.prompts"] == ["a  # set by TOK on a white background"]
     assert record.origins["validate.prompts"] == f"set in {house.folder / 'a  # set.toml'}"
     assert "lora.alpha" not in record.origins
 

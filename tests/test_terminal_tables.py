@@ -114,6 +114,14 @@ def test_what_has_no_room_is_named_and_paths_come_last(wide: House, monkeypatch:
     assert "curl -s -X P…" in "".join(full)
 
 
+def test_a_short_path_comes_last_too(tmp_path: Path) -> None:
+    house = House(tmp_path)
+    for name, source in (("a", "x/y"), ("b", "x/z")):
+        write_said(tmp_path / "runs", name, {}, {"data.source": source, "data.repeats": len(source) * ord(name)})
+    head = house.fluxrun("results").out.splitlines()[0]
+    assert head.index("eval loss") < head.index("data.repeats") < head.index("exports") < head.index("data.source")
+
+
 @pytest.mark.parametrize("width", WIDTHS)
 def test_status_fits_the_terminal(wide: House, monkeypatch: pytest.MonkeyPatch, width: int) -> None:
     lines = lines_at(wide, monkeypatch, width, "status")
@@ -190,10 +198,16 @@ def test_a_sweep_keeps_its_name_and_its_values() -> None:
         "cat/rank=4,lr=0.0001", "cat/rank=4,lr=0.0004", "cat/rank=16,lr=0.0001", "cat/rank=16,lr=0.0004",
     ]  # fmt: skip
     assert shortened(names, 14) == ["cat/4,0.0001", "cat/4,0.0004", "cat/16,0.0001", "cat/16,0.0004"]
+    assert shortened(["cat/model.base=black-forest-labs-FLUX.1-dev,lora.rank=4"], 20) == ["cat/…bs-FLUX.1-dev,4"]
     assert shortened(["one-and-the-same-beginning-1-end", "one-and-the-same-beginning-2-end"], 16) == [
         "one-and-…g-1-end", "one-and-…g-2-end",
     ]  # fmt: skip
     assert shortened(["aaaaaaaaaaaa1bbbbbbbbbbbb", "aaaaaaaaaaaa2bbbbbbbbbbbb"], 12) == ["aa…1bbbbbbb…", "aa…2bbbbbbb…"]
+
+
+def test_texts_that_differ_in_two_far_places_stay_different() -> None:
+    texts = [f"{'x' * 20}{one}{'y' * 20}{two}{'z' * 9}" for one, two in ((1, 1), (1, 2), (2, 1))]
+    assert shortened(texts, 12) == ["xx…1yyyyyyy…", "xx…1yyyyyy~2", "xx…2yyyyyyy…"]
 
 
 # ---- the page ------------------------------------------------------------------------------------------------------
