@@ -128,11 +128,11 @@ def test_folders_that_do_not_say_what_was_set(house: House) -> None:
 
 
 def test_a_comment_is_read_behind_whatever_stands_before_it(house: House) -> None:
-    text = house.spec("a").read_text().replace("a TOK on", "a  # set by TOK on")
-    runs = enlisted(house, house.write("a  # set.toml", text.replace("[model]", 'name = "a"\n[model]', 1)))
+    text = house.spec("a").read_text().replace("[data]\n", '[data]\nprompt = "a TOK  # set by hand"\n')
+    runs = enlisted(house, house.write("a  # set.toml", f'name = "a"\n{text}'))
     [record] = runner.results(runs)
-    assert record.spec["validate.prompts"] == ["a  # set by TOK on a white background"]
-    assert record.origins["validate.prompts"] == f"set in {house.folder / 'a  # set.toml'}"
+    assert record.spec["data.prompt"] == "a TOK  # set by hand"
+    assert record.origins["data.prompt"] == f"set in {house.folder / 'a  # set.toml'}"
     assert "lora.alpha" not in record.origins
 
 
