@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from runner import files
-from runner.index import short_labels, spec_values, telling
+from runner.index import Record, record_of, short_labels, telling
 from runner.rundir import Run, find_runs
 from runner.statefile import is_number
 
@@ -34,7 +34,7 @@ LAYOUT: Mapping[str, Mapping[str, Sequence[str]]] = {
     },
     "Going": {
         "s/step": ["train/step_seconds"],
-        "learning rate": ["train/lr"],
+        "learning rate": ["lr/.*", "train/lr"],  # the latter by earlier versions: the largest one
         "gradient norm": ["train/grad_norm"],
     },
 }
@@ -42,20 +42,25 @@ LAYOUT: Mapping[str, Mapping[str, Sequence[str]]] = {
 
 def write_board(runs: Path) -> None:
     """For every run that TensorBoard has something of."""
-    specs = {run.name: spec_values(run) for run in find_runs(runs)}
-    keys = telling(specs.values())
+    records = _records(runs)
+    keys = telling(records.values())
     for run in find_runs(runs):
         if any(path.name != FILE for path in run.folder.glob("events.out.tfevents.*")):
-            _write(run, specs, keys)
+            _write(run, records, keys)
 
 
 def write_session(run: Run) -> None:
     """For one run, as it begins; the keys that differ are those of all runs that are there."""
-    specs = {other.name: spec_values(other) for other in find_runs(run.runs)}
-    _write(run, specs, telling(specs.values()))
+    records = _records(run.runs)
+    _write(run, records, telling(records.values()))
 
 
-def _write(run: Run, specs: Mapping[str, Mapping[str, Any]], keys: Sequence[str]) -> None:
+def _records(runs: Path) -> dict[str, Record]:
+    return {run.name: record_of(run) for run in find_runs(runs)}
+
+
+def _write(run: Run, records: Mapping[str, Record], keys: Sequence[str]) -> None:
+    specs = {name: record.spec for name, record in records.items()}
     content, path = _content(run, specs, keys), run.folder / FILE
     if not path.is_file() or path.read_bytes() != content:
         files.write_bytes(path, [content], durable=False)

@@ -73,8 +73,8 @@ class Clerk:
         self.held = device.held_memory(where) - kept
         device.reset_peak(where)
         run.write_state(
-            "running", attempts=run.attempt, started=self.before.get("started") or time.time(), step=self.at_step,
-            versions=versions(),
+            "running", attempts=run.attempt, started=self.before.get("started") or time.time(),
+            attempt_started=time.time(), step=self.at_step, versions=versions(),
         )  # fmt: skip
 
     def facts(self) -> dict[str, Any]:
@@ -129,8 +129,8 @@ class Clerk:
         self.seconds.append(step.seconds)
         for tracker in self.trackers:
             tracker.scalars(
-                {"train/loss": step.loss, "train/lr": step.lr, "train/grad_norm": step.grad_norm,
-                 "train/step_seconds": step.seconds, **step.rows},
+                {"train/loss": step.loss, "train/grad_norm": step.grad_norm, "train/step_seconds": step.seconds,
+                 **{f"lr/{kind}": lr for kind, lr in step.lr.items()}, **step.rows},
                 step.number,
             )  # fmt: skip
         if step.skipped:

@@ -7,25 +7,27 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from runner import output
 from runner.commandline import command as typed
 from runner.complete import run_names
-from runner.errors import Code, Fault, FluxrunError, SpecError
+from runner.errors import Code, Fault, FluxrunError, Interrupted, SpecError
 
 if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
     from runner.finding import Finding
     from runner.prepare import Job
 
 MANY = 3  # places beside the first one, from which on a fault is told once for all of them
-Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 class Group(click.Group):
@@ -45,6 +47,10 @@ class Group(click.Group):
             ctx.exit(error.exit_code)
         except BrokenPipeError:  # `fluxrun results | head`
             ctx.exit(output.end_of_pipe())
+        except KeyboardInterrupt:
+            with output.outlived():
+                click.echo(f"{os.linesep if sys.stderr.isatty() else ''}fluxrun: stopped by Ctrl-C", err=True)
+            ctx.exit(Interrupted.exit_code)
 
 
 def _echo_faults(faults: Sequence[Fault]) -> None:
@@ -74,20 +80,33 @@ def main() -> None:
     """Queue FLUX LoRA and pivotal-tuning runs, and go to bed."""
 
 
-def _runs_folder(ctx: click.Context, param: click.Parameter, value: Path) -> Path:
-    del ctx, param
-    there = next(path for path in (value, *value.absolute().parents) if path.exists() or path == path.parent)
-    if not there.is_dir():
-        raise click.BadParameter(f"{value} cannot be there: {there} is a file; name another folder")
-    return value
+def _runs_folder(ctx: click.Context, _: click.Parameter, runs: Path) -> Path:
+    """Refuses a path where no folder can be made."""
+    there = next(path for path in (runs, *runs.absolute().parents) if path.exists() or path == path.parent)
+    if not (ctx.resilient_parsing or there.is_dir()):
+        raise click.BadParameter(f"{runs} cannot be there: {there} is a file; name another folder")
+    return runs
 
 
-def runs_option(command: Command) -> Command:
-    option = click.option(
-        "--runs", type=click.Path(path_type=Path, file_okay=False), default="runs", envvar="FLUXRUN_RUNS",
-        show_default=True, help="The runs folder.", callback=_runs_folder,
-    )  # fmt: skip
-    return option(command)
+def must_exist(runs: Path) -> Path:
+    if not runs.is_dir():
+        raise click.BadParameter(
+            f"there is no folder {str(runs)!r}; name the one that `fluxrun queue` has put its runs into",
+            param_hint="--runs",
+        )
+    return runs
+
+
+def _existing(ctx: click.Context, param: click.Parameter, runs: Path) -> Path:
+    return runs if ctx.resilient_parsing else must_exist(_runs_folder(ctx, param, runs))
+
+
+_runs_option = partial(
+    click.option, "--runs", type=click.Path(path_type=Path, file_okay=False), default="runs", envvar="FLUXRUN_RUNS",
+    show_default=True, help="The runs folder.",
+)  # fmt: skip
+runs_option = _runs_option(callback=_runs_folder)
+existing_runs_option = _runs_option(callback=_existing)  # for commands that read what runs have left there
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
@@ -190,7 +209,7 @@ def _echo_findings(found: Iterable[Finding], *, err: bool) -> None:
 
 @main.command()
 @click.argument("names", nargs=-1, metavar="[RUN]...", shell_complete=run_names)
-@runs_option
+@existing_runs_option
 def stop(names: tuple[str, ...], runs: Path) -> None:
     """Stop runs, or with none named every queue on this runs folder: each saves at its next step; `queue` goes on."""
     from runner.stopping import stop_queues, stop_run
@@ -321,7 +340,7 @@ def _count(number: int, noun: str) -> str:
 
 @main.command()
 @click.argument("names", nargs=-1, metavar="[RUN]...", shell_complete=run_names)
-@runs_option
+@existing_runs_option
 @json_option
 @click.option("--watch", is_flag=True, help="Redraw every second, until Ctrl-C.")
 def status(names: tuple[str, ...], runs: Path, as_json: bool, watch: bool) -> None:
@@ -337,23 +356,35 @@ def status(names: tuple[str, ...], runs: Path, as_json: bool, watch: bool) -> No
     if as_json:
         click.echo(json.dumps(states(), indent=1))
         return
-    from runner.tables import STATUS, console, table
+    from runner.tables import console, status_table
 
+    screen = console()
     if not watch:
-        console().print(table(states(), STATUS))
+        _print_parts(screen, status_table(states(), screen.width))
         return
     from rich.live import Live
 
     from runner.watching import view
 
-    with Live(view(runs, names), console=console(), auto_refresh=False, vertical_overflow="visible") as live:
+    with (
+        suppress(KeyboardInterrupt),  # the way to end it
+        Live(view(runs, names, screen.width), console=screen, auto_refresh=False, vertical_overflow="visible") as live,
+    ):
         while True:
             time.sleep(1)
-            live.update(view(runs, names), refresh=True)
+            live.update(view(runs, names, screen.width), refresh=True)
+
+
+def _print_parts(screen: Console, parts: Iterable[RenderableType]) -> None:
+    """Tables as they are, lines in full."""
+    from rich.text import Text
+
+    for part in parts:
+        screen.print(part, soft_wrap=isinstance(part, Text))
 
 
 @main.command()
-@runs_option
+@existing_runs_option
 @json_option
 @click.option("--csv", "as_comma", is_flag=True, help="CSV on stdout, with a column for every spec key.")
 @click.option("--sort", default="name", show_default=True, metavar="KEY", help="A column, or a key of the spec.")
@@ -373,9 +404,8 @@ def results(runs: Path, as_json: bool, as_comma: bool, sort: str) -> None:
     else:
         from runner.tables import console, results_table
 
-        console().print(
-            results_table([asdict(record) for record in records], telling(record.spec for record in records))
-        )
+        screen = console()
+        _print_parts(screen, results_table(records, telling(records), screen.width))
 
 
 def _print_records(runs: Path, names: set[str]) -> None:
@@ -386,7 +416,7 @@ def _print_records(runs: Path, names: set[str]) -> None:
 
 @main.command()
 @click.argument("names", nargs=-1, required=True, metavar="RUN...", shell_complete=run_names)
-@runs_option
+@existing_runs_option
 @click.option("--prompt", "prompts", multiple=True, help="With the tokens' names as in the spec. Default: the spec's.")
 @click.option("--count", type=click.IntRange(min=1), default=1, show_default=True, help="Pictures per prompt.")
 @click.option("--seed", type=int, help="Of the first picture; the next ones count up. Default: the spec's.")
@@ -409,18 +439,24 @@ def sample(
 
 
 @main.command()
-@runs_option
+@existing_runs_option
 @click.option("--port", default=6006, show_default=True)
-def board(runs: Path, port: int) -> None:
-    """TensorBoard on the runs folder."""
+@click.pass_context
+def board(ctx: click.Context, runs: Path, port: int) -> None:
+    """TensorBoard on the runs folder, until Ctrl-C."""
     import subprocess
 
     from runner.board import write_board
 
     write_board(runs)
-    sys.exit(
-        subprocess.call([sys.executable, "-P", "-m", "tensorboard.main", "--logdir", str(runs), "--port", str(port)])
-    )
+    command = [sys.executable, "-P", "-m", "tensorboard.main", "--logdir", str(runs), "--port", str(port)]
+    with subprocess.Popen(command) as server:
+        try:
+            code = server.wait()
+        except KeyboardInterrupt:  # the way to end it
+            server.terminate()
+            code = 0
+    ctx.exit(code)
 
 
 @main.command()
@@ -487,7 +523,7 @@ def schema(out: Path | None) -> None:
 
 @main.command()
 @click.argument("names", nargs=-1, required=True, metavar="RUN RUN...")
-@runs_option
+@existing_runs_option
 @json_option
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="A PNG: the runs' pictures side by side.")
 def compare(names: tuple[str, ...], runs: Path, as_json: bool, out: Path | None) -> None:
@@ -501,14 +537,14 @@ def compare(names: tuple[str, ...], runs: Path, as_json: bool, out: Path | None)
     if as_json:
         click.echo(json.dumps(found, indent=1))
     else:
-        for part in comparing.as_tables(found):
-            console().print(part)
+        screen = console()
+        _print_parts(screen, comparing.as_tables(found, screen.width))
     if out is not None:
         click.echo(str(out), err=True)
 
 
 @main.command()
-@runs_option
+@existing_runs_option
 def report(runs: Path) -> None:
     """Write the results page, RUNS/index.html: one file that opens without a network."""
     from runner.report import write_report
@@ -518,7 +554,7 @@ def report(runs: Path) -> None:
 
 @main.command("export")
 @click.argument("name", metavar="RUN", shell_complete=run_names)
-@runs_option
+@existing_runs_option
 @click.option("--step", type=click.IntRange(min=0), help="From the checkpoint of this step. Default: the newest.")
 @click.option("--push", is_flag=True, help="Upload them, as hub.repo and hub.private say.")
 @click.option("--gpus", help="A GPU's number, or `cpu`.")
@@ -604,10 +640,10 @@ def cache(ctx: click.Context, runs: Path, as_json: bool) -> None:
     """What the shared cache of latents and text embeddings holds."""
     from runner import caching
 
-    ctx.obj = runs
+    ctx.obj = runs, as_json
     if ctx.invoked_subcommand is not None:
         return
-    kinds = caching.listing(runs)
+    kinds = caching.listing(must_exist(runs))
     if as_json:
         click.echo(json.dumps(caching.as_json(kinds), indent=1))
         return
@@ -618,10 +654,15 @@ def cache(ctx: click.Context, runs: Path, as_json: bool) -> None:
 
 @cache.command("prune")
 @click.option("--days", type=click.FloatRange(min=0), default=30, show_default=True, help="Kept if asked for since.")
+@click.option("--runs", type=click.Path(path_type=Path, file_okay=False), help="The runs folder.  [default: runs]")
+@json_option
 @click.pass_obj
-def cache_prune(runs: Path, days: float) -> None:
+def cache_prune(outer: tuple[Path, bool], days: float, runs: Path | None, as_json: bool) -> None:
     """Remove what no run has asked for in a while; it is made again where it is wanted."""
     from runner.caching import prune
 
-    entries, size = prune(runs, days)
-    click.echo(f"{entries:,} entries removed, {size / 2**20:,.1f} MiB")
+    entries, size = prune(must_exist(runs or outer[0]), days)  # --runs may also stand before `prune`
+    if as_json or outer[1]:
+        click.echo(json.dumps({"entries": entries, "bytes": size}))
+    else:
+        click.echo(f"{entries:,} entries removed, {size / 2**20:,.1f} MiB")

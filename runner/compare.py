@@ -7,21 +7,36 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.cells import cell_len
+
 from runner import files
 from runner.clock import clock
 from runner.commandline import command
 from runner.errors import FluxrunError
-from runner.index import Record, comparable, differing, record_of, short_labels
+from runner.index import Record, comparable, differing, record_of, short_labels, telling
 from runner.rundir import Run, find_runs
 from runner.series import read_history
 from runner.shots import shots
+from runner.tables import GAP, LONGEST_VALUE, column, spec_text, wrapped
 
 SIGMA = "eval/sigma "
-METRICS = ("state", "steps", "eval_loss", "train_loss", "s_per_step", "wall_s", "peak_memory_bytes", "attempts")
+LEAST_LABEL = 12  # characters of a run's name at the head of its column
+METRICS = (
+    "state",
+    "steps",
+    "exported_step",
+    "eval_loss",
+    "train_loss",
+    "s_per_step",
+    "wall_s",
+    "peak_memory_bytes",
+    "attempts",
+)
 
 
 def compare(runs: Path, names: Sequence[str]) -> dict[str, Any]:
-    """JSON values. by_sigma: {"0.1": [loss of each run or None]}, of each run's last look, on the same pictures and noise.
+    """JSON values. by_sigma: {"0.1": [loss of each run or None]}, of each run's last look; `comparable` says whether those
+    were all on the same pictures and noise; following: keys of `differing` that are defaults and follow from the others.
 
     Raises FluxrunError where a name is no run's, or fewer than two are given.
     """
@@ -30,10 +45,13 @@ def compare(runs: Path, names: Sequence[str]) -> dict[str, Any]:
     specs = [record.spec for record in records]
     by_sigma = [_last_look(run) for run in chosen]
     sigmas = sorted({sigma for one in by_sigma for sigma in one})
+    told = telling(records)
+    following = [key for key in differing(specs) if key not in told]
     return {
         "runs": [record.name for record in records],
         "comparable": comparable(specs),
-        "differing": {key: [spec.get(key) for spec in specs] for key in differing(specs)},
+        "differing": {key: [spec.get(key) for spec in specs] for key in (*told, *following)},
+        "following": following,
         "metrics": {name: [getattr(record, name) for record in records] for name in METRICS},
         "by_sigma": {sigma: [one.get(sigma) for one in by_sigma] for sigma in sigmas},
     }
@@ -59,44 +77,63 @@ def _last_look(run: Run) -> dict[str, float]:
 # ---- on a terminal -------------------------------------------------------------------------------------------------
 
 
-def as_tables(found: Mapping[str, Any]) -> Iterator[Any]:
-    """rich tables and notes. The first run is the one that others are measured by."""
+def as_tables(found: Mapping[str, Any], width: int) -> Iterator[Any]:
+    """rich tables of at most `width`, and notes. The first run is the one that others are measured by."""
+    from rich.text import Text
+
+    compares, told = found["comparable"], found["metrics"]
+    specs = {key: values for key, values in found["differing"].items() if key not in found["following"]}
+    rows = [(key, [spec_text(value) or "-" for value in values]) for key, values in specs.items()]
+    yield from _tables("spec", found["runs"], rows, width)
+    if found["following"]:
+        yield Text(f"defaults that follow from these: {', '.join(found['following'])}\n")
+    rows = [_metric(name, values, compares) for name, values in told.items() if any(values)]
+    if told["exported_step"] == told["steps"]:  # as most are
+        rows = [row for row in rows if row[0] != "exported step"]
+    yield from _tables("result", found["runs"], rows, width)
+    if found["by_sigma"]:
+        against = ", and against the first run" if compares else ""
+        rows = [(sigma, _by_sigma(losses, compares)) for sigma, losses in found["by_sigma"].items()]
+        yield from _tables(f"eval loss by noise level (sigma){against}", found["runs"], rows, width)
+    if not compares:
+        yield Text("note: evaluated on other pictures, captions or another base: these eval losses do not compare")
+    elif found["by_sigma"]:
+        yield from map(Text, _verdicts(found))
+
+
+def _tables(title: str, runs: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]], width: int) -> Iterator[Any]:
+    """A column for each run where there is room for that, else a line for each. Numbers are never cut."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    def table(title: str, rows: Sequence[tuple[str, Sequence[str]]]) -> Table:
-        made = Table(box=box.SIMPLE, title=title, title_justify="left")
-        made.add_column("")
-        for name in short_labels(found["runs"]):
-            made.add_column(Text(name), overflow="fold")
+    names = short_labels(runs)
+    keys = max((cell_len(key) for key, _ in rows), default=0)
+    widest = max((cell_len(cell) for _, cells in rows for cell in cells), default=0)
+    each = (width - keys - GAP) // len(names) - GAP
+    yield Text(title, style="italic")
+    if each >= max(min(widest, LONGEST_VALUE), min(max(map(cell_len, names)), LEAST_LABEL)):
+        made = Table(box=box.SIMPLE, show_edge=False, padding=(0, GAP - 1, 0, 0))
+        made.add_column("", width=keys, no_wrap=True)
+        for name in names:
+            made.add_column(Text(name), overflow="fold", max_width=each)
         for key, cells in rows:
             made.add_row(Text(key), *map(Text, cells))
-        return made
-
-    yield table("spec", [(key, list(map(_cell, values))) for key, values in found["differing"].items()])
-    yield table("result", [_metric(name, values) for name, values in found["metrics"].items() if any(values)])
-    if found["by_sigma"]:
-        rows = [(sigma, _against_first(losses)) for sigma, losses in found["by_sigma"].items()]
-        yield table("eval loss by noise level (sigma), and against the first run", rows)
-        for verdict in _verdicts(found):
-            yield Text(verdict)
-    if not found["comparable"]:
-        yield Text("note: evaluated on other pictures, captions or another base: these eval losses do not compare")
+        yield made
+    else:
+        columns = (column(key, cells, 0, limit=LONGEST_VALUE) for key, cells in rows)
+        yield from wrapped(names, columns, width)
+    yield Text("")
 
 
-def _cell(value: Any) -> str:
-    return "-" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _metric(name: str, values: Sequence[Any]) -> tuple[str, list[str]]:
-    """With the best of the losses marked."""
+def _metric(name: str, values: Sequence[Any], compares: bool) -> tuple[str, list[str]]:
+    """With the best of the losses marked, where they compare."""
     known = [value for value in values if value is not None]
     shown: dict[str, Any] = {
         "wall_s": clock,
         "peak_memory_bytes": lambda value: f"{value / 2**30:.2f} GiB",
         "s_per_step": lambda value: f"{value:.3g}",
-        "eval_loss": lambda value: f"{value:.4f}{' *' if min(known) == value < max(known) else ''}",
+        "eval_loss": lambda value: f"{value:.4f}{' *' if compares and min(known) == value < max(known) else ''}",
         "train_loss": lambda value: f"{value:.4f}",
     }
     form = shown.get(name, str)
@@ -104,7 +141,10 @@ def _metric(name: str, values: Sequence[Any]) -> tuple[str, list[str]]:
     return titles.get(name, name.replace("_", " ")), ["-" if value is None else form(value) for value in values]
 
 
-def _against_first(losses: Sequence[float | None]) -> list[str]:
+def _by_sigma(losses: Sequence[float | None], compares: bool) -> list[str]:
+    """Each loss, the later ones with their difference from the first where they compare."""
+    if not compares:
+        return list(map(_loss, losses))
     first, *others = losses
     cells = [_loss(first)]
     for loss in others:

@@ -83,7 +83,7 @@ def execute(
                             clerk.settle()  # it may be the one that is being written
                         delivered = deliver(order, best_of(run, progress, say) if spec.export.best else progress)
                         clerk.settle()
-                        clerk.show_pictures(plan.steps, [picture for _, picture in delivered.pictures])
+                        clerk.show_pictures(delivered.step, [picture for _, picture in delivered.pictures])
                 clerk.leave()
                 say.end_phase()
             assert delivered is not None  # every plan ends with an export

@@ -13,15 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from runner import files
+from runner.origins import DEFAULT, origins_in
 from runner.rundir import Run, find_runs, flat
+from runner.specrules import follows
 
 
 @dataclass(frozen=True)
 class Record:
-    """One run. Times: seconds since 1970; wall_s: all attempts together; losses: smoothed; memory in bytes;
-    export_error: the largest of any exported file (state.json has each); warning: what went wrong and cost nothing;
-    ended: by which rule training ended early; split: parts that a micro-batch was cut into because it did not fit into
-    the memory; spec: every key of it, dotted."""
+    """One run. Times: seconds since 1970; wall_s: all attempts together; losses: smoothed; memory in bytes; step: how far
+    training came; steps: planned ones, or those that were trained where the run is done; exported_step: whose weights the
+    exports hold; export_error: the largest of any exported file (state.json has each); warning: what went wrong and cost
+    nothing; ended: by which rule training ended early; split: parts that a micro-batch was cut into because it did not
+    fit into the memory; spec: every key of it, dotted; origins: where those of them that are no defaults came from,
+    "sweep in FILE", "set in FILE" or "extended from FILE", "unknown" where the folder does not say."""
 
     name: str
     state: str
@@ -29,6 +33,7 @@ class Record:
     started: float | None = None
     finished: float | None = None
     wall_s: float | None = None
+    step: int | None = None
     steps: int | None = None
     s_per_step: float | None = None
     peak_memory_bytes: int | None = None
@@ -39,12 +44,14 @@ class Record:
     versions: dict[str, str] = field(default_factory=dict)
     error: str | None = None
     best_step: int | None = None
+    exported_step: int | None = None
     ended: str | None = None
     attempts: int | None = None
     split: int | None = None
     export_error: float | None = None
     warning: str | None = None
     spec: dict[str, Any] = field(default_factory=dict)
+    origins: dict[str, str] = field(default_factory=dict)
 
 
 def results(runs: Path | str) -> list[Record]:
@@ -55,7 +62,10 @@ def results(runs: Path | str) -> list[Record]:
 def record_of(run: Run) -> Record:
     state = run.state()
     known = {key: value for key, value in state.items() if key in Record.__dataclass_fields__}
-    return Record(**{**known, "name": run.name, "spec": spec_values(run)})
+    if state["state"] == "done" and state.get("ended"):
+        known["steps"] = state.get("step", known.get("steps"))
+    spec, origins = _read_spec(run)
+    return Record(**{**known, "name": run.name, "spec": spec, "origins": origins})
 
 
 def sort_records(records: Iterable[Record], key: str) -> list[Record]:
@@ -70,7 +80,8 @@ def sort_records(records: Iterable[Record], key: str) -> list[Record]:
 
 
 def write_index(runs: Path) -> None:
-    rows = [{key: value for key, value in asdict(record).items() if key != "spec"} for record in results(runs)]
+    left_out = ("spec", "origins")
+    rows = [{key: value for key, value in asdict(record).items() if key not in left_out} for record in results(runs)]
     files.write_text(runs / "index.jsonl", "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows))
 
 
@@ -92,6 +103,7 @@ def table(records: Iterable[Record]) -> list[dict[str, Any]]:
 
 def _flat_row(record: Record) -> dict[str, Any]:
     row = asdict(record)
+    del row["origins"]
     for key in ("versions", "spec"):
         row |= {f"{key}.{name}": value for name, value in row.pop(key).items()}
     return row
@@ -107,17 +119,22 @@ def as_csv(records: Iterable[Record]) -> str:
     return out.getvalue()
 
 
-def spec_values(run: Run) -> dict[str, Any]:
-    """{"lora.rank": 16, ...}, without the name, which is the run's, and whom to tell, which is nobody else's: a webhook's address
-    is a secret, and pages are passed on. {} where the file cannot be read."""
+def _read_spec(run: Run) -> tuple[dict[str, Any], dict[str, str]]:
+    """`spec` and `origins` of a record, without the name, which is the run's, and without whom to notify: a webhook's address
+    is a secret, and pages are passed on. {} each where the file cannot be read."""
     try:
-        tables = tomllib.loads(run.spec_file.read_text(encoding="utf-8"))
+        text = run.spec_file.read_text(encoding="utf-8")
+        tables = tomllib.loads(text)
     except (OSError, ValueError, RecursionError):
-        return {}
+        return {}, {}
     found = flat({key: value for key, value in tables.items() if key not in ("name", "fluxrun", "notify")})
     for number, token in enumerate(found.pop("tokens", [])):
         found |= {f"tokens.{number}.{key}": value for key, value in token.items()} if isinstance(token, dict) else {}
-    return {key: value for key, value in found.items() if not isinstance(value, list) or value}
+    spec = {key: value for key, value in found.items() if not isinstance(value, list) or value}
+    told = origins_in(text)
+    if not told:
+        return spec, {key: "unknown" for key in spec if not follows(key, spec)}
+    return spec, {key: told.get(key, "unknown") for key in spec if told.get(key) != DEFAULT}
 
 
 def differing(specs: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -127,15 +144,26 @@ def differing(specs: Iterable[Mapping[str, Any]]) -> list[str]:
     return [key for key in keys if any(spec.get(key) != known[0].get(key) for spec in known)]
 
 
-def telling(specs: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The differing keys without those that only repeat another one's values, as lora.alpha does lora.rank's."""
-    known = [spec for spec in specs if spec]
-    out: dict[str, list[Any]] = {}
-    for key in differing(known):
-        values = [spec.get(key) for spec in known]
-        if values not in out.values():
-            out[key] = values
-    return list(out)
+def telling(records: Iterable[Record]) -> list[str]:
+    """The differing keys that tell the runs apart: what was swept, then what was set.
+
+    A default that differs only where one of those does follows from it, as lora.alpha does from lora.rank, and is left out.
+    """
+    known = [record for record in records if record.spec]
+    keys = differing(record.spec for record in known)
+    swept = swept_keys(known)
+    told = [key for key in keys if key in swept]
+    told += [key for key in keys if key not in swept and any(key in record.origins for record in known)]
+    groups: dict[str, list[Record]] = {}
+    for record in known:
+        groups.setdefault(repr([record.spec.get(key) for key in told]), []).append(record)
+    alike = [[record.spec for record in group] for group in groups.values()]
+    independent = {key for group in alike for key in differing(group)}  # as where fluxrun's own defaults have changed
+    return told + [key for key in keys if key in independent and key not in told]
+
+
+def swept_keys(records: Iterable[Record]) -> set[str]:
+    return {key for record in records for key, origin in record.origins.items() if origin.startswith("sweep ")}
 
 
 EVALUATED_ON = ("model.base", "data.source", "data.holdout", "data.resolution", "data.prompt", "train.guidance")
@@ -151,8 +179,14 @@ def short_labels(names: Sequence[str]) -> list[str]:
     they are where that would make two alike."""
     sweeps = {name.partition("/")[0] for name in names if "/" in name}
     labels = []
-    for name in names:
+    for name in without_tables(names):
         sweep, _, values = name.partition("/")
-        short = re.sub(r"(^|,)(?:[a-z_0-9]+\.)+(?=[a-z_0-9]+=)", r"\1", values).replace(",", ", ")
+        short = values.replace(",", ", ")
         labels.append(name if not values else f"{sweep}: {short}" if len(sweeps) > 1 else short)
     return labels if len(set(labels)) == len(labels) else list(names)
+
+
+def without_tables(names: Sequence[str]) -> list[str]:
+    """ "SWEEP/lora.rank=4,train.lr=0.001" -> "SWEEP/rank=4,lr=0.001"; names as they are where that would make two alike."""
+    short = [re.sub(r"(?<=[/,])(?:[a-z_0-9]+\.)+(?=[a-z_0-9]+=)", "", name) for name in names]
+    return short if len(set(short)) == len(set(names)) else list(names)

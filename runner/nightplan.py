@@ -8,6 +8,7 @@ from itertools import groupby
 from typing import Any
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
@@ -21,13 +22,16 @@ from runner.forecast import night_bytes
 from runner.pace import Time
 from runner.plan import Inversion, Joint, Lora
 from runner.prepare import Job
+from runner.shortnames import shortened
+from runner.tables import GAP, LEAST_NAME, LEAST_NARROW, NARROW
 from runner.views import Size
 
-BAR, NARROW_BAR = 24, 16
+BAR, NARROW_BAR, NARROWEST_BAR = 24, 16, 10
+LONGEST_NAME = 56
 WIDE = 118  # columns from which a terminal has room for everything
 ONLY_WIDE = ("disk", "memory", "s/step")
 COLOURS = {Joint: "magenta", Lora: "cyan", Inversion: "yellow"}
-STATES = {"done": "green", "resume": "yellow", "new": "bold", "changed": "red"}
+STATES = {"done": "green", "resume": "yellow", "running": "cyan", "waiting": "cyan", "new": "bold", "changed": "red"}
 
 
 def draw(
@@ -45,9 +49,6 @@ def draw(
 
 def _table(jobs: Sequence[Job], times: Sequence[Time], now: float, width: int) -> Table:
     wide = width >= WIDE
-    table = Table(box=box.SIMPLE, pad_edge=False)
-    table.add_column("run", overflow="fold", min_width=32 if wide else 22)
-    table.add_column("phases", overflow="fold", min_width=BAR if wide else NARROW_BAR)
     longest = max((job.plan.steps for job in jobs), default=1)
     rows = []
     end: float | None = now
@@ -55,11 +56,18 @@ def _table(jobs: Sequence[Job], times: Sequence[Time], now: float, width: int) -
         end = None if end is None or own.seconds is None else end + own.seconds
         rows.append(_numbers(job, own, end, now))
     shown = [title for title in rows[0] if any(row[title] for row in rows) and (wide or title not in ONLY_WIDE)]
+    numbers = sum(max(len(title), *(len(row[title]) for row in rows)) + GAP for title in shown)
+    bar = BAR if wide else NARROW_BAR if width >= NARROW else NARROWEST_BAR
+    room = max(LEAST_NARROW, width - numbers - bar - GAP - 1)  # for the names
+    lines = 2 if room < LEAST_NAME else 1
+    names = shortened([job.plan.name for job in jobs], min(lines * room, LONGEST_NAME))
+    table = Table(box=box.SIMPLE, padding=(0, GAP - 1, 0, 0), show_edge=False)
+    table.add_column("run", overflow="fold", width=min(room, max(LEAST_NAME, *map(cell_len, names))))
+    table.add_column("phases", overflow="fold", min_width=bar)
     for title in shown:
         table.add_column(title, justify="right", no_wrap=True)
-    for job, own, row in zip(jobs, times, rows, strict=True):
-        bar = _phases(job, own, longest, BAR if wide else NARROW_BAR)
-        table.add_row(_run(job, own), bar, *(row[title] for title in shown))
+    for job, own, row, name in zip(jobs, times, rows, names, strict=True):
+        table.add_row(_run(job, own, name), _phases(job, own, longest, bar), *(row[title] for title in shown))
     return table
 
 
@@ -77,11 +85,11 @@ def _numbers(job: Job, own: Time, end: float | None, now: float) -> dict[str, st
     }
 
 
-def _run(job: Job, own: Time) -> Text:
+def _run(job: Job, own: Time, name: str) -> Text:
     """Name; state; why."""
     at = job.plan.steps - own.left
-    where = f" at step {at}" if job.verdict.state == "resume" else ""
-    said = Text(job.plan.name)
+    where = f" at step {at}" if job.verdict.state == "resume" and own.left else ""
+    said = Text(name)
     said.append(f"\n  {job.verdict.state}{where}", style=STATES.get(job.verdict.state, ""))
     return said.append(f": {job.verdict.reason}", style="not bold dim")
 

@@ -22,6 +22,11 @@ class Group:
     lr: float
     weight_decay: float
 
+    @property
+    def kind(self) -> str:
+        """What they are, "lora", "rows" or "text_lora": the first part of their names."""
+        return next(iter(self.parameters)).partition("/")[0]
+
 
 @dataclass(frozen=True)
 class Adam:
@@ -92,9 +97,12 @@ class Optimizer:
         """Forget the gradients."""
         self.torch.zero_grad(set_to_none=True)
 
-    def effective_lr(self) -> float:
-        """The largest step size in force; for Prodigy d * lr."""
-        return max(float(settings["lr"] * settings.get("d", 1.0)) for settings in self.torch.param_groups)
+    def learning_rates(self) -> dict[str, float]:
+        """The rate of each group's last update, by its kind; for Prodigy d * lr."""
+        return {
+            group.kind: float(settings["lr"] * settings.get("d", 1.0))
+            for group, settings in zip(self.groups, self.torch.param_groups, strict=True)
+        }
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """(tensors as "NAME/STATE", numbers: {"parameters": {NAME: {STATE: n}}, "shared": {...}})."""

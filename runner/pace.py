@@ -62,8 +62,13 @@ def times(jobs: Sequence[Job], runs: Path, *, on_gpu: bool = True) -> list[Time]
 def steps_left(job: Job) -> int:
     if job.verdict.state == "done":
         return 0
-    at = max((step for step, _ in job.run.checkpoint_files()), default=0) if job.verdict.state == "resume" else 0
-    return max(0, job.plan.steps - at)
+    if job.verdict.state not in ("resume", "running", "waiting"):
+        return job.plan.steps
+    state = job.run.state()
+    if state.get("ended"):  # early: what is left is the export
+        return 0
+    saved = max((step for step, _ in job.run.checkpoint_files()), default=0)
+    return max(0, job.plan.steps - (int(state.get("step", 0)) if job.verdict.state == "running" else saved))
 
 
 def _best(found: Sequence[Pace], images: int) -> Pace | None:

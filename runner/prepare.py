@@ -163,6 +163,8 @@ def _look(loaded: Loaded, runs: Path, fetch: bool, fresh: bool, shared: Shared) 
         plan = None
     if plan:
         verdict = run.verdict(spec, plan)
+        if verdict.state in ("new", "resume"):
+            verdict = run.at_work() or verdict
         if verdict.state == "changed" and not fresh:
             faults.append(source.fault("name", f"{run.folder} holds another run: {verdict.reason}; {WAYS_OUT}"))
     based = all(key != "model.base" for key, _ in told)  # else nobody can say which base has made class images

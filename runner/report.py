@@ -20,10 +20,12 @@ from urllib.parse import quote
 from runner import files
 from runner.clock import clock
 from runner.commandline import command
-from runner.index import Record, comparable, record_of, short_labels, telling
+from runner.index import Record, comparable, record_of, short_labels, swept_keys, telling
 from runner.rundir import Run, find_runs
 from runner.series import Series, read_history
+from runner.shortnames import shortened
 from runner.shots import shots
+from runner.tables import LONGEST_VALUE, number_text, spec_text, steps_text
 from runner.thumbs import Thumbs, evenly
 
 PAGE = Path(__file__).parent / "page"
@@ -32,6 +34,7 @@ MOST_THUMBS = 1500  # of the page, and of one run and prompt
 STEPS_SHOWN = 8
 MOST_BYTES = 8_000_000  # of all thumbnails
 LOG_LINES = 25
+LONGEST_NAME = 34  # characters of a run in the table
 
 
 def write_report(runs: Path) -> Path:
@@ -43,11 +46,12 @@ def write_report(runs: Path) -> Path:
 
 @dataclass(frozen=True)
 class Folder:
-    """One run as the page needs it. label: its name without what all runs share."""
+    """One run as the page needs it. label: its name without what all runs share; shown: that, cut where it is too long."""
 
     run: Run
     record: Record
     label: str
+    shown: str
     step: int
     phase: str
     series: Mapping[str, Series]
@@ -58,8 +62,12 @@ def render(runs: Path) -> str:
     from markupsafe import Markup
 
     found = _folders(runs)
-    specs = [one.record.spec for one in found]
-    data = {"runs": [_curves(one) for one in found], "shots": _pictures(runs, found)}
+    records = [one.record for one in found]
+    keys = telling(records)
+    swept, long = swept_keys(records), _long_keys(keys, records)
+    first = [key for key in keys if key in swept or key not in long]
+    compares = comparable(record.spec for record in records)
+    data = {"compares": compares, "runs": [_curves(one) for one in found], "shots": _pictures(runs, found)}
     scripts = [(PAGE / name).read_text(encoding="utf-8") for name in ("uPlot.iife.min.js", "report.js")]
     environment = Environment(
         loader=FileSystemLoader(PAGE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -69,14 +77,21 @@ def render(runs: Path) -> str:
         scripts=[Markup(script) for script in scripts],
         hashes=[_hash(script) for script in scripts],
         data=data,
-        keys=telling(specs),
+        first_keys=first,
+        last_keys=[key for key in keys if key not in first],
         rows=[_row(one) for one in found],
-        compares=comparable(specs),
+        compares=compares,
         details=[_details(one, runs) for one in found],
         summary=_summary(found),
         written=time.strftime("%Y-%m-%d %H:%M"),
         version=version("fluxrun"),
     )
+
+
+def _long_keys(keys: Sequence[str], records: Sequence[Record]) -> set[str]:
+    """Those with paths, commands, addresses and the like, which would push the numbers out of sight."""
+    texts = {key: [spec_text(record.spec[key]) for record in records if key in record.spec] for key in keys}
+    return {key for key, found in texts.items() if any("/" in one or len(one) > LONGEST_VALUE for one in found)}
 
 
 def _hash(script: str) -> str:
@@ -87,12 +102,12 @@ def _folders(runs: Path) -> list[Folder]:
     found = list(find_runs(runs))
     labels = short_labels([run.name for run in found])
     out = []
-    for run, label in zip(found, labels, strict=True):
+    for run, label, shown in zip(found, labels, shortened(labels, LONGEST_NAME), strict=True):
         state = run.state()
         step, phase = state.get("step"), state.get("phase")
         out.append(
             Folder(
-                run, record_of(run), label, step if type(step) is int else 0,
+                run, record_of(run), label, shown, step if type(step) is int else 0,
                 phase if isinstance(phase, str) else "", read_history(run.history_file),
             )
         )  # fmt: skip
@@ -122,35 +137,23 @@ def _row(one: Folder) -> dict[str, Any]:
     """Cells as (text, value to sort by)."""
     record = one.record
     memory = record.peak_memory_bytes
-    done = record.state == "done"
     return {
         "name": one.run.name,
         "label": one.label,
+        "shown": one.shown,
         "state": record.state,
-        "spec": {key: (_short(value), value if _is_number(value) else None) for key, value in record.spec.items()},
-        "eval": (_form(record.eval_loss, ".4f"), record.eval_loss),
-        "train": (_form(record.train_loss, ".4f"), record.train_loss),
-        "steps": (str(record.steps or "") if done else f"{one.step}/{record.steps or '?'}", one.step),
-        "pace": (_form(record.s_per_step, ".3g"), record.s_per_step),
+        "spec": {key: (spec_text(value), value if _is_number(value) else None) for key, value in record.spec.items()},
+        "eval": (number_text(record.eval_loss, ".4f"), record.eval_loss),
+        "train": (number_text(record.train_loss, ".4f"), record.train_loss),
+        "steps": (steps_text(record), one.step),
+        "pace": (number_text(record.s_per_step, ".3g"), record.s_per_step),
         "wall": (clock(record.wall_s) if record.wall_s else "", record.wall_s),
-        "memory": (_form(memory and memory / 2**30, ".2f"), memory),
+        "memory": (number_text(memory and memory / 2**30, ".2f"), memory),
     }
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float)
-
-
-def _form(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 # ---- curves --------------------------------------------------------------------------------------------------------
@@ -167,6 +170,7 @@ def _curves(one: Folder) -> dict[str, Any]:
     return {
         "name": one.run.name,
         "label": one.label,
+        "shown": one.shown,
         "state": one.record.state,
         "loss": one.record.eval_loss,
         "eval": _thinned(found.get("eval/loss", {})),
@@ -253,6 +257,7 @@ def _details(one: Folder, runs: Path) -> dict[str, Any]:
         "finished": _day(record.finished),
         "ended early": record.ended or "",
         "best step": str(record.best_step or ""),
+        "exported step": str(record.exported_step or ""),
         "warning": record.warning or "",
         "attempts": str(record.attempts or ""),
         "base": record.base or "",
@@ -266,7 +271,7 @@ def _details(one: Folder, runs: Path) -> dict[str, Any]:
         "exports": [(path.name, _link(path, runs)) for path in inside],
         "links": [(path.name, _link(path, runs)) for path in others if path.is_file()],
         "commands": _commands(one, runs),
-        "spec": {key: _short(value) for key, value in record.spec.items()},
+        "spec": {key: spec_text(value) for key, value in record.spec.items()},
     }
 
 

@@ -17,6 +17,7 @@ from runner.origins import annotated
 from runner.plan import NOT_IN_KEY, OPEN_ENDED, RECOMPUTING, SPAN_KEYS, Plan, as_json
 from runner.processes import Process
 from runner.spec import VERSION_TABLE, Spec, dump
+from runner.specrules import follows
 from runner.statefile import PROGRESS, is_number, is_text, read_json, read_state, writable
 from runner.stepfiles import steps_in
 
@@ -26,7 +27,7 @@ FOREIGN_PATIENCE = 600.0  # seconds without a heartbeat after which another host
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a run folder says of a plan. state: new, done, resume, changed."""
+    """What a run folder says of a plan. state: new, done, resume, changed; running, waiting: a queue has it now."""
 
     state: str
     reason: str
@@ -113,6 +114,20 @@ class Run:
         except Held:  # by the lock: name who started its holder
             raise self._held() from None
 
+    def at_work(self) -> Verdict | None:
+        """What another process is doing about it now: running, or waiting in a queue."""
+        holder, state = self.holder(), self.state()
+        if holder is None or holder == Process.own() or state["state"] not in ("running", "waiting"):
+            return None
+        where = "" if holder.here else f" on {holder.host}"
+        if state["state"] == "waiting":
+            return Verdict("waiting", f"in the queue of process {holder.pid}{where}")
+        pid = files.lock_holder(self.lock_file) or holder.pid
+        since = state.get("attempt_started")
+        began = time.strftime(", since %Y-%m-%d %H:%M", time.localtime(since)) if since else ""
+        step, steps = (f"{state[key]:.0f}" if key in state else "?" for key in ("step", "steps"))
+        return Verdict("running", f"process {pid}{where} trains it{began}; at step {step} of {steps}")
+
     def refuse_if_held(self) -> None:
         """Raises Held where a queue has it, perhaps without having begun."""
         if self.holder():
@@ -189,7 +204,17 @@ class Run:
 
     def write_state(self, state: str, *, durable: bool = True, **more: Any) -> None:
         """Replace the state; keys given as None are left out, so that it holds only what is true now."""
-        kept = {"attempts", "started", "plan_key", "spec_digest", "steps", "base", "versions", "split"}
+        kept = {
+            "attempts",
+            "started",
+            "attempt_started",
+            "plan_key",
+            "spec_digest",
+            "steps",
+            "base",
+            "versions",
+            "split",
+        }
         before = {key: value for key, value in read_state(self.state_file).items() if key in kept}
         now = {"format": FORMAT, **before, "state": state, "name": self.name, "updated": time.time(), **more}
         files.write_json(self.state_file, writable(now), durable=durable)
@@ -267,7 +292,12 @@ class Run:
         new = flat(dump(spec))
         skipped = NOT_IN_KEY if spec.model.compile else (*NOT_IN_KEY, *RECOMPUTING)
         keys = [key for key in {**old, **new} if not any(key == skip or key.startswith(f"{skip}.") for skip in skipped)]
-        return {key: f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in keys if old.get(key) != new.get(key)}
+        changed = [key for key in keys if old.get(key) != new.get(key)]
+        return {
+            key: f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
+            for key in changed
+            if not (follows(key, old) in changed and follows(key, new) in changed)
+        }
 
     def _claim(self, spec: Spec, plan: Plan, version: str, origin: Callable[[str], str]) -> None:
         if (verdict := self.verdict(spec, plan)).state == "changed":

@@ -13,6 +13,22 @@ from runner.specfaults import show
 SECRET_KEYS = {"token", "hf_token", "hub_token", "api_key", "apikey", "password", "secret"}
 
 
+# Keys whose default is another key's value, as `fill_defaults` says.
+FOLLOWED = {
+    "lora.alpha": "lora.rank",
+    "inversion.lr": "train.lr",
+    "text_lora.alpha": "text_lora.rank",
+    "text_lora.lr": "train.lr",
+    "validate.size": "data.resolution",
+}
+
+
+def follows(key: str, values: Mapping[str, Any]) -> str | None:
+    """The key that `key` has its value from, where nobody set it; `values`: a resolved spec's, by dotted key."""
+    followed = FOLLOWED.get(key, "")
+    return followed if followed in values and values.get(key) == values[followed] else None
+
+
 def fill_defaults(tables: Mapping[str, Any]) -> dict[str, Any]:
     """A copy with the values that default to another key's. Wrong types are left for the model to refuse."""
     out = copy.deepcopy(dict(tables))

@@ -39,7 +39,9 @@ PROGRESS: dict[str, Callable[[object], bool]] = {
 KINDS: dict[str, Callable[[object], bool]] = {
     **PROGRESS,
     **dict.fromkeys(("state", "name", "error", "warning", "plan_key", "spec_digest", "base"), is_text),
-    **dict.fromkeys(("format", "attempts", "split", "steps", "started", "finished", "updated"), is_number),
+    **dict.fromkeys(
+        ("format", "attempts", "split", "steps", "started", "attempt_started", "finished", "updated"), is_number
+    ),
     "versions": _table_of(is_text),
 }
 

@@ -73,7 +73,7 @@ class Wandb:
         except ImportError as error:
             raise FluxrunError('track.to has "wandb", which is not installed; pip install "fluxrun[wandb]"') from error
         self.wandb = wandb
-        self.start = start
+        self.newest = start
         shown = {
             key: value for key, value in settings.items() if not key.startswith(("data.source", "model.base", "notify"))
         }
@@ -83,10 +83,13 @@ class Wandb:
         )  # fmt: skip
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        self.run.log(dict(values), step=step)
+        self.newest = max(self.newest, step)
+        self.run.log(dict(values), step=self.newest)
 
     def picture(self, name: str, image: Image.Image, step: int) -> None:
-        self.run.log({name: self.wandb.Image(image)}, step=step)
+        """With its own step as caption: W&B drops what is logged behind the newest step, where `export.best` may lie."""
+        self.newest = max(self.newest, step)
+        self.run.log({name: self.wandb.Image(image, caption=f"step {step}")}, step=self.newest)
 
     def close(self) -> None:
         self.run.finish()

@@ -30,14 +30,15 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class Step:
-    """What one optimisation step did; `number` counts from 1 over the whole run. `skipped`: it updated nothing.
-    rows: norm and drift of the learned rows, by TensorBoard's names, where they were measured."""
+    """What one optimisation step did; `number` counts from 1 over the whole run. lr: the learning rate of each kind of
+    parameter ("lora", "rows", "text_lora") that learns. `skipped`: it updated nothing. rows: norm and drift of
+    the learned rows, by TensorBoard's names, where they were measured."""
 
     number: int
     loss: float
     smoothed: float | None
     grad_norm: float
-    lr: float
+    lr: Mapping[str, float]
     seconds: float
     skipped: bool
     rows: Mapping[str, float] = field(default_factory=dict)
@@ -145,7 +146,13 @@ def train(
         meters = _after(meters, step, value, good, calibrating)
         report(
             Step(
-                step, value, meters.smoothed, grad_norm, optimizer.effective_lr(), time.perf_counter() - began, not good
+                step,
+                value,
+                meters.smoothed,
+                grad_norm,
+                optimizer.learning_rates(),
+                time.perf_counter() - began,
+                not good,
             )
         )
         if meters.in_row == BAD_STEPS:

@@ -8,16 +8,15 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import Group
 from rich.progress_bar import ProgressBar
-from rich.table import Table
 from rich.text import Text
 
 from runner import files
 from runner.clock import clock
 from runner.rundir import Run, find_runs
 from runner.series import read_history
+from runner.tables import Column, column, fitted, number_text, reasons
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 WIDTH = 24  # of a spark line and a bar, in characters
@@ -25,16 +24,28 @@ ORDER = ("running", "waiting", "failed", "stopped", "done")
 COLOURS = {"running": "cyan", "failed": "red", "stopped": "yellow", "done": "green"}
 
 
-def view(runs: Path, names: Collection[str]) -> Group:
+def view(runs: Path, names: Collection[str], width: int) -> Group:
     """A table of the runs (all where none is named), those that run first, below a line about the whole."""
     found = [(run, run.state()) for run in find_runs(runs) if not names or run.name in names]
     found.sort(key=lambda one: (_place(one[1]), one[0].name))
-    table = Table(box=box.SIMPLE)
-    for title in ("run", "state", "", "step", "loss", "", "s/step", "left", "last sample, or why"):
-        table.add_column(title, no_wrap=title != "last sample, or why")
-    for run, state in found:
-        table.add_row(*_row(run, state))
-    return Group(Text(headline(runs, [state for _, state in found])), table)
+    states = [state for _, state in found]
+    left = [_left(state) for state in states]
+    table = fitted(
+        [run.name for run, _ in found],
+        [
+            column("state", [Text(_name(state), style=COLOURS.get(_name(state), "")) for state in states], 0),
+            Column("", [_bar(state) for state in states], WIDTH, 4),
+            column("step", [f"{state.get('step', 0)}/{state.get('steps') or '?'}" for state in states], 0, right=True),
+            column("loss", [number_text(state.get("train_loss"), ".4f") for state in states], 1, right=True),
+            column("", [Text(_curve(run, state), style="cyan") for run, state in found], 6),
+            column("s/step", [number_text(state.get("s_per_step"), ".3g") for state in states], 3, right=True),
+            column("left", left, 2, right=True),
+            column("last sample", [_last_sample(run) for run, _ in found], 5),
+        ],
+        width,
+    )
+    why = reasons({run.name: state.get("error") or state.get("ended") for run, state in found})
+    return Group(Text(headline(runs, states)), Text(""), *table, *why)
 
 
 def headline(runs: Path, states: Sequence[Mapping[str, Any]]) -> str:
@@ -76,17 +87,22 @@ def spark(values: Sequence[float], width: int = WIDTH) -> str:
     return "".join(BLOCKS[round((mean - low) * scale)] for mean in means)
 
 
-def _row(run: Run, state: Mapping[str, Any]) -> tuple[Any, ...]:
-    name, step, steps = _name(state), int(state.get("step", 0)), int(state.get("steps") or 0)
-    pace, loss = state.get("s_per_step"), state.get("train_loss")
-    losses = list(read_history(run.history_file).get("train/loss", {}).values()) if name == "running" else []
-    left = clock(_steps_left(state) * pace) if pace and name in ("running", "waiting") else ""
-    return (
-        Text(run.name), Text(name, style=COLOURS.get(name, "")),
-        ProgressBar(total=max(1, steps), completed=min(step, max(1, steps)), width=WIDTH), Text(f"{step}/{steps or '?'}"),
-        Text("" if loss is None else f"{loss:.4f}"), Text(spark(losses), style="cyan"),
-        Text(f"{pace:.3g}" if pace else ""), Text(left), Text(str(state.get("error") or _last_sample(run))),
-    )  # fmt: skip
+def _bar(state: Mapping[str, Any]) -> ProgressBar:
+    """Full where the run is done, also before its last planned step."""
+    steps = max(1, int(state.get("steps") or 0))
+    done = steps if _name(state) == "done" else min(int(state.get("step", 0)), steps)
+    return ProgressBar(total=steps, completed=done, width=WIDTH)
+
+
+def _curve(run: Run, state: Mapping[str, Any]) -> str:
+    if _name(state) != "running":
+        return ""
+    return spark(list(read_history(run.history_file).get("train/loss", {}).values()))
+
+
+def _left(state: Mapping[str, Any]) -> str:
+    pace = state.get("s_per_step")
+    return clock(_steps_left(state) * pace) if pace and _name(state) in ("running", "waiting") else ""
 
 
 def _last_sample(run: Run) -> str:

@@ -29,7 +29,8 @@ def test_what_the_cache_holds(mine: House) -> None:
     assert found["bytes"] == sum(path.stat().st_size for path in on_disk)
     lines = mine.fluxrun("cache").out.splitlines()
     assert [line.split()[:2] for line in lines if line.strip().startswith("latents")] == [["latents", "10"]]
-    assert mine.fluxrun("cache", "--runs", "nowhere", "--json").out == '{\n "kinds": [],\n "bytes": 0\n}\n'
+    (mine.folder / "empty").mkdir()
+    assert mine.fluxrun("cache", "--runs", "empty", "--json").out == '{\n "kinds": [],\n "bytes": 0\n}\n'
 
 
 def test_what_nobody_asked_for_goes_and_is_made_again(mine: House) -> None:

@@ -406,7 +406,7 @@ def test_tensorboard_events_read_back(done: House) -> None:
 
     events = EventAccumulator(str(done.folder / "runs" / "a"))
     events.Reload()
-    train = {"train/loss", "train/lr", "train/grad_norm", "train/step_seconds"}
+    train = {"train/loss", "train/grad_norm", "train/step_seconds", "lr/lora", "lr/rows"}
     evaluation = {"eval/loss", *(f"eval/sigma 0.{k}" for k in range(1, 10))}
     rows = {f"rows/{what} TOK {encoder}" for what in ("norm", "drift") for encoder in ("clip", "t5")}
     run = {"run/train_loss", "run/s_per_step", "run/peak_memory_GiB"}

@@ -223,11 +223,11 @@ def test_the_same_prompt_and_seed_have_the_same_tag() -> None:
 def test_results_show_the_keys_that_differ(night: House) -> None:
     said = night.fluxrun("results", "--sort", "eval_loss")
     header, *rows = [line.split() for line in said.out.splitlines() if len(line.split()) > 3]
-    assert header[:4] == ["run", "state", "lora.rank", "steps"]
+    assert header[:5] == ["run", "state", "eval", "loss", "lora.rank"]
     assert [row[:4] for row in rows] == [
-        ["b", "done", "8", "100"],
-        ["c", "done", "16", "100"],
-        ["a", "done", "4", "100"],
+        ["b", "done", "0.3000", "8"],
+        ["c", "done", "0.4000", "16"],
+        ["a", "done", "0.5000", "4"],
     ]
     by_rank = json.loads(night.fluxrun("results", "--json", "--sort", "lora.rank").out)
     assert [row["name"] for row in by_rank] == ["a", "b", "c"]
@@ -323,7 +323,7 @@ def test_importing_runner_and_reading_results_is_cheap(night: House) -> None:
         "from pathlib import Path\n"
         "runner.morning.prepare_morning(Path('other'), print)\n"
         "runner.compare.write_sheet(Path('other'), ['a', 'b'], Path('sheet.png'))\n"
-        "list(runner.compare.as_tables(runner.compare.compare(Path('other'), ['a', 'b'])))\n"
+        "list(runner.compare.as_tables(runner.compare.compare(Path('other'), ['a', 'b']), 80))\n"
         "assert {'torch', 'diffusers', 'transformers', 'pandas'}.isdisjoint(sys.modules), 'heavy'\n"
         "print(len(records))"
     )

@@ -174,6 +174,7 @@ def test_an_event_is_whole_or_not_there() -> None:
 
 
 def test_stop_where_nothing_works(house: House) -> None:
+    (house.folder / "runs").mkdir()
     said = house.fluxrun("stop")
     assert (said.code, said.err) == (1, "fluxrun: runs: no queue is at work there\n")
     said = house.fluxrun("stop", "a")

@@ -1,7 +1,7 @@
 "use strict";
 // What words come from specs, captions and logs goes into text nodes only, never into HTML.
 (() => {
-  const { runs, shots } = JSON.parse(document.getElementById("data").textContent);
+  const { runs, shots, compares } = JSON.parse(document.getElementById("data").textContent);
   const at = id => document.getElementById(id);
   const make = (tag, props, ...inside) => {
     const node = Object.assign(document.createElement(tag), props);
@@ -124,7 +124,7 @@
     const values = cells.map(cell => Number(cell.dataset.v));
     const most = values.reduce((a, b) => Math.max(a, b), 0), least = values.reduce((a, b) => Math.min(a, b), Infinity);
     cells.forEach((cell, index) => {
-      if (key === "eval") cell.classList.toggle("best", values[index] === least && cells.length > 1);
+      if (key === "eval") cell.classList.toggle("best", compares && values[index] === least && cells.length > 1);
       else if (most > 0 && cells.length > 1) {
         cell.dataset.p = "";
         cell.style.setProperty("--p", `${(100 * values[index]) / most}%`);
@@ -293,7 +293,7 @@
       row.querySelector(".swatch").style.setProperty("--c", chosen.has(index) ? colour(places.get(index)) : "transparent");
     });
     const chips = inOrder().map(index => {
-      const chip = make("button", { type: "button", title: `Take ${runs[index].label} out of the comparison` }, swatch(index), runs[index].label);
+      const chip = make("button", { type: "button", title: `Take ${runs[index].label} out of the comparison` }, swatch(index), runs[index].shown);
       chip.addEventListener("click", () => {
         pick(index, false);
         draw();
