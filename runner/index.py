@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from runner import files
+from runner.notify import without_secrets
 from runner.rundir import Run, find_runs, flat
 
 
@@ -108,13 +109,16 @@ def as_csv(records: Iterable[Record]) -> str:
 
 
 def spec_values(run: Run) -> dict[str, Any]:
-    """{"lora.rank": 16, ...}, without the name, which is the run's, and whom to tell, which is nobody else's: a webhook's address
-    is a secret, and pages are passed on. {} where the file cannot be read."""
+    """{"lora.rank": 16, ...}, without the name, which is the run's, and without addresses that are a secret, since pages are
+    passed on; {} where the file cannot be read."""
     try:
         tables = tomllib.loads(run.spec_file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
-    found = flat({key: value for key, value in tables.items() if key not in ("name", "fluxrun", "notify")})
+    found = flat({key: value for key, value in tables.items() if key not in ("name", "fluxrun")})
+    for key in ("notify.url", "notify.command"):
+        if isinstance(found.get(key), str):
+            found[key] = without_secrets(found[key])
     for number, token in enumerate(found.pop("tokens", [])):
         found |= {f"tokens.{number}.{key}": value for key, value in token.items()} if isinstance(token, dict) else {}
     return {key: value for key, value in found.items() if not isinstance(value, list) or value}
