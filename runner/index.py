@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from runner import files
+from runner.notify import without_secrets
 from runner.origins import DEFAULT, origins_in
 from runner.rundir import Run, find_runs, flat
 from runner.specrules import follows
@@ -120,14 +121,17 @@ def as_csv(records: Iterable[Record]) -> str:
 
 
 def _read_spec(run: Run) -> tuple[dict[str, Any], dict[str, str]]:
-    """`spec` and `origins` of a record, without the name, which is the run's, and without whom to notify: a webhook's address
-    is a secret, and pages are passed on. {} each where the file cannot be read."""
+    """`spec` and `origins` of a record, without the name, which is the run's, and without addresses that are a secret, since
+    pages are passed on; {} each where the file cannot be read."""
     try:
         text = run.spec_file.read_text(encoding="utf-8")
         tables = tomllib.loads(text)
     except (OSError, ValueError, RecursionError):
         return {}, {}
-    found = flat({key: value for key, value in tables.items() if key not in ("name", "fluxrun", "notify")})
+    found = flat({key: value for key, value in tables.items() if key not in ("name", "fluxrun")})
+    for key in ("notify.url", "notify.command"):
+        if isinstance(found.get(key), str):
+            found[key] = without_secrets(found[key])
     for number, token in enumerate(found.pop("tokens", [])):
         found |= {f"tokens.{number}.{key}": value for key, value in token.items()} if isinstance(token, dict) else {}
     spec = {key: value for key, value in found.items() if not isinstance(value, list) or value}

@@ -11,7 +11,6 @@ import os
 import re
 import shlex
 import subprocess
-import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from urllib.parse import parse_qsl, urlsplit
@@ -50,7 +49,7 @@ def refusals(target: Target, allow_commands: bool) -> Iterator[tuple[str, str]]:
     if target.command is not None and not allow_commands:
         yield (
             "notify.command",
-            f"this spec asks for a command (found {_hidden(target.command)!r}); add --allow-commands, or take it out",
+            f"this spec asks for a command (found {without_secrets(target.command)!r}); add --allow-commands, or take it out",
         )
     missing = [name for name in _variables(target.url or "") if name not in os.environ]
     if missing:
@@ -103,8 +102,9 @@ def _is_secret(url: str) -> bool:
     )
 
 
-def _hidden(command: str) -> str:
-    return _URL.sub(lambda found: "(an address)" if _is_secret(found[0]) else found[0], command)
+def without_secrets(text: str) -> str:
+    """A url or command as it may be shown and passed on."""
+    return _URL.sub(lambda found: "(an address)" if _is_secret(found[0]) else found[0], text)
 
 
 def _variables(url: str) -> list[str]:
@@ -114,6 +114,8 @@ def _variables(url: str) -> list[str]:
 def _post(url: str, value: dict[str, str]) -> None:
     if not url.startswith(("https://", "http://")):
         raise ValueError("no http address")
+    import urllib.request  # half of what this module costs, and only told when there is something to tell
+
     request = urllib.request.Request(
         url, json.dumps(value).encode(), {"Content-Type": "application/json", "User-Agent": "fluxrun"}
     )
