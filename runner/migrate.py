@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from runner.newspec import toml_value
+from runner.runnames import allowed
 
 Number = TypeVar("Number", int, float)
 
@@ -216,7 +217,7 @@ def _flags(draft: Draft, given: Mapping[str, str]) -> None:
         if name in given:
             draft.notes.append((f"--{name}", reason))
     folder = given.get("output_dir", "flux-dreambooth-lora").rstrip("/").split("/")[-1]
-    values["name"] = re.sub(r"[^A-Za-z0-9._=,+-]+", "-", folder)
+    values["name"] = allowed(folder)
     _data(draft, given)
     _text(draft, given)
     _layers(draft, given)

@@ -28,6 +28,7 @@ from runner.digest import key_of
 from runner.errors import Fault, FluxrunError, SpecError
 from runner.plan import Facts, Plan, PlanError, make_plan
 from runner.rundir import WAYS_OUT, Run, Verdict
+from runner.runnames import RunsThere, name_fault
 from runner.sources import COLUMNAR, Source
 from runner.spec import Spec
 from runner.specload import Loaded, load_all, path_at, touches
@@ -85,18 +86,19 @@ def jobs_of(seen: Sequence[Seen]) -> list[Job]:
 
 def survey(paths: Sequence[Path], runs: Path, *, fetch: bool, fresh: bool) -> tuple[list[Seen], list[Fault]]:
     """Every run asked for, and every fault of every spec."""
-    loaded, faults = load_all(paths)
+    loaded, faults = load_all(paths, runs)
+    there = RunsThere.below(runs)
     shared: dict[Source, Pictures | list[tuple[str, str]] | None] = {}
     seen = []
     ask_hub = functools.cache(hub.login_fault)  # once for all specs
     for one in loaded:
-        found, told = _look(one, runs, fetch, fresh, shared)
+        found, told = _look(one, runs, there, fetch, fresh, shared)
         if fetch and found.spec.hub.push and found.plan and not _is_done(found) and (wrong := ask_hub()):
             found = replace(found, bad=found.bad | {"hub.push"})
             told = [*told, one.source.fault("hub.push", wrong)]
         seen.append(found)
         faults += told
-    return seen, [*faults, *batch_faults(seen)]
+    return seen, list(dict.fromkeys([*faults, *batch_faults(seen)]))  # the runs of a sweep share many
 
 
 def _is_done(seen: Seen) -> bool:
@@ -104,8 +106,9 @@ def _is_done(seen: Seen) -> bool:
 
 
 def _look(
-    loaded: Loaded, runs: Path, fetch: bool, fresh: bool, shared: dict[Source, Pictures | list[tuple[str, str]] | None]
-) -> tuple[Seen, list[Fault]]:
+    loaded: Loaded, runs: Path, there: RunsThere, fetch: bool, fresh: bool,
+    shared: dict[Source, Pictures | list[tuple[str, str]] | None],
+) -> tuple[Seen, list[Fault]]:  # fmt: skip
     spec, source = _absolute(loaded), loaded.source
     told = _base_faults(spec)
     asked = data_source(spec)
@@ -115,6 +118,8 @@ def _look(
     if isinstance(found, list):
         told += [(key, source.relative(key, message)) for key, message in found]
         found = None
+    if wrong := name_fault(spec.name, runs, there, swept=bool(source.swept)):
+        told.append(("name", wrong))
     told += _nested_folders(spec, runs)
     pictures = found.hold_out(spec.data.holdout) if found else None
     plan = verdict = None

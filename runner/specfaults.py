@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel
 
-from runner.spec import Spec
+from runner.spec import FORMS, Spec
 
 Where = tuple[str | int, ...]
 TAGS = {"none", "sigma_sqrt", "logit_normal", "mode", "cosmap", "adamw", "adamw8bit", "prodigy"}
@@ -86,6 +86,10 @@ def explain(detail: Mapping[str, Any], tables: Mapping[str, Any]) -> tuple[str, 
             f"not one of the names allowed (found {show(tag)}); allowed are {', '.join([*more, *choices])}"
             f"{_guess(str(tag), choices)}",
         )
+    if kind == "string_pattern_mismatch" and context.get("pattern") in FORMS:
+        return name, f"not of the form wanted {found}; allowed are {FORMS[context['pattern']]}"
+    if kind == "string_too_long":
+        return name, f"too long {found}, {len(detail['input'])} characters; at most {context['max_length']} are allowed"
     messages = {
         "int_type": "no whole number",
         "int_from_float": "no whole number",
@@ -97,8 +101,6 @@ def explain(detail: Mapping[str, Any], tables: Mapping[str, Any]) -> tuple[str, 
         "string_type": "no text",
         "finite_number": "not a finite number",
         "string_too_short": "empty",
-        "string_too_long": "too long",
-        "string_pattern_mismatch": "not of the form wanted",
         "multiple_of": "not divisible by 16",
     }
     said = messages.get(kind, detail["msg"][0].lower() + detail["msg"][1:])
