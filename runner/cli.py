@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from runner.complete import run_names
-from runner.errors import Code, Fault, FluxrunError, SpecError
+from runner.errors import Code, Fault, FluxrunError, Paused, SpecError, disk_trouble
 
 if TYPE_CHECKING:
     from runner.finding import Finding
@@ -38,6 +38,13 @@ class Group(click.Group):
         except FluxrunError as error:
             click.echo(f"fluxrun: {error}", err=True)
             ctx.exit(error.exit_code)
+        except OSError as error:
+            if not (error.filename and disk_trouble(error)):
+                raise
+            click.echo(
+                f"fluxrun: {error.filename}: {error.strerror}; the same command goes on once that is mended", err=True
+            )
+            ctx.exit(Paused.exit_code)
 
 
 def _echo_faults(faults: Sequence[Fault]) -> None:
@@ -135,7 +142,8 @@ def queue(
                     screen.line(f"{job.plan.name}: the old run now is {job.run.put_aside()}")
             make_folder(runs)
             code = run_queue(todo, runs, places, screen, stop, retries=retries, fail_fast=fail_fast, warm=warm)
-        pace.remember(todo, on_gpu=pacebook.on_gpus(places))
+        with suppress(OSError):  # the runs folder may be gone, and with it what they took
+            pace.remember(todo, on_gpu=pacebook.on_gpus(places))
     if as_json:
         _print_records(runs, {job.plan.name for job in jobs})
     ctx.exit(code)
