@@ -237,6 +237,7 @@ def plan(ctx: click.Context, specs: tuple[Path, ...], runs: Path, as_json: bool,
         if faults:
             raise SpecError(faults)
         return
+    estimates = fitting.Estimates(on_gpu=on_gpu)
     jobs: list[Job] = []
     errors: list[dict[str, Any]] = []
     try:
@@ -248,14 +249,16 @@ def plan(ctx: click.Context, specs: tuple[Path, ...], runs: Path, as_json: bool,
     if as_json:
         rows = [
             {
-                **fitting.with_memory(planning.as_json(job.plan), job, on_gpu=on_gpu),
+                **fitting.with_memory(planning.as_json(job.plan), job, estimates),
                 "spec": str(job.file),
                 "state": job.verdict.state,
                 "reason": job.verdict.reason,
-                "cache": forecast.as_json(forecast.forecast(job, runs, on_gpu=here)),
+                "cache": forecast.as_json(hits),
                 "time": vars(took),
             }
-            for job, took in zip(jobs, pace.times(jobs, runs, on_gpu=here), strict=True)
+            for job, took, hits in zip(
+                jobs, pace.times(jobs, runs, on_gpu=here), forecast.forecasts(jobs, runs, on_gpu=here), strict=True
+            )
         ]
         click.echo(json.dumps({"runs": rows, "errors": errors}, indent=1))
         ctx.exit(2 if errors else 0)
@@ -269,7 +272,7 @@ def plan(ctx: click.Context, specs: tuple[Path, ...], runs: Path, as_json: bool,
         click.echo(f"  {'images':<15}{sizes_line(job.plan.sizes)}")
         for phase in job.plan.phases:
             click.echo("  " + _phase_line(planning.describe(phase)))
-        for line in fitting.lines(job, on_gpu=on_gpu):
+        for line in fitting.lines(job, estimates):
             click.echo(f"  {line}")
         if job.plan.name in cached:
             click.echo(f"  {cached[job.plan.name]}")

@@ -52,10 +52,10 @@ def results(runs: Path | str) -> list[Record]:
     return [record_of(run) for run in find_runs(Path(runs))]
 
 
-def record_of(run: Run) -> Record:
+def record_of(run: Run, *, with_spec: bool = True) -> Record:
     state = run.state()
     known = {key: value for key, value in state.items() if key in Record.__dataclass_fields__}
-    return Record(**{**known, "name": run.name, "spec": spec_values(run)})
+    return Record(**{**known, "name": run.name, "spec": spec_values(run) if with_spec else {}})
 
 
 def sort_records(records: Iterable[Record], key: str) -> list[Record]:
@@ -70,7 +70,8 @@ def sort_records(records: Iterable[Record], key: str) -> list[Record]:
 
 
 def write_index(runs: Path) -> None:
-    rows = [{key: value for key, value in asdict(record).items() if key != "spec"} for record in results(runs)]
+    records = (record_of(run, with_spec=False) for run in find_runs(runs))  # after every run, so only what it holds
+    rows = [{key: value for key, value in asdict(record).items() if key != "spec"} for record in records]
     files.write_text(runs / "index.jsonl", "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows))
 
 

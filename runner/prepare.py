@@ -8,9 +8,10 @@ from __future__ import annotations
 import difflib
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from runner import classfolder, data, hub, sources
 from runner.basefiles import (
@@ -90,9 +91,10 @@ def survey(paths: Sequence[Path], runs: Path, *, fetch: bool, fresh: bool) -> tu
     there = RunsThere.below(runs)
     shared: dict[Source, Pictures | list[tuple[str, str]] | None] = {}
     seen = []
+    bases = Bases()
     ask_hub = functools.cache(hub.login_fault)  # once for all specs
     for one in loaded:
-        found, told = _look(one, runs, there, fetch, fresh, shared)
+        found, told = _look(one, runs, there, bases, fetch, fresh, shared)
         if fetch and found.spec.hub.push and found.plan and not _is_done(found) and (wrong := ask_hub()):
             found = replace(found, bad=found.bad | {"hub.push"})
             told = [*told, one.source.fault("hub.push", wrong)]
@@ -106,7 +108,7 @@ def _is_done(seen: Seen) -> bool:
 
 
 def _look(
-    loaded: Loaded, runs: Path, there: RunsThere, fetch: bool, fresh: bool,
+    loaded: Loaded, runs: Path, there: RunsThere, bases: Bases, fetch: bool, fresh: bool,
     shared: dict[Source, Pictures | list[tuple[str, str]] | None],
 ) -> tuple[Seen, list[Fault]]:  # fmt: skip
     spec, source = _absolute(loaded), loaded.source
@@ -123,9 +125,9 @@ def _look(
     told += _nested_folders(spec, runs)
     pictures = found.hold_out(spec.data.holdout) if found else None
     plan = verdict = None
-    broken = _config_faults(spec)
+    broken = bases.of(spec).faults
     try:
-        plan = None if broken else plan_of(spec, pictures)
+        plan = None if broken else plan_of(spec, pictures, bases)
     except PlanError as error:
         told += [fault for fault in error.faults if found is not None or not told or fault[0] != "train.epochs"]
     except FluxrunError as error:  # an image whose size cannot be read
@@ -163,9 +165,42 @@ def _absolute(loaded: Loaded) -> Spec:
     return spec.model_copy(update=update)
 
 
-def plan_of(spec: Spec, pictures: Pictures | None) -> Plan:
+@dataclass(frozen=True)
+class Base:
+    """What a base model's files say. faults: (key, message) each; where there are any, nothing else was read."""
+
+    print: str
+    config: Mapping[str, Any] | None
+    clip: Mapping[str, Any] | None
+    faults: list[tuple[str, str]]
+
+
+class Bases:
+    """The bases of one command's runs, each read once."""
+
+    def __init__(self) -> None:
+        self._read: dict[tuple[str | None, ...], Base] = {}
+
+    def of(self, spec: Spec) -> Base:
+        own = spec.model
+        asked = (own.base, own.revision, own.variant)
+        if asked not in self._read:
+            self._read[asked] = _read_base(*asked)
+        return self._read[asked]
+
+
+def _read_base(base: str, revision: str | None, variant: str | None) -> Base:
+    folder = local_folder(base)
+    if folder is None:
+        return Base(key_of("hub", base, revision, variant), transformer_config(base, None), None, [])
+    if broken := [("model.base", message) for message in broken_configs(folder)]:
+        return Base("", None, None, broken)
+    return Base(fingerprint(folder), transformer_config(base, folder), clip_config(folder), [])
+
+
+def plan_of(spec: Spec, pictures: Pictures | None, bases: Bases | None = None) -> Plan:
     """Raises PlanError with everything that is wrong, FluxrunError where an image cannot be measured."""
-    return make_plan(spec, _facts(spec, pictures))
+    return make_plan(spec, _facts(spec, pictures, (bases or Bases()).of(spec)))
 
 
 def data_source(spec: Spec) -> Source:
@@ -217,11 +252,6 @@ def _base_faults(spec: Spec) -> list[tuple[str, str]]:
     return []
 
 
-def _config_faults(spec: Spec) -> list[tuple[str, str]]:
-    folder = local_folder(spec.model.base)
-    return [("model.base", message) for message in broken_configs(folder)] if folder else []
-
-
 def _pictures(asked: Source, near: Path, fetch: bool) -> Pictures | list[tuple[str, str]] | None:
     """The data set, None where only the hub has it, or what is wrong with it: (key, message) each."""
     path = Path(asked.text)
@@ -247,13 +277,10 @@ def _pictures(asked: Source, near: Path, fetch: bool) -> Pictures | list[tuple[s
         return list(error.faults)
 
 
-def _facts(spec: Spec, pictures: Pictures | None) -> Facts:
+def _facts(spec: Spec, pictures: Pictures | None, base: Base) -> Facts:
     """Raises FluxrunError where buckets ask for the size of an image that cannot be read."""
-    folder = local_folder(spec.model.base)
-    base = fingerprint(folder) if folder else key_of("hub", spec.model.base, spec.model.revision, spec.model.variant)
-    config, clip = transformer_config(spec.model.base, folder), clip_config(folder)
     if pictures is None:
-        return Facts(None, None, sources.fingerprint(data_source(spec)), base, config, clip)
+        return Facts(None, None, sources.fingerprint(data_source(spec)), base.print, base.config, base.clip)
     count = len(pictures.items) + len(pictures.held)
     sizes = tuple(data.measure(picture) for picture in pictures.items) if spec.data.buckets else None
-    return Facts(pictures.captions, count, pictures.fingerprint, base, config, clip, sizes)
+    return Facts(pictures.captions, count, pictures.fingerprint, base.print, base.config, base.clip, sizes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Any, get_args
 
 from pydantic import BaseModel
@@ -79,7 +80,7 @@ def explain(detail: Mapping[str, Any], tables: Mapping[str, Any]) -> tuple[str, 
             tag = tag.get(inner) if isinstance(tag, Mapping) else tag
             name = f"{name}.{inner}"
         choices = _choices(context)
-        field = dict(_all_keys(Spec)).get(name)
+        field = _spec_keys().get(name)
         more = ["true", "false", "a whole number from 1"] if field and "bool" in str(field.annotation) else []
         return (
             name,
@@ -137,7 +138,7 @@ def _unknown(path: Where, value: Any, tables: Mapping[str, Any]) -> str:
         return f"{text}; the reference script's {wrong} is {FLAGS[wrong]} here"
     if near := difflib.get_close_matches(wrong, here, 1, 0.6):
         return f"{text}; did you mean {'.'.join(map(str, (*path[:-1], near[0])))}?"
-    everywhere = dict(_all_keys(Spec))
+    everywhere = _spec_keys()
     last_parts = {name.rpartition(".")[2]: name for name in everywhere}
     if near := difflib.get_close_matches(wrong, list(last_parts), 1, 0.75):
         return f"{text}; did you mean {last_parts[near[0]]}?"
@@ -151,7 +152,7 @@ def _guess(found: str, choices: list[str]) -> str:
 
 def _allowed(path: Where) -> str:
     """What the key's description and limits say."""
-    field = dict(_all_keys(Spec)).get(".".join(str(part) for part in path if not isinstance(part, int)))
+    field = _spec_keys().get(".".join(str(part) for part in path if not isinstance(part, int)))
     if field is None:
         return "see `fluxrun schema`"
     limits = [_limit(item) for item in _metadata(field)]
@@ -206,6 +207,11 @@ def _models(annotation: Any) -> Iterator[type[BaseModel]]:
         yield annotation
     for part in get_args(annotation):
         yield from _models(part)
+
+
+@cache
+def _spec_keys() -> dict[str, Any]:
+    return dict(_all_keys(Spec))
 
 
 def _all_keys(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
