@@ -149,19 +149,24 @@ def holds(spec_file: Path, swept: Swept, path_at: Callable[[str, str], Path]) ->
 
 
 def _value_names(values: Sequence[Any]) -> list[ValueName]:
-    earlier = [_earlier(value) for value in values]
-    same = Counter(text.lower() for text in earlier)
-    same_exact = Counter(text.lower() for value, text in zip(values, earlier, strict=True) if text == value)
+    texts = [_earlier(value) for value in values]
+    readable = [_is_readable(value, text) for value, text in zip(values, texts, strict=True)]
+    as_written = Counter(text.lower() for value, text in zip(values, texts, strict=True) if text == value)
+    same = Counter(text.lower() for text, plain in zip(texts, readable, strict=True) if plain)
     out = []
-    for value, text in zip(values, earlier, strict=True):
+    for value, text, plain in zip(values, texts, readable, strict=True):
         if isinstance(value, int | float):
             out.append(ValueName(str(value), text, str(value)))
             continue
-        full, key = _with_digest(value, LONGEST_VALUE), text.lower()
-        short = len(text) <= LONGEST_VALUE and str(value).isascii() and any(map(str.isalnum, text))
-        alone = same_exact[key] == 1 if text == value else same[key] == 1
-        out.append(ValueName(text if short and alone else full, text, full))
+        alone = (as_written if text == value else same)[text.lower()] == 1
+        full = _with_digest(value, LONGEST_VALUE)
+        out.append(ValueName(text if plain and alone else full, text, full))
     return out
+
+
+def _is_readable(value: Any, text: str) -> bool:
+    """Whether the text tells enough of the value: no letter is lost, and Windows takes it."""
+    return len(text) <= LONGEST_VALUE and str(value).isascii() and any(map(str.isalnum, text)) and text[-1] != "."
 
 
 def _earlier(value: Any) -> str:
