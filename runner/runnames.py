@@ -11,6 +11,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from runner import files
+from runner.exportnames import webui_file
 from runner.rundir import find_runs
 from runner.specfaults import show
 
@@ -31,9 +33,9 @@ OTHER_NAME = "set another `name` in this spec (letters, digits and . _ = , + -)"
 # https://learn.microsoft.com/windows/win32/fileio/naming-a-file: device names, with any ending too; no dot at the end
 DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{number}" for port in ("com", "lpt") for number in range(10))}
 
-# Bytes of a file's name beside the run's own: `.NAME_emb_webui.safetensors.PID.partial`, a PID of up to 7 digits.
-BESIDE_NAME = len("._emb_webui.safetensors..partial") + 7
-BELOW_FOLDER = len("/checkpoints/.step-0000000000.safetensors..partial") + 7
+ASIDE = (
+    len("..") + 7 + len(files.ASIDE)
+)  # bytes of `.FILE.PID.partial` beside the file's own name, a PID of up to 7 digits
 LONGEST_PATH = 4095  # bytes, on Linux
 
 
@@ -66,13 +68,13 @@ def allowed(text: str) -> str:
 @dataclass(frozen=True)
 class RunsThere:
     """The runs below a runs folder. names: by themselves in lower case; inside: one of those that lie in a folder, by that
-    folder's name in lower case; around: the folder of a run that the runs folder itself lies in; longest_file_name: bytes
+    folder's name in lower case; around: the folder of a run that the runs folder itself lies in; file_name_limit: bytes
     that its disk allows."""
 
     names: Mapping[str, str]
     inside: Mapping[str, str]
     around: Path | None
-    longest_file_name: int
+    file_name_limit: int
 
     @classmethod
     def below(cls, runs: Path) -> RunsThere:
@@ -81,7 +83,7 @@ class RunsThere:
         above = (runs.absolute(), *runs.absolute().parents)
         around = [path for path in above if (path / "plan.json").is_file() and (path / "spec.toml").is_file()]
         return cls(
-            {name.lower(): name for name in names}, inside, around[0] if around else None, _longest_file_name(above)
+            {name.lower(): name for name in names}, inside, around[0] if around else None, _file_name_limit(above)
         )
 
 
@@ -112,24 +114,29 @@ def _moving(runs: Path, name: str) -> str:
     )
 
 
-def _longest_file_name(folders: Sequence[Path]) -> int:
+def _file_name_limit(folders: Sequence[Path]) -> int:
     """Of the disk that the first folder lies on, or will lie on: 255 nearly everywhere, 143 on an encrypted one."""
     with suppress(OSError):
         return os.pathconf(next(folder for folder in folders if folder.exists()), "PC_NAME_MAX")
     return 255
 
 
+def longest_file_name(name: str) -> int:
+    """Bytes of the longest of a run's files, while it is written."""
+    return len(webui_file(name)) + ASIDE
+
+
 def _path_fault(name: str, runs: Path, there: RunsThere, found: str) -> str | None:
     folder = runs / name
-    if (wanted := len(name) + BESIDE_NAME) > there.longest_file_name:
+    if (wanted := longest_file_name(name)) > there.file_name_limit:
         return (
-            f"its files would have names of {wanted} bytes {found}, and the disk of {runs} allows {there.longest_file_name}; "
+            f"its files would have names of {wanted} bytes {found}, and the disk of {runs} allows {there.file_name_limit}; "
             f"set a shorter `name`, or a runs folder elsewhere with --runs"
         )
     for path in (folder, folder.parent):
         if path != runs and path.exists() and not path.is_dir():
             return f"{path} is a file, where the run's folder would be {found}; {OTHER_NAME}"
-    length = len(str(folder.absolute()).encode()) + max(BELOW_FOLDER, len("/export/") + BESIDE_NAME + len(name))
+    length = len(str(folder.absolute()).encode()) + len("/checkpoints/") + max(wanted, 50)  # 50: a checkpoint's name
     if length > LONGEST_PATH:
         return (
             f"the paths of its files would have {length} bytes {found}, and {LONGEST_PATH} are allowed; "
