@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import tomli_w
-from conftest import House
+from conftest import PROJECT, House
 
 from runner import basefiles, inherit, prepare, specload, sweeps, tomllines
 from runner.specload import load
@@ -41,6 +41,13 @@ def test_each_value_has_a_name_of_its_own(house: House) -> None:
     assert list(found) == [
         "a-TOK", "ein-TOK-grun-a171b6e3", "ein-TOK-grun", "TOK-ebb6401b", "TOK-f9ed37a6", "ein-TOK-gr-n", "TOK", "tok-TOK",
     ]  # fmt: skip
+
+
+def test_the_page_shows_what_they_are_called(house: House) -> None:
+    """docs/run-names.md"""
+    shown = (PROJECT / "docs" / "run-names.md").read_text()
+    [name] = names(house, swept(house, data__prompt=["ein TOK, grün"]))
+    assert f"| `ein TOK, grün` | `{name}`:" in shown
 
 
 def test_numbers_and_plain_words_stand_as_they_always_did(house: House) -> None:
