@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -243,3 +244,13 @@ def lora_layers(layers: Mapping[str, tuple[int, int]], wanted: str | tuple[str, 
     if isinstance(wanted, str):
         chosen.pop("proj_out", None)
     return chosen
+
+
+def adapted_layers(config: Mapping[str, Any], wanted: str | tuple[str, ...]) -> Mapping[str, tuple[int, int]]:
+    """The same of a transformer's config. The runs of a sweep ask for the same ones again and again, so they are kept."""
+    return _adapted_layers(json.dumps(config, sort_keys=True), wanted)
+
+
+@lru_cache(maxsize=64)
+def _adapted_layers(config: str, wanted: str | tuple[str, ...]) -> Mapping[str, tuple[int, int]]:
+    return lora_layers(linear_layers(json.loads(config)), wanted)

@@ -33,7 +33,7 @@ class Cache:
 
     def put_note(self, key: str, facts: Mapping[str, str]) -> None:
         """A few words that are a function of their key, e.g. which latents a data set comes to."""
-        files.make_folder(self._note(key).parent)
+        files.make_folder(self._note(key).parent, within=self.folder.parent)
         files.write_json(self._note(key), dict(facts))
 
     def _note(self, key: str) -> Path:
@@ -72,7 +72,7 @@ class Cache:
 
     def put(self, kind: str, key: str, value: Tensor, about: Mapping[str, str]) -> None:
         path = self.path(kind, key)
-        files.make_folder(path.parent)
+        files.make_folder(path.parent, within=self.folder.parent)
         tensors.save(path, {"value": value}, {**about, "kind": kind, "key": key})
 
 

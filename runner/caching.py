@@ -5,7 +5,9 @@ Nothing is lost with an entry but the time to make it again: it is a function of
 
 from __future__ import annotations
 
+import re
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,7 @@ class Kind:
 def listing(runs: Path) -> list[Kind]:
     now, found = time.time(), []
     for folder in sorted(path for path in (runs / "cache").glob("*") if path.is_dir()):
-        facts = [path.stat() for path in _entries(folder)]
+        facts = [path.stat() for path in _entries(folder, "*/*")]
         if facts:
             days = [max(0.0, now - fact.st_mtime) / DAY for fact in facts]
             found.append(Kind(folder.name, len(facts), sum(fact.st_size for fact in facts), max(days), min(days)))
@@ -48,13 +50,13 @@ def prune(runs: Path, days: float) -> tuple[int, int]:
             f"process {busy.pid} is working on {runs}, and may be about to read its cache; wait for it, or stop it"
         )
     limit, entries, size = time.time() - days * DAY, 0, 0
-    for path in _entries(runs / "cache"):
+    for path in _entries(runs / "cache", "*/*/*"):
         fact = path.stat()
         if fact.st_mtime < limit:
             path.unlink()
             entries, size = entries + 1, size + fact.st_size
-    for folder in {path.parent for path in (runs / "cache").rglob(f".*{files.ASIDE}")}:
-        files.sweep_aside(folder)
+    for path in _own(runs / "cache", f"*/*/.*{files.ASIDE}"):
+        path.unlink()
     return entries, size
 
 
@@ -77,6 +79,15 @@ def as_json(kinds: list[Kind]) -> dict[str, Any]:
     return {"kinds": [asdict(one) for one in kinds], "bytes": sum(one.bytes for one in kinds)}
 
 
-def _entries(folder: Path) -> list[Path]:
-    paths = (path for end in ("safetensors", "json") for path in folder.rglob(f"*.{end}"))
-    return [path for path in paths if path.is_file() and not path.is_symlink()]
+def _entries(folder: Path, pattern: str) -> list[Path]:
+    return [path for end in ("safetensors", "json") for path in _own(folder, f"{pattern}.{end}")]
+
+
+def _own(folder: Path, pattern: str) -> Iterator[Path]:
+    """Files named KIND/12/12ab..., as the cache names its own. Nothing else goes, whatever lies there: an earlier fluxrun
+    took `cache` for a run's name."""
+    for path in folder.glob(pattern):
+        key = path.name.lstrip(".").partition(".")[0]
+        named = re.fullmatch("[0-9a-f]{64}", key) and path.parent.name == key[:2]
+        if named and path.is_file() and not path.is_symlink():
+            yield path

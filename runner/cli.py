@@ -19,7 +19,7 @@ import click
 from runner import output
 from runner.commandline import command as typed
 from runner.complete import run_names
-from runner.errors import Code, Fault, FluxrunError, Interrupted, SpecError
+from runner.errors import Code, Fault, FluxrunError, Interrupted, Paused, SpecError, disk_trouble
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -47,6 +47,15 @@ class Group(click.Group):
             ctx.exit(error.exit_code)
         except BrokenPipeError:  # `fluxrun results | head`
             ctx.exit(output.end_of_pipe())
+        except OSError as error:
+            if not (error.filename and disk_trouble(error)):
+                raise
+            with output.outlived():
+                click.echo(
+                    f"fluxrun: {error.filename}: {error.strerror}; the same command goes on once that is mended",
+                    err=True,
+                )
+            ctx.exit(Paused.exit_code)
         except KeyboardInterrupt:
             with output.outlived():
                 click.echo(f"{os.linesep if sys.stderr.isatty() else ''}fluxrun: stopped by Ctrl-C", err=True)
@@ -183,7 +192,8 @@ def queue(
                     f"{runs} cannot be made ({error.strerror}); name another folder", param_hint="--runs"
                 ) from None
             code = run_queue(todo, runs, places, screen, stop, retries=retries, fail_fast=fail_fast, warm=warm)
-        pace.remember(todo, on_gpu=pacebook.on_gpus(places))
+        with suppress(OSError):  # the runs folder may be gone, and with it what they took
+            pace.remember(todo, on_gpu=pacebook.on_gpus(places))
     if as_json:
         _print_records(runs, {job.plan.name for job in jobs})
     ctx.exit(code)
@@ -279,6 +289,7 @@ def plan(ctx: click.Context, specs: tuple[Path, ...], runs: Path, as_json: bool,
         if faults:
             raise SpecError(faults)
         return
+    estimates = fitting.Estimates(on_gpu=on_gpu)
     jobs: list[Job] = []
     errors: list[dict[str, Any]] = []
     try:
@@ -290,14 +301,16 @@ def plan(ctx: click.Context, specs: tuple[Path, ...], runs: Path, as_json: bool,
     if as_json:
         rows = [
             {
-                **fitting.with_memory(planning.as_json(job.plan), job, on_gpu=on_gpu),
+                **fitting.with_memory(planning.as_json(job.plan), job, estimates),
                 "spec": str(job.file),
                 "state": job.verdict.state,
                 "reason": job.verdict.reason,
-                "cache": forecast.as_json(forecast.forecast(job, runs, on_gpu=here)),
+                "cache": forecast.as_json(hits),
                 "time": vars(took),
             }
-            for job, took in zip(jobs, pace.times(jobs, runs, on_gpu=here), strict=True)
+            for job, took, hits in zip(
+                jobs, pace.times(jobs, runs, on_gpu=here), forecast.forecasts(jobs, runs, on_gpu=here), strict=True
+            )
         ]
         click.echo(json.dumps({"runs": rows, "errors": errors}, indent=1))
         ctx.exit(2 if errors else 0)
@@ -311,7 +324,7 @@ def plan(ctx: click.Context, specs: tuple[Path, ...], runs: Path, as_json: bool,
         click.echo(f"  {'images':<15}{sizes_line(job.plan.sizes)}")
         for phase in job.plan.phases:
             click.echo("  " + _phase_line(planning.describe(phase)))
-        for line in fitting.lines(job, on_gpu=on_gpu):
+        for line in fitting.lines(job, estimates):
             click.echo(f"  {line}")
         if job.plan.name in cached:
             click.echo(f"  {cached[job.plan.name]}")

@@ -73,7 +73,7 @@ def encode_texts(
     entries = {**own, **later}
     if not _count(desk, encoder, entries):
         return
-    lock = files.make_folder(desk.cache.folder) / f".{encoder}.lock"
+    lock = files.make_folder(desk.cache.folder, within=desk.cache.folder.parent) / f".{encoder}.lock"
     with files.locked(lock, patience=math.inf, waiting=desk.check_stop):  # another slot may be making the very same
         missing = [(key, one) for key, one in entries.items() if not desk.cache.has(encoder, key)]
         if missing:

@@ -103,6 +103,7 @@ class BadFile(FluxrunError):
 
 DISK_TROUBLE = {
     errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM, errno.ESTALE,
+    errno.ENOTCONN, errno.ENODEV, errno.ENXIO,
 }  # fmt: skip
 
 

@@ -56,7 +56,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        return sum(asdict(self).values())
+        return self.weights + self.adapters + self.gradients + self.optimizer + self.activations + self.workspace
 
     def as_json(self) -> dict[str, int]:
         return {**asdict(self), "total": self.total}

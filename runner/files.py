@@ -115,9 +115,12 @@ def write_bytes(path: Path, chunks: Iterable[bytes | memoryview], *, durable: bo
 
 @contextmanager
 def if_there_is_room() -> Iterator[None]:
-    """For what is only told: a full or failing disk stops a run where it would lose something, not at a message."""
+    """For what is only told: a full or failing disk, or a folder that is gone, stops a run where it would lose something,
+    not at a message."""
     try:
         yield
+    except (FileNotFoundError, NotADirectoryError):
+        return
     except OSError as error:
         if not disk_trouble(error):
             raise
@@ -138,8 +141,11 @@ def write_png(path: Path, image: Any) -> None:
     write_bytes(path, [buffer.getvalue()])
 
 
-def make_folder(path: Path) -> Path:
-    """Create `path` and its parents, durably."""
+def make_folder(path: Path, within: Path | None = None) -> Path:
+    """Create `path` and its parents, durably. `within`: one that must be there: where a disk was taken away, nothing shall
+    be written below the place where it was."""
+    if within is not None and not within.is_dir():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(within))
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for folder in reversed(missing):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
 from typing import Any
 
 from runner import estimate
@@ -13,29 +15,56 @@ from runner.shapes import read_shapes
 UNKNOWN = "memory: not known before the base is on this disk (its configs tell it)"
 
 
-def with_memory(document: dict[str, Any], job: Job, *, on_gpu: bool) -> dict[str, Any]:
+class Estimates:
+    """Of the runs of one command: each base's configs are read once, and runs that differ in nothing that memory depends on
+    share an estimate."""
+
+    def __init__(self, *, on_gpu: bool) -> None:
+        self.on_gpu = on_gpu
+        self._shapes = cache(read_shapes)
+        self._kept: dict[object, tuple[dict[str, estimate.Memory], estimate.Fit | None]] = {}
+
+    def of(self, job: Job) -> tuple[dict[str, estimate.Memory], estimate.Fit | None] | None:
+        """By phase, and the cards that have it, on a GPU; None where the base is not known."""
+        spec, plan = job.spec, job.plan
+        shapes = self._shapes(spec.model.base)
+        if shapes is None:
+            return None
+        same = {"lr": None}
+        alike = spec.model_copy(update={
+            "name": "", "seed": 0, "train": spec.train.model_copy(update=same),
+            "inversion": spec.inversion.model_copy(update=same),
+            "text_lora": spec.text_lora and spec.text_lora.model_copy(update=same),
+        })  # fmt: skip
+        phases = tuple(replace(phase, key="") for phase in plan.phases)
+        key = (alike, phases, plan.steps, plan.texts, tuple((plan.sizes or {}).items()))
+        if key not in self._kept:
+            found = estimate.estimate(spec, plan, shapes, on_gpu=self.on_gpu)
+            self._kept[key] = found, estimate.fit(spec, plan, shapes) if self.on_gpu else None
+        return self._kept[key]
+
+
+def with_memory(document: dict[str, Any], job: Job, estimates: Estimates) -> dict[str, Any]:
     """The plan's document with `memory` in each phase and `fits`; null where the base is not known."""
-    shapes = read_shapes(job.spec.model.base)
-    found = estimate.estimate(job.spec, job.plan, shapes, on_gpu=on_gpu) if shapes else {}
+    found, fit = estimates.of(job) or ({}, None)
     phases = [
         {**phase, "memory": found[phase["name"]].as_json() if phase["name"] in found else None}
         for phase in document["phases"]
     ]
-    fits = estimate.fit(job.spec, job.plan, shapes).as_json() if shapes and on_gpu else None
-    return {**document, "phases": phases, "fits": fits}
+    return {**document, "phases": phases, "fits": fit and fit.as_json()}
 
 
-def lines(job: Job, *, on_gpu: bool) -> Iterator[str]:
+def lines(job: Job, estimates: Estimates) -> Iterator[str]:
     """The same in two lines."""
-    shapes = read_shapes(job.spec.model.base)
-    if shapes is None:
+    known = estimates.of(job)
+    if known is None:
         yield UNKNOWN
         return
-    found = estimate.estimate(job.spec, job.plan, shapes, on_gpu=on_gpu)
+    found, fit = known
     told = ", ".join(f"{name} {size(one.total)}" for name, one in found.items())
-    yield f"memory: about {told}{'' if on_gpu else ' on the CPU'}"
-    if on_gpu:
-        yield _cards(estimate.fit(job.spec, job.plan, shapes))
+    yield f"memory: about {told}{'' if fit else ' on the CPU'}"
+    if fit:
+        yield _cards(fit)
 
 
 def _cards(fit: estimate.Fit) -> str:

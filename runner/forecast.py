@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,24 +34,33 @@ class Hits:
     bytes: int
 
 
-def forecast(job: Job, runs: Path, *, on_gpu: bool) -> dict[str, Hits]:
+Print = Callable[[Path], str]
+
+
+def forecasts(jobs: Sequence[Job], runs: Path, *, on_gpu: bool) -> list[dict[str, Hits]]:
+    """In the jobs' order. The files of a base that several have are read once."""
+    read = cache(fingerprint)
+    return [forecast(job, runs, on_gpu=on_gpu, read=read) for job in jobs]
+
+
+def forecast(job: Job, runs: Path, *, on_gpu: bool, read: Print = fingerprint) -> dict[str, Hits]:
     """By kind: "latents", "clip", "t5", as far as it can be told: a base or data set of the hub is looked at when it is
     here. Only what the first encode phase makes; what learns is encoded when it has learned."""
     folder, pictures = local_folder(job.spec.model.base), job.pictures
     if folder is None or pictures is None:
         return {}
-    spec, cache = job.spec, runs / "cache"
+    spec, entries_folder = job.spec, runs / "cache"
     dtype = spec.model.dtype or ("bf16" if on_gpu else "fp32")
     [first] = [phase for phase in job.plan.phases if isinstance(phase, Encode) and phase.at == 0]
     vae_dtype = "fp32" if dtype == "fp16" else dtype
-    found = {"latents": _latents(job, cache, fingerprint(folder / "vae"), vae_dtype)}
+    found = {"latents": _latents(job, entries_folder, read(folder / "vae"), vae_dtype)}
     for encoder in first.encoders:
-        prints = {part: fingerprint(folder / part) for part in keys.PARTS[encoder]}
+        prints = {part: read(folder / part) for part in keys.PARTS[encoder]}
         entries = list(keys.entries(spec, pictures, job.plan.placeholders, encoder))
         held = [spec.model.quantize] if encoder == "t5" and spec.model.quantize != "none" else []
         wanted = {keys.text_key(encoder, one, prints, TORCH[dtype], held=held) for one in entries}
         each = BYTES[dtype] * _width(folder, encoder) * (spec.model.max_sequence_length if encoder == "t5" else 1)
-        found[encoder] = _hits(cache, encoder, wanted, each)
+        found[encoder] = _hits(entries_folder, encoder, wanted, each)
     return found
 
 
@@ -153,5 +163,5 @@ def as_json(found: Mapping[str, Hits]) -> dict[str, Any]:
 
 def lines(jobs: Sequence[Job], runs: Path, *, on_gpu: bool) -> dict[str, str]:
     """Of every run whose cache can be told."""
-    told = {job.plan.name: forecast(job, runs, on_gpu=on_gpu) for job in jobs}
-    return {name: f"in the cache: {line(found)}" for name, found in told.items() if found}
+    told = zip(jobs, forecasts(jobs, runs, on_gpu=on_gpu), strict=True)
+    return {job.plan.name: f"in the cache: {line(found)}" for job, found in told if found}

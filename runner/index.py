@@ -60,12 +60,12 @@ def results(runs: Path | str) -> list[Record]:
     return [record_of(run) for run in find_runs(Path(runs))]
 
 
-def record_of(run: Run) -> Record:
+def record_of(run: Run, *, with_spec: bool = True) -> Record:
     state = run.state()
     known = {key: value for key, value in state.items() if key in Record.__dataclass_fields__}
     if state["state"] == "done" and state.get("ended"):
         known["steps"] = state.get("step", known.get("steps"))
-    spec, origins = _read_spec(run)
+    spec, origins = _read_spec(run) if with_spec else ({}, {})
     return Record(**{**known, "name": run.name, "spec": spec, "origins": origins})
 
 
@@ -82,7 +82,8 @@ def sort_records(records: Iterable[Record], key: str) -> list[Record]:
 
 def write_index(runs: Path) -> None:
     left_out = ("spec", "origins")
-    rows = [{key: value for key, value in asdict(record).items() if key not in left_out} for record in results(runs)]
+    records = (record_of(run, with_spec=False) for run in find_runs(runs))  # after every run, so only what it holds
+    rows = [{key: value for key, value in asdict(record).items() if key not in left_out} for record in records]
     files.write_text(runs / "index.jsonl", "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +17,33 @@ KEY = "extends"
 DEEPEST = 8  # files in a chain; more is a mistake rather than a wish
 
 Places = Mapping[Where, tuple[Path, int]]
+Reader = Callable[[Path], tuple[dict[str, Any], dict[Where, int]]]
 
 
-def merged(file: Path, below: tuple[Path, ...] = ()) -> tuple[dict[str, Any], Places]:
+def read_with_lines(file: Path) -> tuple[dict[str, Any], dict[Where, int]]:
+    """A file's tables, and the line of each key. Raises SpecError."""
+    tables, text = read_toml(file)
+    return tables, key_lines(text)
+
+
+def merged(file: Path, below: tuple[Path, ...] = (), read: Reader = read_with_lines) -> tuple[dict[str, Any], Places]:
     """The tables of a spec file laid over those of the file it extends, and file and line of each key.
 
-    below: the files that led here. Raises SpecError.
+    below: the files that led here; read: how a file is read, so that its caller may keep what several extend. Raises
+    SpecError.
     """
-    tables, text = read_toml(file)
-    lines = key_lines(text)
+    found, lines = read(file)
+    tables = dict(found)
     places: Places = {where: (file, line) for where, line in lines.items()}
     if KEY not in tables:
         return tables, places
     told, chain = tables.pop(KEY), (*below, file)
     base = _base(told, chain, line_of(lines, (KEY,)))
-    under, under_places = merged(base, chain)
-    return _laid_over(under, under_places, tables, places)
+    under, under_places = merged(base, chain, read)
+    replaced: set[Where] = set()
+    laid = _laid_over(under, tables, replaced)
+    kept = {where: place for where, place in under_places.items() if not _inside(where, replaced)}
+    return laid, {**kept, **places}
 
 
 def _base(told: Any, chain: tuple[Path, ...], line: int) -> Path:
@@ -55,18 +66,22 @@ def _base(told: Any, chain: tuple[Path, ...], line: int) -> Path:
 
 
 def _laid_over(
-    under: Mapping[str, Any], under_places: Places, over: Mapping[str, Any], over_places: Places, at: Where = ()
-) -> tuple[dict[str, Any], Places]:
+    under: Mapping[str, Any], over: Mapping[str, Any], replaced: set[Where], at: Where = ()
+) -> dict[str, Any]:
+    """`replaced`: gets the keys of which nothing is left."""
     tables = dict(under)
-    places = dict(under_places)
     for key, value in over.items():
         where = (*at, key)
         if isinstance(value, dict) and isinstance(tables.get(key), dict):
-            tables[key], places = _laid_over(tables[key], places, value, {}, where)  # type: ignore[assignment]
+            tables[key] = _laid_over(tables[key], value, replaced, where)
         else:
             tables[key] = value
-            places = {old: place for old, place in places.items() if old[: len(where)] != where}
-    return tables, {**places, **over_places}
+            replaced.add(where)
+    return tables
+
+
+def _inside(where: Where, replaced: Collection[Where]) -> bool:
+    return any(where[:length] in replaced for length in range(1, len(where) + 1))
 
 
 def place_of(places: Places, where: Where) -> tuple[Path, int] | None:
@@ -77,14 +92,14 @@ def place_of(places: Places, where: Where) -> tuple[Path, int] | None:
     return None
 
 
-def mere_bases(files: Iterable[Path]) -> set[Path]:
+def mere_bases(files: Iterable[Path], read: Reader = read_with_lines) -> set[Path]:
     """Those files that others of these extend and that are no whole spec: nobody means them as runs."""
     found: dict[Path, dict[str, Any]] = {}
     extended: set[Path] = set()
     for file in files:
         try:
-            own, _ = read_toml(file)
-            found[file.resolve()] = merged(file)[0]
+            own, _ = read(file)
+            found[file.resolve()] = merged(file, read=read)[0]
         except SpecError:
             continue  # told when the file is read as a spec
         if isinstance(told := own.get(KEY), str):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -81,4 +82,9 @@ def views_key(spec: Spec, data: str, vae: str, dtype: str) -> str | None:
         return None
     own: dict[str, Any] = spec.data.model_dump(mode="json", exclude={"source", "workers", "repeats", "caption_dropout"})
     seed = None if own["center_crop"] and not own["random_flip"] else spec.seed
-    return key_of("views", data, vae, dtype, json.dumps(own, sort_keys=True), seed, version("pillow"))
+    return key_of("views", data, vae, dtype, json.dumps(own, sort_keys=True), seed, _pillow())
+
+
+@cache
+def _pillow() -> str:
+    return version("pillow")

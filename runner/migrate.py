@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from runner.newspec import DEFAULT_BASE, toml_value
+from runner.runnames import allowed
 
 Number = TypeVar("Number", int, float)
 
@@ -225,7 +226,7 @@ def _flags(draft: Draft, given: Mapping[str, str]) -> None:
         if name in given:
             draft.notes.append((f"--{name}", reason))
     folder = given.get("output_dir", "flux-dreambooth-lora").rstrip("/").split("/")[-1]
-    values["name"] = run_name(folder)
+    values["name"] = allowed(folder)
     if "model.base" not in values:
         values["model.base"] = DEFAULT_BASE
         draft.notes.append(
@@ -238,11 +239,6 @@ def _flags(draft: Draft, given: Mapping[str, str]) -> None:
     _optimizer(draft, given)
     _schedule(draft, given)
     _rest(draft, given)
-
-
-def run_name(text: str) -> str:
-    """A run's name made of a file's or a folder's."""
-    return re.sub(r"[^A-Za-z0-9._=,+-]+", "-", text).strip(".=,+-") or "my-lora"
 
 
 def _typed(name: str, text: str, kind: type) -> Any:

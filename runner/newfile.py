@@ -10,12 +10,13 @@ from runner.commandline import command as typed
 from runner.data import Pictures
 from runner.errors import SpecError
 from runner.finding import size
-from runner.migrate import CommandError, draft_of, run_name, written
+from runner.migrate import CommandError, draft_of, written
 from runner.newcard import card_bytes, fitting_values
 from runner.newpictures import Found, look_at
 from runner.newspec import FIRST, TEMPLATES, NewError, Values, inline, new_spec
 from runner.plan import PlanError
 from runner.prepare import drafted
+from runner.runnames import allowed
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def _fitted(wish: Wish, text_with: Callable[[Values], str], found: Found | None,
 
 
 def _template_text(wish: Wish, found: Found | None) -> Callable[[Values], str]:
-    name = run_name(wish.file.stem)
+    name = allowed(wish.file.stem)
     own = {**({} if name == wish.file.stem else {"name": name}), **(found.values if found else {})}
     plan, queue = typed("plan", wish.file), typed("queue", wish.file)
     return lambda values: new_spec(wish.template, {**own, **values}, short=wish.short, plan=plan, queue=queue)

@@ -17,7 +17,7 @@ from runner.clock import clock
 from runner.commandline import command
 from runner.engine import slots
 from runner.finding import size
-from runner.fitting import lines
+from runner.fitting import Estimates, lines
 from runner.forecast import night_bytes
 from runner.pace import Time
 from runner.plan import Inversion, Joint, Lora
@@ -156,8 +156,9 @@ def _images(jobs: Sequence[Job]) -> Iterator[str]:
 
 def _memory(jobs: Sequence[Job], on_gpu: bool) -> Iterator[str]:
     """What the runs that are to do will need, by formula."""
+    estimates = Estimates(on_gpu=on_gpu)
     told: dict[str, list[str]] = {
-        job.plan.name: list(lines(job, on_gpu=on_gpu)) for job in jobs if job.verdict.state != "done"
+        job.plan.name: list(lines(job, estimates)) for job in jobs if job.verdict.state != "done"
     }
     for index in range(max((len(found) for found in told.values()), default=0)):
         yield from _same({name: found[index] for name, found in told.items() if index < len(found)})

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from runner import tokens
-from runner.basefiles import CLIP_L, FLUX1, clip_layers, linear_layers, lora_layers
+from runner.basefiles import CLIP_L, FLUX1, adapted_layers, clip_layers
 from runner.digest import key_of
 from runner.diskuse import run_bytes
 from runner.spec import Spec
@@ -359,7 +359,7 @@ def _width(facts: Facts, learning: Sequence[str]) -> int:
 def _lora_count(spec: Spec, facts: Facts) -> int | None:
     if facts.config is None:
         return None
-    chosen = lora_layers(linear_layers(facts.config), spec.lora.layers)
+    chosen = adapted_layers(facts.config, spec.lora.layers)
     return sum(spec.lora.rank * (out + inside) for out, inside in chosen.values())
 
 
@@ -397,10 +397,9 @@ def _data_faults(spec: Spec, facts: Facts) -> Iterator[tuple[str, str]]:
 def _layer_faults(spec: Spec, facts: Facts) -> Iterator[tuple[str, str]]:
     if facts.config is None or spec.lora.until == 0:
         return
-    layers = linear_layers(facts.config)
     wanted = (spec.lora.layers,) if isinstance(spec.lora.layers, str) else spec.lora.layers
     for entry in wanted:
-        chosen = lora_layers(layers, entry if isinstance(spec.lora.layers, str) else (entry,))
+        chosen = adapted_layers(facts.config, entry if isinstance(spec.lora.layers, str) else (entry,))
         if not chosen:
             yield (
                 "lora.layers",

@@ -8,9 +8,10 @@ from __future__ import annotations
 import difflib
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from runner import classfolder, data, hub, sources
 from runner.basefiles import (
@@ -30,6 +31,7 @@ from runner.errors import Fault, FluxrunError, SpecError, Unreachable
 from runner.notify import Target, refusals
 from runner.plan import Facts, Plan, PlanError, make_plan
 from runner.rundir import WAYS_OUT, Run, Verdict
+from runner.runnames import RunsThere, name_fault
 from runner.sources import COLUMNAR, Source
 from runner.spec import Spec
 from runner.specload import Loaded, load_all, load_text, path_at, touches
@@ -91,25 +93,29 @@ def jobs_of(seen: Sequence[Seen]) -> list[Job]:
 
 def survey(paths: Sequence[Path], runs: Path, *, fetch: bool, fresh: bool) -> tuple[list[Seen], list[Fault]]:
     """Every run asked for, and every fault of every spec."""
-    loaded, faults = load_all(paths)
+    loaded, faults = load_all(paths, runs)
+    there = RunsThere.below(runs)
     shared: Shared = {}
     seen = []
+    bases = Bases()
     login = functools.cache(hub.login)  # once for all specs
     for one in loaded:
-        found, told = _looked(one, runs, fetch, fresh, shared)
+        found, told = _looked(one, runs, there, bases, fetch, fresh, shared)
         if fetch and found.spec.hub.push and found.plan and not _is_done(found) and (wrong := login().fault):
             found = replace(found, bad=found.bad | {"hub.push"})
             told = [*told, one.source.fault("hub.push", wrong)]
         seen.append(found)
         faults += told
     owner = login().name if fetch and sum(one.spec.hub.push for one in seen) > 1 else ""
-    return seen, [*faults, *batch_faults(seen, owner)]
+    return seen, list(dict.fromkeys([*faults, *batch_faults(seen, owner)]))  # the runs of a sweep share many
 
 
-def _looked(loaded: Loaded, runs: Path, fetch: bool, fresh: bool, shared: Shared) -> tuple[Seen, list[Fault]]:
+def _looked(
+    loaded: Loaded, runs: Path, there: RunsThere, bases: Bases, fetch: bool, fresh: bool, shared: Shared
+) -> tuple[Seen, list[Fault]]:
     """What goes wrong in looking at one run is that run's fault, so that the others are told too."""
     try:
-        return _look(loaded, runs, fetch, fresh, shared)
+        return _look(loaded, runs, there, bases, fetch, fresh, shared)
     except Exception as error:
         spec = loaded.spec
         fault = loaded.source.fault("", f"this run cannot be looked at: {one_line(error)}")
@@ -130,7 +136,9 @@ def _is_done(seen: Seen) -> bool:
     return seen.verdict is not None and seen.verdict.state == "done"
 
 
-def _look(loaded: Loaded, runs: Path, fetch: bool, fresh: bool, shared: Shared) -> tuple[Seen, list[Fault]]:
+def _look(
+    loaded: Loaded, runs: Path, there: RunsThere, bases: Bases, fetch: bool, fresh: bool, shared: Shared
+) -> tuple[Seen, list[Fault]]:
     spec, source = _absolute(loaded), loaded.source
     told = _base_faults(spec)
     asked = data_source(spec)
@@ -146,12 +154,14 @@ def _look(loaded: Loaded, runs: Path, fetch: bool, fresh: bool, shared: Shared) 
     if isinstance(found, list):
         told += [(key, source.relative(key, message)) for key, message in found]
         found = None
+    if wrong := name_fault(spec.name, runs, there, swept=bool(source.swept)):
+        told.append(("name", wrong))
     told += [*_repository_faults(spec), *_nested_folders(spec, runs)]
     pictures = found.hold_out(spec.data.holdout) if found else None
     plan = verdict = None
-    broken = _config_faults(spec)
+    broken = bases.of(spec).faults
     try:
-        plan = None if broken else plan_of(spec, pictures)
+        plan = None if broken else plan_of(spec, pictures, bases)
     except PlanError as error:
         told += [fault for fault in error.faults if found is not None or not told or fault[0] != "train.epochs"]
     except FluxrunError as error:  # an image whose size cannot be read
@@ -197,9 +207,42 @@ def drafted(text: str, file: Path) -> Spec:
     return _absolute(load_text(text, file))
 
 
-def plan_of(spec: Spec, pictures: Pictures | None) -> Plan:
+@dataclass(frozen=True)
+class Base:
+    """What a base model's files say. faults: (key, message) each; where there are any, nothing else was read."""
+
+    print: str
+    config: Mapping[str, Any] | None
+    clip: Mapping[str, Any] | None
+    faults: list[tuple[str, str]]
+
+
+class Bases:
+    """The bases of one command's runs, each read once."""
+
+    def __init__(self) -> None:
+        self._read: dict[tuple[str | None, ...], Base] = {}
+
+    def of(self, spec: Spec) -> Base:
+        own = spec.model
+        asked = (own.base, own.revision, own.variant)
+        if asked not in self._read:
+            self._read[asked] = _read_base(*asked)
+        return self._read[asked]
+
+
+def _read_base(base: str, revision: str | None, variant: str | None) -> Base:
+    folder = local_folder(base)
+    if folder is None:
+        return Base(key_of("hub", base, revision, variant), transformer_config(base, None), None, [])
+    if broken := [("model.base", message) for message in broken_configs(folder)]:
+        return Base("", None, None, broken)
+    return Base(fingerprint(folder), transformer_config(base, folder), clip_config(folder), [])
+
+
+def plan_of(spec: Spec, pictures: Pictures | None, bases: Bases | None = None) -> Plan:
     """Raises PlanError with everything that is wrong, FluxrunError where an image cannot be measured."""
-    return make_plan(spec, _facts(spec, pictures))
+    return make_plan(spec, _facts(spec, pictures, (bases or Bases()).of(spec)))
 
 
 def data_source(spec: Spec) -> Source:
@@ -258,11 +301,6 @@ def _base_faults(spec: Spec) -> list[tuple[str, str]]:
     return []
 
 
-def _config_faults(spec: Spec) -> list[tuple[str, str]]:
-    folder = local_folder(spec.model.base)
-    return [("model.base", message) for message in broken_configs(folder)] if folder else []
-
-
 def _pictures(asked: Source, near: Path, fetch: bool) -> Pictures | list[tuple[str, str]] | Unreachable | None:
     """The data set, None where only the hub has it, Unreachable where that does not answer, or what is wrong with it: (key,
     message) each."""
@@ -293,13 +331,10 @@ def _pictures(asked: Source, near: Path, fetch: bool) -> Pictures | list[tuple[s
         return list(error.faults)
 
 
-def _facts(spec: Spec, pictures: Pictures | None) -> Facts:
+def _facts(spec: Spec, pictures: Pictures | None, base: Base) -> Facts:
     """Raises FluxrunError where buckets ask for the size of an image that cannot be read."""
-    folder = local_folder(spec.model.base)
-    base = fingerprint(folder) if folder else key_of("hub", spec.model.base, spec.model.revision, spec.model.variant)
-    config, clip = transformer_config(spec.model.base, folder), clip_config(folder)
     if pictures is None:
-        return Facts(None, None, sources.fingerprint(data_source(spec)), base, config, clip)
+        return Facts(None, None, sources.fingerprint(data_source(spec)), base.print, base.config, base.clip)
     count = len(pictures.items) + len(pictures.held)
     sizes = tuple(data.measure(picture) for picture in pictures.items) if spec.data.buckets else None
-    return Facts(pictures.captions, count, pictures.fingerprint, base, config, clip, sizes)
+    return Facts(pictures.captions, count, pictures.fingerprint, base.print, base.config, base.clip, sizes)

@@ -12,7 +12,7 @@ from typing import Any
 
 from runner import files
 from runner.digest import key_of
-from runner.errors import BadFile, Held, Refused
+from runner.errors import BadFile, Held, Paused, Refused
 from runner.origins import annotated
 from runner.plan import NOT_IN_KEY, OPEN_ENDED, RECOMPUTING, SPAN_KEYS, Plan, as_json
 from runner.processes import Process
@@ -80,7 +80,6 @@ class Run:
 
     def locked(self) -> AbstractContextManager[None]:
         """Held by whoever writes: shortly by a queue that enlists the run, for a whole attempt by its trainer."""
-        files.make_folder(self.folder)
         return files.locked(self.lock_file)
 
     def lease(self) -> Lease:
@@ -104,6 +103,7 @@ class Run:
         Raises Held, Refused.
         """
         self._no_links()
+        files.make_folder(self.folder)  # here alone: a folder that vanishes while its run trains is not made again
         try:
             with self.locked():
                 if (holder := self.holder()) and holder != Process.own():
@@ -170,8 +170,25 @@ class Run:
 
     def fence(self) -> None:
         """To be asked before anything is committed: a process that lost its run unknowingly must not write."""
+        if self.gone():
+            raise Paused(self.gone())
         if (now := self.lease().attempt) != self.attempt:
             raise Held(f"{self.folder}: attempt {now} has begun, this is attempt {self.attempt}; nothing was written")
+
+    def gone(self) -> str:
+        """What to say of a run that was enlisted and whose folder is not there any more; "" where it is."""
+        try:
+            if self.lease_file.is_file():
+                return ""
+        except OSError as error:
+            return f"{self.folder} cannot be read any more ({error.strerror}); once it can, the same command goes on"
+        lost = next((path for path in (self.runs, self.folder) if not path.is_dir()), self.lease_file)
+        step = max((step for step, _ in self.checkpoint_files()), default=0)
+        left = f"the checkpoint of step {step} is still there" if step else "nothing that the run made is left there"
+        return (
+            f"{lost} is gone: it was removed or renamed, or its disk was taken away; {left}; put it back and the same command "
+            "goes on, or else begins anew"
+        )
 
     def _lease(self, attempt: int) -> int:
         lease = {"format": FORMAT, "attempt": attempt, "holder": Process.own().as_json()}

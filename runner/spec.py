@@ -17,7 +17,19 @@ Below1 = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Side = Annotated[int, Field(ge=16, le=8192, multiple_of=16)]
-Line = Annotated[str, Field(min_length=1, max_length=4000, pattern=r"^[^\x00-\x1f]*$")]
+
+ONE_LINE = r"^[^\x00-\x1f]*$"
+WORD = r"^[A-Za-z_][A-Za-z0-9_]*$"
+RUN_NAME = r"^[A-Za-z0-9_][A-Za-z0-9._=,+-]*(/[A-Za-z0-9_][A-Za-z0-9._=,+-]*)?$"
+LONGEST_RUN_NAME = 200  # characters, all of one byte: with what export files add, a file's name stays below 255
+FORMS = {
+    ONE_LINE: "one line, without control characters",
+    WORD: "the letters A-Z and a-z, digits and _, beginning with no digit",
+    RUN_NAME: "the letters A-Z and a-z, digits and . _ = , + -, beginning with a letter, a digit or _; a / may stand once, "
+    "between two such parts",
+}
+
+Line = Annotated[str, Field(min_length=1, max_length=4000, pattern=ONE_LINE)]
 
 
 VERSION_TABLE = "fluxrun"  # in the specs that fluxrun itself writes into run folders, and in no others
@@ -90,7 +102,7 @@ class Prior(Table):
 
 
 class Token(Table):
-    name: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=64)] = Field(
+    name: Annotated[str, Field(pattern=WORD, max_length=64)] = Field(
         description="The word that stands for the concept in prompts and captions"
     )
     vectors: Annotated[int, Field(ge=1, le=64)] = key(2, "Embedding rows learned for it")
@@ -260,9 +272,9 @@ class Compute(Table):
 class Spec(Table):
     """One run. Values that default to another key's are filled in when the file is read (`runner.specload`)."""
 
-    name: Annotated[
-        str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._=,+-]*(/[A-Za-z0-9_][A-Za-z0-9._=,+-]*)?$", max_length=200)
-    ] = Field(description="Name of the run's folder; default the file's stem")
+    name: Annotated[str, Field(pattern=RUN_NAME, max_length=LONGEST_RUN_NAME)] = Field(
+        description="Name of the run's folder; default the file's stem"
+    )
     seed: Whole = key(0, "Of everything random")
     model: Model
     data: Data

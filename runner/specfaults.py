@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Any, get_args
 
 from pydantic import BaseModel
 
-from runner.spec import Spec
+from runner.spec import FORMS, Spec
 
 Where = tuple[str | int, ...]
 TAGS = {"none", "sigma_sqrt", "logit_normal", "mode", "cosmap", "adamw", "adamw8bit", "prodigy"}
@@ -79,13 +80,17 @@ def explain(detail: Mapping[str, Any], tables: Mapping[str, Any]) -> tuple[str, 
             tag = tag.get(inner) if isinstance(tag, Mapping) else tag
             name = f"{name}.{inner}"
         choices = _choices(context)
-        field = dict(_all_keys(Spec)).get(name)
+        field = _spec_keys().get(name)
         more = ["true", "false", "a whole number from 1"] if field and "bool" in str(field.annotation) else []
         return (
             name,
             f"not one of the names allowed (found {show(tag)}); allowed are {', '.join([*more, *choices])}"
             f"{_guess(str(tag), choices)}",
         )
+    if kind == "string_pattern_mismatch" and context.get("pattern") in FORMS:
+        return name, f"not of the form wanted {found}; allowed are {FORMS[context['pattern']]}"
+    if kind == "string_too_long":
+        return name, f"too long {found}, {len(detail['input'])} characters; at most {context['max_length']} are allowed"
     messages = {
         "int_type": "no whole number",
         "int_from_float": "no whole number",
@@ -97,8 +102,6 @@ def explain(detail: Mapping[str, Any], tables: Mapping[str, Any]) -> tuple[str, 
         "string_type": "no text",
         "finite_number": "not a finite number",
         "string_too_short": "empty",
-        "string_too_long": "too long",
-        "string_pattern_mismatch": "not of the form wanted",
         "multiple_of": "not divisible by 16",
     }
     said = messages.get(kind, detail["msg"][0].lower() + detail["msg"][1:])
@@ -135,7 +138,7 @@ def _unknown(path: Where, value: Any, tables: Mapping[str, Any]) -> str:
         return f"{text}; the reference script's {wrong} is {FLAGS[wrong]} here"
     if near := difflib.get_close_matches(wrong, here, 1, 0.6):
         return f"{text}; did you mean {'.'.join(map(str, (*path[:-1], near[0])))}?"
-    everywhere = dict(_all_keys(Spec))
+    everywhere = _spec_keys()
     last_parts = {name.rpartition(".")[2]: name for name in everywhere}
     if near := difflib.get_close_matches(wrong, list(last_parts), 1, 0.75):
         return f"{text}; did you mean {last_parts[near[0]]}?"
@@ -149,7 +152,7 @@ def _guess(found: str, choices: list[str]) -> str:
 
 def _allowed(path: Where) -> str:
     """What the key's description and limits say."""
-    field = dict(_all_keys(Spec)).get(".".join(str(part) for part in path if not isinstance(part, int)))
+    field = _spec_keys().get(".".join(str(part) for part in path if not isinstance(part, int)))
     if field is None:
         return "see `fluxrun schema`"
     limits = [_limit(item) for item in _metadata(field)]
@@ -204,6 +207,11 @@ def _models(annotation: Any) -> Iterator[type[BaseModel]]:
         yield annotation
     for part in get_args(annotation):
         yield from _models(part)
+
+
+@cache
+def _spec_keys() -> dict[str, Any]:
+    return dict(_all_keys(Spec))
 
 
 def _all_keys(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:

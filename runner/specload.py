@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import copy
-import itertools
+import functools
 import re
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from runner import sweeps
 from runner.errors import Fault, SpecError
-from runner.inherit import Places, mere_bases, merged, place_of
+from runner.inherit import Places, Reader, mere_bases, merged, place_of, read_with_lines
 from runner.origins import DEFAULT, origins_in
-from runner.spec import VERSION_TABLE, Spec
-from runner.specfaults import Where, explain, show
+from runner.rundir import find_runs
+from runner.runnames import allowed, clashes
+from runner.spec import RUN_NAME, VERSION_TABLE, Spec
+from runner.specfaults import Where, explain
 from runner.specrules import broken_rules, drop_unused_inversion, fill_defaults, secrets
+from runner.sweeps import put
 from runner.tomllines import key_lines
 from runner.usertext import read_user_text
 
@@ -89,15 +93,20 @@ def load(paths: Sequence[Path]) -> list[Loaded]:
     return loaded
 
 
-def load_all(paths: Sequence[Path]) -> tuple[list[Loaded], list[Fault]]:
-    """The same, with the faults beside what could be read."""
-    loaded: list[Loaded] = []
+def load_all(paths: Sequence[Path], runs: Path | None = None) -> tuple[list[Loaded], list[Fault]]:
+    """The same, with the faults beside what could be read. `runs`: where a sweep's runs may lie already."""
     faults: list[Fault] = []
-    for file in _files(paths, faults):
-        for tables, source in _variants(file, faults):
-            if (one := _build(tables, source, faults)) is not None:
-                loaded.append(one)
-    faults += _same_names(loaded)
+    read = functools.cache(read_with_lines)  # a file that many extend is read once
+    asked = [one for file in _files(paths, faults, read) if (one := _asked(file, faults, read)) is not None]
+    if refused := list(_too_many(asked)):
+        for one in asked:  # what else is wrong with them is told in the same go
+            _build(one.first(), one.source, faults)
+        return [], list(dict.fromkeys([*faults, *refused]))
+    there = {run.name for run in find_runs(runs)} if runs and any(one.sweep for one in asked) else set()
+    loaded = [built for one in asked for v in _variants(one, runs, there) if (built := _build(*v, faults)) is not None]
+    named = [one for one in loaded if "name" not in one.bad]
+    met = clashes([(one.spec.name, one.source.file, bool(one.source.swept)) for one in named])
+    faults += [named[position].source.fault("name", message) for position, message in met]
     return loaded, list(dict.fromkeys(faults))
 
 
@@ -119,52 +128,94 @@ def path_at(text: str, source: Source, key: str) -> Path:
     return (source.place(key)[0].parent / Path(text).expanduser()).resolve()
 
 
-def _files(paths: Sequence[Path], faults: list[Fault]) -> list[Path]:
+def _files(paths: Sequence[Path], faults: list[Fault], read: Reader) -> list[Path]:
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
             inside = sorted(path.glob("*.toml"))
             if not inside:
                 faults.append(Fault(path, 1, "", "no *.toml in this folder; name a spec file, or a folder of them"))
-            bases = mere_bases(inside)
+            bases = mere_bases(inside, read)
             files += [file for file in inside if file.resolve() not in bases]
         else:
             files.append(path)
     return list(dict.fromkeys(files))
 
 
-def _variants(file: Path, faults: list[Fault]) -> Iterator[tuple[dict[str, Any], Source]]:
-    """The tables of each run that a file asks for: one, or the product of [sweep]'s lists."""
+@dataclass(frozen=True)
+class Asked:
+    """A spec file as read: its tables less [sweep], and the lists that are to be swept."""
+
+    tables: dict[str, Any]
+    source: Source
+    sweep: dict[str, Any]
+
+    def first(self) -> dict[str, Any]:
+        return _with(self.tables, self.tables["name"], {key: values[0] for key, values in self.sweep.items()})
+
+
+def _asked(file: Path, faults: list[Fault], read: Reader) -> Asked | None:
     try:
-        tables, places = merged(file)
+        tables, places = merged(file, read=read)
     except SpecError as error:
         faults += error.faults
-        return
+        return None
     own = tables.pop(VERSION_TABLE, None)  # a run folder's own spec, which is a spec like any other
     if own is not None:
         drop_unused_inversion(tables)
     origins = origins_in(read_user_text(file)) if own is not None else {}
-    sweep = _flat_sweep(tables.pop("sweep", {}))
+    sweep = sweeps.flat(tables.pop("sweep", {}))
     source = Source(file, places, {}, frozenset(_dotted(tables)), origins)
     tables.setdefault("name", file.stem)
     bad = [
-        Fault(*(place_of(places, ("sweep", key)) or (file, 1)), f"sweep.{key}", message)
-        for key, message in _sweep_faults(sweep)
+        Fault(*Source(file, places, sweep).place(key.removeprefix("sweep.")), key, message)
+        for key, message in sweeps.faults(sweep, tables)
     ]
-    if bad:
-        faults += bad
+    faults += bad
+    return None if bad else Asked(tables, source, sweep)
+
+
+def _too_many(asked: Sequence[Asked]) -> Iterator[Fault]:
+    """More runs than one command takes, counted without making them."""
+    counts = [sweeps.count(one.sweep) for one in asked]
+    alone = [(one, message) for one in asked if (message := sweeps.too_many(one.sweep))]
+    for one, message in alone:
+        yield one.source.fault("sweep", message)
+    if not alone and sum(counts) > sweeps.MOST_RUNS:
+        most = asked[counts.index(max(counts))]
+        yield most.source.fault(
+            "sweep" if most.sweep else "",
+            f"{len(asked)} specs ask for {sum(counts):,} runs together, this one for {max(counts):,}; at most "
+            f"{sweeps.MOST_RUNS:,} are allowed in one command; queue some of them after the others",
+        )
+
+
+def _variants(asked: Asked, runs: Path | None, there: Collection[str]) -> Iterator[tuple[dict[str, Any], Source]]:
+    """The tables of each run that a file asks for: one, or the product of [sweep]'s lists."""
+    name, source = asked.tables["name"], asked.source
+    if not asked.sweep:
+        yield asked.tables, source
         return
-    if not sweep:
-        yield tables, source
+    if not isinstance(name, str) or not re.match(RUN_NAME, name):
+        yield asked.first(), source  # so that this fault is told once
         return
-    for values in itertools.product(*sweep.values()):
-        variant = copy.deepcopy(tables)
-        for key, value in zip(sweep, values, strict=True):
-            _set(variant, key, value)
-        label = ",".join(f"{key}={_safe(value)}" for key, value in zip(sweep, values, strict=True))
-        variant["name"] = f"{tables['name']}/{label}"
-        swept = dict(zip(sweep, values, strict=True))
-        yield variant, Source(file, places, swept, source.written, origins)
+
+    def holds(name: str, swept: sweeps.Swept) -> bool:
+        assert runs is not None
+        return sweeps.holds(runs / name / "spec.toml", swept, lambda text, key: path_at(text, source, key))
+
+    for run_name, swept in sweeps.expand(name, asked.sweep, there, holds):
+        yield (
+            _with(asked.tables, run_name, swept),
+            Source(source.file, source.places, swept, source.written, source.origins),
+        )
+
+
+def _with(tables: dict[str, Any], name: str, swept: Mapping[str, Any]) -> dict[str, Any]:
+    variant = copy.deepcopy(tables)
+    for key, value in swept.items():
+        put(variant, key, value)
+    return {**variant, "name": name}
 
 
 def _dotted(value: Any, prefix: str = "") -> Iterator[str]:
@@ -180,37 +231,6 @@ def _dotted(value: Any, prefix: str = "") -> Iterator[str]:
         yield from _dotted(inner, f"{prefix}.{key}" if prefix else str(key))
 
 
-def _flat_sweep(sweep: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(sweep, dict):
-        return {prefix: sweep}
-    out: dict[str, Any] = {}
-    for key, value in sweep.items():
-        out |= _flat_sweep(value, f"{prefix}.{key}" if prefix else key)
-    return out
-
-
-def _sweep_faults(sweep: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    for key, values in sweep.items():
-        if not isinstance(values, list) or not values:
-            yield key, f'wanted is a list of values (found {show(values)}); e.g. "lora.rank" = [4, 8, 16]'
-        elif key in ("name", ""):
-            yield key, "a sweep names its runs itself; sweep another key"
-
-
-def _set(tables: dict[str, Any], dotted: str, value: Any) -> None:
-    *folders, last = dotted.split(".")
-    for folder in folders:
-        inner = tables.setdefault(folder, {})
-        if not isinstance(inner, dict):
-            return  # the table's own fault is reported when the spec is built
-        tables = inner
-    tables[last] = value
-
-
-def _safe(value: Any) -> str:
-    return re.sub(r"[^A-Za-z0-9._+-]+", "-", str(value)).strip("-") or "-"
-
-
 def _build(tables: dict[str, Any], source: Source, faults: list[Fault]) -> Loaded | None:
     """Adds every fault: of single keys, and of keys that do not go together. None where nothing can be made of it."""
     told = list(secrets(tables))
@@ -221,7 +241,9 @@ def _build(tables: dict[str, Any], source: Source, faults: list[Fault]) -> Loade
     if spec is None and bad:
         rest = _without(tables, bad)
         for key in bad & STAND_INS.keys():
-            _set(rest, key, STAND_INS[key])
+            put(rest, key, STAND_INS[key])
+        if "name" in bad:
+            rest["name"] = allowed(source.file.stem)
         spec, _ = _validated(rest)  # rules over several keys still hold for the rest
     if spec is not None:
         told += [(key, message) for key, message in broken_rules(spec, tables) if not any(touches(key, b) for b in bad)]
@@ -289,15 +311,3 @@ def _without(tables: dict[str, Any], bad: frozenset[str]) -> dict[str, Any]:
         elif isinstance(inner, list) and last.isdigit() and int(last) < len(inner):
             del inner[int(last)]
     return rest
-
-
-def _same_names(loaded: Sequence[Loaded]) -> Iterator[Fault]:
-    seen: dict[str, Source] = {}
-    for one in loaded:
-        name = one.spec.name.lower()  # one folder on disks that ignore case
-        if name in seen:
-            yield one.source.fault(
-                "name",
-                f"two runs have this name (found {show(one.spec.name)}, also in {seen[name].file}); give each its own",
-            )
-        seen.setdefault(name, one.source)

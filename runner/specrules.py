@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from runner.attention import HALF
@@ -99,17 +99,13 @@ def broken_rules(spec: Spec, written: Mapping[str, Any]) -> Iterator[tuple[str, 
         yield "train.steps", "required key is missing; set train.steps, or train.epochs instead"
     if spec.train.steps is not None and spec.train.epochs is not None:
         yield "train.epochs", f"train.steps is set too (found {spec.train.epochs}); set one of them"
-    names = [token.name for token in spec.tokens]
-    for index, name in enumerate(names):
-        if name in names[:index]:
-            yield f"tokens.{index}.name", f"another token has this name (found {show(name)}); give each its own"
-    words = [token.placeholder for token in spec.tokens]
-    for index, word in enumerate(words):
-        if word is not None and word in words[:index]:
-            yield (
-                f"tokens.{index}.placeholder",
-                f"another token has this placeholder (found {show(word)}); give each its own, or take it out of all",
-            )
+    for index, name in _repeated(token.name for token in spec.tokens):
+        yield f"tokens.{index}.name", f"another token has this name (found {show(name)}); give each its own"
+    for index, word in _repeated(token.placeholder for token in spec.tokens):
+        yield (
+            f"tokens.{index}.placeholder",
+            f"another token has this placeholder (found {show(word)}); give each its own, or take it out of all",
+        )
     if not spec.tokens and "inversion" in written:
         yield "inversion", "there are no tokens to learn; add a [[tokens]] table with a name, or take [inversion] out"
     if spec.inversion.encoders not in (("clip",), ("clip", "t5")):
@@ -136,6 +132,17 @@ def broken_rules(spec: Spec, written: Mapping[str, Any]) -> Iterator[tuple[str, 
     yield from _selective(spec)
     yield from _prodigy(spec)
     yield from _schedule(spec)
+
+
+def _repeated(words: Iterable[str | None]) -> Iterator[tuple[int, str]]:
+    """Those that stand further up already, with their positions."""
+    seen: set[str] = set()
+    for index, word in enumerate(words):
+        if word is None:
+            continue
+        if word in seen:
+            yield index, word
+        seen.add(word)
 
 
 def _offload(spec: Spec) -> Iterator[tuple[str, str]]:

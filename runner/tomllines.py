@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 Path = tuple[str | int, ...]
 
@@ -15,6 +15,7 @@ _TOKEN = re.compile(
     r"|(?P<comment>\#[^\n]*)|(?P<open>[\[{])|(?P<close>[\]}])|(?P<newline>\n)",
     re.DOTALL,
 )
+_BARE = re.compile(r"[A-Za-z0-9_. \t-]+")
 _HEADER = re.compile(rf"[ \t]*(?P<open>\[\[?)[ \t]*(?P<key>{_DOTTED})[ \t]*\]\]?")
 _ASSIGNMENT = re.compile(rf"[ \t]*(?P<key>{_DOTTED})[ \t]*=")
 
@@ -46,23 +47,27 @@ def line_of(lines: Mapping[Path, int], path: Path) -> int:
     return 1
 
 
-def _statements(text: str) -> list[tuple[int, str]]:
-    """(line, text) of each statement: what stands between newlines that no string or bracket holds."""
-    found: list[tuple[int, str]] = []
-    start = depth = 0
+def _statements(text: str) -> Iterator[tuple[int, str]]:
+    """(line, text) of each statement: what stands between newlines that no string or bracket holds. Every character is
+    looked at once, however long the text is."""
+    line, start, depth = 1, 0, 0
     for token in _TOKEN.finditer(text):
         if token["open"]:
             depth += 1
         elif token["close"]:
             depth -= 1
         elif token["newline"] and depth == 0:
-            found.append((text.count("\n", 0, start) + 1, text[start : token.start()]))
+            statement = text[start : token.start()]
+            yield line, statement
+            line += statement.count("\n") + 1
             start = token.end()
-    return [*found, (text.count("\n", 0, start) + 1, text[start:])]
+    yield line, text[start:]
 
 
 def _parts(dotted: str) -> Path:
-    """`a."b.c"` -> ("a", "b.c"), by tomllib itself."""
+    """`a."b.c"` -> ("a", "b.c"), by tomllib itself where there are quotes."""
+    if _BARE.fullmatch(dotted):
+        return tuple(part.strip() for part in dotted.split("."))
     value = tomllib.loads(f"{dotted} = 0")
     path: list[str | int] = []
     while isinstance(value, dict):

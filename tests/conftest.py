@@ -172,6 +172,7 @@ def desk_of(spec: Path) -> Desk:
         model.base, model.revision, model.variant, cpu, dtype, model.quantize, cache.folder, model.offload == "blocks"
     )
     assert job.pictures is not None
+    (spec.parent / "runs").mkdir(exist_ok=True)  # as the queue does
     return Desk(job.spec, job.plan, job.pictures, base, cache, Say(), Ranks(), lambda: False)
 
 

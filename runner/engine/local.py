@@ -79,6 +79,7 @@ class Queue:
     failed: bool = False
     left: bool = False
     halted: str = ""  # why nothing more is started
+    disk: int = 0  # number of the disk that the runs folder lies on
     targets: dict[Target, None] = field(default_factory=dict)
     teller: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "notify"))
 
@@ -108,7 +109,7 @@ def run_queue(
 ) -> int:  # fmt: skip
     """The exit code: 0 all done, 1 some failed, 3 stopped or paused with work left. `start`: tests run trainers inline;
     `warm`: trainers that are there already, by their slot's number."""
-    queue = Queue(screen, runs, retries, fail_fast)
+    queue = Queue(screen, runs, retries, fail_fast, disk=runs.stat().st_dev)
     places = [Place(slot, warm.pop(number, None) if warm else None) for number, slot in enumerate(slots)]
     for job in jobs:
         _enlist(queue, job)
@@ -119,6 +120,8 @@ def run_queue(
         while queue.waiting or any(place.work for place in places):
             if stop() and not queue.halted:
                 queue.halted = "stopped before it began"
+            if _is_gone(queue):
+                queue.halted = "the runs folder is gone"
             if queue.halted and not any(place.work for place in places):
                 break
             for _ in range(asked, max(stop.asked, int(queue.fail_fast and queue.failed))):
@@ -134,9 +137,28 @@ def run_queue(
         for place in places:
             _clear(place)
         _leave(queue)
-        prepare_morning(runs, screen.line)
+        if _is_gone(queue):
+            screen.line(
+                f"stopped: the runs folder {runs} is gone: it was removed or renamed, or its disk was taken away; nothing more was "
+                "written there; put it back and the same command goes on, or else begins anew"
+            )
+        else:
+            prepare_morning(runs, screen.line)
         _tell_the_end(queue)
     return 1 if queue.failed else 3 if queue.left else 0
+
+
+def _is_gone(queue: Queue) -> bool:
+    """Whether the runs folder was removed or renamed, or its disk was taken away, so that an empty folder is left."""
+    try:
+        return queue.runs.stat().st_dev != queue.disk
+    except OSError:
+        return True
+
+
+def _write_index(queue: Queue) -> None:
+    if not _is_gone(queue):
+        write_index(queue.runs)
 
 
 def _enlist(queue: Queue, job: Job) -> None:
@@ -246,6 +268,8 @@ def _unstick(queue: Queue, work: Work, trainer: Trainer) -> None:
 
 def _ended(queue: Queue, work: Work, code: int) -> None:
     """What becomes of a run whose trainer has ended with `code`."""
+    if code != Code.DONE and (gone := work.job.run.gone()):
+        code, work.reason = Code.DISK, gone
     if code in (-signal.SIGTERM, -signal.SIGINT):  # it was asked before it could answer
         code, work.reason = Code.STOPPED, work.reason or "stopped before it began"
     if code == Code.MEMORY and work.split == 1 and (split := _smaller(work)):
@@ -303,10 +327,10 @@ def _end(queue: Queue, work: Work, code: int) -> None:
         queue.alike.clear()
     elif code == Code.HELD:
         queue.screen.line(f"not run: {work.reason}", work.name)
-    elif paused:
+    elif paused and not _is_gone(queue):  # else it is said once, of the whole folder
         queue.screen.line(work.reason if code == Code.STOPPED else f"paused: {work.reason}", work.name)
         _write_down(queue, work, "stopped", work.reason)
-    else:
+    elif not paused:
         if code == Code.MEMORY:
             work.reason += f"; {MEMORY_HELP}"
         queue.screen.line(f"failed: {work.reason}; the same command tries again from the last checkpoint", work.name)
@@ -315,7 +339,7 @@ def _end(queue: Queue, work: Work, code: int) -> None:
         _circuit_breaker(queue, work, code)
     with _as_the_disk_allows(queue, work):
         work.job.run.give_up()
-        write_index(queue.runs)
+        _write_index(queue)
 
 
 def _tell(queue: Queue, work: Work, how: str) -> None:
@@ -336,15 +360,18 @@ def _tell_the_end(queue: Queue) -> None:
 def _write_down(queue: Queue, work: Work, state: str, reason: str) -> None:
     with _as_the_disk_allows(queue, work):
         work.job.run.end(state, reason, split=work.split if work.split > 1 else None)
-        write_index(queue.runs)
+        _write_index(queue)
 
 
 @contextmanager
 def _as_the_disk_allows(queue: Queue, work: Work) -> Iterator[None]:
-    """A full disk must not end the queue, which says on the screen what there is to say."""
+    """A full disk must not end the queue, which says on the screen what there is to say; nor must a folder that is gone,
+    which is said elsewhere."""
     try:
         yield
     except OSError as error:
+        if work.job.run.gone() or _is_gone(queue):
+            return
         if not disk_trouble(error):
             raise
         queue.screen.line(f"the state could not be written: {error}", work.name)
@@ -382,7 +409,7 @@ def _leave(queue: Queue) -> None:
         with _as_the_disk_allows(queue, work):
             work.job.run.end("stopped", queue.halted or "not begun")
             work.job.run.give_up()
-            write_index(queue.runs)
+            _write_index(queue)
 
 
 def _newest(work: Work) -> int:
@@ -390,7 +417,9 @@ def _newest(work: Work) -> int:
 
 
 def _make_sure_of_room(job: Job) -> None:
-    """Raises Paused where the disk cannot take what the plan says the run will write."""
+    """Raises Paused where the disk cannot take what the plan says the run will write, or the run's folder is gone."""
+    if gone := job.run.gone():
+        raise Paused(gone)
     free, folder = files.DISK.free(job.run.folder), job.run.folder
     wanted = diskuse.left_to_write(folder, job.plan.disk_bytes) + diskuse.SPARE
     if free < wanted:

@@ -62,10 +62,15 @@ def main(gpus: str | None, stop: StopRequest) -> Code:
     warm, code = Warm(), Code.DONE
     while code is Code.DONE and (line := sys.stdin.readline()):
         told = Told.read(line)
-        with (told.folder / "run.log").open("a") as log:
-            for stream in (sys.stdout, sys.stderr):
-                os.dup2(log.fileno(), stream.fileno())
-        code = train_run(told, gpus, sender(events), stop, warm)
+        try:
+            with (told.folder / "run.log").open("a") as log:
+                for stream in (sys.stdout, sys.stderr):
+                    os.dup2(log.fileno(), stream.fileno())
+            code = train_run(told, gpus, sender(events), stop, warm)
+        except OSError as error:  # the folder went before the run began
+            code, reason = verdict(error)
+            sender(events)({"say": "ended", "reason": reason})
+            break
         if code is Code.DONE:
             worn = warm.worn(gpus)
             sender(events)({"say": "done", "worn": worn})
@@ -117,7 +122,7 @@ def train_run(told: Told, gpus: str | None, send: Callable[[Event], None], stop:
         return Code.DONE
     except (Exception, KeyboardInterrupt) as error:
         # Whatever it is, it is this run's alone, and told here.
-        code, reason = verdict(error)
+        code, reason = (Code.DISK, gone) if (gone := run.gone()) else verdict(error)
         send({"say": "ended", "reason": reason})
         if code is not Code.HELD:  # the folder is not ours to write in
             say.log(reason if code is Code.STOPPED else f"{traceback.format_exc()}{reason}")
