@@ -12,7 +12,7 @@ from typing import Any
 
 from runner import files
 from runner.digest import key_of
-from runner.errors import BadFile, Held, Paused, Refused
+from runner.errors import BadFile, Held, Refused
 from runner.origins import annotated
 from runner.plan import NOT_IN_KEY, OPEN_ENDED, RECOMPUTING, SPAN_KEYS, Plan, as_json
 from runner.processes import Process
@@ -170,8 +170,6 @@ class Run:
 
     def fence(self) -> None:
         """To be asked before anything is committed: a process that lost its run unknowingly must not write."""
-        if self.gone():
-            raise Paused(self.gone())
         if (now := self.lease().attempt) != self.attempt:
             raise Held(f"{self.folder}: attempt {now} has begun, this is attempt {self.attempt}; nothing was written")
 

@@ -7,11 +7,13 @@ import os
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import House, export_bytes
 
 from runner import runnames
+from runner.engine import local
 from runner.rundir import Run
 
 LORA = """
@@ -318,6 +320,26 @@ def test_a_run_whose_folder_vanishes_is_told_and_the_next_goes_on(
     assert "Traceback" not in said.err
     assert not (house.folder / "runs" / "a").exists()
     assert "b: done: runs/b/export\n" in said.err
+
+
+def test_a_trainer_killed_with_its_folder_gone_is_not_tried_again(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(local.Trainer):  # what stands in for a trainer here, in this process
+        def poll(self) -> list[Any]:
+            shutil.rmtree(self.told[0])
+            self.code = -9
+            return []
+
+    monkeypatch.setattr(local, "Trainer", Killed)
+    house.write("a.toml", LORA)
+    said = house.fluxrun("queue", "a.toml", "--no-check")
+    assert said.code == 3
+    assert [line for line in said.err.splitlines() if " gone" in line] == [
+        "a: paused: runs/a is gone: it was removed or renamed, or its disk was taken away; nothing that the run made is left "
+        "there; put it back and the same command goes on, or else begins anew"
+    ]
+    assert not (house.folder / "runs" / "a").exists()
 
 
 def test_a_runs_folder_that_cannot_be_read_is_one_line(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
