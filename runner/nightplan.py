@@ -28,6 +28,7 @@ from runner.views import Size
 
 BAR, NARROW_BAR, NARROWEST_BAR = 24, 16, 10
 LONGEST_NAME = 56
+REASON = 40  # characters of a line that says why a run runs, where there is room
 WIDE = 118  # columns from which a terminal has room for everything
 ONLY_WIDE = ("disk", "memory", "s/step")
 COLOURS = {Joint: "magenta", Lora: "cyan", Inversion: "yellow"}
@@ -62,7 +63,7 @@ def _table(jobs: Sequence[Job], times: Sequence[Time], now: float, width: int) -
     lines = 2 if room < LEAST_NAME else 1
     names = shortened([job.plan.name for job in jobs], min(lines * room, LONGEST_NAME))
     table = Table(box=box.SIMPLE, padding=(0, GAP - 1, 0, 0), show_edge=False)
-    table.add_column("run", overflow="fold", width=min(room, max(LEAST_NAME, *map(cell_len, names))))
+    table.add_column("run", overflow="fold", width=min(room, max(REASON, *map(cell_len, names))))
     table.add_column("phases", overflow="fold", min_width=bar)
     for title in shown:
         table.add_column(title, justify="right", no_wrap=True)
