@@ -75,6 +75,11 @@ def test_runs_whose_base_cannot_be_fetched_do_not_keep_the_others_from_training(
     assert states == {"away0": "failed", "away1": "failed", "away2": "failed", "here": "done"}
     assert "Traceback" not in queued.err + checked.err
 
+    other = house.spec("other", steps="steps = 1", prompts="prompts = []")
+    again = house.fluxrun("queue", *away, other, "--retries", "0", "--gpus", "cpu")
+    assert again.code == 1
+    assert "other: done: runs/other/export" in again.err  # three in a row that fail alike stop a queue, but not these
+
 
 @pytest.mark.parametrize(
     ("how", "told"),
