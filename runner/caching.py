@@ -62,11 +62,11 @@ def as_table(kinds: list[Kind]) -> Table:
     from rich import box
 
     table = Table(box=box.SIMPLE)
-    for title in ("kind", "entries", "size", "last asked for"):
+    for title in ("kind", "entries", "size", "last used"):
         table.add_column(title)
     for one in kinds:
         table.add_row(
-            one.kind, f"{one.entries:,}", f"{one.bytes / 2**20:,.1f} MiB", f"{one.newest:.0f}-{one.oldest:.0f} days ago"
+            one.kind, f"{one.entries:,}", f"{one.bytes / 2**20:,.1f} MiB", _ago(round(one.newest), round(one.oldest))
         )
     total = sum(one.bytes for one in kinds)
     table.add_row("all", f"{sum(one.entries for one in kinds):,}", f"{total / 2**20:,.1f} MiB", "")
@@ -80,3 +80,9 @@ def as_json(kinds: list[Kind]) -> dict[str, Any]:
 def _entries(folder: Path) -> list[Path]:
     paths = (path for end in ("safetensors", "json") for path in folder.rglob(f"*.{end}"))
     return [path for path in paths if path.is_file() and not path.is_symlink()]
+
+
+def _ago(newest: int, oldest: int) -> str:
+    """In days: "today", "3 days ago", "today to 40 days ago"."""
+    first, last = ("today" if days == 0 else f"{days} day{'' if days == 1 else 's'} ago" for days in (newest, oldest))
+    return first if first == last else f"{first if newest == 0 else newest} to {last}"

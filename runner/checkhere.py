@@ -19,6 +19,7 @@ from runner.attention import ON_A_GPU, PACKAGES
 from runner.basefiles import BUILTIN, KNOWN, linear_layers
 from runner.engine import slots
 from runner.finding import Finding, at, count, here, size
+from runner.fitting import less_memory
 from runner.plan import MOMENTS, Plan, Train, resident, resolutions
 from runner.prepare import Seen
 from runner.shapes import read_shapes
@@ -169,8 +170,8 @@ def _on_gpus(seen: Seen, plan: Plan, gpus: Sequence[Gpu], numbers: Mapping[str, 
     if spec.model.dtype in (None, "bf16") and gpu.capability is not None and gpu.capability < 8:
         yield at(
             seen.source, "warning", "model.dtype",
-            f"GPU {gpu.name} ({gpu.model}) has no bf16 of its own, so it is slow (compute capability {gpu.capability}, 8.0 "
-            "is wanted)",
+            f"GPU {gpu.name} ({gpu.model}) has no bf16 of its own, so it is slow (bf16 comes with compute capability 8.0, "
+            f"this is {gpu.capability})",
         )  # fmt: skip
     yield from _half(seen)
     available = memory_available()
@@ -212,8 +213,7 @@ def _on_the_cpu(
             yield at(
                 one.source, "warning", "model.base",
                 f"phase {need.likely_phase} needs up to {size(need.likely)} on the CPU, and this machine has "
-                f"{size(available)} of memory free, swap included; lower train.batch_size or data.resolution, or set "
-                "model.gradient_checkpointing = true",
+                f"{size(available)} of memory free, swap included; {less_memory(one.spec, on_gpu=False)}",
             )  # fmt: skip
         elif need.least > SMALL and not told:
             yield at(
@@ -284,11 +284,13 @@ def check_disk(seen: Sequence[Seen], runs: Path, download: int = 0, hub_cache: P
     with_base = download if hub_cache and _same_disk(_existing(hub_cache), disk) else 0
     if need + with_base > free:
         base = f", {size(with_base)} for the base's files" if with_base else ""
+        keeps = any(one.spec.checkpoint.keep > 1 for one in seen if want.get(one.run.folder))
+        ways = ["free some space", *(["lower checkpoint.keep"] if keeps else [])]
+        ways += ["queue fewer specs"] if len(want) > 1 else []
         yield here(
             "error",
             f"disk: the night writes about {size(need + with_base)} ({size(sum(want.values()))} in {count(len(want), 'run folder')}, "
-            f"{size(caches)} in the cache{base}), and {runs} has room for {size(free)}; free some space, lower "
-            "checkpoint.keep, or queue fewer specs",
+            f"{size(caches)} in the cache{base}), and {runs} has room for {size(free)}; {' or '.join(ways)}",
         )
     elif want:
         yield here("note", f"disk: about {size(need + with_base)} will be written, {size(free)} are free")
@@ -351,9 +353,9 @@ def check_libraries(seen: Sequence[Seen]) -> Iterator[Finding]:
             continue
         found = _version(wanted.name)
         if not found:
-            yield here("error", f"{wanted.name} is not installed (wanted is {wanted}); install fluxrun again")
+            yield here("error", f"{wanted.name} is not installed, and fluxrun needs {wanted}; install fluxrun again")
         elif not wanted.specifier.contains(found, prereleases=True):
-            yield here("warning", f"{wanted.name} {found} is not what fluxrun was made for (wanted is {wanted})")
+            yield here("warning", f"{wanted.name} {found} is not what fluxrun was made for, which is {wanted}")
     now = {"python": platform.python_version()} | {name: _version(name) for name in SHOWN}
     for one in seen:
         yield from _drifted(one, now)

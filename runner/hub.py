@@ -19,7 +19,7 @@ def login_fault() -> str | None:
     from huggingface_hub.errors import HfHubHTTPError
 
     if get_token() is None:
-        return f"a push is asked for, and there is no login for the hub; {LOGIN}, or take hub.push out"
+        return f"hub.push is true, and this machine has no login for the hub; {LOGIN}, or take hub.push out"
     try:
         told = HfApi().whoami()
     except Exception as error:

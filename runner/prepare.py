@@ -26,6 +26,7 @@ from runner.batchfaults import batch_faults
 from runner.data import DataError, Pictures
 from runner.digest import key_of
 from runner.errors import Fault, FluxrunError, SpecError
+from runner.inputs import inputs_of
 from runner.plan import Facts, Plan, PlanError, make_plan
 from runner.rundir import WAYS_OUT, Run, Verdict
 from runner.sources import COLUMNAR, Source
@@ -33,6 +34,16 @@ from runner.spec import Spec
 from runner.specload import Loaded, load_all, load_text, path_at, touches
 from runner.specload import Source as SpecSource
 
+DATA = ("data.source", "data.config", "data.split", "data.image_column", "data.caption_column", "data.prompt")
+# What else a fault is found out from: where one of these keys is faulty itself, nothing can be said.
+READS: dict[str, tuple[str, ...]] = {
+    "tokens": DATA,
+    "data.holdout": DATA,
+    "train.epochs": DATA,
+    "lora.layers": ("model.base", "lora.until"),
+    "prior.images": ("data.source",),
+    "prior.prompt": ("prior.images",),
+}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -40,7 +51,8 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 class Seen:
     """One run asked for, as far as it could be looked at; None where something was wrong, or only the hub knows.
 
-    `spec` has absolute paths; `bad`: its faulty keys.
+    `spec` has absolute paths; `bad`: its faulty keys; `unread`: those whose values could not be read, so that others, or
+    defaults, stand in their place.
     """
 
     source: SpecSource
@@ -50,6 +62,11 @@ class Seen:
     plan: Plan | None
     run: Run
     verdict: Verdict | None
+    unread: frozenset[str] = frozenset()
+
+    def knows(self, *keys: str) -> bool:
+        """Whether the spec says of these keys what the user wrote."""
+        return not any(touches(key, bad) for key in keys for bad in self.unread)
 
 
 @dataclass(frozen=True)
@@ -109,11 +126,15 @@ def _look(
     spec, source = _absolute(loaded), loaded.source
     told = _base_faults(spec)
     asked = data_source(spec)
-    if asked not in shared:  # a sweep reads its data once
-        shared[asked] = _pictures(asked, source.place("data.source")[0].parent, fetch)
-    found = shared[asked]
+    near = source.place("data.source")[0].parent
+    if any(touches(key, bad) for key in DATA for bad in loaded.bad):
+        found: Pictures | list[tuple[str, str]] | None = _misplaced(asked, near)
+    else:
+        if asked not in shared:  # a sweep reads its data once
+            shared[asked] = _misplaced(asked, near) or _pictures(asked, fetch)
+        found = shared[asked]
     if isinstance(found, list):
-        told += [(key, source.relative(key, message)) for key, message in found]
+        told += found
         found = None
     told += _nested_folders(spec, runs)
     pictures = found.hold_out(spec.data.holdout) if found else None
@@ -124,23 +145,28 @@ def _look(
     except PlanError as error:
         told += [fault for fault in error.faults if found is not None or not told or fault[0] != "train.epochs"]
     except FluxrunError as error:  # an image whose size cannot be read
-        told.append(("data.source", source.relative("data.source", str(error))))
+        told.append(("data.source", str(error)))
     told += broken
     run = Run(runs, spec.name)
-    faults = [source.fault(*fault) for fault in told if not any(touches(fault[0], bad) for bad in loaded.bad)]
+    told = [fault for fault in told if not any(touches(key, bad) for key in _reads(fault[0]) for bad in loaded.bad)]
+    faults = [source.fault(*fault) for fault in told]
     if faults or loaded.bad:
         plan = None
     if plan:
-        verdict = run.verdict(spec, plan)
+        verdict = run.verdict(spec, plan, lambda: inputs_of(spec, pictures))
         if verdict.state == "changed" and not fresh:
             faults.append(source.fault("name", f"{run.folder} holds another run: {verdict.reason}; {WAYS_OUT}"))
     if verdict is None or verdict.state != "done":  # a run that is done looks at them no more
         prior = [fault for fault in _prior_faults(spec) if not any(touches(fault[0], bad) for bad in loaded.bad)]
         told += prior
-        faults += [source.fault(key, source.relative(key, message)) for key, message in prior]
+        faults += [source.fault(key, message) for key, message in prior]
         plan, verdict = (None, None) if prior else (plan, verdict)
     bad = loaded.bad | {key for key, _ in told}
-    return Seen(source, spec, frozenset(bad), pictures, plan, run, verdict), faults
+    return Seen(source, spec, frozenset(bad), pictures, plan, run, verdict, loaded.bad), faults
+
+
+def _reads(key: str) -> tuple[str, ...]:
+    return (key, *READS.get(key, READS.get(key.partition(".")[0], ())))
 
 
 def _absolute(loaded: Loaded) -> Spec:
@@ -211,9 +237,7 @@ def _base_faults(spec: Spec) -> list[tuple[str, str]]:
             )
         ]
     if folder is not None and not (folder / "model_index.json").is_file():
-        return [
-            ("model.base", f"{folder} holds no model_index.json; wanted is a model in diffusers' layout (FluxPipeline)")
-        ]
+        return [("model.base", f"{folder} holds no model_index.json; name a model in diffusers' layout (FluxPipeline)")]
     return []
 
 
@@ -222,27 +246,32 @@ def _config_faults(spec: Spec) -> list[tuple[str, str]]:
     return [("model.base", message) for message in broken_configs(folder)] if folder else []
 
 
-def _pictures(asked: Source, near: Path, fetch: bool) -> Pictures | list[tuple[str, str]] | None:
-    """The data set, None where only the hub has it, or what is wrong with it: (key, message) each."""
+def _misplaced(asked: Source, near: Path) -> list[tuple[str, str]] | None:
+    """What is wrong with the name of a data set, (key, message) each; None where there may be one."""
     path = Path(asked.text)
+    if path.is_absolute() and path.exists():
+        if path.is_file() and path.suffix not in COLUMNAR:
+            wanted = "allowed are a folder, a .parquet or .arrow file, a hub data set"
+            return [("data.source", f"not a folder (found {asked.text!r}); {wanted}")]
+        return None
+    inside = (near / asked.text.split("/")[0]).is_dir()  # "data/icnos" is a misspelt folder, no hub id
+    if inside or not HUB_ID.fullmatch(asked.text):
+        beside = [path.name for path in near.iterdir() if path.is_dir()]
+        guess = difflib.get_close_matches(Path(asked.text).name, beside, 1)
+        return [
+            (
+                "data.source",
+                f"no such folder (found {asked.text!r}); allowed are a folder (relative to the spec) or a hub data set "
+                f"(owner/name){f'; did you mean {guess[0]}?' if guess else ''}",
+            )
+        ]
+    return None
+
+
+def _pictures(asked: Source, fetch: bool) -> Pictures | list[tuple[str, str]] | None:
+    """The data set, None where only the hub has it, or what is wrong with it: (key, message) each."""
     try:
-        if path.is_absolute() and path.exists():
-            if path.is_file() and path.suffix not in COLUMNAR:
-                wanted = "allowed are a folder, a .parquet or .arrow file, a hub data set"
-                return [("data.source", f"no folder (found {asked.text!r}); {wanted}")]
-            return sources.read(asked)
-        inside = (near / asked.text.split("/")[0]).is_dir()  # "data/icnos" is a misspelt folder, no hub id
-        if inside or not HUB_ID.fullmatch(asked.text):
-            beside = [path.name for path in near.iterdir() if path.is_dir()]
-            guess = difflib.get_close_matches(Path(asked.text).name, beside, 1)
-            return [
-                (
-                    "data.source",
-                    f"no such folder (found {asked.text!r}); allowed are a folder (relative to the spec) or a hub data set "
-                    f"(owner/name){f'; did you mean {guess[0]}?' if guess else ''}",
-                )
-            ]
-        return sources.read(asked) if fetch else None
+        return sources.read(asked) if fetch or Path(asked.text).exists() else None
     except DataError as error:
         return list(error.faults)
 
