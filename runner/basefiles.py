@@ -79,16 +79,30 @@ def fingerprint(folder: Path) -> str:
     another fine-tune of the same shape differs in the samples; a copy on another machine does not.
     """
     digest = hashlib.sha256()
+    for name, sampled in _sampled(folder):
+        digest.update(name)
+        for sample in sampled:
+            digest.update(sample)
+    return digest.hexdigest()
+
+
+def file_digests(folder: Path) -> dict[str, str]:
+    """The same of each file, by its name inside the folder."""
+    return {json.loads(name)[0]: hashlib.sha256(b"".join((name, *each))).hexdigest() for name, each in _sampled(folder)}
+
+
+def _sampled(folder: Path) -> Iterator[tuple[bytes, list[bytes]]]:
+    """(name and size as JSON, the samples) of each file."""
     for path in sorted(folder.rglob("*")):
         if not path.is_file() or path.suffix not in {".json", ".txt", ".safetensors", ".model"}:
             continue
         size = path.stat().st_size
-        digest.update(json.dumps([path.relative_to(folder).as_posix(), size]).encode())
         with path.open("rb") as file:
+            samples = []
             for start in (0, size // 2, size - SAMPLE):
                 file.seek(max(0, start))
-                digest.update(file.read(SAMPLE))
-    return digest.hexdigest()
+                samples.append(file.read(SAMPLE))
+        yield json.dumps([path.relative_to(folder).as_posix(), size]).encode(), samples
 
 
 def cached_base(base: str, revision: str | None) -> Path | None:
@@ -165,7 +179,7 @@ def broken_configs(folder: Path) -> list[str]:
             continue
         missing = [key for key in keys if not (isinstance(found, dict) and isinstance(found.get(key), int))]
         if missing:
-            told.append(f"{path} does not say {', '.join(missing)}; wanted is the config of a FLUX.1 model's {part}")
+            told.append(f"{path} does not say {', '.join(missing)}; it should be the config of a FLUX.1 model's {part}")
     return told
 
 

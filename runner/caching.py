@@ -64,11 +64,11 @@ def as_table(kinds: list[Kind]) -> Table:
     from rich import box
 
     table = Table(box=box.SIMPLE)
-    for title in ("kind", "entries", "size", "last asked for"):
+    for title in ("kind", "entries", "size", "last used"):
         table.add_column(title)
     for one in kinds:
         table.add_row(
-            one.kind, f"{one.entries:,}", f"{one.bytes / 2**20:,.1f} MiB", f"{one.newest:.0f}-{one.oldest:.0f} days ago"
+            one.kind, f"{one.entries:,}", f"{one.bytes / 2**20:,.1f} MiB", _ago(round(one.newest), round(one.oldest))
         )
     total = sum(one.bytes for one in kinds)
     table.add_row("all", f"{sum(one.entries for one in kinds):,}", f"{total / 2**20:,.1f} MiB", "")
@@ -91,3 +91,9 @@ def _own(folder: Path, pattern: str) -> Iterator[Path]:
         named = re.fullmatch("[0-9a-f]{64}", key) and path.parent.name == key[:2]
         if named and path.is_file() and not path.is_symlink():
             yield path
+
+
+def _ago(newest: int, oldest: int) -> str:
+    """In days: "today", "3 days ago", "today to 40 days ago"."""
+    first, last = ("today" if days == 0 else f"{days} day{'' if days == 1 else 's'} ago" for days in (newest, oldest))
+    return first if first == last else f"{first if newest == 0 else newest} to {last}"

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from runner.errors import Fault
+from runner.usertext import NotUTF8, read_user_text
 
 WIDEST = 160  # characters of a line that are shown
 HIDDEN = "(not shown)"  # what a fault about a secret says
@@ -24,15 +25,21 @@ def excerpts(faults: Sequence[Fault]) -> dict[Fault, str]:
         lines = texts[fault.file]
         if (fault.file, fault.line, fault.key) in absent:
             continue  # no line could show it
+        if fault.key and 0 < fault.line <= len(lines) and not _stands_in(fault.key, lines[fault.line - 1]):
+            continue  # a default, or what a table is told for
         if (fault.file, fault.line) not in hidden and 0 < fault.line <= len(lines) and lines[fault.line - 1].strip():
             found[fault] = _excerpt(fault, lines[fault.line - 1])
     return found
 
 
+def _stands_in(key: str, line: str) -> bool:
+    return any(part in line for part in key.split(".") if not part.isdigit())
+
+
 def _lines(file: Path) -> list[str]:
     try:
-        return file.read_text(encoding="utf-8").replace("\r\n", "\n").split("\n")
-    except (OSError, UnicodeDecodeError):
+        return read_user_text(file).split("\n")
+    except (OSError, NotUTF8):
         return []
 
 

@@ -58,7 +58,7 @@ def _index(folder: Path) -> Iterator[str]:
         yield f"{path} cannot be read ({error}); fetch it again"
         return
     if not str(kind).startswith("Flux"):
-        yield f"{path} is of another kind of model (found {kind!r}); wanted is a FluxPipeline"
+        yield f"{path} is of another kind of model (found {kind!r}); name a FluxPipeline"
 
 
 def _scheduler(folder: Path) -> Iterator[str]:
@@ -90,7 +90,7 @@ def _tensors(folder: Path, part: str, variant: str | None) -> dict[str, tuple[in
             f"{folder} holds only pickled weights (found {some(pickled)}), which can run code when they are read; "
             "save the model as safetensors"
         )
-    raise BadPart(f"{folder} holds no weights; wanted is {whole.name}, or {index.name} and its shards")
+    raise BadPart(f"{folder} holds no weights; it must have {whole.name}, or {index.name} and its shards")
 
 
 def _shards(index: Path) -> dict[str, tuple[int, ...]]:
@@ -98,7 +98,7 @@ def _shards(index: Path) -> dict[str, tuple[int, ...]]:
         names: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         shards = sorted(set(names.values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BadPart(f"{index} is no index of shards ({type(error).__name__}: {error}); fetch it again") from error
+        raise BadPart(f"{index} is not an index of shards ({type(error).__name__}: {error}); fetch it again") from error
     if outside := [name for name in shards if Path(name).name != name]:
         raise BadPart(f"{index} names files outside its folder ({some(outside)}); fetch it again")
     if missing := [name for name in shards if not (index.parent / name).is_file()]:
@@ -140,7 +140,7 @@ def _layers_agree(folder: Path, tensors: Tensors) -> None:
     try:
         wanted = linear_layers(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BadPart(f"{folder / 'config.json'} is no FLUX transformer's ({error!r}); fetch it again") from error
+        raise BadPart(f"{folder / 'config.json'} is not a FLUX transformer's ({error!r}); fetch it again") from error
     for name, shape in wanted.items():
         found = tensors.get(f"{name}.weight")
         if found != shape:

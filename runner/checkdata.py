@@ -28,7 +28,7 @@ def pictures_of(seen: Seen) -> tuple[Picture, ...]:
 
 def classes_of(seen: Seen) -> tuple[Picture, ...]:
     own = seen.spec.prior
-    return classfolder.pictures(Path(own.images), own.count, own.prompt) if own else ()
+    return classfolder.pictures(Path(own.images), own.count, own.prompt) if own and seen.knows("prior") else ()
 
 
 def check_data(seen: Seen, looks: Looks) -> Iterator[Finding]:
@@ -107,6 +107,8 @@ def _and(names: Sequence[str]) -> str:
 
 def _sizes(seen: Seen, looks: Looks) -> Iterator[Finding]:
     assert seen.pictures is not None
+    if not seen.knows("data.resolution", "data.buckets"):
+        return
     own = seen.spec.data
     read = [(one, found.size) for one in seen.pictures.items if isinstance(found := looks[one.where], Look)]
     grouped = group([size for _, size in read], resolutions(seen.spec), own.buckets)
@@ -140,7 +142,8 @@ def _table(seen: Seen, counts: Mapping[Size, int]) -> Finding:
     """The bucket table; and what batches make of it."""
     train = seen.spec.train
     table = [f"{number} at {_by(size)}" for size, number in counts.items()]
-    few = [_by(size) for size, number in counts.items() if number < train.batch_size]
+    known = seen.knows("train.batch_size")
+    few = [_by(size) for size, number in counts.items() if known and number < train.batch_size]
     said = f"training pictures: {', '.join(table)}"
     if few:
         said += f"; batches of {train.batch_size} at {some(few)} repeat pictures, for there are fewer"
@@ -148,7 +151,8 @@ def _table(seen: Seen, counts: Mapping[Size, int]) -> Finding:
         images = seen.plan.steps * train.batch_size * train.accumulate * seen.spec.compute.gpus
         said += f"; {seen.plan.steps} steps show each {images / sum(counts.values()):.3g} times"
         if images < sum(counts.values()):
-            return at(seen.source, "warning", "train.steps", f"{said}: some are never seen; raise train.steps")
+            key = "train.steps" if seen.spec.train.epochs is None else "train.epochs"
+            return at(seen.source, "warning", key, f"{said}: some are never seen; raise {key}")
     return at(seen.source, "note", "data.source", said)
 
 
@@ -215,7 +219,7 @@ def _captions(seen: Seen) -> Iterator[Finding]:
 
 def _classes(seen: Seen, looks: Looks) -> Iterator[Finding]:
     own = seen.spec.prior
-    if own is None:
+    if own is None or not seen.knows("prior"):
         return
     yield from _left_out(seen, "prior.images", classfolder.contents(Path(own.images)))
     there = classes_of(seen)

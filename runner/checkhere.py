@@ -20,6 +20,7 @@ from runner.diskuse import SPARE
 from runner.engine import slots
 from runner.errors import Held
 from runner.finding import Finding, at, count, here, size
+from runner.fitting import less_memory
 from runner.forecast import night_bytes
 from runner.plan import MOMENTS, Plan, Train, resident
 from runner.prepare import Seen, jobs_of
@@ -171,8 +172,8 @@ def _on_gpus(seen: Seen, plan: Plan, gpus: Sequence[Gpu], numbers: Mapping[str, 
     if spec.model.dtype in (None, "bf16") and gpu.capability is not None and gpu.capability < 8:
         yield at(
             seen.source, "warning", "model.dtype",
-            f"GPU {gpu.name} ({gpu.model}) has no bf16 of its own, so it is slow (compute capability {gpu.capability}, 8.0 "
-            "is wanted)",
+            f"GPU {gpu.name} ({gpu.model}) has no bf16 of its own, so it is slow (bf16 comes with compute capability 8.0, "
+            f"this is {gpu.capability})",
         )  # fmt: skip
     yield from _half(seen)
     available = memory_available()
@@ -214,8 +215,7 @@ def _on_the_cpu(
             yield at(
                 one.source, "warning", "model.base",
                 f"phase {need.likely_phase} needs up to {size(need.likely)} on the CPU, and this machine has "
-                f"{size(available)} of memory free, swap included; lower train.batch_size or data.resolution, or set "
-                "model.gradient_checkpointing = true",
+                f"{size(available)} of memory free, swap included; {less_memory(one.spec, on_gpu=False)}",
             )  # fmt: skip
         elif need.least > SMALL and not told:
             yield at(
@@ -289,11 +289,14 @@ def check_disk(
     need = folders + cached + with_base
     if jobs and need + SPARE > free:
         base = f", {size(with_base)} for the base's files" if with_base else ""
+        ways = ["free some space"]
+        ways += ["lower checkpoint.keep"] if any(job.spec.checkpoint.keep > 1 for job in jobs) else []
+        ways += ["queue fewer specs"] if len(jobs) > 1 else []
         yield here(
             "error",
             f"disk: the night wants about {size(need + SPARE)} ({size(folders)} in {count(len(jobs), 'run folder')}, "
             f"{size(cached)} in the cache{base}, {size(SPARE)} to spare beside a checkpoint), and {runs} has room for "
-            f"{size(free)}; free some space, lower checkpoint.keep, or queue fewer specs",
+            f"{size(free)}; {' or '.join(ways)}",
         )
     elif jobs:
         yield here(
@@ -351,9 +354,9 @@ def check_libraries(seen: Sequence[Seen]) -> Iterator[Finding]:
             continue
         found = _version(wanted.name)
         if not found:
-            yield here("error", f"{wanted.name} is not installed (wanted is {wanted}); install fluxrun again")
+            yield here("error", f"{wanted.name} is not installed, and fluxrun needs {wanted}; install fluxrun again")
         elif not wanted.specifier.contains(found, prereleases=True):
-            yield here("warning", f"{wanted.name} {found} is not what fluxrun was made for (wanted is {wanted})")
+            yield here("warning", f"{wanted.name} {found} is not what fluxrun was made for, which is {wanted}")
     now = {"python": platform.python_version()} | {name: _version(name) for name in SHOWN}
     for one in seen:
         yield from _drifted(one, now)

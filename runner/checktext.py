@@ -12,6 +12,7 @@ from runner.prepare import Seen
 from runner.readers import CLIP_READS, NAMES, Reader
 from runner.tokens import Placeholder
 
+LONGEST_T5 = 512  # what model.max_sequence_length may be
 LONGEST_SHOWN = 100  # characters of what is cut off
 
 ReaderOf = Callable[[Path, str, tuple[str, ...]], Reader]
@@ -20,11 +21,13 @@ ReaderOf = Callable[[Path, str, tuple[str, ...]], Reader]
 def check_text(seen: Seen, base: Path | None, reader: ReaderOf) -> Iterator[Finding]:
     """`base`: its folder on this disk; without it nobody can say how long a caption is."""
     spec = seen.spec
+    if not seen.knows("tokens"):
+        return
     known = tokens.placeholders(spec.tokens)
     if seen.pictures is not None:
         every = (*seen.pictures.items, *seen.pictures.held)
         yield from _unnamed(seen, seen.pictures.items, known)
-        if base is not None:
+        if base is not None and seen.knows("model.base", "model.max_sequence_length", "inversion.encoders"):
             yield from _too_long(seen, every, known, base, reader)
     yield from _prompts(seen, known)
 
@@ -73,7 +76,8 @@ def _too_long(
                 f"({some(lost)}), so it learns nothing from them; name it earlier in the caption",
             )  # fmt: skip
         if cut:
-            way = "shorten them" if encoder == "clip" else "shorten them, or raise model.max_sequence_length"
+            raised = encoder == "t5" and limit < LONGEST_T5
+            way = "shorten them" + (f", or raise model.max_sequence_length (up to {LONGEST_T5})" if raised else "")
             key = "data.source" if encoder == "clip" else "model.max_sequence_length"
             yield at(
                 seen.source, "warning", key,

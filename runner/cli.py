@@ -154,7 +154,7 @@ def queue(
             f"{engine!r} is not available yet; runs go to this machine's slots", param_hint="--engine"
         )
     if dry_run:
-        ctx.invoke(plan, specs=specs, runs=runs, as_json=as_json, gpus=gpus)
+        ctx.invoke(plan, specs=specs, runs=runs, as_json=as_json, gpus=gpus, fresh=fresh)
         return
     ctx.with_resource(output.outlived())
     from runner import pace, pacebook
@@ -168,7 +168,7 @@ def queue(
     try:
         deadline = next_time(stop_at) if stop_at else None
     except ValueError:
-        raise click.BadParameter(f"{stop_at!r} is no time of day; write HH:MM", param_hint="--stop-at") from None
+        raise click.BadParameter(f"{stop_at!r} is not a time of day; write HH:MM", param_hint="--stop-at") from None
     with StopRequest(deadline, at_once=False) as stop:
         jobs = prepare(list(specs), runs, fetch=True, fresh=fresh)
         if refused := notify_faults(jobs, allow_commands):
@@ -212,8 +212,14 @@ def _all_well(jobs: list[Job], runs: Path, gpus: str | None, slots: int) -> bool
 
 
 def _echo_findings(found: Iterable[Finding], *, err: bool) -> None:
+    from runner.caret import excerpts
+
+    found = list(found)
+    told = [one.fault for one in found if one.fault and one.level != "note"]
+    shown = excerpts(told) if (sys.stderr if err else sys.stdout).isatty() else {}
     for one in found:
-        for line in one.lines():
+        first, *more = one.lines()
+        for line in (first, *([shown[one.fault]] if one.fault in shown else []), *more):
             click.echo(line, err=err)
 
 
@@ -267,7 +273,9 @@ def _without_done(jobs: list[Job], screen: Any) -> list[Job]:
 @json_option
 @click.option("--gpus", help="`cpu`: memory is estimated for a CPU. Default: for a GPU.")
 @click.pass_context
-def plan(ctx: click.Context, specs: tuple[Path, ...], runs: Path, as_json: bool, gpus: str | None) -> None:
+def plan(
+    ctx: click.Context, specs: tuple[Path, ...], runs: Path, as_json: bool, gpus: str | None, fresh: bool = False
+) -> None:
     """Validate and print the plan; touches nothing, needs no GPU and no torch."""
     from runner import fitting, forecast, pace
     from runner import plan as planning
@@ -281,7 +289,7 @@ def plan(ctx: click.Context, specs: tuple[Path, ...], runs: Path, as_json: bool,
         from runner import nightplan
         from runner.tables import console
 
-        seen, faults = survey(list(specs), runs, fetch=False, fresh=False)
+        seen, faults = survey(list(specs), runs, fetch=False, fresh=fresh)
         if shown := jobs_of(seen):
             cached = forecast.lines(shown, runs, on_gpu=here)
             times = pace.times(shown, runs, on_gpu=here)
@@ -293,7 +301,7 @@ def plan(ctx: click.Context, specs: tuple[Path, ...], runs: Path, as_json: bool,
     jobs: list[Job] = []
     errors: list[dict[str, Any]] = []
     try:
-        jobs = prepare(list(specs), runs, fetch=False, fresh=False)
+        jobs = prepare(list(specs), runs, fetch=False, fresh=fresh)
     except SpecError as error:
         if not as_json:
             raise
@@ -666,12 +674,12 @@ def cache(ctx: click.Context, runs: Path, as_json: bool) -> None:
 
 
 @cache.command("prune")
-@click.option("--days", type=click.FloatRange(min=0), default=30, show_default=True, help="Kept if asked for since.")
+@click.option("--days", type=click.FloatRange(min=0), default=30, show_default=True, help="Keep what was used since.")
 @click.option("--runs", type=click.Path(path_type=Path, file_okay=False), help="The runs folder.  [default: runs]")
 @json_option
 @click.pass_obj
 def cache_prune(outer: tuple[Path, bool], days: float, runs: Path | None, as_json: bool) -> None:
-    """Remove what no run has asked for in a while; it is made again where it is wanted."""
+    """Remove what no run has used in a while; it is made again where it is needed."""
     from runner.caching import prune
 
     entries, size = prune(must_exist(runs or outer[0]), days)  # --runs may also stand before `prune`

@@ -24,12 +24,14 @@ ONE_LARGE = Lock()
 
 @dataclass(frozen=True)
 class Picture:
-    """One training image. `name` is its name inside the data set, `where` names it to a user; `open` gives it undecoded."""
+    """One training image. `name` is its name inside the data set, `where` names it to a user; `open` gives it undecoded.
+    `digest`: SHA-256 of its file, "" where it has none of its own."""
 
     name: str
     where: str
     caption: str
     open: Callable[[], Image]
+    digest: str = ""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@
     ├── Held                     3  HELD       another process works on the run; it is untouched
     ├── Unreachable              1  UNREACHABLE  the hub does not answer; worth another try, later
     ├── Refused                  1  FAILED     the run folder is another run's; it is untouched
-    ├── NonFinite                1  FAILED     the loss or the gradients left the numbers
+    ├── NonFinite                1  NOT_FINITE the loss or the gradients left the numbers, as they would again
     └── BadFile                  1  FAILED     a checkpoint, cache entry or export that does not verify
     torch's and Python's own     1  MEMORY     the device's memory or the machine's did not suffice
     anything else                1  CRASHED    not foreseen, so worth another try
@@ -34,6 +34,7 @@ class Code(IntEnum):
     MEMORY = 71
     DISK = 74
     STOPPED = 75
+    NOT_FINITE = 65
     BAD_SPEC = 78
 
 
@@ -94,7 +95,7 @@ class Refused(FluxrunError):
 
 
 class NonFinite(FluxrunError):
-    pass
+    code = Code.NOT_FINITE
 
 
 class BadFile(FluxrunError):

@@ -60,7 +60,7 @@ class Finding:
 def at(source: Source, level: Level, key: str, message: str, more: Iterable[str] = ()) -> Finding:
     """About a key of a spec."""
     file, line = source.place(key)
-    return Finding(level, message, file, line, key, tuple(more))
+    return Finding(level, source.relative(key, message), file, line, key, tuple(more))
 
 
 def here(level: Level, message: str, more: Iterable[str] = ()) -> Finding:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -11,6 +11,7 @@ from runner import estimate
 from runner.finding import size
 from runner.prepare import Job
 from runner.shapes import read_shapes
+from runner.spec import Spec
 
 UNKNOWN = "memory: not known before the base is on this disk (its configs tell it)"
 
@@ -65,6 +66,29 @@ def lines(job: Job, estimates: Estimates) -> Iterator[str]:
     yield f"memory: about {told}{'' if fit else ' on the CPU'}"
     if fit:
         yield _cards(fit)
+
+
+def less_memory(spec: Spec, *, on_gpu: bool) -> str:
+    """What to set where the memory did not suffice: only what is not set already."""
+    own, train = spec.model, spec.train
+    keeps: list[str] = []
+    anew: list[str] = []
+    if own.offload == "none" and own.gradient_checkpointing is not True:
+        (anew if own.compile else keeps).append("model.gradient_checkpointing = true")  # compiled code rounds otherwise
+    if on_gpu and own.offload == "none" and not own.compile:
+        keeps.append('model.offload = "blocks"')
+    if own.quantize == "none":
+        anew.append('model.quantize = "int8"')
+    if train.batch_size > 1:
+        anew.append(f"train.batch_size = 1 with train.accumulate = {train.accumulate * train.batch_size}")
+    anew.append("a lower data.resolution")
+    told = [f"set {' or '.join(keeps)} and queue it again, which goes on where it is"] if keeps else []
+    told.append(f"{'or ' if keeps else ''}give it another `name` and {_or(anew)}, which begins anew")
+    return ", ".join(told)
+
+
+def _or(ways: Sequence[str]) -> str:
+    return ", ".join(ways[:-1]) + (" or " if len(ways) > 1 else "") + ways[-1]
 
 
 def _cards(fit: estimate.Fit) -> str:

@@ -150,7 +150,9 @@ def login() -> Login:
     from huggingface_hub import HfApi, get_token
 
     if get_token() is None:
-        return Login(fault=f"a push is asked for, and there is no login for the hub; {LOGIN}, or take hub.push out")
+        return Login(
+            fault=f"hub.push is true, and this machine has no login for the hub; {LOGIN}, or take hub.push out"
+        )
     try:
         set_up_client(ANSWER)
         facts = HfApi().whoami()

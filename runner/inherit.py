@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-import re
 import tomllib
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from runner.errors import Fault, SpecError
+from runner.tomlfaults import toml_faults
 from runner.tomllines import Path as Where
 from runner.tomllines import key_lines, line_of
+from runner.usertext import NotUTF8, read_user_text
 
 KEY = "extends"
 DEEPEST = 8  # files in a chain; more is a mistake rather than a wish
@@ -50,10 +51,10 @@ def _base(told: Any, chain: tuple[Path, ...], line: int) -> Path:
     file = chain[-1]
 
     def refused(message: str) -> SpecError:
-        return SpecError([Fault(file, line, KEY, message)])
+        return _refused(file, message, line, KEY)
 
     if not isinstance(told, str) or not told:
-        raise refused(f'no file name (found {told!r}); wanted is one TOML file, e.g. extends = "base.toml"')
+        raise refused(f'expected the name of one TOML file, got {told!r}; write it as in extends = "base.toml"')
     base = Path(os.path.normpath(file.parent / Path(told).expanduser()))
     if base.resolve() in [one.resolve() for one in chain]:
         way = " -> ".join(one.name for one in (*chain, base))
@@ -61,7 +62,7 @@ def _base(told: Any, chain: tuple[Path, ...], line: int) -> Path:
     if len(chain) >= DEEPEST:
         raise refused(f"more than {DEEPEST} files extend each other (found {told!r}); write some of them into one")
     if not base.is_file():
-        raise refused(f"no such file (found {told!r}); wanted is a TOML file, named relative to this one")
+        raise refused(f"no such file (found {told!r}); name a TOML file, relative to this one")
     return base
 
 
@@ -118,17 +119,20 @@ def _whole(tables: Mapping[str, Any]) -> bool:
 def read_toml(file: Path) -> tuple[dict[str, Any], str]:
     """Raises SpecError with what is wrong with the file as such."""
     try:
-        text = file.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise SpecError([Fault(file, 1, "", "no such file; a SPEC is a TOML file, or a folder of them")]) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise SpecError([Fault(file, 1, "", f"cannot be read ({error})")]) from error
-    try:
+        text = read_user_text(file)
         return tomllib.loads(text), text
+    except FileNotFoundError:
+        raise _refused(file, "no such file; a SPEC is a TOML file, or a folder of them") from None
+    except NotUTF8 as error:
+        raise _refused(file, error.message, error.line) from error
+    except OSError as error:
+        raise _refused(file, f"cannot be read ({error.strerror}); name a TOML file that you may read") from error
     except ValueError as error:  # TOMLDecodeError, and int() itself for thousands of digits
-        found = re.search(r"at line (\d+)", str(error))
-        line = int(found[1]) if found else text.count("\n") + 1
-        what = re.sub(r" \(at .*\)$", "", str(error))
-        raise SpecError([Fault(file, line, "", f"not TOML: {what}")]) from error
+        faults = [Fault(file, line, "", f"not TOML: {message}") for line, message in toml_faults(text)]
+        raise SpecError(faults) from error
     except RecursionError as error:
-        raise SpecError([Fault(file, 1, "", "not a spec: nested too deeply")]) from error
+        raise _refused(file, "not a spec: nested too deeply") from error
+
+
+def _refused(file: Path, message: str, line: int = 1, key: str = "") -> SpecError:
+    return SpecError([Fault(file, line, key, message)])

@@ -148,7 +148,7 @@ def _split(words: list[str]) -> tuple[list[str], str, dict[str, str]]:
         raise CommandError("no script in the command (a word that ends in .py)")
     if "flux" not in words[at]:
         raise CommandError(
-            f"{words[at]} is not a FLUX training script; wanted is train_dreambooth_lora_flux_advanced.py"
+            f"{words[at]} is not a FLUX training script; it should be train_dreambooth_lora_flux_advanced.py"
         )
     flags: dict[str, str] = {}
     rest, unknown = words[at + 1 :], []

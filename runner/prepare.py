@@ -28,6 +28,7 @@ from runner.batchfaults import batch_faults
 from runner.data import DataError, Pictures
 from runner.digest import key_of
 from runner.errors import Fault, FluxrunError, SpecError, Unreachable
+from runner.inputs import inputs_of
 from runner.notify import Target, refusals
 from runner.plan import Facts, Plan, PlanError, make_plan
 from runner.rundir import WAYS_OUT, Run, Verdict
@@ -38,6 +39,16 @@ from runner.specload import Loaded, load_all, load_text, path_at, touches
 from runner.specload import Source as SpecSource
 from runner.tracebacks import one_line
 
+DATA = ("data.source", "data.config", "data.split", "data.image_column", "data.caption_column", "data.prompt")
+# What else a fault is found out from: where one of these keys is faulty itself, nothing can be said.
+READS: dict[str, tuple[str, ...]] = {
+    "tokens": DATA,
+    "data.holdout": DATA,
+    "train.epochs": DATA,
+    "lora.layers": ("model.base", "lora.until"),
+    "prior.images": ("data.source",),
+    "prior.prompt": ("prior.images",),
+}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 Shared = dict[Source, "Pictures | list[tuple[str, str]] | Unreachable | None"]  # what each data set came to, read once
 
@@ -46,7 +57,8 @@ Shared = dict[Source, "Pictures | list[tuple[str, str]] | Unreachable | None"]  
 class Seen:
     """One run asked for, as far as it could be looked at; None where something was wrong, or only the hub knows.
 
-    `spec` has absolute paths; `bad`: its faulty keys; `doubts`: (key, message) of what nobody could tell.
+    `spec` has absolute paths; `bad`: its faulty keys; `unread`: those whose values could not be read, so that others, or
+    defaults, stand in their place; `doubts`: (key, message) of what nobody could tell.
     """
 
     source: SpecSource
@@ -57,6 +69,11 @@ class Seen:
     run: Run
     verdict: Verdict | None
     doubts: tuple[tuple[str, str], ...] = ()
+    unread: frozenset[str] = frozenset()
+
+    def knows(self, *keys: str) -> bool:
+        """Whether the spec says of these keys what the user wrote."""
+        return not any(touches(key, bad) for key in keys for bad in self.unread)
 
 
 @dataclass(frozen=True)
@@ -142,9 +159,14 @@ def _look(
     spec, source = _absolute(loaded), loaded.source
     told = _base_faults(spec)
     asked = data_source(spec)
-    if asked not in shared:  # a sweep reads its data once
-        shared[asked] = _pictures(asked, source.place("data.source")[0].parent, fetch)
-    found, doubts = shared[asked], []
+    near = source.place("data.source")[0].parent
+    if any(touches(key, bad) for key in DATA for bad in loaded.bad):
+        found: Pictures | list[tuple[str, str]] | Unreachable | None = _misplaced(asked, near)
+    else:
+        if asked not in shared:  # a sweep reads its data once
+            shared[asked] = _misplaced(asked, near) or _pictures(asked, fetch)
+        found = shared[asked]
+    doubts = []
     if isinstance(found, Unreachable):
         if spec.train.epochs is not None:
             told.append(
@@ -152,7 +174,7 @@ def _look(
             )
         doubts, found = [("data.source", f"{found}; the run fails if it cannot, and the others go on")], None
     if isinstance(found, list):
-        told += [(key, source.relative(key, message)) for key, message in found]
+        told += found
         found = None
     if wrong := name_fault(spec.name, runs, there, swept=bool(source.swept)):
         told.append(("name", wrong))
@@ -165,14 +187,15 @@ def _look(
     except PlanError as error:
         told += [fault for fault in error.faults if found is not None or not told or fault[0] != "train.epochs"]
     except FluxrunError as error:  # an image whose size cannot be read
-        told.append(("data.source", source.relative("data.source", str(error))))
+        told.append(("data.source", str(error)))
     told += broken
     run = Run(runs, spec.name)
-    faults = [source.fault(*fault) for fault in told if not any(touches(fault[0], bad) for bad in loaded.bad)]
+    told = [fault for fault in told if not any(touches(key, bad) for key in _reads(fault[0]) for bad in loaded.bad)]
+    faults = [source.fault(*fault) for fault in told]
     if faults or loaded.bad:
         plan = None
     if plan:
-        verdict = run.verdict(spec, plan)
+        verdict = run.verdict(spec, plan, lambda: inputs_of(spec, pictures))
         if verdict.state in ("new", "resume"):
             verdict = run.at_work() or verdict
         if verdict.state == "changed" and not fresh:
@@ -181,10 +204,14 @@ def _look(
     if based and (verdict is None or verdict.state != "done"):  # a run that is done looks at them no more
         prior = [fault for fault in _prior_faults(spec) if not any(touches(fault[0], bad) for bad in loaded.bad)]
         told += prior
-        faults += [source.fault(key, source.relative(key, message)) for key, message in prior]
+        faults += [source.fault(key, message) for key, message in prior]
         plan, verdict = (None, None) if prior else (plan, verdict)
     bad = loaded.bad | {key for key, _ in told}
-    return Seen(source, spec, frozenset(bad), pictures, plan, run, verdict, tuple(doubts)), faults
+    return Seen(source, spec, frozenset(bad), pictures, plan, run, verdict, tuple(doubts), loaded.bad), faults
+
+
+def _reads(key: str) -> tuple[str, ...]:
+    return (key, *READS.get(key, READS.get(key.partition(".")[0], ())))
 
 
 def _absolute(loaded: Loaded) -> Spec:
@@ -295,36 +322,39 @@ def _base_faults(spec: Spec) -> list[tuple[str, str]]:
     if folder is None and base not in KNOWN and (wrong := hub.id_fault(base)):
         return [("model.base", wrong)]
     if folder is not None and not (folder / "model_index.json").is_file():
-        return [
-            ("model.base", f"{folder} holds no model_index.json; wanted is a model in diffusers' layout (FluxPipeline)")
-        ]
+        return [("model.base", f"{folder} holds no model_index.json; name a model in diffusers' layout (FluxPipeline)")]
     return []
 
 
-def _pictures(asked: Source, near: Path, fetch: bool) -> Pictures | list[tuple[str, str]] | Unreachable | None:
+def _misplaced(asked: Source, near: Path) -> list[tuple[str, str]] | None:
+    """What is wrong with the name of a data set, (key, message) each; None where there may be one."""
+    path = Path(asked.text)
+    if path.is_absolute() and path.exists():
+        if path.is_file() and path.suffix not in COLUMNAR:
+            wanted = "allowed are a folder, a .parquet or .arrow file, a hub data set"
+            return [("data.source", f"not a folder (found {asked.text!r}); {wanted}")]
+        return None
+    inside = (near / asked.text.split("/")[0]).is_dir()  # "data/icnos" is a misspelt folder, no hub id
+    if inside or not HUB_ID.fullmatch(asked.text):
+        beside = [path.name for path in near.iterdir() if path.is_dir()]
+        guess = difflib.get_close_matches(Path(asked.text).name, beside, 1)
+        return [
+            (
+                "data.source",
+                f"no such folder (found {asked.text!r}); allowed are a folder (relative to the spec) or a hub data set "
+                f"(owner/name){f'; did you mean {guess[0]}?' if guess else ''}",
+            )
+        ]
+    if wrong := hub.id_fault(asked.text):
+        return [("data.source", wrong)]
+    return None
+
+
+def _pictures(asked: Source, fetch: bool) -> Pictures | list[tuple[str, str]] | Unreachable | None:
     """The data set, None where only the hub has it, Unreachable where that does not answer, or what is wrong with it: (key,
     message) each."""
-    path = Path(asked.text)
     try:
-        if path.is_absolute() and path.exists():
-            if path.is_file() and path.suffix not in COLUMNAR:
-                wanted = "allowed are a folder, a .parquet or .arrow file, a hub data set"
-                return [("data.source", f"no folder (found {asked.text!r}); {wanted}")]
-            return sources.read(asked)
-        inside = (near / asked.text.split("/")[0]).is_dir()  # "data/icnos" is a misspelt folder, no hub id
-        if inside or not HUB_ID.fullmatch(asked.text):
-            beside = [path.name for path in near.iterdir() if path.is_dir()]
-            guess = difflib.get_close_matches(Path(asked.text).name, beside, 1)
-            return [
-                (
-                    "data.source",
-                    f"no such folder (found {asked.text!r}); allowed are a folder (relative to the spec) or a hub data set "
-                    f"(owner/name){f'; did you mean {guess[0]}?' if guess else ''}",
-                )
-            ]
-        if wrong := hub.id_fault(asked.text):
-            return [("data.source", wrong)]
-        return sources.read(asked) if fetch else None
+        return sources.read(asked) if fetch or Path(asked.text).exists() else None
     except Unreachable as error:
         return error
     except DataError as error:

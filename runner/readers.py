@@ -60,7 +60,7 @@ def _tokenizer(folder: Path, encoder: str) -> Any:
         try:
             made = Tokenizer.from_file(str(folder / "tokenizer.json"))
         except Exception as error:  # the library raises its plain Exception
-            raise ValueError(f"{folder / 'tokenizer.json'} is no tokenizer ({error})") from error
+            raise ValueError(f"{folder / 'tokenizer.json'} is not a tokenizer ({error})") from error
         made.no_truncation()
         made.no_padding()
         return made

@@ -10,16 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runner import files
+from runner import files, spans
 from runner.digest import key_of
 from runner.errors import BadFile, Held, Refused
+from runner.inputs import Inputs, changes
 from runner.origins import annotated
 from runner.plan import NOT_IN_KEY, OPEN_ENDED, RECOMPUTING, SPAN_KEYS, Plan, as_json
 from runner.processes import Process
 from runner.spec import VERSION_TABLE, Spec, dump
-from runner.specrules import follows
+from runner.specrules import DERIVED, is_default
 from runner.statefile import PROGRESS, is_number, is_text, read_json, read_state, writable
 from runner.stepfiles import steps_in
+from runner.usertext import read_user_text
 
 FORMAT = 1  # of state.json, plan.json and lease.json; older ones are read as long as they can be
 FOREIGN_PATIENCE = 600.0  # seconds without a heartbeat after which another host's process is taken for dead
@@ -52,6 +54,7 @@ class Run:
         self.folder = runs / name
         self.spec_file = self.folder / "spec.toml"
         self.plan_file = self.folder / "plan.json"
+        self.inputs_file = self.folder / "inputs.json"
         self.state_file = self.folder / "state.json"
         self.lock_file = self.folder / ".lock"
         self.stop_file = self.folder / "stop"
@@ -96,10 +99,18 @@ class Run:
             return None
         return holder
 
-    def enlist(self, spec: Spec, plan: Plan, version: str, origin: Callable[[str], str] = _unsaid) -> int:
+    def enlist(
+        self,
+        spec: Spec,
+        plan: Plan,
+        version: str,
+        origin: Callable[[str], str] = _unsaid,
+        inputs: Callable[[], Inputs] | None = None,
+    ) -> int:
         """Make the run this process's to start, and write what it is. The number of the attempt to come.
 
-        `origin`: where a dotted key's value came from. The spec that stands there already must give the same training.
+        `origin`: where a dotted key's value came from; `inputs`: what it is trained on, file by file. The spec that stands
+        there already must give the same training.
         Raises Held, Refused.
         """
         self._no_links()
@@ -109,7 +120,7 @@ class Run:
                 if (holder := self.holder()) and holder != Process.own():
                     raise self._held()
                 self.told_to_stop()  # what an earlier queue was told is not meant for this one
-                self._claim(spec, plan, version, origin)
+                self._claim(spec, plan, version, origin, inputs)
                 return self._lease(self.lease().attempt + 1)
         except Held:  # by the lock: name who started its holder
             raise self._held() from None
@@ -251,8 +262,8 @@ class Run:
 
     # ---- done, and why ---------------------------------------------------------------------------------------------
 
-    def verdict(self, spec: Spec, plan: Plan) -> Verdict:
-        """Done means: the same key, and the outputs exist."""
+    def verdict(self, spec: Spec, plan: Plan, inputs: Callable[[], Inputs] | None = None) -> Verdict:
+        """Done means: the same key, and the outputs exist. `inputs`: what it would be trained on now."""
         state = read_state(self.state_file)
         if not self.spec_file.is_file():
             return Verdict("new", "no run folder yet")
@@ -271,22 +282,27 @@ class Run:
             return Verdict("changed", f"its spec.toml cannot be read ({error})")
         stops = {phase.key: phase.stop for phase in plan.training}
         fits = step <= stops.get(key, -1)
+        if not changed and (fits or not (known or step)):  # a queue died while it wrote plan.json, or it was lost since
+            return Verdict("resume", f"its plan.json is lost; last checkpoint at step {step} of {plan.steps}")
+        others = self._other_inputs(spec, inputs)
+        told = "; ".join([*changed.values(), *others])
         if not changed:
-            if fits or not (known or step):  # a queue died while it wrote plan.json, or it was lost since
-                return Verdict("resume", f"its plan.json is lost; last checkpoint at step {step} of {plan.steps}")
-            told = "the images, the captions or the base model are not the ones it was trained on"
-            if spec.model.gradient_checkpointing:
-                told += ", or an earlier fluxrun began it, to whose keys model.gradient_checkpointing belonged"
-            return Verdict("changed", told)
-        told = "; ".join(changed.values())
-        if changed.keys() <= set(SPAN_KEYS):
+            return Verdict("changed", told or _unnamed_change(spec))
+        if changed.keys() <= set(SPAN_KEYS) and not others:
             if fits:
                 return Verdict("resume", f"{told}; goes on from step {step} of {plan.steps}")
-            if spec.schedule.name in OPEN_ENDED:
-                told += f"; step {step} of the old run is on no way to the new one, whose phases end elsewhere"
-            else:
+            if spec.schedule.name not in OPEN_ENDED:
                 told += f"; the {spec.schedule.name} schedule depends on where it ends"
+            else:
+                told += "".join(f"; {line}" for line in spans.advice(known, spec, plan, step))
         return Verdict("changed", told)
+
+    def _other_inputs(self, spec: Spec, inputs: Callable[[], Inputs] | None) -> list[str]:
+        """Pictures, captions and files of the base that are not the ones it was trained on, as far as that was written."""
+        old = Inputs.read(read_json(self.inputs_file))
+        if old is None or inputs is None:
+            return []
+        return changes(old, inputs(), flat(_spec_tables(self.spec_file)), flat(dump(spec)))
 
     def _exports_exist(self, state: Mapping[str, Any]) -> bool:
         exports = state.get("exports")
@@ -302,20 +318,24 @@ class Run:
         return 0, ""
 
     def differences(self, spec: Spec) -> dict[str, str]:
-        """Keys that change the result and differ from the run's own spec, with `KEY: old -> new`."""
-        old = flat(_spec_tables(self.spec_file))
-        new = flat(dump(spec))
+        """Keys that change the result and differ from the run's own spec, with `KEY: old -> new`; not those that only
+        follow another of them, as lora.alpha does lora.rank where it is not set."""
+        before, now = _spec_tables(self.spec_file), dump(spec)
+        old, new = flat(before), flat(now)
         skipped = NOT_IN_KEY if spec.model.compile else (*NOT_IN_KEY, *RECOMPUTING)
         keys = [key for key in {**old, **new} if not any(key == skip or key.startswith(f"{skip}.") for skip in skipped)]
-        changed = [key for key in keys if old.get(key) != new.get(key)]
-        return {
-            key: f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
-            for key in changed
-            if not (follows(key, old) in changed and follows(key, new) in changed)
-        }
+        other = [key for key in keys if old.get(key) != new.get(key)]
+        derived = [
+            key
+            for key, causes in DERIVED.items()
+            if causes & set(other) and all(is_default(key, tables) for tables in (before, now))
+        ]
+        return {key: f"{key}: {_value(old.get(key))} -> {_value(new.get(key))}" for key in other if key not in derived}
 
-    def _claim(self, spec: Spec, plan: Plan, version: str, origin: Callable[[str], str]) -> None:
-        if (verdict := self.verdict(spec, plan)).state == "changed":
+    def _claim(
+        self, spec: Spec, plan: Plan, version: str, origin: Callable[[str], str], inputs: Callable[[], Inputs] | None
+    ) -> None:
+        if (verdict := self.verdict(spec, plan, inputs)).state == "changed":
             raise Refused(f"{self.folder} holds another run ({verdict.reason}); {WAYS_OUT}")
         resolved = {**dump(spec), VERSION_TABLE: {"version": version}}
 
@@ -324,6 +344,8 @@ class Run:
 
         keys = {"key": plan.key, "training_key": plan.training_key}
         files.write_json(self.plan_file, {"format": FORMAT, **as_json(plan), **keys})
+        if inputs is not None:
+            files.write_json(self.inputs_file, {"format": FORMAT, **inputs().as_json()})
         files.write_text(self.spec_file, annotated(resolved, told))  # after the plan: with a spec there is a run
         digest = key_of(str(sorted(map(str, dump(spec).items()))))
         facts = {key: value for key, value in read_state(self.state_file).items() if key in PROGRESS}
@@ -390,7 +412,19 @@ class Run:
         return target
 
 
-WAYS_OUT = "give this spec another `name`, undo the change, or add --fresh to move the old folder aside"
+WAYS_OUT = "give this spec another `name`, undo the change, or queue it with --fresh, which moves the old folder aside"
+
+
+def _unnamed_change(spec: Spec) -> str:
+    """Where the folder does not say what it was trained on, file by file."""
+    told = "the images, the captions or the base model are not the ones it was trained on"
+    if spec.model.gradient_checkpointing:
+        told += ", or an earlier fluxrun began it, for which model.gradient_checkpointing made another run"
+    return told
+
+
+def _value(value: Any) -> str:
+    return "not set" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
 
 
 def _free_name(wanted: Path) -> Path:
@@ -417,7 +451,7 @@ def flat(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _spec_tables(path: Path) -> dict[str, Any]:
-    tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    tables = tomllib.loads(read_user_text(path))
     tables.pop(VERSION_TABLE, None)
     return tables
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from runner import files
 from runner.exportnames import webui_file
 from runner.rundir import find_runs
-from runner.specfaults import show
+from runner.unknownkeys import show
 
 # What the runs folder and every run's folder hold under fixed names, in lower case: some disks ignore case.
 IN_RUNS_FOLDER = {

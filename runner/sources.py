@@ -100,10 +100,12 @@ def read_folder(folder: Path, image_column: str, caption_column: str | None, pro
         told = "".join(f"; {line}" for line in reasons(found, found.unread)) if not metadata else ""
         raise DataError(f"{len(bare)} of {len(captions)} images have no caption ({some(bare)}); {how}{told}")
     items = [
-        Picture(path.relative_to(folder).as_posix(), str(path), caption or prompt or "", opener(path))
+        Picture(
+            path.relative_to(folder).as_posix(), str(path), caption or prompt or "", opener(path), sha256_file(path)
+        )
         for path, caption in captions.items()
     ]
-    facts = [[picture.name, picture.caption, sha256_file(Path(picture.where))] for picture in items]
+    facts = [[picture.name, picture.caption, picture.digest] for picture in items]
     return Pictures(tuple(items), key_of("folder", json.dumps(facts)), folder=found)
 
 

@@ -20,7 +20,8 @@ from runner.origins import DEFAULT, origins_in
 from runner.rundir import find_runs
 from runner.runnames import allowed, clashes
 from runner.spec import RUN_NAME, VERSION_TABLE, Spec
-from runner.specfaults import Where, explain
+from runner.specfaults import KeyFault, explain
+from runner.speckeys import Where
 from runner.specrules import broken_rules, drop_unused_inversion, fill_defaults, secrets
 from runner.sweeps import put
 from runner.tomllines import key_lines
@@ -55,11 +56,14 @@ class Source:
         return place_of(self.places, where) or (self.file, 1)
 
     def fault(self, key: str, message: str) -> Fault:
-        return Fault(*self.place(key), key, message)
+        return Fault(*self.place(key), key, self.relative(key, message))
 
     def relative(self, key: str, message: str) -> str:
-        """A message about a key, with paths as they could stand there."""
-        return message.replace(f"{self.place(key)[0].parent.resolve()}/", "")
+        """A message about a key that holds a path, with paths as they could stand there."""
+        if key.partition(".")[0] not in ("data", "model", "prior"):
+            return message
+        folder = re.escape(str(self.place(key)[0].parent.resolve()))
+        return re.sub(rf"(?<![\w/.-]){folder}/(?=[\w.])", "", message)
 
     def origin(self, key: str) -> str:
         """Where a resolved spec's value came from, in words."""
@@ -236,42 +240,76 @@ def _build(tables: dict[str, Any], source: Source, faults: list[Fault]) -> Loade
     told = list(secrets(tables))
     spec, wrong = _validated(tables)
     hidden = {key for key, _ in told}
-    told += [(key, message) for key, message in wrong if key not in hidden]  # a secret's own fault would show it
-    bad = frozenset(key for key, _ in wrong)
+    told += [(one.key, one.message) for one in wrong if one.key not in hidden]  # a secret's own fault would show it
+    bad = frozenset(one.key for one in wrong)
+    unknown = bad | {key for one in wrong for key in one.meant}
     if spec is None and bad:
-        rest = _without(tables, bad)
-        for key in bad & STAND_INS.keys():
-            put(rest, key, STAND_INS[key])
-        if "name" in bad:
-            rest["name"] = allowed(source.file.stem)
-        spec, _ = _validated(rest)  # rules over several keys still hold for the rest
+        spec, more = _rest_of(tables, bad, source)  # rules over several keys still hold for the rest
+        unknown |= more
     if spec is not None:
-        told += [(key, message) for key, message in broken_rules(spec, tables) if not any(touches(key, b) for b in bad)]
+        rules = broken_rules(spec, tables)
+        told += [
+            (rule.key, rule.message) for rule in rules if not any(touches(k, b) for k in rule.reads for b in unknown)
+        ]
+    told = [(key, message) for key, message in told if not (_required(message) and _meant(key, wrong))]
     faults += [source.fault(key, message) for key, message in told]
-    return None if spec is None else Loaded(spec, source, frozenset(key for key, _ in told))
+    return None if spec is None else Loaded(spec, source, unknown | {key for key, _ in told})
 
 
-def _validated(tables: dict[str, Any]) -> tuple[Spec | None, list[tuple[str, str]]]:
+def _required(message: str) -> bool:
+    return message.startswith("required")
+
+
+def _meant(key: str, wrong: Sequence[KeyFault]) -> bool:
+    """Whether a misspelt key stands for this one: what it lacks is then that key's fault alone."""
+    return any(touches(key, meant) for one in wrong for meant in one.meant)
+
+
+def _rest_of(tables: dict[str, Any], bad: frozenset[str], source: Source) -> tuple[Spec | None, frozenset[str]]:
+    """The spec without its faulty keys, and without the tables that are none without those; what else was left out."""
+    rest, left_out = _without(tables, bad), bad
+    for key in bad & STAND_INS.keys():
+        put(rest, key, STAND_INS[key])
+    if "name" in bad:
+        rest["name"] = allowed(source.file.stem)
+    for _ in range(3):
+        spec, wrong = _validated(rest)
+        if spec is not None or not wrong:
+            return spec, left_out - bad
+        more = frozenset(_table_around(one.key) for one in wrong) - {""}
+        rest, left_out = _without(rest, more), left_out | more
+        for key in more & STAND_INS.keys():
+            put(rest, key, STAND_INS[key])
+    return None, left_out - bad
+
+
+def _table_around(key: str) -> str:
+    """ "tokens.0.name" -> "tokens.0", "prior.images" -> "prior"."""
+    parts = key.split(".")
+    return ".".join(parts[: 2 if len(parts) > 1 and parts[1].isdigit() else 1])
+
+
+def _validated(tables: dict[str, Any]) -> tuple[Spec | None, list[KeyFault]]:
     own = fill_defaults(tables)
     try:
         return Spec.model_validate(own), []
     except ValidationError as error:
         details = error.errors(include_url=False)
-        return None, _one_per_key([explain(detail, own) for detail in details], tables)
+        return None, _one_per_key([explain(detail, own, tables) for detail in details], tables)
     except RecursionError:
-        return None, [("", "not a spec: nested too deeply")]
+        return None, [KeyFault("", "not a spec: nested too deeply")]
 
 
-def _one_per_key(told: list[tuple[str, str]], written: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Of a key's several faults (one per branch of a union) the one that names choices, else the first; none for
-    values that the user did not write, but another faulty key gave."""
-    best: dict[str, str] = {}
-    for key, message in told:
-        if key in best and not message.startswith("not one of the names"):
+def _one_per_key(told: Sequence[KeyFault], written: Mapping[str, Any]) -> list[KeyFault]:
+    """Of a key's several faults (one per branch of a union) the one that names choices, else the first; of a
+    list and its entries the entries; none for values that the user did not write, but another faulty key gave."""
+    best: dict[str, KeyFault] = {}
+    for one in told:
+        if one.key in best and not one.message.startswith("not one of the names"):
             continue
-        if "required key" in message or _is_written(key, written) or not key:
-            best[key] = message
-    return list(best.items())
+        if _required(one.message) or _is_written(one.key, written) or not one.key:
+            best[one.key] = one
+    return [one for one in best.values() if not any(key.startswith(f"{one.key}.") for key in best if one.key)]
 
 
 def _is_written(key: str, tables: Any) -> bool:

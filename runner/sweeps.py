@@ -21,7 +21,7 @@ from typing import Any
 
 from runner.digest import key_of
 from runner.spec import LONGEST_RUN_NAME, RUN_NAME
-from runner.specfaults import show
+from runner.unknownkeys import show
 
 MOST_RUNS = 10_000  # of one command
 LONGEST_VALUE = 40  # characters of a value's name, less its digest
@@ -55,7 +55,10 @@ def faults(sweep: Mapping[str, Any], tables: dict[str, Any]) -> Iterator[tuple[s
             yield "name", f"too long for a sweep (found {len(name)} characters); at most {LONGEST_NAME} are allowed"
     for key, values in sweep.items():
         if not isinstance(values, list) or not values:
-            yield f"sweep.{key}", f'wanted is a list of values (found {show(values)}); e.g. "lora.rank" = [4, 8, 16]'
+            yield (
+                f"sweep.{key}",
+                f'expected a list of values, got {show(values)}; write it as in "lora.rank" = [4, 8, 16]',
+            )
         elif key in ("name", ""):
             yield f"sweep.{key}", "a sweep names its runs itself; sweep another key"
         elif twice := [text for text, count in Counter(map(_exact, values)).items() if count > 1]:

@@ -158,7 +158,8 @@ def train(
         if meters.in_row == BAD_STEPS:
             raise NonFinite(
                 f"step {step}: no finite loss or gradient in {BAD_STEPS} steps in a row (loss {value}, gradient norm "
-                f"{grad_norm}); nothing of them reached the weights. Lower train.lr, or use model.dtype bf16 or fp32"
+                f"{grad_norm}); nothing of them reached the weights. Lower train.lr (with Prodigy, optimizer.d_coef)"
+                + (", or use model.dtype bf16 or fp32" if scaler.is_enabled() else "")
             )
         better = False
         if step == loop.last or (loop.look_every and step % loop.look_every == 0):

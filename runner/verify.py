@@ -107,7 +107,7 @@ def loaded_lora(model: Any, stored: Mapping[str, Tensor], shape: LoraShape) -> N
     """The adapter that stock diffusers made of a file must be the stored one. Raises BadFile with the layer."""
     adapters = list(getattr(model, "peft_config", {}))
     if len(adapters) != 1:
-        raise BadFile(f"diffusers loaded {len(adapters)} adapters, wanted is one")
+        raise BadFile(f"diffusers loaded {len(adapters)} adapters instead of one")
     loaded = {
         name.replace(f".{adapters[0]}.weight", ".weight"): value
         for name, value in model.named_parameters()

@@ -75,7 +75,7 @@ class Writer:
         free = self.disk.free(self.folder)
         if free < size + SPARE:
             raise Paused(
-                f"no room for the checkpoint of step {made.step} in {self.folder}: {free >> 20} MiB free, wanted are "
+                f"no room for the checkpoint of step {made.step} in {self.folder}: {free >> 20} MiB free, it needs "
                 f"{(size + SPARE) >> 20}; the checkpoint before it stands. Free some space, then the same command goes on"
             )
 

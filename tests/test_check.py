@@ -445,7 +445,7 @@ def test_captions_cut_off_are_shown(own_pictures: House) -> None:
         "a.toml:5: data.source: 1 caption longer than the 77 tokens that CLIP reads; shorten them, or live with what is "
         "cut off\n3.png has 86; cut off: 'red red red red red red red red heart'",
         "a.toml:3: model.max_sequence_length: 1 caption longer than the 32 tokens that T5 reads; shorten them, or raise "
-        "model.max_sequence_length, or live with what is cut off\n3.png has 85; cut off: "
+        "model.max_sequence_length (up to 512), or live with what is cut off\n3.png has 85; cut off: "
         f"'{'red ' * 24}r...'",
     ]
 
@@ -491,8 +491,8 @@ def test_other_things_that_are_likely_not_meant(own_pictures: House, monkeypatch
         "train.steps",
         "a.toml:26: prior.prompt: the class prompt names the token TOK (found 'a TOK'), which then learns the whole class; "
         "describe the class without it",
-        "a.toml:3: model.dtype: GPU 0 (Old Card) has no bf16 of its own, so it is slow (compute capability 7.5, 8.0 is "
-        "wanted)",
+        "a.toml:3: model.dtype: GPU 0 (Old Card) has no bf16 of its own, so it is slow (bf16 comes with compute "
+        "capability 8.0, this is 7.5)",
     ]
 
 

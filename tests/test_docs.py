@@ -23,7 +23,7 @@ from conftest import PICTURES, PIVOTAL, PROJECT, House
 
 from runner.cli import main
 from runner.spec import Spec
-from runner.specfaults import _all_keys
+from runner.speckeys import all_keys
 
 GUIDES = sorted((PROJECT / "docs").glob("*.md"))
 PAGES = [PROJECT / "README.md", *GUIDES]
@@ -207,7 +207,7 @@ def test_a_spec_on_a_page_plans(block: Block, tmp_path: Path) -> None:
 # ---- names ---------------------------------------------------------------------------------------------------------
 
 
-KEYS = dict(_all_keys(Spec))
+KEYS = dict(all_keys(Spec))
 TABLES = {key.rpartition(".")[0] for key in KEYS if "." in key} | {"sweep"}
 
 

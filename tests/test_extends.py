@@ -81,7 +81,9 @@ def test_faults_in_inherited_keys_point_at_the_other_file(tmp_path: Path) -> Non
     path = files(tmp_path, OWN.replace('name = "ABC"', "vectors = 1"))
     assert [fault.split(": ")[:2] for fault in faults(path)] == [["a.toml:5", "tokens.0.name"]]
     path = files(tmp_path, OWN, BASE.replace("[lora]", "[lora"))
-    assert faults(path) == ["shared/base.toml:9: not TOML: Expected ']' at the end of a table declaration"]
+    assert faults(path) == [
+        "shared/base.toml:9: not TOML: the brackets around a table's name do not match (found [lora); write [lora]"
+    ]
 
 
 def test_an_inherited_sweep_points_at_its_file_too(tmp_path: Path) -> None:
@@ -113,11 +115,11 @@ def test_chains_and_their_refusals(tmp_path: Path) -> None:
     ]
     (tmp_path / "root.toml").write_text('extends = ["x.toml"]\n')
     assert faults(path) == [
-        "root.toml:1: extends: no file name (found ['x.toml']); wanted is one TOML file, e.g. extends = \"base.toml\""
+        "root.toml:1: extends: expected the name of one TOML file, got ['x.toml']; write it as in extends = \"base.toml\""
     ]
     (tmp_path / "root.toml").write_text('extends = "none.toml"\n')
     assert faults(path) == [
-        "root.toml:1: extends: no such file (found 'none.toml'); wanted is a TOML file, named relative to this one"
+        "root.toml:1: extends: no such file (found 'none.toml'); name a TOML file, relative to this one"
     ]
     for number in range(9):
         (tmp_path / f"{number}.toml").write_text(f'extends = "{number + 1}.toml"\n')

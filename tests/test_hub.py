@@ -97,7 +97,7 @@ def test_a_push_that_fails_is_a_warning_of_a_run_that_is_done(house: House, ther
 @pytest.mark.parametrize(
     ("wrong", "told"),
     [
-        ("no token", "a push is asked for, and there is no login for the hub; set HF_TOKEN, or `hf auth login`"),
+        ("no token", "hub.push is true, and this machine has no login for the hub; set HF_TOKEN, or `hf auth login`"),
         ("refused", "the hub refuses this machine's token; set HF_TOKEN"),
         ("read only", "the hub's login may only read; set HF_TOKEN"),
     ],

@@ -23,7 +23,7 @@ from runner.learn import build_optimizer, build_schedule, load_transformer, lora
 from runner.plan import learning, trains_lora
 from runner.prepare import prepare
 from runner.spec import Spec
-from runner.specfaults import _all_keys
+from runner.speckeys import all_keys
 
 TABLES: dict[str, Any] = {
     "model": {"base": "builtin:tiny", "max_sequence_length": 32},
@@ -335,7 +335,7 @@ def test_a_key_does_what_it_says(stocked: House, key: str) -> None:
 def test_the_tables_name_every_key() -> None:
     tables = {"model", "data", "prior", "tokens", "inversion", "lora", "text_lora", "train", "train.weighting", "optimizer",
               "schedule", "checkpoint", "validate", "stop", "track", "export", "hub", "notify", "compute"}  # fmt: skip
-    assert {name for name, _ in _all_keys(Spec)} - tables == set(TABLE) | set(ELSEWHERE)
+    assert {name for name, _ in all_keys(Spec)} - tables == set(TABLE) | set(ELSEWHERE)
     for place in ELSEWHERE.values():
         file, _, test = place.partition("::")
         assert f"def {test}(" in (Path(__file__).parent / file).read_text(), place

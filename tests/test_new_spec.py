@@ -16,7 +16,7 @@ from PIL import Image
 
 from runner.newspec import INSTEAD, NEEDED, TEMPLATES
 from runner.spec import Spec, dump
-from runner.specfaults import _all_keys
+from runner.speckeys import all_keys
 from runner.specload import load
 
 COMMENTED = re.compile(r'^# ((?:[a-z_0-9]+|"[a-z_.]+") = .*)$')
@@ -125,7 +125,7 @@ def test_every_key_is_in_some_template(bare: House) -> None:
         assert max(len(line) for line in text.splitlines()) <= 120
         for _, one in [*taken(text), *alternatives(text), ("", text)]:
             there |= set(keys_of(tomllib.loads(one)))
-    assert {name for name, _ in _all_keys(Spec)} <= there
+    assert {name for name, _ in all_keys(Spec)} <= there
     assert {"extends", "sweep.lora.rank", "sweep.seed"} <= there
 
 

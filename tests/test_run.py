@@ -131,8 +131,7 @@ def test_a_changed_spec_is_refused_with_the_difference(house: House) -> None:
     before = export_bytes(house.folder / "runs" / "a")
     said = house.fluxrun("queue", house.spec(steps="steps = 2", rank="rank = 8"))
     assert said.code == 2
-    assert "runs/a holds another run: lora.rank: 4 -> 8; " in said.err
-    assert "lora.alpha" not in said.err  # nobody set it
+    assert "runs/a holds another run: lora.rank: 4 -> 8; give" in said.err  # lora.alpha, which nobody set, is not named
     assert "--fresh" in said.err
     assert export_bytes(house.folder / "runs" / "a") == before
     assert house.fluxrun("queue", "a.toml", "--fresh").code == 0
@@ -145,7 +144,10 @@ def test_changed_pictures_are_refused_too(house: House) -> None:
     (house.folder / "pictures" / "01.txt").write_text("a TOK, quite different")
     said = house.fluxrun("queue", "a.toml")
     assert said.code == 2
-    assert "the images, the captions or the base model are not the ones it was trained on" in said.err
+    assert (
+        "runs/a holds another run: captions changed: 01.png ('a TOK on a white background in the middle' -> 'a TOK, quite "
+        "different'); give this spec another"
+    ) in said.err
 
 
 def test_a_second_spec_on_the_same_data_hits_the_cache(done: House, tmp_path: Path) -> None:
@@ -248,7 +250,7 @@ def test_two_commands_on_one_run(house: House) -> None:
 def test_stop_at_refuses_what_is_no_time(house: House) -> None:
     said = house.fluxrun("queue", house.spec(), "--stop-at", "7 o'clock")
     assert said.code == 2
-    assert "is no time of day; write HH:MM" in said.err
+    assert "is not a time of day; write HH:MM" in said.err
     assert not (house.folder / "runs").exists()
 
 

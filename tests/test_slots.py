@@ -49,8 +49,8 @@ def test_every_visible_gpu_is_a_slot_by_default(tmp_path: Path, monkeypatch: pyt
 @pytest.mark.parametrize(
     ("gpus", "options", "told"),
     [
-        ("0,0", [], "wanted are GPU numbers, e.g. 0,1, each once, or `cpu` (found '0,0')"),
-        ("first", [], "wanted are GPU numbers, e.g. 0,1, each once, or `cpu` (found 'first')"),
+        ("0,0", [], "expected GPU numbers such as 0,1, each once, or `cpu`, got '0,0'"),
+        ("first", [], "expected GPU numbers such as 0,1, each once, or `cpu`, got 'first'"),
         ("0,1", ["--slots", "2"], "every GPU is one slot; --slots is for --gpus cpu"),
     ],
 )

@@ -17,7 +17,7 @@ from pydantic import BaseModel
 
 from runner.errors import SpecError
 from runner.spec import Spec, dump, json_schema
-from runner.specfaults import _all_keys
+from runner.speckeys import all_keys
 from runner.specload import load
 from runner.tomllines import key_lines, line_of
 
@@ -156,7 +156,7 @@ def test_every_key_of_the_contract_is_read(tmp_path: Path, key: str) -> None:
 
 
 def test_that_table_names_every_key() -> None:
-    keys = {name for name, field in _all_keys(Spec) if not _is_table(field.annotation)}
+    keys = {name for name, field in all_keys(Spec) if not _is_table(field.annotation)}
     covered = {name for name in keys if any(name == key or name.startswith(f"{key}.") for key in VALUES)}
     assert keys - covered == {"model.base", "data.source", "train.epochs"}
 
@@ -223,11 +223,12 @@ def test_a_table_or_list_of_the_wrong_kind_is_told_in_toml_words(tmp_path: Path)
     text = LEAST + 'weighting = "mode"\n[validate]\nprompts = "a TOK"\n[[token]]\nname = "TOK"\n'
     told = faults(tmp_path, text)
     assert told[0] == (
-        "one.toml:7: train.weighting: no table (found 'mode'); wanted is a table (Density and weight of the timesteps)"
+        "one.toml:7: train.weighting: expected a table, got 'mode'; write [train.weighting], and below it scheme = \"mode\" "
+        "(how the timesteps are drawn and weighted)"
     )
-    assert told[1].startswith("one.toml:9: validate.prompts: no list (found 'a TOK'); wanted is a list of text (")
-    assert told[2].startswith("one.toml:10: token: unknown key (found ")
-    assert told[2].endswith("did you mean tokens?")
+    assert told[1].startswith("one.toml:9: validate.prompts: expected a list of text, got 'a TOK'; write prompts = [")
+    assert told[2].startswith("one.toml:10: token: unknown table (found ")
+    assert told[2].endswith("did you mean [[tokens]]?")
 
 
 def test_lines_of_keys_in_tricky_toml() -> None:

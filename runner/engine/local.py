@@ -18,7 +18,9 @@ from runner.engine.process import Trainer
 from runner.engine.slots import Slot
 from runner.errors import Code, FluxrunError, Held, Paused, disk_trouble
 from runner.finding import size
+from runner.fitting import less_memory
 from runner.index import write_index
+from runner.inputs import inputs_of
 from runner.morning import prepare_morning, read_ahead
 from runner.notify import Target, tell
 from runner.prepare import Job
@@ -49,6 +51,7 @@ class Work:
     heard: float = 0.0
     slowest: float | None = None  # seconds of a step in this attempt
     hung: bool = False
+    on_gpu: bool = False  # where it is, or was last
     reason: str = ""  # why the last attempt ended, as the trainer said it
 
     @property
@@ -164,7 +167,9 @@ def _write_index(queue: Queue) -> None:
 def _enlist(queue: Queue, job: Job) -> None:
     work = Work(job)
     try:
-        work.attempt = job.run.enlist(job.spec, job.plan, version("fluxrun"), job.source.origin)
+        work.attempt = job.run.enlist(
+            job.spec, job.plan, version("fluxrun"), job.source.origin, lambda: inputs_of(job.spec, job.pictures)
+        )
     except FluxrunError as error:
         queue.screen.line(f"not run: {error}", work.name)
         queue.left |= isinstance(error, Held)
@@ -216,7 +221,7 @@ def _begin(queue: Queue, place: Place, work: Work, threads: int | None, start: S
     work.saved, work.reason = _newest(work), ""
     work.heard, work.slowest, work.hung = time.monotonic(), None, False
     queue.screen.later_steps = sum(other.job.plan.steps for other in queue.waiting)
-    place.work = work
+    place.work, work.on_gpu = work, place.slot.gpus not in (None, "cpu")
     if place.trainer is not None and not place.trainer.lives:  # killed while it waited
         _dismiss(place)
     later = [other.job.run.folder for other in queue.waiting[:AHEAD]]
@@ -282,7 +287,13 @@ def _ended(queue: Queue, work: Work, code: int) -> None:
         _crashed(queue, work, code)
 
 
-MEMORY_HELP = "set model.gradient_checkpointing and queue it again, which goes on where it is, or lower train.batch_size or data.resolution"
+# What is said of a failure, by how the trainer ended: whether the same command would meet it again.
+NEXT_TRY = "; the same command tries again from the last checkpoint"
+NEXT: dict[int, str] = {
+    Code.FAILED: "; once that is put right, the same command goes on from the last checkpoint",
+    Code.NOT_FINITE: "; the same command would end the same way: change the spec, and give it another `name` or queue it with --fresh",
+    Code.MEMORY: "",
+}
 
 
 def _smaller(work: Work) -> int | None:
@@ -332,8 +343,8 @@ def _end(queue: Queue, work: Work, code: int) -> None:
         _write_down(queue, work, "stopped", work.reason)
     elif not paused:
         if code == Code.MEMORY:
-            work.reason += f"; {MEMORY_HELP}"
-        queue.screen.line(f"failed: {work.reason}; the same command tries again from the last checkpoint", work.name)
+            work.reason += f"; {less_memory(work.job.spec, on_gpu=work.on_gpu)}"
+        queue.screen.line(f"failed: {work.reason}{NEXT.get(code, NEXT_TRY)}", work.name)
         _write_down(queue, work, "failed", work.reason)
         queue.failed = True
         _circuit_breaker(queue, work, code)

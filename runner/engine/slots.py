@@ -57,7 +57,7 @@ def make_slots(gpus: str | None, count: int, most_gpus: int, runs: Path) -> list
         return [Slot(gpus or None, (runs / ".slots" / f"cpu-{number}",)) for number in range(count)]
     names = gpus.split(",")
     if not all(name.isdecimal() for name in names) or len(set(names)) < len(names):
-        raise ValueError(f"wanted are GPU numbers, e.g. 0,1, each once, or `cpu` (found {gpus!r})")
+        raise ValueError(f"expected GPU numbers such as 0,1, each once, or `cpu`, got {gpus!r}")
     if count > 1:
         raise ValueError("every GPU is one slot; --slots is for --gpus cpu")
     folder = Path(tempfile.gettempdir()) / f"fluxrun-gpus-{os.getuid()}"

@@ -243,7 +243,7 @@ def test_no_room_is_told_in_numbers_before_a_byte_is_written() -> None:
     code, reason = save_fails(writer(run, disk=small), 40, 500_000)
     assert code is Code.DISK
     assert reason == (
-        f"no room for the checkpoint of step 40 in {run.checkpoints}: 5 MiB free, wanted are 17; the checkpoint before "
+        f"no room for the checkpoint of step 40 in {run.checkpoints}: 5 MiB free, it needs 17; the checkpoint before "
         "it stands. Free some space, then the same command goes on"
     )
     assert not small.log
@@ -279,7 +279,7 @@ def test_a_full_disk_pauses_one_run_of_a_queue(house: House, done: House, monkey
     monkeypatch.setattr(files.DISK, "free", lambda folder: 1 << 20)
     said = house.fluxrun("queue", *specs)
     assert said.code == 3, said.err
-    assert "no room for the checkpoint of step 4 in runs/a/checkpoints: 1 MiB free, wanted are 16" in said.err
+    assert "no room for the checkpoint of step 4 in runs/a/checkpoints: 1 MiB free, it needs 16" in said.err
 
     monkeypatch.setattr(files.DISK, "free", free)
     said = house.fluxrun("queue", *specs)

@@ -74,7 +74,8 @@ def test_control_a_schedule_that_asks_how_long_the_run_is_would_differ(
 REFUSED = {
     "the pivot would move": (
         ("pivotal", 4, 0.5, ""), ("pivotal", 8, 0.5, ""),
-        "train.steps: 4 -> 8; step 4 of the old run is on no way to the new one, whose phases end elsewhere",
+        "train.steps: 4 -> 8; it is at step 4 already; a phase of it ended at step 2, and would now end at step 4; set "
+        "inversion.until = 0.25, with which it goes on",
     ),
     "a schedule with an end": (
         ("lora", 4, 1, "cosine"), ("lora", 8, 1, "cosine"),
@@ -82,7 +83,8 @@ REFUSED = {
     ),
     "less than is trained": (
         ("lora", 4, 1, ""), ("lora", 2, 1, ""),
-        "train.steps: 4 -> 2; step 4 of the old run is on no way to the new one, whose phases end elsewhere",
+        "train.steps: 4 -> 2; it is at step 4 already, and this phase would now end at step 2; set train.steps = 4, with which "
+        "it goes on",
     ),
 }  # fmt: skip
 
@@ -95,7 +97,7 @@ def test_what_would_not_be_the_longer_run_is_refused(house: House, case: str) ->
     said = house.fluxrun("queue", spec_of(house, *new))
     assert said.code == 2
     assert (
-        f"name: runs/a holds another run: {reason}; give this spec another `name`, undo the change, or add --fresh"
+        f"name: runs/a holds another run: {reason}; give this spec another `name`, undo the change, or queue it with --fresh"
         in (said.err)
     )
     assert export_bytes(house.folder / "runs" / "a") == before

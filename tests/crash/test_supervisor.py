@@ -242,12 +242,13 @@ def test_out_of_memory_for_good_comes_with_advice(house: House, batch: int) -> N
         said = house.fluxrun("queue", lora(house, batch_size=f"batch_size = {batch}"))
     assert said.code == 1
     assert len(failed) == (1 if batch == 1 else 2)
+    one = "train.batch_size = 1 with train.accumulate = 4 or " if batch == 4 else ""
     advice = (
-        "set model.gradient_checkpointing and queue it again, which goes on where it is, or lower train.batch_size or "
-        "data.resolution"
+        "set model.gradient_checkpointing = true and queue it again, which goes on where it is, or give it another `name` and "
+        f'model.quantize = "int8"{", " if one else " or "}{one}a lower data.resolution, which begins anew'
     )
     assert state(house)["error"] == f"out of memory (tried to allocate 20 GiB); {advice}"
-    assert advice in said.err
+    assert f"{advice}\n" in said.err, "and no word of trying the same again"
 
 
 def test_three_runs_in_a_row_that_fail_alike_stop_the_queue(house: House) -> None:
