@@ -101,6 +101,13 @@ def test_the_form_of_a_name_is_told(house: House, name: str) -> None:
     )
 
 
+@pytest.mark.parametrize(("stem", "name"), [("my lora", "my-lora"), ("cache", "run-cache"), ("猫", "my-lora")])
+def test_a_new_specs_name_is_one_that_plan_takes(house: House, stem: str, name: str) -> None:
+    assert house.fluxrun("new", f"{stem}.toml").code == 0
+    assert f'\nname = "{name}"' in (house.folder / f"{stem}.toml").read_text()
+    assert ": name: " not in house.fluxrun("plan", f"{stem}.toml").err
+
+
 def test_a_bad_name_hides_no_other_fault(house: House) -> None:
     spec = named(house, "a", "a b")
     spec.write_text(spec.read_text().replace("rank = 4", "rnk = 4"))
