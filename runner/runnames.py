@@ -23,7 +23,7 @@ IN_RUNS_FOLDER = {
     "index.jsonl": "the results index lies there",
 }
 IN_RUN_FOLDER = {
-    "spec.toml", "plan.json", "state.json", "lease.json", "pins.json", "history.jsonl", "run.log", "stop", "checkpoints",
+    "spec.toml", "plan.json", "state.json", "lease.json", "pins.json", "inputs.json", "history.jsonl", "run.log", "stop", "checkpoints",
     "quarantine", "samples", "export",
 }  # fmt: skip
 EVENTS = "events.out."  # TensorBoard's files in a run's folder begin so
