@@ -23,7 +23,7 @@ IN_RUNS_FOLDER = {
     "index.jsonl": "the results index lies there",
 }
 IN_RUN_FOLDER = {
-    "spec.toml", "plan.json", "state.json", "lease.json", "pins.json", "history.jsonl", "run.log", "stop", "checkpoints",
+    "spec.toml", "plan.json", "state.json", "lease.json", "pins.json", "inputs.json", "history.jsonl", "run.log", "stop", "checkpoints",
     "quarantine", "samples", "export",
 }  # fmt: skip
 EVENTS = "events.out."  # TensorBoard's files in a run's folder begin so
@@ -62,7 +62,9 @@ def unportable(name: str) -> str | None:
 def allowed(text: str) -> str:
     """The text as one part of a name: what may not stand in one becomes `-`."""
     found = re.sub(r"[^A-Za-z0-9._=,+-]+", "-", text).lstrip("-.=,+")[:100].rstrip(".-")
-    return f"run-{found}" if not found or reserved(found) or unportable(found) else found
+    if not found:
+        return "my-lora"
+    return f"run-{found}" if reserved(found) or unportable(found) else found
 
 
 @dataclass(frozen=True)
