@@ -55,7 +55,8 @@ def _of_one(seen: Seen, key: str, look: Callable[[Seen], Iterable[Finding]]) -> 
     try:
         return list(look(seen))
     except Exception as error:
-        return [at(seen.source, "warning", key, f"could not be checked: {one_line(error)}")]
+        file, line = seen.source.place(key)  # whose folder the traceback's path has nothing to do with
+        return [Finding("warning", f"could not be checked: {one_line(error)}", file, line, key)]
 
 
 def _of_all(what: str, look: Callable[[], Iterable[Finding]]) -> list[Finding]:

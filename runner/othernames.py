@@ -218,7 +218,7 @@ NO_KEY: Mapping[str, str] = {
     "sample_every_n_epochs": f"{IN_STEPS}, by validate.every",
     "save_last_n_steps": "checkpoint.keep is how many checkpoints are kept",
     "save_model_as": "exports are safetensors",
-    "device": "`fluxrun queue --gpus` says where runs run",
+    "device": "the --gpus of `fluxrun queue` says where runs run",
     "local_rank": "compute.gpus says how many GPUs a run takes",
     "upcast_before_saving": "what is trained is kept in fp32",
 }  # fmt: skip

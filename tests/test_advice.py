@@ -103,8 +103,8 @@ FOLLOWED: dict[str, tuple[str, str, str]] = {
     ),
     "a token of two words": (
         f'{LEAST}[[tokens]]\nname = "TOK 2"\n',
-        "9: tokens.0.name: expected letters, digits and _, beginning with no digit, got 'TOK 2'; write \"TOK_2\" (the word that "
-        "stands for the concept in prompts and captions)",
+        "9: tokens.0.name: expected the letters A-Z and a-z, digits and _, beginning with no digit, got 'TOK 2'; write "
+        "\"TOK_2\" (the word that stands for the concept in prompts and captions)",
         f'{LEAST}[[tokens]]\nname = "TOK_2"\n',
     ),
     "no base": (

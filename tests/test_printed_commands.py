@@ -75,7 +75,7 @@ def test_every_command_in_a_message_parses(tmp_path: Path) -> None:
                     continue
                 seen.append(words[0])
                 assert (wrong := refusal(words, tmp_path)) is None, f"{file.name}:{line}: {shlex.join(words)}: {wrong}"
-    assert {"plan", "check", "export", "queue", "schema"} <= set(seen)
+    assert {"plan", "check", "export", "queue"} <= set(seen)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -181,9 +181,9 @@ def test_advice_on_phases_is_right_wherever_it_is_given(house: House) -> None:
     """For many pairs of specs: what is advised keeps every step trained so far, which is asked of the plans' own keys."""
     [job] = prepare([house.spec()], house.folder / "runs", fetch=True, fresh=False)
     from runner.plan import Facts, as_json
-    from runner.prepare import _facts
+    from runner.prepare import Bases, _facts
 
-    facts: Facts = _facts(job.spec, job.pictures)
+    facts: Facts = _facts(job.spec, job.pictures, Bases().of(job.spec))
 
     def planned(steps: int, text: float, lora: float):  # type: ignore[no-untyped-def]
         spec = job.spec.model_copy(
