@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,14 @@ import oracle
 import pytest
 import tomli_w
 import torch
-from conftest import PROJECT, House
+from conftest import PROJECT, House, desk_of
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
+
+from runner.checkpoint import Weights
+from runner.learn import load_encoders, load_transformer
+from runner.objective import FlowObjective
+from runner.rundir import Run
 
 TINY = PROJECT / "runner" / "bases" / "tiny"
 TOKEN = {"tokens": [{"name": "TOK"}]}
@@ -57,8 +63,9 @@ SPECS: dict[str, dict[str, Any]] = {
     "two tokens": {
         "tokens": [{"name": "TOK", "initializer": "red circle"}, {"name": "NEW", "vectors": 3}], "inversion.encoders": ["clip", "t5"],
     },
-    "pooling at the end": {**TOKEN, "inversion.pooling": "eos", "validate.every": 2, "data.holdout": 2},
-    "pooling of both kinds": {**TOKEN, "inversion.pooling": "both"},
+    "pooling as diffusers": {**TOKEN, "model.base": "dev", "validate.every": 2, "data.holdout": 2},
+    "pooling at the end": {**TOKEN, "model.base": "dev", "inversion.pooling": "eos", "validate.every": 2, "data.holdout": 2},
+    "pooling of both kinds": {**TOKEN, "model.base": "dev", "inversion.pooling": "both"},
     "inversion alone": {**BOTH, "lora.until": 0.0},
     "text lora": {"text_lora.rank": 4, "text_lora.alpha": 8.0, "text_lora.until": 0.5, "text_lora.lr": 3e-4},
     "prodigy over the pivot": {
@@ -92,6 +99,19 @@ def photos(folder: Path, count: int, *, captions: bool) -> None:
         picture.save(folder / f"p{number}.png")
         if captions and number % 2:
             (folder / f"p{number}.txt").write_text(f"a TOK number {number} beside NEW\n")
+
+
+def dev_base(folder: Path) -> Path:
+    """The bundled base with FLUX.1-dev's `eos_token_id` of 2, by which transformers pools at the highest id: the first new
+    token. The bundled base's own config names its real end token, where both ways of pooling are one."""
+    shutil.copytree(TINY, folder)
+    config = folder / "text_encoder" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "eos_token_id": 2}))
+    return folder
+
+
+def base_of(house: House, changes: dict[str, Any]) -> Path:
+    return dev_base(house.folder / "dev") if changes.get("model.base") == "dev" else TINY
 
 
 def write_spec(house: House, changes: dict[str, Any]) -> Path:
@@ -147,9 +167,9 @@ def compare(run: Path, expected: oracle.Trained, start: dict[str, torch.Tensor],
 
 @pytest.mark.parametrize("name", SPECS)
 def test_a_run_does_what_the_oracle_does(house: House, name: str) -> None:
-    spec = write_spec(house, SPECS[name])
+    spec, base = write_spec(house, SPECS[name]), base_of(house, SPECS[name])
     near = {"bf16": BF16, "fp16": FP16}.get(str(SPECS[name].get("model.dtype")), FP32)
-    other = oracle.Oracle(spec, TINY)
+    other = oracle.Oracle(spec, base)
     start = other.tensors()
     expected = other.train()
     said = house.fluxrun("queue", spec)
@@ -159,8 +179,6 @@ def test_a_run_does_what_the_oracle_does(house: House, name: str) -> None:
 
 def test_a_halved_micro_batch_is_the_same_batch(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     """After memory fell short: the sums are taken in another order, and that is all."""
-    from runner.rundir import Run
-
     spec = write_spec(
         house, {**BOTH, "train.batch_size": 4, "prior.images": "class", "prior.prompt": "a disc", "prior.count": 3}
     )
@@ -170,3 +188,19 @@ def test_a_halved_micro_batch_is_the_same_batch(house: House, monkeypatch: pytes
     said = house.fluxrun("queue", spec)
     assert said.code == 0, said.err
     compare(house.folder / "runs" / "a", other.train(), start, FP32)
+
+
+def test_a_look_changes_nothing_of_what_follows(house: House) -> None:
+    """Dropout goes on after the eval loss was taken: the same loss, to the bit, before and after."""
+    desk = desk_of(write_spec(house, {"lora.dropout": 0.5}))
+    [phase] = desk.plan.training
+    transformer, adapter = load_transformer(desk, phase, Weights())
+    with torch.no_grad():
+        for parameter in adapter.values():  # B is zero at first, and hides what dropout does
+            parameter += 0.1
+    objective = FlowObjective(desk, transformer, load_encoders(desk, phase, Weights()))
+    before = objective.loss(0, 0)
+    first = objective.evaluate()
+    assert torch.equal(objective.loss(0, 0), before)
+    assert objective.evaluate() == first  # without dropout
+    objective.close()
