@@ -89,8 +89,11 @@ def test_a_run_puts_all_of_them_into_its_text_keys(house: House) -> None:
 
     half = replace(plain, base=replace(plain.base, dtype=torch.bfloat16))
     held = replace(plain, base=replace(plain.base, quantize="int8"))
-    other = replace(plain, prints={part: "x" for part in PARTS})
-    adapted = [replace(plain, spec=plain.spec.model_copy(update={"text_lora": SimpleNamespace(alpha=alpha)})) for alpha in (2.0, 4.0)]
+    other = replace(plain, prints=dict.fromkeys(PARTS, "x"))
+    adapted = [
+        replace(plain, spec=plain.spec.model_copy(update={"text_lora": SimpleNamespace(alpha=alpha)}))
+        for alpha in (2.0, 4.0)
+    ]
     for encoder in ("clip", "t5"):
         made = {
             "as it is": key(plain, encoder),
@@ -107,7 +110,9 @@ def test_a_run_puts_all_of_them_into_its_text_keys(house: House) -> None:
             made["quantised"] = key(held, encoder)
         else:
             made |= {f"LoRA, {one.spec.text_lora.alpha}": key(one, encoder, Weights(text_lora=lora)) for one in adapted}  # type: ignore[union-attr]
-            made["other LoRA"] = key(adapted[0], encoder, Weights(text_lora={name: 2 * value for name, value in lora.items()}))
+            made["other LoRA"] = key(
+                adapted[0], encoder, Weights(text_lora={name: 2 * value for name, value in lora.items()})
+            )
             made["pooling"] = key(plain, encoder, pooling="eos")
             assert key(held, encoder) == made["as it is"]  # CLIP is never quantised
         distinct(made)

@@ -82,9 +82,7 @@ def test_a_run_that_crashed_goes_on_before_the_next_begins(house: House) -> None
         (-signal.SIGINT, "stopped before it began\n", "stopped", 3),
     ],
 )
-def test_how_each_end_of_a_trainer_is_told(
-    house: House, code: int, told: str, state: str, exit_code: int
-) -> None:
+def test_how_each_end_of_a_trainer_is_told(house: House, code: int, told: str, state: str, exit_code: int) -> None:
     """And the next run begins, whatever it was."""
     reason = "why" if code in set(Code) else ""
     with trainers({"a": [Attempt(code, reason)]}) as done:
@@ -161,7 +159,12 @@ def test_a_done_run_between_them_begins_the_count_again(house: House) -> None:
 
 
 def test_another_reason_between_them_begins_the_count_again(house: House) -> None:
-    script = {"a": [off_the_bus(0)], "b": [Attempt(Code.FAILED, "the fan sings")], "c": [off_the_bus(2)], "d": [off_the_bus(3)]}
+    script = {
+        "a": [off_the_bus(0)],
+        "b": [Attempt(Code.FAILED, "the fan sings")],
+        "c": [off_the_bus(2)],
+        "d": [off_the_bus(3)],
+    }
     with trainers(script) as told:
         said = queue(house, "abcde")
     assert told[-1] == "e begins"

@@ -213,14 +213,14 @@ def test_a_key_changes_what_it_should_and_the_run_folder_says_so(tmp_path: Path,
 
 def test_every_key_has_an_example() -> None:
     """A new key fails this until it stands in the table: then the test above asks what it changes."""
-    tables = {name for name, kind in _all_keys(Spec) if any(other.startswith(f"{name}.") for other, _ in _all_keys(Spec))}
+    tables = {
+        name for name, kind in _all_keys(Spec) if any(other.startswith(f"{name}.") for other, _ in _all_keys(Spec))
+    }
     assert {name for name, _ in _all_keys(Spec)} - tables == set(EXAMPLES)
     assert set(EXAMPLES) >= SHOWN | NOTHING | SPANS
 
 
-@pytest.mark.parametrize(
-    "key", ["model.gradient_checkpointing", "inversion.gradient_checkpointing"]
-)
+@pytest.mark.parametrize("key", ["model.gradient_checkpointing", "inversion.gradient_checkpointing"])
 def test_what_is_recomputed_counts_where_code_is_compiled(tmp_path: Path, key: str) -> None:
     """Which then rounds otherwise."""
     keys = []
@@ -242,15 +242,15 @@ def test_another_length_is_another_run_where_the_schedule_asks_for_it(tmp_path: 
     spec, longer = spec_of(tmp_path, tables), spec_of(tmp_path, laid_over(tables, {"train": {"steps": 9}}))
     run = as_trained(tmp_path, spec, make_plan(spec, FACTS))
     verdict = run.verdict(longer, make_plan(longer, FACTS))
-    assert verdict == Verdict(
-        "changed", f"train.steps: 8 -> 9; the {schedule} schedule depends on where it ends"
-    )
+    assert verdict == Verdict("changed", f"train.steps: 8 -> 9; the {schedule} schedule depends on where it ends")
 
 
 def test_what_the_paths_point_at_counts(tmp_path: Path) -> None:
     """By the fingerprints of data and base."""
     spec = spec_of(tmp_path, LEAST)
-    keys = {make_plan(spec, facts).training_key for facts in (FACTS, replace(FACTS, data="x"), replace(FACTS, base="x"))}
+    keys = {
+        make_plan(spec, facts).training_key for facts in (FACTS, replace(FACTS, data="x"), replace(FACTS, base="x"))
+    }
     assert len(keys) == 3
 
 

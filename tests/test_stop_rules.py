@@ -29,7 +29,9 @@ from runner.train import CURVE_POINTS, SMOOTHING, Early, Loop, Meters, looked, t
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """What the clock on the wall shows, for deadlines."""
     shown = SimpleNamespace(now=datetime.datetime(2026, 7, 1, 6, 59, 30))
-    fake = SimpleNamespace(datetime=SimpleNamespace(now=lambda: shown.now), time=datetime.time, timedelta=datetime.timedelta)
+    fake = SimpleNamespace(
+        datetime=SimpleNamespace(now=lambda: shown.now), time=datetime.time, timedelta=datetime.timedelta
+    )
     monkeypatch.setattr(stop, "datetime", fake)
     return shown
 
@@ -47,7 +49,9 @@ def test_at_the_deadline_a_run_is_asked_to_stop_and_no_other_begins(house: House
     assert (said.code, told) == (3, ["a begins", "a asked"])
     states = {row["name"]: row["state"] for row in json.loads(house.fluxrun("status", "--json").out)}
     assert states == {"a": "stopped", "b": "stopped"}
-    with trainers({"a": [Attempt(None, then=lambda: setattr(clock, "now", clock.now + datetime.timedelta(days=1)))]}) as told:
+    with trainers(
+        {"a": [Attempt(None, then=lambda: setattr(clock, "now", clock.now + datetime.timedelta(days=1)))]}
+    ) as told:
         assert house.fluxrun(*command).code == 3  # it is seven o'clock: the next one is meant
     assert told == ["a begins", "a asked"]
     clock.now = datetime.datetime(2026, 7, 2, 22, 0, 0)
@@ -65,7 +69,9 @@ def test_at_the_deadline_a_run_is_asked_to_stop_and_no_other_begins(house: House
         ("2026-12-31 23:59:59", "00:00", "2027-01-01 00:00:00"),
     ],
 )
-def test_a_deadline_is_the_next_time_the_clock_shows_it(clock: SimpleNamespace, now: str, text: str, wanted: str) -> None:
+def test_a_deadline_is_the_next_time_the_clock_shows_it(
+    clock: SimpleNamespace, now: str, text: str, wanted: str
+) -> None:
     clock.now = datetime.datetime.fromisoformat(now)
     assert next_time(text) == datetime.datetime.fromisoformat(wanted)
 
@@ -152,7 +158,9 @@ def test_a_request_is_answered_after_the_step_with_a_save() -> None:
     assert saved[-1][1].ended == "stopped after step 3; the same command goes on from there"
 
 
-@pytest.mark.parametrize(("every", "steps", "wanted"), [(3, 9, [3, 6, 9]), (4, 9, [4, 8, 9]), (1, 3, [1, 2, 3]), (10, 9, [9])])
+@pytest.mark.parametrize(
+    ("every", "steps", "wanted"), [(3, 9, [3, 6, 9]), (4, 9, [4, 8, 9]), (1, 3, [1, 2, 3]), (10, 9, [9])]
+)
 def test_a_checkpoint_is_due_every_so_many_steps_and_at_the_end(every: int, steps: int, wanted: list[int]) -> None:
     assert [step for step, _ in loop(Line(), steps, loop={"save_every": every})] == wanted
 

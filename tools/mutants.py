@@ -71,7 +71,20 @@ def copy_tree(target: Path) -> Path:
 
 def pytest(tree: Path, tests: Sequence[str], *more: str) -> tuple[int | None, str]:
     """Its exit code, None after LIMIT seconds, and what it printed."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=line", "-rf", "-m", "", *more, *tests]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--tb=line",
+        "-rf",
+        "-m",
+        "",
+        *more,
+        *tests,
+    ]
     environment = {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         command, cwd=tree, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
@@ -161,7 +174,9 @@ def main() -> int:
     for worker in workers:
         worker.join()
     noticed = len(chosen) - len(missed)
-    print(f"{noticed} of {len(chosen)} noticed in {time.monotonic() - began:.0f} s; not: {' '.join(sorted(missed)) or 'none'}")
+    print(
+        f"{noticed} of {len(chosen)} noticed in {time.monotonic() - began:.0f} s; not: {' '.join(sorted(missed)) or 'none'}"
+    )
     return 1 if missed else 0
 
 
