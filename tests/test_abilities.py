@@ -282,7 +282,9 @@ def test_several_tokens_learn_side_by_side(house: House) -> None:
     """Also where one's name begins the other's; rows in the order of the spec, and the card says which is which."""
     for path in (house.folder / "pictures").glob("*.txt"):
         path.write_text(path.read_text().replace("TOK", "TOK beside a TOK2"))
-    spec = house.spec("a", name='name = "TOK2"\nvectors = 3\ninitializer = "red heart"\n[[tokens]]\nname = "TOK"', lr="lr = 0.3")
+    spec = house.spec(
+        "a", name='name = "TOK2"\nvectors = 3\ninitializer = "red heart"\n[[tokens]]\nname = "TOK"', lr="lr = 0.3"
+    )
     said = house.fluxrun("queue", spec)
     assert said.code == 0, said.err
     export = house.folder / "runs" / "a" / "export"
@@ -305,7 +307,9 @@ def test_several_tokens_learn_side_by_side(house: House) -> None:
         first = text.initial_rows(encoder, tokenizer, counts, 0, name)
         assert len({tuple(row) for row in first.tolist()}) == 5  # each begins as its own
         turned = torch.nn.functional.cosine_similarity(early[name], first)
-        assert (turned < 0.99).all(), turned  # and has learned: the rescale and weight decay alone only change its length
+        assert (turned < 0.99).all(), (
+            turned
+        )  # and has learned: the rescale and weight decay alone only change its length
 
 
 def test_the_card_tells_which_consumers_the_rows_are_for(house: House) -> None:

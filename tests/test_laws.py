@@ -38,7 +38,15 @@ def examples(count: int) -> Any:
 
 # ---- specs ---------------------------------------------------------------------------------------------------------
 
-TAKEN_ALONE = ("train.epochs", "train.weighting", "optimizer", "text_lora", "model.dtype", "model.offload", "inversion.encoders")
+TAKEN_ALONE = (
+    "train.epochs",
+    "train.weighting",
+    "optimizer",
+    "text_lora",
+    "model.dtype",
+    "model.offload",
+    "inversion.encoders",
+)
 
 
 def put(tables: dict[str, Any], key: str, value: Any) -> None:
@@ -54,7 +62,9 @@ def put(tables: dict[str, Any], key: str, value: Any) -> None:
 def specs(draw: Callable[[Any], Any]) -> dict[str, Any]:
     """A pivotal spec with some keys at other values than their defaults, as one writes it; only such as go together."""
     tables = laid_over(LEAST, TOKENS)
-    for key in draw(st.lists(st.sampled_from([key for key in EXAMPLES if not key.startswith(TAKEN_ALONE)]), max_size=12)):
+    for key in draw(
+        st.lists(st.sampled_from([key for key in EXAMPLES if not key.startswith(TAKEN_ALONE)]), max_size=12)
+    ):
         value, more = EXAMPLES[key]
         for table, inner in more.items():
             if table not in ("tokens", "text_lora"):
@@ -100,7 +110,10 @@ SWEPT = {
 
 
 @examples(25)
-@given(st.dictionaries(st.sampled_from(list(SWEPT)), st.integers(1, 3), min_size=1, max_size=3), st.randoms(use_true_random=False))
+@given(
+    st.dictionaries(st.sampled_from(list(SWEPT)), st.integers(1, 3), min_size=1, max_size=3),
+    st.randoms(use_true_random=False),
+)
 def test_a_sweep_is_the_product_of_its_lists(chosen: dict[str, int], shuffle: Any) -> None:
     """One run each, in the lists' order, the last list first; each is the spec that one would have written by hand."""
     lists = {key: shuffle.sample(SWEPT[key], min(count, len(SWEPT[key]))) for key, count in chosen.items()}
@@ -158,7 +171,9 @@ def test_a_longer_run_begins_as_the_shorter_one(drawn: tuple[dict[str, Any], int
 
 @examples(30)
 @given(st.integers(1, 50), st.integers(1, 4), st.integers(1, 4), st.integers(1, 3), st.integers(1, 5))
-def test_an_epoch_shows_every_view_at_least_once(images: int, batch: int, accumulate: int, repeats: int, epochs: int) -> None:
+def test_an_epoch_shows_every_view_at_least_once(
+    images: int, batch: int, accumulate: int, repeats: int, epochs: int
+) -> None:
     from dataclasses import replace
 
     tables = laid_over(LEAST, {"data": {"repeats": repeats}, "train": {"steps": None, "epochs": epochs,
@@ -280,12 +295,17 @@ SIZES = st.tuples(st.integers(64, 4000), st.integers(64, 4000))
 
 
 @examples(60)
-@given(st.lists(SIZES, min_size=1, max_size=12), st.lists(st.integers(2, 64).map(lambda n: 16 * n), min_size=1, max_size=3, unique=True))
+@given(
+    st.lists(SIZES, min_size=1, max_size=12),
+    st.lists(st.integers(2, 64).map(lambda n: 16 * n), min_size=1, max_size=3, unique=True),
+)
 def test_every_picture_is_in_the_bucket_of_its_shape(sizes: list[tuple[int, int]], sides: list[int]) -> None:
     """Once per resolution; sides are multiples of 16 and the area about that of the square; a picture twice as large, or one
     turned, is in the same bucket, or in the turned one."""
     found = views.group(sizes, tuple(sides), buckets=True)
-    assert Counter(index for chosen in found.values() for index in chosen) == dict.fromkeys(range(len(sizes)), len(sides))
+    assert Counter(index for chosen in found.values() for index in chosen) == dict.fromkeys(
+        range(len(sizes)), len(sides)
+    )
     assert list(found) == sorted(found)
     for side in sides:
         ladder = views.bucket_sizes(side)

@@ -74,10 +74,14 @@ def test_each_kind_of_parameter_has_its_own_rate_and_decay(scale: bool) -> None:
         train={"lr": 0.5, "batch_size": 2, "accumulate": 3, "scale_lr": scale}, compute={"gpus": 2},
     )  # fmt: skip
     kinds = {kind: {f"{kind}/x": nn.Parameter(torch.zeros(2))} for kind in ("lora", "rows")}
-    found = {next(iter(group.parameters)): (group.lr, group.weight_decay) for group in build_optimizer(spec, kinds).groups}
+    found = {
+        next(iter(group.parameters)): (group.lr, group.weight_decay) for group in build_optimizer(spec, kinds).groups
+    }
     times = 12 if scale else 1
     assert found == {"lora/x": (0.5 * times, 0.125), "rows/x": (0.25 * times, 0.5)}
-    text = spec_of(text_lora={"rank": 2, "lr": 0.25}, optimizer={"name": "adamw", "weight_decay": 0.125}, train={"lr": 0.5})
+    text = spec_of(
+        text_lora={"rank": 2, "lr": 0.25}, optimizer={"name": "adamw", "weight_decay": 0.125}, train={"lr": 0.5}
+    )
     kinds = {"text_lora": {"text_lora/x": nn.Parameter(torch.zeros(2))}}
     [group] = build_optimizer(text, kinds).groups
     assert (group.lr, group.weight_decay) == (0.25, 0.125)

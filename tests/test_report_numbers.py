@@ -23,7 +23,9 @@ def runs(tmp_path: Path) -> Path:
 
 def test_the_best_run_is_that_with_the_lowest_eval_loss(runs: Path) -> None:
     state = runs / "a" / "state.json"
-    state.write_text(json.dumps({key: value for key, value in json.loads(state.read_text()).items() if key != "eval_loss"}))
+    state.write_text(
+        json.dumps({key: value for key, value in json.loads(state.read_text()).items() if key != "eval_loss"})
+    )
     found = report._summary(report._folders(runs))
     assert found == {
         "count": 3, "states": [("done", 2), ("failed", 1)], "wall": "3:00:00",

@@ -57,7 +57,9 @@ def night(house: House) -> House:
 def test_every_column_holds_what_the_run_folders_tell(night: House) -> None:
     """In the index, as JSON, and as CSV."""
     write_index(night.folder / "runs")
-    rows = {row["name"]: row for row in map(json.loads, (night.folder / "runs" / "index.jsonl").read_text().splitlines())}
+    rows = {
+        row["name"]: row for row in map(json.loads, (night.folder / "runs" / "index.jsonl").read_text().splitlines())
+    }
     shown = {row["name"]: row for row in json.loads(night.fluxrun("results", "--json").out)}
     listed = {row["name"]: row for row in csv.DictReader(io.StringIO(night.fluxrun("results", "--csv").out))}
     assert list(rows) == list(shown) == list(listed) == ["B", "a", "b", "c"]
