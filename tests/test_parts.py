@@ -90,6 +90,10 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="disk full"):
         files.write_bytes(path, (broken() for _ in range(1)))  # type: ignore[misc]
     assert path.read_text() == "old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["state.json"]
+    for stale in (".state.json.7.partial", ".export.partial/x"):  # of a process that was killed
+        (tmp_path / stale).parent.mkdir(exist_ok=True)
+        (tmp_path / stale).write_text("half")
     files.sweep_aside(tmp_path)
     assert [entry.name for entry in tmp_path.iterdir()] == ["state.json"]
 
