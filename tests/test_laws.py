@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_spec_key import EXAMPLES, FACTS, LEAST, TOKENS, laid_over
 
-from runner import layouts, optim, views
+from runner import foreign_layouts, layouts, optim, views
 from runner.basefiles import BUILTIN, clip_layers, linear_layers, lora_layers
 from runner.layouts import Adapter, Factors
 from runner.origins import annotated
@@ -216,7 +216,7 @@ def adapters(draw: Callable[[Any], Any]) -> Adapter:
 @given(adapters())
 def test_the_original_layout_gives_back_the_factors(adapter: Adapter) -> None:
     """To the bit, also where several of them became one matrix."""
-    back = layouts.from_kohya(layouts.to_kohya(adapter))
+    back = foreign_layouts.read(layouts.to_kohya(adapter), {}).adapter
     for ours, theirs in ((adapter.transformer, back.transformer), (adapter.text, back.text)):
         assert ours.keys() == theirs.keys()
         for name, part in ours.items():
@@ -247,7 +247,7 @@ def test_parts_of_any_rank_and_alpha_fuse_into_their_changes(parts: list[tuple[i
         name: factors(LINEAR[name], rank, alpha, torch.float32, seed)
         for seed, (name, (rank, alpha)) in enumerate(zip(names, parts, strict=True))
     }
-    back = layouts.from_kohya(layouts.to_kohya(Adapter(made, {}))).transformer
+    back = foreign_layouts.read(layouts.to_kohya(Adapter(made, {})), {}).adapter.transformer
     for name, part in made.items():
         wanted = part.scale * (part.up @ part.down)
         found = back[name].scale * (back[name].up.float() @ back[name].down.float())
@@ -300,8 +300,8 @@ SIZES = st.tuples(st.integers(64, 4000), st.integers(64, 4000))
     st.lists(st.integers(2, 64).map(lambda n: 16 * n), min_size=1, max_size=3, unique=True),
 )
 def test_every_picture_is_in_the_bucket_of_its_shape(sizes: list[tuple[int, int]], sides: list[int]) -> None:
-    """Once per resolution; sides are multiples of 16 and the area about that of the square; a picture twice as large, or one
-    turned, is in the same bucket, or in the turned one."""
+    """Once per resolution; sides are multiples of 16 and the area about that of the square; a picture twice as large is in the
+    same bucket."""
     found = views.group(sizes, tuple(sides), buckets=True)
     assert Counter(index for chosen in found.values() for index in chosen) == dict.fromkeys(
         range(len(sizes)), len(sides)
@@ -311,7 +311,6 @@ def test_every_picture_is_in_the_bucket_of_its_shape(sizes: list[tuple[int, int]
         ladder = views.bucket_sizes(side)
         assert ladder[0] == (side, side)
         assert len(set(ladder)) == len(ladder)
-        assert {(high, wide) for wide, high in ladder} == set(ladder)
         for wide, high in ladder:
             assert wide % 16 == high % 16 == 0
             assert abs(wide * high - side * side) <= 16 * (wide + high) / 2 + 64

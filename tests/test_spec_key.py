@@ -68,6 +68,7 @@ EXAMPLES: dict[str, tuple[Any, dict[str, Any]]] = {
     "prior.batch_size": (2, PRIOR),
     "tokens.name": ("TWO", TOKENS),
     "tokens.vectors": (3, TOKENS),
+    "tokens.placeholder": ("bird", TOKENS),
     "tokens.initializer": ("red heart", TOKENS),
     "inversion.encoders": (["clip", "t5"], TOKENS),
     "inversion.until": (0.25, TOKENS),
