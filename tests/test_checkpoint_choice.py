@@ -144,11 +144,12 @@ def test_the_newest_the_best_and_the_ends_of_phases_are_kept(
 def test_checkpoints_of_later_steps_are_left_alone(tmp_path: Path) -> None:
     """They are another plan's."""
     own = writer(tmp_path / "checkpoints", 1)
-    checkpoint.write(own.folder / file_name(9), made(9))
+    for step in (8, 9):
+        checkpoint.write(own.folder / file_name(step), made(step))
     for step in (1, 2):
         own.write(made(step))
     own.close()
-    assert sorted(step for step, _ in steps_in(own.folder)) == [2, 9]
+    assert sorted(step for step, _ in steps_in(own.folder)) == [2, 8, 9]
 
 
 def test_room_for_a_checkpoint_is_its_size_and_something_to_spare(tmp_path: Path) -> None:

@@ -193,12 +193,12 @@ def test_the_edges_of_every_rule(early: Early, loss: float, best: float, best_st
 def test_the_best_step_is_the_first_with_the_lowest_loss() -> None:
     """A loss that is no number is told, and is not the best."""
     meters, seen = Meters(), []
-    for step, loss in enumerate([3.0, 2.0, 2.0, float("nan"), 2.5, 1.0], 1):
+    for step, loss in enumerate([float("nan"), 3.0, 2.0, 2.0, float("nan"), 2.5, 1.0], 1):
         meters = looked(meters, step, loss)
         seen.append(meters.best_step)
-    assert seen == [1, 2, 2, 2, 2, 6]
+    assert seen == [None, 2, 3, 3, 3, 3, 7]
     assert (meters.best, meters.eval_loss) == (1.0, 1.0)
-    assert looked(meters, 7, None) == meters
+    assert looked(meters, 8, None) == meters
 
 
 def test_the_last_step_is_no_early_end() -> None:
