@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import tomllib
 from dataclasses import replace
 from pathlib import Path
@@ -210,6 +211,7 @@ def test_a_key_changes_what_it_should_and_the_run_folder_says_so(tmp_path: Path,
     else:
         assert verdict.state == "changed"
         assert f"{'tokens' if key.startswith('tokens.') else key}: " in verdict.reason
+        assert all(re.fullmatch(r"[a-z_.0-9]+: .+ -> .+", part) for part in verdict.reason.split("; ")), verdict.reason
 
 
 def test_every_key_has_an_example() -> None:

@@ -19,6 +19,9 @@ from runner.rundir import Run
 from runner.stepfiles import file_name
 
 
+PATIENCE = 5000  # looks at a trainer that nobody ends
+
+
 def nothing() -> None:
     pass
 
@@ -62,6 +65,7 @@ def trainers(script: Mapping[str, Sequence[Attempt]]) -> Iterator[list[str]]:
 
         def poll(self) -> list[Any]:
             self.polls += 1
+            assert self.polls < PATIENCE, f"{self.run.name} trains on, and nobody asks it to stop"
             if self.polls == 1:
                 if self.now.saves:
                     save(self.run, self.now.saves)

@@ -31,7 +31,7 @@ from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parent.parent
 LIST = PROJECT / "tests" / "mutants.toml"
-LIMIT = 300.0  # seconds for a mistake's tests; one that makes them hang is noticed too
+LIMIT = 120.0  # seconds for a mistake's tests; one that makes them hang is noticed too
 NO_TESTS = (2, 3, 4, 5)  # pytest: stopped while collecting, an error of its own, wrong ids, nothing collected
 # Imported once, before the tests' processes are forked: it would take each of them longer than its tests.
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "pydantic", "hypothesis", "prodigyopt", "tensorboard", "PIL.Image",
