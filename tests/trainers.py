@@ -18,7 +18,6 @@ from runner.files import make_folder
 from runner.rundir import Run
 from runner.stepfiles import file_name
 
-
 PATIENCE = 5000  # looks at a trainer that nobody ends
 
 
