@@ -230,6 +230,23 @@ def test_diffusers_layout_gives_back_the_changes(adapter: Adapter) -> None:
 
 
 @examples(20)
+@given(st.integers(1, 5), st.floats(0.25, 16), st.floats(0.25, 16))
+def test_alpha_is_what_the_metadata_says(rank: int, own: float, other: float) -> None:
+    """Of a diffusers file: the adapter's own, but for layers that a pattern names; the rank where nothing is said. By the
+    reader of our files and by that of others'."""
+    q, k = (f"transformer_blocks.0.attn.to_{letter}" for letter in "qk")
+    made = {name: factors(LINEAR[name], rank, 1.0, torch.float32, seed) for seed, name in enumerate((q, k))}
+    named = {f"transformer.{name}.lora_A.weight": one.down for name, one in made.items()}
+    named |= {f"transformer.{name}.lora_B.weight": one.up for name, one in made.items()}
+    plain = {"transformer.lora_alpha": own, "transformer.r": rank}
+    patterned = {**plain, "transformer.alpha_pattern": {k: other}}
+    for config, wanted in (({}, (rank, rank)), (plain, (own, own)), (patterned, (own, other))):
+        for found in (layouts.from_diffusers(named, config), foreign_layouts.read(named, config).adapter):
+            scales = tuple(found.transformer[name].scale for name in (q, k))
+            assert scales == pytest.approx([alpha / rank for alpha in wanted], rel=1e-6)
+
+
+@examples(20)
 @given(st.lists(st.tuples(st.integers(1, 4), st.floats(0.25, 8)), min_size=3, max_size=3))
 def test_parts_of_any_rank_and_alpha_fuse_into_their_changes(parts: list[tuple[int, float]]) -> None:
     """As files of others have them: each part's change comes back, whatever its neighbours are."""
