@@ -87,14 +87,15 @@ def test_each_kind_of_parameter_has_its_own_rate_and_decay(scale: bool) -> None:
     assert (group.lr, group.weight_decay) == (0.25, 0.125)
 
 
-def test_the_rate_that_is_told_is_the_largest() -> None:
+def test_the_rate_that_is_told_is_each_kinds_own() -> None:
+    """With the schedule's factor, which here halves both."""
     kinds = {kind: {f"{kind}/x": nn.Parameter(torch.zeros(2))} for kind in ("lora", "rows")}
     spec = spec_of(tokens=[{"name": "TOK"}], inversion={"lr": 0.25}, train={"lr": 0.5})
     built = build_optimizer(spec, kinds)
     for parameter in built.parameters:
         parameter.grad = torch.ones(2)
     built.step(0.5)
-    assert built.effective_lr() == 0.25
+    assert built.learning_rates() == {"lora": 0.25, "rows": 0.125}
     assert [group["lr"] for group in built.torch.param_groups] == [0.25, 0.125]
     assert all(parameter.grad is None for parameter in built.parameters)
 

@@ -9,7 +9,7 @@ import pytest
 from nights import write_run
 
 from runner import report
-from runner.index import comparable, short_labels, telling
+from runner.index import Record, comparable, short_labels, telling
 from runner.report import POINTS
 
 
@@ -61,9 +61,16 @@ def test_losses_are_compared_where_they_are_of_the_same_pictures() -> None:
 
 
 def test_what_tells_runs_apart() -> None:
-    specs = [{"lora.rank": 4, "lora.alpha": 4.0, "seed": 0}, {"lora.rank": 8, "lora.alpha": 8.0, "seed": 0}]
-    assert telling(specs) == ["lora.rank"]  # alpha only repeats it
-    assert telling([*specs, {"lora.rank": 8, "lora.alpha": 4.0, "seed": 0}]) == ["lora.rank", "lora.alpha"]
+    def record(rank: int, alpha: float, typed: str = "lora.rank") -> Record:
+        origins = {"lora.rank": "set in a.toml", typed: "set in a.toml"}
+        return Record("a", "done", spec={"seed": 0, "lora.rank": rank, "lora.alpha": alpha}, origins=origins)
+
+    assert telling([record(4, 4.0), record(8, 8.0)]) == ["lora.rank"]  # alpha follows from it
+    assert telling([record(4, 4.0, typed="lora.alpha"), record(8, 1.0, typed="lora.alpha")]) == [
+        "lora.rank",
+        "lora.alpha",
+    ]
+    assert telling([record(4, 4.0), record(4, 8.0)]) == ["lora.alpha"]  # of another fluxrun's defaults
     assert short_labels(["s/lora.rank=4,train.lr=1", "s/lora.rank=8,train.lr=1"]) == ["rank=4, lr=1", "rank=8, lr=1"]
     assert short_labels(["s/lora.rank=4", "t/lora.rank=4"]) == ["s: rank=4", "t: rank=4"]
-    assert short_labels(["s/a.x=1", "s/b.x=1"]) == ["s/a.x=1", "s/b.x=1"]  # alike without their tables
+    assert short_labels(["s/a.x=1", "s/b.x=1"]) == ["a.x=1", "b.x=1"]  # alike without their tables

@@ -22,6 +22,7 @@ COLUMNS: dict[str, tuple[Any, Any, Any]] = {
     "started": (9.0, 1e2, 1e3),
     "finished": (9.5, 1.5e2, 1.5e3),
     "wall_s": (9.25, 10.5, 200.0),
+    "step": (9, 9, 100),
     "steps": (9, 10, 200),
     "s_per_step": (0.5, 1.5, 12.0),
     "peak_memory_bytes": (9 << 20, 10 << 20, 20 << 30),
@@ -32,6 +33,7 @@ COLUMNS: dict[str, tuple[Any, Any, Any]] = {
     "versions": ({"torch": "1"}, {"torch": "2"}, {"torch": "3"}),
     "error": ("bus", "disk", "fan"),
     "best_step": (3, 20, 100),
+    "exported_step": (4, 30, 90),
     "ended": ("at", "because", "since"),
     "attempts": (1, 2, 13),
     "split": (2, 3, 16),
@@ -73,7 +75,7 @@ def test_every_column_holds_what_the_run_folders_tell(night: House) -> None:
             assert tuple(listed[name][key] for name in "abc") == as_text
     assert {name for name in rows["B"] if rows["B"][name] not in (None, [], {})} == {"name", "state", "error"}
     assert (rows["B"]["state"], rows["B"]["error"]) == ("stopped", "its process is gone")
-    assert {field.name for field in fields(Record)} == {*COLUMNS, "spec"}
+    assert {field.name for field in fields(Record)} == {*COLUMNS, "spec", "origins"}
     assert set(rows["a"]) == set(COLUMNS)  # a spec stands in its own file
 
 
