@@ -183,7 +183,7 @@ def test_every_part_of_the_key_of_a_data_sets_latents(house: House, monkeypatch:
 
     made = {"as it is": key(), "data": key(data="x"), "vae": key(vae="x"), "dtype": key(dtype="x")}
     made |= {name: key(**{name: value}) for name, value in VIEWS.items() if value is not None}
-    monkeypatch.setattr(keys, "version", lambda _: "another Pillow")
+    monkeypatch.setattr(keys, "_pillow", lambda: "another Pillow")
     made["Pillow"] = key()
     monkeypatch.undo()
     distinct(made)

@@ -352,6 +352,7 @@ def test_what_changes_between_plan_and_start_is_refused(
     assert said.code == 1
     assert said.err == (
         f"a: failed: the data, the base or the spec.toml of {run.folder.relative_to(house.folder)} is not as it was when the "
-        "queue planned it; the same command plans again; the same command tries again from the last checkpoint\n"
+        "queue planned it; the same command plans again; once that is put right, the same command goes on from the last "
+        "checkpoint\n"
     )
     assert not list(run.checkpoints.glob("*"))
