@@ -20,6 +20,10 @@ slow:
 crash *ARGS:
     {{venv}}pytest tests/crash -s -m "slow or not slow" {{ARGS}}
 
+# mistakes that the tests must notice (tests/mutants.toml), each tried on a copy; not part of CI
+mutants *ARGS:
+    {{venv}}python tools/mutants.py {{ARGS}}
+
 # lint, format and types
 lint:
     {{venv}}ruff check --fix .

@@ -151,6 +151,7 @@ class Clerk:
 
     def show(self, step: int, look: Look) -> None:
         """The eval loss, and pictures where there are any."""
+        self.run.fence()  # drawing takes its time
         self.meters = looked(self.meters, step, look.eval_loss)
         if look.eval_loss is not None:
             values = {"eval/loss": look.eval_loss}

@@ -71,6 +71,7 @@ def deliver(order: Order, made: Checkpoint | None) -> Delivered:
     """
     run, spec, step = order.run, order.spec, made.step if made else 0
     weights = made.weights if made else Weights()
+    run.fence()
     aside = run.export.with_name(f".export{files.ASIDE}")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
@@ -171,6 +172,7 @@ def _verified_pictures(
         column = []
         for index, (read, (_, seed)) in enumerate(zip(reads, shots, strict=True)):
             column.append(sample.draw(pipe, read, seed, steps=own.steps, size=size))
+            run.fence()
             files.write_png(sample_file(run, at, index), column[-1])
             order.say.progress(len(columns) * len(shots) + index + 1, 2 * len(shots), "pictures")
             if order.stop_requested():
@@ -180,6 +182,7 @@ def _verified_pictures(
     order.say.end_phase()
     if shots:
         rows = [(prompt, [before, after]) for (prompt, _), before, after in zip(shots, *columns, strict=True)]
+        run.fence()
         files.write_png(run.samples / "before-after.png", sample.sheet(rows, ("before", "after")))
     return [(prompt, picture) for (prompt, _), picture in zip(shots, columns[1], strict=True)]
 
@@ -215,6 +218,7 @@ def push(order: Order) -> None:
         wrong = hub.push(order.run.export, repo, own.private, f"{order.spec.name}, by fluxrun", order.stop_requested)
     except KeyboardInterrupt:
         wrong = "interrupted"
+    order.run.fence()
     if wrong is None:
         order.run.amend(warning=None)
         return

@@ -149,6 +149,11 @@ class Run:
         who = f"process {holder.pid}{'' if holder.here else f' on {holder.host}'}" if holder else "another process"
         return Held(f"{who} is working on {self.folder}; wait for it, or stop it")
 
+    def taken_over(self) -> Held | None:
+        """For a queue, which enlisted it: whether another process has the run by now, and which."""
+        holder = self.lease().holder
+        return self._held() if holder and holder != Process.own() else None
+
     def next_attempt(self) -> int:
         """Another try by the same queue."""
         with self.locked():
@@ -373,6 +378,7 @@ class Run:
 
     def pin(self, what: str, value: str, way_out: str) -> None:
         """Remember what the training sees that no key could know beforehand. Raises Refused where it is another now."""
+        self.fence()
         pinned = {name: found for name, found in read_json(self.pins_file).items() if is_text(found)}
         if pinned.setdefault(what, value) != value:
             then, now = (str(one) if len(str(one)) < 40 else f"{one[:12]}..." for one in (pinned[what], value))
@@ -403,6 +409,7 @@ class Run:
 
     def set_apart(self, bad: Path, reason: str) -> Path:
         """Move a file that does not verify to quarantine/, with the reason beside it; it is never deleted."""
+        self.fence()
         files.make_folder(self.quarantine)
         target = _free_name(self.quarantine / bad.name)
         files.write_text(target.with_name(f"{target.name}.txt"), f"{reason}\n")

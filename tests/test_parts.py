@@ -90,6 +90,10 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="disk full"):
         files.write_bytes(path, (broken() for _ in range(1)))  # type: ignore[misc]
     assert path.read_text() == "old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["state.json"]
+    for stale in (".state.json.7.partial", ".export.partial/x"):  # of a process that was killed
+        (tmp_path / stale).parent.mkdir(exist_ok=True)
+        (tmp_path / stale).write_text("half")
     files.sweep_aside(tmp_path)
     assert [entry.name for entry in tmp_path.iterdir()] == ["state.json"]
 
@@ -323,6 +327,8 @@ def test_adapters_start_at_the_base_and_from_the_seed() -> None:
     ids=["adamw", "prodigy"],
 )
 def test_an_optimizer_goes_on_as_if_never_stopped(numbers: optim.Adam | optim.ProdigyNumbers, tmp_path: Path) -> None:
+    lr = 1.0 if isinstance(numbers, optim.ProdigyNumbers) else 1e-2
+
     def build() -> tuple[dict[str, nn.Parameter], optim.Optimizer]:
         torch.manual_seed(0)
         # a zero parameter, as LoRA's B: Prodigy keeps a 0-dim state for it
@@ -332,20 +338,21 @@ def test_an_optimizer_goes_on_as_if_never_stopped(numbers: optim.Adam | optim.Pr
             "rows/t5": nn.Parameter(torch.randn(4)),
         }
         groups = [
-            optim.Group({name: named[name] for name in ("lora/a", "lora/b")}, 1e-2, 0.01),
-            optim.Group({"rows/t5": named["rows/t5"]}, 1e-2, 0.1),
+            optim.Group({name: named[name] for name in ("lora/a", "lora/b")}, lr, 0.01),
+            optim.Group({"rows/t5": named["rows/t5"]}, lr, 0.1),
         ]
         return named, optim.Optimizer(groups, numbers)
 
     def advance(named: dict[str, nn.Parameter], optimizer: optim.Optimizer, steps: range) -> None:
+        """Gradients that mostly point one way, so that Prodigy's estimate d grows in every step."""
         for step in steps:
             generator = torch.Generator().manual_seed(step)
             for parameter in named.values():
-                parameter.grad = torch.randn(parameter.shape, generator=generator)
+                parameter.grad = 1 + 0.1 * torch.randn(parameter.shape, generator=generator)
             optimizer.step(1.0 - step / 100)
 
-    unbroken, optimizer = build()
-    advance(unbroken, optimizer, range(12))
+    unbroken, unbroken_optimizer = build()
+    advance(unbroken, unbroken_optimizer, range(12))
     named, optimizer = build()
     advance(named, optimizer, range(5))
     kept, scalars = optimizer.state()
@@ -355,8 +362,12 @@ def test_an_optimizer_goes_on_as_if_never_stopped(numbers: optim.Adam | optim.Pr
     for name, parameter in resumed.items():
         parameter.data.copy_(named[name].data)
     again.restore(loaded, json.loads(header["scalars"]))
+    if isinstance(numbers, optim.ProdigyNumbers):
+        first, then = numbers.d0, scalars["shared"]["d"]
+        assert first < then < unbroken_optimizer.torch.param_groups[0]["d"]
     advance(resumed, again, range(5, 12))
     assert all(torch.equal(resumed[name], unbroken[name]) for name in unbroken)
+    assert again.state()[1] == unbroken_optimizer.state()[1]
 
 
 @pytest.mark.parametrize(

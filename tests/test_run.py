@@ -77,10 +77,13 @@ def test_exports_hold_the_trained_values(done: House) -> None:
     lora = load_file(run / "export" / "pytorch_lora_weights.safetensors")
     assert lora.keys() == {f"transformer.{name}" for name in trained.lora}
     assert all(torch.equal(lora[f"transformer.{name}"], value.bfloat16()) for name, value in trained.lora.items())
+    original = load_file(run / "export" / "a.safetensors")
     rows = load_file(run / "export" / "a_emb.safetensors")
     assert set(rows) == {"clip_l", "t5", "t5xxl"}
     assert torch.equal(rows["clip_l"], trained.rows["clip"].bfloat16())
     assert torch.equal(rows["t5xxl"], trained.rows["t5"].bfloat16())
+    stored = [*lora.values(), *rows.values(), *(value for key, value in original.items() if not key.endswith(".alpha"))]
+    assert {value.dtype for value in stored} == {torch.bfloat16}  # `equal` is content with the same values in fp32
 
 
 @pytest.mark.parametrize(

@@ -275,6 +275,8 @@ def _ended(queue: Queue, work: Work, code: int) -> None:
     """What becomes of a run whose trainer has ended with `code`."""
     if code != Code.DONE and (gone := work.job.run.gone()):
         code, work.reason = Code.DISK, gone
+    elif code not in (Code.DONE, Code.HELD) and (held := work.job.run.taken_over()):
+        code, work.reason = Code.HELD, str(held)
     if code in (-signal.SIGTERM, -signal.SIGINT):  # it was asked before it could answer
         code, work.reason = Code.STOPPED, work.reason or "stopped before it began"
     if code == Code.MEMORY and work.split == 1 and (split := _smaller(work)):
@@ -369,6 +371,8 @@ def _tell_the_end(queue: Queue) -> None:
 
 
 def _write_down(queue: Queue, work: Work, state: str, reason: str) -> None:
+    if work.job.run.taken_over():
+        return
     with _as_the_disk_allows(queue, work):
         work.job.run.end(state, reason, split=work.split if work.split > 1 else None)
         _write_index(queue)
@@ -417,8 +421,8 @@ def _leave(queue: Queue) -> None:
     """Let go of what was not begun, or not begun again."""
     for work in queue.waiting:
         queue.left = True
+        _write_down(queue, work, "stopped", queue.halted or "not begun")
         with _as_the_disk_allows(queue, work):
-            work.job.run.end("stopped", queue.halted or "not begun")
             work.job.run.give_up()
             _write_index(queue)
 

@@ -115,49 +115,6 @@ def test_a_run_that_crashes_on_its_way_comes_through_as_long_as_steps_are_saved(
     assert_same(house)
 
 
-def test_a_trainer_that_falls_silent_between_steps_is_replaced(
-    house: House, whole: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Silence before the first step, or after the last one of a phase, is no sign: loading takes as long as it takes."""
-    from runner.engine import local
-
-    starts: list[Any] = []
-
-    class Silent:
-        """Takes one step, and then stands still until it is killed."""
-
-        def __init__(self, *_: object) -> None:
-            starts.append(self)
-            self.code: int | None = None
-            self.polls, self.lives = 0, True
-
-        def order(self, *_: object) -> None:
-            """It is all the same to it."""
-
-        def poll(self) -> list[Any]:
-            self.polls += 1
-            step = {"say": "step", "number": 1, "loss": None, "seconds": 0.01, "stop": 4, "steps": 4}
-            return [step] if self.polls == 5 else []
-
-        def kill(self) -> None:
-            assert self.polls > 5
-            self.code = -signal.SIGKILL
-
-        def dismiss(self) -> None:
-            pass
-
-    inline = local.Trainer
-    monkeypatch.setattr(local, "Trainer", lambda *told: inline(*told) if starts else Silent(*told))
-    monkeypatch.setattr(local, "HANG_FLOOR", 0.2)
-    monkeypatch.setattr(local, "HANG_STEPS", 1)
-    said = go_on(house, lora(house))
-    assert (
-        "a: no sign of life for 0 s; the trainer is killed\n"
-        "a: no sign of life from the trainer, which was killed; trying again from step 0 (retry 1 of 2)\n"
-    ) in said.err
-    assert_same(house, other=whole)
-
-
 def test_given_up_after_the_retries(house: House) -> None:
     with failing(ray, lambda _, step, *__: step == 3) as failed:
         said = house.fluxrun("queue", lora(house), "--retries", "1")
@@ -170,15 +127,6 @@ def test_given_up_after_the_retries(house: House) -> None:
     assert log(house).splitlines()[-1] == "RuntimeError: a cosmic ray"
     assert "Traceback" in log(house)
     assert go_on(house, "a.toml")
-
-
-def test_given_up_after_three_attempts_without_a_new_step(house: House) -> None:
-    """The first attempt saved step 2, so that the three are the ones after it."""
-    with failing(ray, lambda _, step, *__: step == 3) as failed:
-        said = house.fluxrun("queue", lora(house), "--retries", "10")
-    assert said.code == 1
-    assert len(failed) == 4
-    assert state(house)["error"] == "RuntimeError: a cosmic ray (attempt 4 of this queue; last checkpoint at step 2)"
 
 
 def test_a_known_failure_is_not_tried_again(house: House) -> None:
@@ -249,45 +197,6 @@ def test_out_of_memory_for_good_comes_with_advice(house: House, batch: int) -> N
     )
     assert state(house)["error"] == f"out of memory (tried to allocate 20 GiB); {advice}"
     assert f"{advice}\n" in said.err, "and no word of trying the same again"
-
-
-def test_three_runs_in_a_row_that_fail_alike_stop_the_queue(house: House) -> None:
-    """Also where numbers and the run's own name differ."""
-    seen = iter(range(100))
-    specs = [lora(house, name) for name in ("a", "b", "c", "d")]
-    with failing(lambda: NonFinite(f"device {next(seen)} fell off the bus"), lambda *_: True):
-        said = house.fluxrun("queue", *specs)
-    assert said.code == 1
-    assert said.err.endswith("stopped: 3 runs in a row failed alike; the last: device 2 fell off the bus\n")
-    assert state(house, "d")["error"] == "not begun: 3 runs in a row failed alike (device 2 fell off the bus)"
-    assert [state(house, name)["state"] for name in ("a", "b", "c", "d")] == ["failed"] * 3 + ["stopped"]
-    assert [index(house)[name]["state"] for name in ("a", "b", "c", "d")] == ["failed"] * 3 + ["stopped"]
-    assert not (house.folder / "runs" / "d" / "run.log").exists()
-
-
-@pytest.mark.slow
-def test_three_that_fail_each_in_its_own_way_stop_nothing(house: House, whole: Path) -> None:
-    """A done run between them starts the count again; a different reason does too."""
-    reasons = {"x": "the disk smells", "y": "the fan sings", "z": "the disk smells"}
-    seen: list[str] = []
-
-    def when(name: str, *_: int) -> bool:
-        seen.append(name)
-        return name in reasons
-
-    with failing(lambda: NonFinite(reasons[seen[-1]]), when):
-        said = house.fluxrun("queue", *(lora(house, name) for name in ("x", "y", "z", "a")))
-    assert said.code == 1
-    assert state(house, "a")["state"] == "done"
-    assert_same(house, other=whole)
-
-
-def test_fail_fast(house: House) -> None:
-    with failing(lambda: NonFinite("nothing but NaN"), lambda name, *_: name == "a"):
-        said = house.fluxrun("queue", lora(house, "a"), lora(house, "b"), "--fail-fast")
-    assert said.code == 1
-    assert (state(house, "b")["state"], state(house, "b")["error"]) == ("stopped", "not begun: --fail-fast")
-    go_on(house, "a.toml", "b.toml")
 
 
 def test_trouble_with_the_disk_pauses_the_run_and_the_next_goes_on(house: House, whole: Path) -> None:

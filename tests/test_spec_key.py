@@ -1,0 +1,284 @@
+"""Every key of a spec changes what a run is known by, or is named here as one that does not; in both cases a run folder says so."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+from conftest import House
+
+from runner.plan import Facts, Plan, make_plan
+from runner.rundir import Run, Verdict
+from runner.spec import Spec, dump
+from runner.speckeys import all_keys
+from runner.specload import load
+from runner.stepfiles import file_name
+
+LEAST: dict[str, Any] = {
+    "name": "a", "model": {"base": "builtin:tiny"}, "data": {"source": "pictures"}, "train": {"steps": 8},
+}  # fmt: skip
+TOKENS = {"tokens": [{"name": "TOK"}]}
+PRIOR = {"prior": {"images": "classes", "prompt": "a thing"}}
+TEXT_LORA = {"text_lora": {"rank": 4}}
+PRODIGY = {"optimizer": {"name": "prodigy"}}
+FACTS = Facts(("a TOK", "another TWO"), 8, "data", "base", None)
+
+# Every key: another value than the default's, and the tables that the key needs beside it.
+EXAMPLES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "name": ("b", {}),
+    "seed": (7, {}),
+    "model.base": ("other/base", {}),
+    "model.revision": ("v2", {}),
+    "model.variant": ("fp16", {}),
+    "model.dtype": ("bf16", {}),
+    "model.quantize": ("int8", {}),
+    "model.gradient_checkpointing": (True, {}),
+    "model.attention": ("_native_math", {}),
+    "model.offload": ("blocks", {}),
+    "model.compile": (True, {}),
+    "model.tf32": (False, {}),
+    "model.max_sequence_length": (128, {}),
+    "data.source": ("others", {}),
+    "data.config": ("small", {}),
+    "data.split": ("test", {}),
+    "data.image_column": ("img", {}),
+    "data.caption_column": ("text", {}),
+    "data.prompt": ("a thing", {}),
+    "data.repeats": (2, {}),
+    "data.resolution": (64, {}),
+    "data.buckets": (True, {}),
+    "data.center_crop": (True, {}),
+    "data.random_flip": (True, {}),
+    "data.interpolation": ("bicubic", {}),
+    "data.variants": (2, {}),
+    "data.caption_dropout": (0.1, {}),
+    "data.holdout": (2, {}),
+    "data.workers": (3, {}),
+    "prior.images": ("others", PRIOR),
+    "prior.prompt": ("another thing", PRIOR),
+    "prior.count": (5, PRIOR),
+    "prior.weight": (0.5, PRIOR),
+    "prior.dtype": ("bf16", PRIOR),
+    "prior.batch_size": (2, PRIOR),
+    "tokens.name": ("TWO", TOKENS),
+    "tokens.vectors": (3, TOKENS),
+    "tokens.placeholder": ("bird", TOKENS),
+    "tokens.initializer": ("red heart", TOKENS),
+    "inversion.encoders": (["clip", "t5"], TOKENS),
+    "inversion.until": (0.25, TOKENS),
+    "inversion.lr": (0.5, TOKENS),
+    "inversion.weight_decay": (0.5, TOKENS),
+    "inversion.pooling": ("eos", TOKENS),
+    "inversion.gradient_checkpointing": (True, TOKENS),
+    "lora.rank": (4, {}),
+    "lora.alpha": (8.0, {}),
+    "lora.dropout": (0.1, {}),
+    "lora.layers": ("all", {}),
+    "lora.until": (0.25, TOKENS),
+    "text_lora.rank": (8, TEXT_LORA),
+    "text_lora.alpha": (2.0, TEXT_LORA),
+    "text_lora.until": (0.5, TEXT_LORA),
+    "text_lora.lr": (0.5, TEXT_LORA),
+    "train.steps": (9, {}),
+    "train.epochs": (2, {"train": {"steps": None, "epochs": 1}}),
+    "train.batch_size": (2, {}),
+    "train.accumulate": (2, {}),
+    "train.lr": (0.5, {}),
+    "train.scale_lr": (True, {}),
+    "train.guidance": (1.0, {}),
+    "train.max_grad_norm": (2.0, {}),
+    "train.weighting.scheme": ("cosmap", {}),
+    "train.weighting.mean": (0.5, {"train": {"weighting": {"scheme": "logit_normal"}}}),
+    "train.weighting.std": (2.0, {"train": {"weighting": {"scheme": "logit_normal"}}}),
+    "train.weighting.scale": (2.0, {"train": {"weighting": {"scheme": "mode"}}}),
+    "optimizer.name": ("adamw8bit", {}),
+    "optimizer.beta1": (0.5, {}),
+    "optimizer.beta2": (0.5, {}),
+    "optimizer.eps": (0.5, {}),
+    "optimizer.weight_decay": (0.5, {}),
+    "optimizer.beta3": (0.5, PRODIGY),
+    "optimizer.decouple": (False, PRODIGY),
+    "optimizer.bias_correction": (False, PRODIGY),
+    "optimizer.safeguard_warmup": (False, PRODIGY),
+    "optimizer.d_coef": (2.0, PRODIGY),
+    "optimizer.d0": (0.5, PRODIGY),
+    "optimizer.growth_rate": (1.5, PRODIGY),
+    "schedule.name": ("linear", {}),
+    "schedule.warmup": (2, {"schedule": {"name": "linear"}}),
+    "schedule.cycles": (2, {"schedule": {"name": "cosine_with_restarts"}}),
+    "schedule.power": (2.0, {"schedule": {"name": "polynomial"}}),
+    "checkpoint.every": (3, {}),
+    "checkpoint.minutes": (5.0, {}),
+    "checkpoint.keep": (5, {}),
+    "validate.prompts": (["a hill"], {}),
+    "validate.every": (4, {}),
+    "validate.loss": (False, {}),
+    "validate.count": (2, {}),
+    "validate.steps": (4, {}),
+    "validate.size": (64, {}),
+    "stop.no_better_for": (4, {"validate": {"every": 4}}),
+    "stop.loss_above": (4.0, {"validate": {"every": 4}}),
+    "stop.at": (0.1, {"validate": {"every": 4}}),
+    "track.to": ([], {}),
+    "export.dtype": ("fp32", {}),
+    "export.best": (True, {"validate": {"every": 4}}),
+    "hub.push": (True, {"hub": {"repo": "me/it"}}),
+    "hub.repo": ("me/it", {}),
+    "hub.private": (True, {}),
+    "notify.url": ("http://localhost:1", {}),
+    "notify.command": ("true", {}),
+    "compute.gpus": (2, {}),
+}
+
+# What is shown and exported, of the same training.
+SHOWN = {"name", "export.dtype", "export.best",
+         *(f"validate.{key}" for key in ("prompts", "every", "loss", "count", "steps", "size"))}  # fmt: skip
+# What leaves the run as it is: how it is kept, told and computed; and paths, since what they point at counts (see below).
+NOTHING = {
+    "checkpoint.every", "checkpoint.minutes", "checkpoint.keep", "track.to", "hub.push", "hub.repo", "hub.private",
+    "notify.url", "notify.command", "data.workers", "data.source", "model.base", "model.offload", "prior.images",
+    "prior.batch_size", "model.gradient_checkpointing", "inversion.gradient_checkpointing",
+}  # fmt: skip
+# A run may be made longer or shorter where its schedule does not ask how long it is.
+SPANS = {"train.steps", "train.epochs", "inversion.until", "lora.until", "text_lora.until"}
+
+
+def laid_over(tables: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """Table by table; None takes a key out."""
+    out = copy.deepcopy(tables)
+    for key, value in more.items():
+        out[key] = laid_over(out.get(key, {}), value) if isinstance(value, dict) else copy.deepcopy(value)
+    return {key: value for key, value in out.items() if value is not None}
+
+
+def spec_of(folder: Path, tables: dict[str, Any]) -> Spec:
+    path = folder / "a.toml"
+    path.write_text(tomli_w.dumps(tables))
+    return load([path])[0].spec
+
+
+def both(folder: Path, key: str) -> tuple[Spec, Spec]:
+    """Without the key's example value, and with it."""
+    value, more = EXAMPLES[key]
+    tables = laid_over(LEAST, more)
+    changed = copy.deepcopy(tables)
+    *names, last = key.split(".")
+    table: Any = changed
+    for name in names:
+        table = table.setdefault(name, {})
+        table = table[0] if isinstance(table, list) else table
+    table[last] = value
+    return spec_of(folder, tables), spec_of(folder, changed)
+
+
+def as_trained(folder: Path, spec: Spec, plan: Plan) -> Run:
+    """The run folder of this spec, done, with a checkpoint of its first step."""
+    run = Run(folder / "runs", "a")
+    run.folder.mkdir(parents=True)
+    run.spec_file.write_text(tomli_w.dumps(dump(spec)))
+    run.plan_file.write_text(json.dumps({"key": plan.key, "training_key": plan.training_key}))
+    run.state_file.write_text(json.dumps({"state": "done", "plan_key": plan.key, "exports": []}))
+    header = json.dumps({"__metadata__": {"phase_key": plan.training[0].key}}).encode()
+    run.checkpoints.mkdir()
+    (run.checkpoints / file_name(1)).write_bytes(len(header).to_bytes(8, "little") + header)
+    return run
+
+
+@pytest.mark.parametrize("key", EXAMPLES)
+def test_a_key_changes_what_it_should_and_the_run_folder_says_so(tmp_path: Path, key: str) -> None:
+    spec, changed = both(tmp_path, key)
+    assert spec != changed
+    before, after = make_plan(spec, FACTS), make_plan(changed, FACTS)
+    verdict = as_trained(tmp_path, spec, before).verdict(changed, after)
+    same_training = key in SHOWN | NOTHING
+    assert (before.training_key == after.training_key) == same_training
+    assert (before.key == after.key) == (key in NOTHING)
+    if key in NOTHING:
+        assert verdict.state == "done"
+    elif key in SHOWN:
+        assert verdict == Verdict("resume", "what is exported or shown changed; the training is kept")
+    elif key in SPANS:
+        assert verdict.state == "resume"
+        assert verdict.reason.startswith(f"{key}: ")
+        assert verdict.reason.endswith(f"; goes on from step 1 of {after.steps}")
+    else:
+        assert verdict.state == "changed"
+        assert f"{'tokens' if key.startswith('tokens.') else key}: " in verdict.reason
+        assert all(re.fullmatch(r"[a-z_.0-9]+: .+ -> .+", part) for part in verdict.reason.split("; ")), verdict.reason
+
+
+def test_every_key_has_an_example() -> None:
+    """A new key fails this until it stands in the table: then the test above asks what it changes."""
+    tables = {name for name, kind in all_keys(Spec) if any(other.startswith(f"{name}.") for other, _ in all_keys(Spec))}
+    assert {name for name, _ in all_keys(Spec)} - tables == set(EXAMPLES)
+    assert set(EXAMPLES) >= SHOWN | NOTHING | SPANS
+
+
+@pytest.mark.parametrize("key", ["model.gradient_checkpointing", "inversion.gradient_checkpointing"])
+def test_what_is_recomputed_counts_where_code_is_compiled(tmp_path: Path, key: str) -> None:
+    """Which then rounds otherwise."""
+    keys = []
+    for spec in both(tmp_path, key):
+        compiled = spec.model_copy(update={"model": spec.model.model_copy(update={"compile": True})})
+        keys.append(make_plan(compiled, FACTS).training_key)
+    assert keys[0] != keys[1]
+
+
+def test_when_training_looks_counts_where_a_look_may_end_it(tmp_path: Path) -> None:
+    tables = laid_over(LEAST, {"validate": {"every": 4}, "stop": {"at": 0.1}})
+    specs = [spec_of(tmp_path, laid_over(tables, {"validate": {"every": every}})) for every in (4, 2)]
+    assert make_plan(specs[0], FACTS).training_key != make_plan(specs[1], FACTS).training_key
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "cosine_with_restarts", "polynomial"])
+def test_another_length_is_another_run_where_the_schedule_asks_for_it(tmp_path: Path, schedule: str) -> None:
+    tables = laid_over(LEAST, {"schedule": {"name": schedule}})
+    spec, longer = spec_of(tmp_path, tables), spec_of(tmp_path, laid_over(tables, {"train": {"steps": 9}}))
+    run = as_trained(tmp_path, spec, make_plan(spec, FACTS))
+    verdict = run.verdict(longer, make_plan(longer, FACTS))
+    assert verdict == Verdict("changed", f"train.steps: 8 -> 9; the {schedule} schedule depends on where it ends")
+
+
+def test_what_the_paths_point_at_counts(tmp_path: Path) -> None:
+    """By the fingerprints of data and base."""
+    spec = spec_of(tmp_path, LEAST)
+    keys = {
+        make_plan(spec, facts).training_key for facts in (FACTS, replace(FACTS, data="x"), replace(FACTS, base="x"))
+    }
+    assert len(keys) == 3
+
+
+def test_a_changed_value_is_refused_before_anything_starts(house: House) -> None:
+    """As a session: interrupted, changed, refused with the key, both values and the ways out; changed back, it would go on."""
+    spec = house.spec("a")
+    text = spec.read_text()
+    plan = json.loads(house.fluxrun("plan", spec, "--json").out)["runs"][0]
+    assert plan["state"] == "new"
+    from runner.prepare import prepare
+
+    [job] = prepare([spec], house.folder / "runs", fetch=False, fresh=False)
+    job.run.enlist(job.spec, job.plan, "0")
+    job.run.give_up()
+    spec.write_text(text.replace("center_crop = true", "center_crop = true\ncaption_dropout = 0.1"))
+    said = house.fluxrun("queue", spec)
+    assert (said.code, said.out) == (2, "")
+    assert said.err.startswith(
+        f"{spec}:1: name: runs/a holds another run: data.caption_dropout: 0.0 -> 0.1; give this spec another "
+    )
+    assert said.err.endswith("1 fault; nothing was started\n")
+    spec.write_text(text)
+    assert json.loads(house.fluxrun("plan", spec, "--json").out)["runs"][0]["state"] == "resume"
+
+
+def test_an_old_runs_values_are_read_as_todays(tmp_path: Path) -> None:
+    """A spec of which every key stands in the file, as a run folder's own does, is the same run as the one that was typed."""
+    for key in ("seed", "inversion.until", "tokens.initializer", "text_lora.rank", "optimizer.d_coef"):
+        _, spec = both(tmp_path, key)
+        again = spec_of(tmp_path, {**dump(spec), "fluxrun": {"version": "0"}})
+        assert make_plan(again, FACTS).key == make_plan(spec, FACTS).key

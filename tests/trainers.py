@@ -1,0 +1,96 @@
+"""Trainers that do what a test says, in no time: for the rules by which a queue goes on, which are not about training."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runner.engine import local
+from runner.errors import Code
+from runner.files import make_folder
+from runner.rundir import Run
+from runner.stepfiles import file_name
+
+PATIENCE = 5000  # looks at a trainer that nobody ends
+
+
+def nothing() -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One attempt at a run: a checkpoint at step `saves` is written, `then` is called, `steps` (seconds each) are reported,
+    and the trainer ends with `code` and `reason`. None: it trains on until it is asked or killed."""
+
+    code: int | None = Code.DONE
+    reason: str = ""
+    saves: int = 0
+    then: Callable[[], None] = nothing
+    steps: tuple[float, ...] = ()
+
+
+def save(run: Run, step: int) -> None:
+    """A file that counts as a checkpoint where nobody reads it."""
+    make_folder(run.checkpoints)
+    header = json.dumps({"__metadata__": {"phase_key": json.loads(run.plan_file.read_text())["key"]}}).encode()
+    (run.checkpoints / file_name(step)).write_bytes(len(header).to_bytes(8, "little") + header)
+
+
+@contextmanager
+def trainers(script: Mapping[str, Sequence[Attempt]]) -> Iterator[list[str]]:
+    """Queues get these trainers: each run's attempts in turn, and done once there are no more. What happened, in order:
+    "a begins", "a asked", "a killed"."""
+    left = {name: list(attempts) for name, attempts in script.items()}
+    told: list[str] = []
+
+    class Scripted:
+        def __init__(self, gpus: str | None, threads: int | None) -> None:
+            self.code: int | None = None
+            self.lives = True
+
+        def order(self, folder: Path, attempt: int, later: Sequence[Path]) -> None:
+            self.run = Run.at(folder)
+            self.now = left[self.run.name].pop(0) if left.get(self.run.name) else Attempt()
+            self.code, self.end, self.polls = None, self.now.code, 0
+            told.append(f"{self.run.name} begins")
+
+        def poll(self) -> list[Any]:
+            self.polls += 1
+            assert self.polls < PATIENCE, f"{self.run.name} trains on, and nobody asks it to stop"
+            if self.polls == 1:
+                if self.now.saves:
+                    save(self.run, self.now.saves)
+                self.now.then()
+                return [{"say": "step", "number": n, "loss": None, "seconds": seconds, "stop": 9, "steps": 9}
+                        for n, seconds in enumerate(self.now.steps, 1)]  # fmt: skip
+            self.code = None if self.end is None else int(self.end)
+            if self.code == Code.DONE:
+                self.run.write_state("done", step=1, exports=[])
+            return [{"say": "ended", "reason": self.now.reason}] if self.code is not None and self.now.reason else []
+
+        def ask(self) -> None:
+            told.append(f"{self.run.name} asked")
+            if self.now.code is None and told.count(told[-1]) == 1:
+                self.end = Code.STOPPED
+
+        def kill(self) -> None:
+            told.append(f"{self.run.name} killed")
+            self.end, self.lives = -signal.SIGKILL, False
+
+        def dismiss(self) -> None:
+            self.lives = False
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(local, "Trainer", Scripted)
+        patch.setattr(local, "TICK", 0.0)
+        patch.setattr(local, "prepare_morning", lambda *_: None)  # the page of nights without numbers
+        patch.setattr(local, "read_ahead", nothing)
+        yield told
