@@ -41,13 +41,17 @@ def check(seen: Sequence[Seen], faults: Sequence[Fault], runs: Path, gpus: str |
         found += _of_one(one, "data.source", lambda one: check_text(one, bases.get(_base(one)), reader))
         found += _of_one(one, "track.to", check_wandb)
         found += _of_one(one, "train.lr", check_values)
-        found += _of_one(one, "name", check_folder)
     found += _of_all("the runs folder", lambda: check_runs_folder(runs))
     found += _of_all("the login", lambda: _pushes(seen))
     found += _of_all("the devices", lambda: check_devices(seen, numbers, gpus, slots, runs))
     found += _of_all("the disk", lambda: check_disk(seen, runs, gpus, download, hub_cache() if download else None))
     found += _of_all("the libraries", lambda: check_libraries(seen))
     return in_order(found)
+
+
+def check_folders(seen: Sequence[Seen]) -> list[Finding]:
+    """Runs that another queue has at the moment. A queue says so itself when it comes to them."""
+    return [found for one in seen for found in _of_one(one, "name", check_folder)]
 
 
 def _of_one(seen: Seen, key: str, look: Callable[[Seen], Iterable[Finding]]) -> list[Finding]:

@@ -630,12 +630,15 @@ def check(
     memory, GPUs, logins, versions. `queue` does it first by itself. Exit code 2 where something is wrong.
     """
     from runner.check import check as look
+    from runner.check import check_folders
+    from runner.finding import in_order
     from runner.prepare import jobs_of, notify_faults, survey
 
     if step:  # which trains
         ctx.with_resource(output.outlived())
     seen, faults = survey(list(specs), runs, fetch=True, fresh=fresh)
     found = look(seen, [*faults, *notify_faults(jobs_of(seen), allow_commands)], runs, gpus, slots)
+    found = in_order([*found, *check_folders(seen)])
     if step and not any(one.level == "error" for one in found):
         from runner.trystep import try_steps
 
