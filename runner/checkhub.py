@@ -24,12 +24,6 @@ def hub_cache() -> Path:
     return Path(constants.HF_HUB_CACHE)
 
 
-def offline() -> bool:
-    from huggingface_hub import constants
-
-    return bool(constants.HF_HUB_OFFLINE)
-
-
 def check_access(seen: Seen, folder: Path | None) -> tuple[list[Finding], int]:
     """(findings, bytes to fetch) of a base that is not on this disk whole. `folder`: as far as it is there."""
     from huggingface_hub import HfApi
@@ -41,7 +35,7 @@ def check_access(seen: Seen, folder: Path | None) -> tuple[list[Finding], int]:
     def said(level: Any, message: str, key: str = "model.base") -> tuple[list[Finding], int]:
         return [at(seen.source, level, key, message)], 0
 
-    if offline():
+    if hub.offline():
         return said(
             "error",
             f"{own.base} is {there}, and HF_HUB_OFFLINE forbids fetching it; take that variable away, or name a folder",

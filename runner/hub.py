@@ -123,6 +123,13 @@ def _status(error: BaseException) -> int | None:
     return int(error.response.status_code) if isinstance(error, HfHubHTTPError) else None
 
 
+def offline() -> bool:
+    """Whether HF_HUB_OFFLINE forbids asking the hub anything: what is not here then stays away."""
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
+
+
 def set_up_client(seconds: float) -> None:
     """Its patience for one answer: by itself it waits for ever, and says each try line by line."""
     from huggingface_hub.utils import get_session, logging

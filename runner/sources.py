@@ -220,7 +220,7 @@ def _load(source: Source) -> Any:
         return datasets.load_dataset(source.text, source.config, split=source.split)
     except Exception as error:
         # Not there, no access, no such config or split, no network: `datasets` and the hub's client have a kind for each.
-        if not path.exists() and hub.passing(error):
+        if not path.exists() and not hub.offline() and hub.passing(error):
             raise Unreachable(f"{source.text} cannot be loaded: the hub does not answer ({hub.told(error)})") from error
         raise DataError(f"{source.text} cannot be loaded ({error})") from error
 
