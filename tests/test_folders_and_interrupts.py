@@ -74,7 +74,7 @@ def test_every_command_takes_the_shared_options_behind_its_own_name() -> None:
 
 def test_the_cache_is_pruned_in_the_folder_named_before_or_behind(house: House) -> None:
     for words in (["cache", "prune", "--runs", "other"], ["cache", "--runs", "other", "prune"]):
-        old = house.folder / "other" / "cache" / "latents" / "x.safetensors"
+        old = house.folder / "other" / "cache" / "latents" / "ab" / f"{'ab' * 32}.safetensors"
         old.parent.mkdir(parents=True, exist_ok=True)
         old.write_bytes(b"12")
         os.utime(old, (0, 0))

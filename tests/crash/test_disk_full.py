@@ -253,7 +253,7 @@ def test_no_room_is_told_in_numbers_before_a_byte_is_written() -> None:
 
 
 def test_a_full_disk_pauses_one_run_of_a_queue(house: House, done: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The disk is full at step 4 of the first run, then before any save of it, then has room again."""
+    """The disk is full at step 4 of the first run, then before it goes on, then has room again."""
     specs = [house.spec("a"), house.spec("b", steps="steps = 1", prompts="prompts = []")]
     run = house.folder / "runs" / "a"
     create, free = files.DISK.create, files.DISK.free
@@ -279,7 +279,8 @@ def test_a_full_disk_pauses_one_run_of_a_queue(house: House, done: House, monkey
     monkeypatch.setattr(files.DISK, "free", lambda folder: 1 << 20)
     said = house.fluxrun("queue", *specs)
     assert said.code == 3, said.err
-    assert "no room for the checkpoint of step 4 in runs/a/checkpoints: 1 MiB free, it needs 16" in said.err
+    assert "a: paused: the run wants about 17 MiB, 16 MiB of them to spare, and runs/a has room for 1 MiB; " in said.err
+    assert "resuming" not in said.err
 
     monkeypatch.setattr(files.DISK, "free", free)
     said = house.fluxrun("queue", *specs)
