@@ -91,7 +91,13 @@ def main() -> None:
 
 def _runs_folder(ctx: click.Context, _: click.Parameter, runs: Path) -> Path:
     """Refuses a path where no folder can be made."""
-    there = next(path for path in (runs, *runs.absolute().parents) if path.exists() or path == path.parent)
+    from runner.runnames import LONGEST_RUNS_FOLDER
+
+    if not ctx.resilient_parsing and (length := len(os.fsencode(runs.absolute()))) > LONGEST_RUNS_FOLDER:
+        raise click.BadParameter(
+            f"a path of {length:,} bytes; at most {LONGEST_RUNS_FOLDER:,} are allowed; name a folder nearer to the root"
+        )
+    there = next(path for path in (runs, *runs.absolute().parents) if os.path.exists(path) or path == path.parent)
     if not (ctx.resilient_parsing or there.is_dir()):
         raise click.BadParameter(f"{runs} cannot be there: {there} is a file; name another folder")
     return runs

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from os.path import exists, isfile  # which answer no where a path is too long, and Path's raise
 from pathlib import Path
 
 from runner import files
@@ -37,6 +38,7 @@ ASIDE = (
     len("..") + 7 + len(files.ASIDE)
 )  # bytes of `.FILE.PID.partial` beside the file's own name, a PID of up to 7 digits
 LONGEST_PATH = 4095  # bytes, on Linux
+LONGEST_RUNS_FOLDER = LONGEST_PATH - 255  # with room below it for the cache's files
 
 
 def reserved(name: str) -> str | None:
@@ -83,7 +85,7 @@ class RunsThere:
         names = sorted(run.name for run in find_runs(runs))
         inside = {name.partition("/")[0].lower(): name for name in reversed(names) if "/" in name}
         above = (runs.absolute(), *runs.absolute().parents)
-        around = [path for path in above if (path / "plan.json").is_file() and (path / "spec.toml").is_file()]
+        around = [path for path in above if all(isfile(path / name) for name in ("plan.json", "spec.toml"))]
         return cls(
             {name.lower(): name for name in names}, inside, around[0] if around else None, _file_name_limit(above)
         )
@@ -119,7 +121,7 @@ def _moving(runs: Path, name: str) -> str:
 def _file_name_limit(folders: Sequence[Path]) -> int:
     """Of the disk that the first folder lies on, or will lie on: 255 nearly everywhere, 143 on an encrypted one."""
     with suppress(OSError):
-        return os.pathconf(next(folder for folder in folders if folder.exists()), "PC_NAME_MAX")
+        return os.pathconf(next(folder for folder in folders if exists(folder)), "PC_NAME_MAX")
     return 255
 
 
@@ -135,15 +137,15 @@ def _path_fault(name: str, runs: Path, there: RunsThere, found: str) -> str | No
             f"its files would have names of {wanted} bytes {found}, and the disk of {runs} allows {there.file_name_limit}; "
             f"set a shorter `name`, or a runs folder elsewhere with --runs"
         )
-    for path in (folder, folder.parent):
-        if path != runs and path.exists() and not path.is_dir():
-            return f"{path} is a file, where the run's folder would be {found}; {OTHER_NAME}"
     length = len(str(folder.absolute()).encode()) + len("/checkpoints/") + max(wanted, 50)  # 50: a checkpoint's name
     if length > LONGEST_PATH:
         return (
             f"the paths of its files would have {length} bytes {found}, and {LONGEST_PATH} are allowed; "
             "give it a shorter `name`, or a runs folder nearer to the root with --runs"
         )
+    for path in (folder, folder.parent):
+        if path != runs and exists(path) and not path.is_dir():
+            return f"{path} is a file, where the run's folder would be {found}; {OTHER_NAME}"
     return None
 
 

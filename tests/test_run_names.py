@@ -123,10 +123,16 @@ def test_a_long_name_is_told_with_its_length(house: House) -> None:
 
 
 def test_a_path_that_no_disk_takes_is_told(house: House) -> None:
-    deep = "/".join(["d" * 250] * 16)
-    said = house.fluxrun("plan", named(house, "a").name, "--runs", deep)
+    room = 3840 - len(f"{house.folder}/")
+    deep = "/".join(["d" * 250] * (room // 251) + ["d" * (room % 251)])
+    name = "x" * 180
+    said = house.fluxrun("plan", named(house, "a", name).name, "--runs", deep)
     assert said.code == 2
-    assert "bytes (found 'a'), and 4095 are allowed; give it a shorter `name`" in said.err
+    assert "and 4095 are allowed; give it a shorter `name`" in said.err
+    assert house.fluxrun("plan", named(house, "a").name, "--runs", deep).code == 0
+    said = house.fluxrun("plan", "a.toml", "--runs", f"{deep}d")
+    assert said.code == 2
+    assert "a path of 3,841 bytes; at most 3,840 are allowed" in " ".join(said.err.split())
 
 
 def test_a_disk_with_shorter_names_is_told(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
