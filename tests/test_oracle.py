@@ -166,7 +166,7 @@ def compare(run: Path, expected: oracle.Trained, start: dict[str, torch.Tensor],
         assert apart < near.weights * moved, kind
 
 
-# Formulas that test_laws.py holds against diffusers' own as well: `just slow` runs these.
+# What is special about these is held against diffusers' and torch's own formulas elsewhere, too: `just slow` runs them.
 BESIDE = {"restarts", "polynomial", "constant with warm-up", "logit_normal", "mode", "8-bit adam"}
 
 

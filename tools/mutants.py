@@ -229,7 +229,12 @@ def main() -> int:
             print(f"these fail without any mistake: {', '.join(failing)}")
             return 1
         import_libraries()
-        missed = try_all(chosen, copies)
+        try:
+            missed = try_all(chosen, copies)
+        finally:  # stopped by Ctrl-C: the tests' processes have sessions of their own
+            for copy in copies:
+                if copy.mutant:
+                    os.killpg(copy.pid, signal.SIGKILL)
     noticed, seconds = len(chosen) - len(missed), time.monotonic() - began
     print(f"{noticed} of {len(chosen)} noticed in {seconds:.0f} s; not: {' '.join(sorted(missed)) or 'none'}")
     return 1 if missed else 0
