@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,23 @@ def pictures(folder: Path, count: int, prompt: str) -> tuple[Picture, ...]:
 def fingerprint(chosen: Sequence[Picture]) -> str:
     """Of the images themselves: which they are cannot be in a plan's key, since they may not exist yet."""
     return key_of("class images", *(files.sha256_file(Path(picture.where)) for picture in chosen))
+
+
+def misplaced(folder: Path, count: int, runs: Path) -> str | None:
+    """Why no class images can be made there, or None. Whoever has enough of them already has none made."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir():
+        return f"{there} is a file (found {str(folder)!r}); name a folder"
+    if not needs_filling(folder, count):
+        return None
+    if not os.access(there, os.W_OK | os.X_OK):
+        return f"class images cannot be made in {folder}: {there} may not be written to; name another folder"
+    if folder.resolve() == runs.resolve():
+        return f"it is the runs folder {runs}; name a folder of its own"
+    for path in (folder, *folder.parents):
+        if (path / "plan.json").is_file() and (path / "spec.toml").is_file():
+            return f"it is, or lies in, the folder of a run ({path}); name a folder elsewhere"
+    return None
 
 
 def disagreement(folder: Path, prompt: str, base: BaseIdentity) -> tuple[str, str] | None:

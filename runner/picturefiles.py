@@ -78,7 +78,7 @@ class PictureFolder:
     shared: tuple[tuple[Path, ...], ...] = ()
 
     def name(self, path: Path) -> str:
-        return path.relative_to(self.folder).as_posix()
+        return path.relative_to(self.folder).as_posix().encode(errors="replace").decode()
 
     def names(self, paths: Iterable[Path]) -> list[str]:
         return [self.name(path) for path in paths]
@@ -87,14 +87,16 @@ class PictureFolder:
 def look_into(folder: Path, *, deep: bool = True) -> PictureFolder:
     """The pictures in a folder (deep: and in those below it) by name, each with the NAME.txt beside it."""
     files = _files(folder, deep=deep)
+    odd = {path for path in files if not _has_text_name(path, folder)}
     looked_at = {path: why_unused(path) for path in files}
+    looked_at |= {path: NO_TEXT_NAME for path in odd if looked_at[path] is None}
     pictures = [path for path, why in looked_at.items() if why is None]
     unused = [Unused(path, why) for path, why in looked_at.items() if why]
     texts = [path for path in files if path.suffix.lower() == CAPTION]
-    unread = [Unused(path, why) for path in texts if (why := _no_file(path))]
+    unread = [Unused(path, why) for path in texts if (why := NO_TEXT_NAME if path in odd else _no_file(path))]
     by_stem: dict[Path, Path] = {}
     for path in texts:
-        if _no_file(path):
+        if path in odd or _no_file(path):
             continue
         other = by_stem.setdefault(path.with_suffix(""), path)
         if other != path:  # NAME.TXT comes first by name, and .txt is what other programs read
@@ -159,6 +161,18 @@ def _files(folder: Path, *, deep: bool) -> list[Path]:
         if not any(part.startswith(".") for part in path.relative_to(folder).parts)
         and (path.is_symlink() or not path.is_dir())
     ]
+
+
+NO_TEXT_NAME = "its name is not UTF-8; rename it"
+
+
+def _has_text_name(path: Path, folder: Path) -> bool:
+    """Names are bytes to a disk; those that are no text cannot stand in a spec's key, a log or a page."""
+    try:
+        path.relative_to(folder).as_posix().encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def why_unused(path: Path) -> str | None:

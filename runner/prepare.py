@@ -202,7 +202,7 @@ def _look(
             faults.append(source.fault("name", f"{run.folder} holds another run: {verdict.reason}; {WAYS_OUT}"))
     based = all(key != "model.base" for key, _ in told)  # else nobody can say which base has made class images
     if based and (verdict is None or verdict.state != "done"):  # a run that is done looks at them no more
-        prior = [fault for fault in _prior_faults(spec) if not any(touches(fault[0], bad) for bad in loaded.bad)]
+        prior = [fault for fault in _prior_faults(spec, runs) if not any(touches(fault[0], bad) for bad in loaded.bad)]
         told += prior
         faults += [source.fault(key, message) for key, message in prior]
         plan, verdict = (None, None) if prior else (plan, verdict)
@@ -277,10 +277,12 @@ def data_source(spec: Spec) -> Source:
     return Source(own.source, own.config, own.split, own.image_column, own.caption_column, own.prompt)
 
 
-def _prior_faults(spec: Spec) -> list[tuple[str, str]]:
+def _prior_faults(spec: Spec, runs: Path) -> list[tuple[str, str]]:
     own = spec.prior
     if own is None:
         return []
+    if wrong_place := classfolder.misplaced(Path(own.images), own.count, runs):
+        return [("prior.images", wrong_place)]
     base = identity_of(spec.model.base, spec.model.revision)
     wrong = classfolder.disagreement(Path(own.images), own.prompt, base)
     return [wrong] if wrong else []

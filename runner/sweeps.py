@@ -61,6 +61,8 @@ def faults(sweep: Mapping[str, Any], tables: dict[str, Any]) -> Iterator[tuple[s
             )
         elif key in ("name", ""):
             yield f"sweep.{key}", "a sweep names its runs itself; sweep another key"
+        elif key.partition(".")[0] == "notify":  # an address may be a secret, and values stand in the runs' names
+            yield f"sweep.{key}", "every run of a sweep tells the same; write it below [notify], outside of [sweep]"
         elif twice := [text for text, count in Counter(map(_exact, values)).items() if count > 1]:
             found = next(value for value in values if _exact(value) == twice[0])
             yield f"sweep.{key}", f"a value stands in the list twice (found {show(found)}); take one out"

@@ -235,3 +235,21 @@ def test_class_images_exchanged_before_they_are_read_are_noticed(house: House, m
         "a: skipped, done (same spec, data and base; its exports are there)",
     )
     assert classfolder.disagreement(folder, "a dog", identity_of("builtin:tiny", None)) is not None
+
+
+def test_a_place_where_no_class_images_can_be_made_is_told(house: House) -> None:
+    house.write("a-file", "")
+    run = house.folder / "runs" / "old"
+    run.mkdir(parents=True)
+    for name in ("plan.json", "spec.toml"):
+        (run / name).write_text("")
+    cases = {
+        "a-file": "a-file is a file (found 'a-file'); name a folder",
+        "a-file/deep": "a-file is a file (found 'a-file/deep'); name a folder",
+        "runs": "it is the runs folder runs; name a folder of its own",
+        "runs/old/samples": "it is, or lies in, the folder of a run (runs/old); name a folder elsewhere",
+    }
+    for images, told in cases.items():
+        said = house.fluxrun("plan", spec(house, "a", "a circle", images))
+        assert said.code == 2, images
+        assert f"prior.images: {told}\n" in said.err, said.err

@@ -413,3 +413,15 @@ def test_every_ending_that_is_read_is_of_a_decoder_that_is_named(pics: Path, end
     path = drawn(pics / f"x{ending}", 3, format=picturefiles.READ[ending])
     assert path in look_into(pics).pictures
     assert data.decode(data.Picture("x", str(path), "a", sources.opener(path))).size == (96, 96)
+
+
+def test_a_name_that_is_no_text_is_told(house: House) -> None:
+    """As a disk from another system has them, whose names are in another encoding."""
+    odd = os.fsencode(house.folder / "pictures") + b"/gr\xfcn"
+    for ending in (b".png", b".txt"):
+        with open(odd + ending, "wb") as file:
+            file.write(b"a TOK")
+    said = house.fluxrun("check", house.spec())
+    assert said.code == 0, said.out
+    assert "1 file looks like a picture and is not used" in said.out
+    assert "    gr?n.png: its name is not UTF-8; rename it\n" in said.out

@@ -302,3 +302,15 @@ def test_lines_are_found_in_one_pass(line: str) -> None:
         assert [number for number, _ in found] == [*range(1, text.count("\n") + 2)]
         looked.append(Text.looked)
     assert 0 < looked[1] <= 11 * looked[0]
+
+
+def test_whom_to_tell_is_not_swept(house: House) -> None:
+    """An address is a secret, and a swept value would stand in the run's name."""
+    spec = house.spec()
+    spec.write_text(spec.read_text() + '[sweep]\n"notify.url" = ["https://hooks.slack.com/services/T/B/secret"]\n')
+    said = house.fluxrun("plan", spec)
+    assert said.code == 2
+    assert (
+        "sweep.notify.url: every run of a sweep tells the same; write it below [notify], outside of [sweep]" in said.err
+    )
+    assert "secret" not in said.err
