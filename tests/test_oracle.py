@@ -166,8 +166,8 @@ def compare(run: Path, expected: oracle.Trained, start: dict[str, torch.Tensor],
         assert apart < near.weights * moved, kind
 
 
-# What is special about these is held against diffusers' and torch's own formulas elsewhere, too: `just slow` runs them.
-BESIDE = {"restarts", "polynomial", "constant with warm-up", "logit_normal", "mode", "8-bit adam"}
+# What is special about these is held elsewhere, too, by a formula or a shorter test: `just slow` runs them.
+BESIDE = {"restarts", "polynomial", "constant with warm-up", "logit_normal", "mode", "8-bit adam", "two processes"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in BESIDE)) for name in SPECS])
