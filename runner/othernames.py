@@ -3,7 +3,8 @@
 The names are those of each program's own options and example files: diffusers'
 examples/advanced_diffusion_training/train_dreambooth_lora_flux_advanced.py, kohya-ss/sd-scripts (library/config_util.py,
 docs/train_network.md, docs/flux_train_network.md), ostris/ai-toolkit (config/examples/train_lora_flux_24gb.yaml),
-Nerogar/OneTrainer (modules/util/config/TrainConfig.py) and bghira/SimpleTuner (config/examples/flux.peft-lora).
+Nerogar/OneTrainer (modules/util/config/TrainConfig.py), bghira/SimpleTuner (config/examples/flux.peft-lora) and
+huggingface/peft (src/peft/tuners/lora/config.py).
 """
 
 from __future__ import annotations
@@ -176,6 +177,10 @@ PROGRAMS: Mapping[str, Mapping[str, str]] = {
         "validation_step_interval": "validate.every",
         "validation_num_inference_steps": "validate.steps",
         "validation_resolution": "validate.size",
+    },
+    "peft": {
+        "r": "lora.rank",
+        "target_modules": "lora.layers",
     },
 }  # fmt: skip
 

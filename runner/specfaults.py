@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import tomli_w
 
-from runner.speckeys import BOUNDS, Where, dotted_key, field_of, kind_of, limits_of, metadata_of, models_in, spec_keys
+from runner.speckeys import (
+    BOUNDS,
+    Where,
+    dotted_key,
+    field_of,
+    kind_of,
+    limits_of,
+    metadata_of,
+    models_in,
+    number,
+    spec_keys,
+)
 from runner.unknownkeys import show, unknown
 
 TAGS = {"none", "sigma_sqrt", "logit_normal", "mode", "cosmap", "adamw", "adamw8bit", "prodigy"}
@@ -25,12 +36,15 @@ class KeyFault:
     meant: tuple[str, ...] = ()
 
 
-def explain(detail: Mapping[str, Any], tables: Mapping[str, Any], written: Mapping[str, Any]) -> KeyFault:
-    """One pydantic error. tables: the spec that it is about; written: the same without defaults."""
+def explain(
+    detail: Mapping[str, Any], tables: Mapping[str, Any], written: Mapping[str, Any], swept: Collection[str] = ()
+) -> KeyFault:
+    """One pydantic error. tables: the spec that it is about; written: the same without defaults; swept: its keys that
+    stand in [sweep]."""
     path = _real_path(detail["loc"], tables)
     name, kind, found = ".".join(map(str, path)), detail["type"], detail["input"]
     if kind == "extra_forbidden":
-        return KeyFault(name, *unknown(path, found, tables, written))
+        return KeyFault(name, *unknown(path, found, tables, written, swept))
     if kind == "missing":
         return KeyFault(name, _missing(path))
     if kind in ("literal_error", "union_tag_invalid"):
@@ -43,7 +57,7 @@ def _told(what: str, path: Where, kind: str, found: Any) -> str:
     about = field_of(path)
     if about is None:
         return what
-    limits = limits_of(about)
+    limits = limits_of(about, every=kind.startswith("less_than"))
     allowed = f"allowed: {limits}" if limits and f"expected {limits}," not in what else ""
     text = "; ".join(part for part in (what, allowed, _to_type(path, about, kind, found)) if part)
     meaning = about.description or ""
@@ -95,7 +109,7 @@ def _expected(path: Where, kind: str, found: Any, detail: Mapping[str, Any]) -> 
     elif kind == "string_pattern_mismatch":
         wanted = FORMS.get(key, "text on one line")
     elif kind == "string_too_short" or kind == "too_short":
-        wanted = "text" if isinstance(found, str) else "at least one value"
+        wanted = "text that is not empty" if isinstance(found, str) else "at least one value"
     elif kind == "string_too_long":
         wanted, found = f"at most {limits['max_length']} characters", len(found)
     elif kind == "finite_number":
@@ -104,7 +118,7 @@ def _expected(path: Where, kind: str, found: Any, detail: Mapping[str, Any]) -> 
         wanted = f"a multiple of {limits['multiple_of']}"
     else:
         word = next((word for name, word in BOUNDS.items() if name in limits), "")
-        wanted = f"{word} {next(iter(limits.values())):g}" if word else ""
+        wanted = f"{word} {number(next(iter(limits.values())))}" if word else ""
     if not wanted:
         return f"{detail['msg'][0].lower()}{detail['msg'][1:]} (found {show(found)})"
     return f"expected {wanted}, got {_got(found)}"

@@ -36,19 +36,24 @@ def metadata_of(field: Any) -> list[Any]:
     return found
 
 
-def limits_of(field: Any) -> str:
-    """`1 to 4096`, `more than 0`."""
+def number(value: float) -> str:
+    """A limit as it is written in a spec: `2147483648`, not `2.14748e+09`."""
+    return str(int(value)) if float(value).is_integer() else f"{value:g}"
+
+
+def limits_of(field: Any, every: bool = False) -> str:
+    """`1 to 4096`, `more than 0`. every: also the limit of 2**31 that keys have which need none."""
     found: dict[str, float] = {}
     for item in metadata_of(field):
         for name in (*BOUNDS, "multiple_of"):
             limit = getattr(item, name, None)
-            if limit is not None and limit != 2**31:
+            if limit is not None and (every or limit != 2**31):
                 found.setdefault(name, limit)
     if "ge" in found and "le" in found:
-        text = f"{found['ge']:g} to {found['le']:g}"
+        text = f"{number(found['ge'])} to {number(found['le'])}"
     else:
-        text = " and ".join(f"{word} {found[name]:g}" for name, word in BOUNDS.items() if name in found)
-    return text + (f" in steps of {found['multiple_of']:g}" if "multiple_of" in found else "")
+        text = " and ".join(f"{word} {number(found[name])}" for name, word in BOUNDS.items() if name in found)
+    return text + (f" in steps of {number(found['multiple_of'])}" if "multiple_of" in found else "")
 
 
 def kind_of(annotation: Any) -> str:

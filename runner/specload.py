@@ -238,7 +238,7 @@ def _dotted(value: Any, prefix: str = "") -> Iterator[str]:
 def _build(tables: dict[str, Any], source: Source, faults: list[Fault]) -> Loaded | None:
     """Adds every fault: of single keys, and of keys that do not go together. None where nothing can be made of it."""
     told = list(secrets(tables))
-    spec, wrong = _validated(tables)
+    spec, wrong = _validated(tables, source.swept)
     hidden = {key for key, _ in told}
     told += [(one.key, one.message) for one in wrong if one.key not in hidden]  # a secret's own fault would show it
     bad = frozenset(one.key for one in wrong)
@@ -289,13 +289,13 @@ def _table_around(key: str) -> str:
     return ".".join(parts[: 2 if len(parts) > 1 and parts[1].isdigit() else 1])
 
 
-def _validated(tables: dict[str, Any]) -> tuple[Spec | None, list[KeyFault]]:
+def _validated(tables: dict[str, Any], swept: Collection[str] = ()) -> tuple[Spec | None, list[KeyFault]]:
     own = fill_defaults(tables)
     try:
         return Spec.model_validate(own), []
     except ValidationError as error:
         details = error.errors(include_url=False)
-        return None, _one_per_key([explain(detail, own, tables) for detail in details], tables)
+        return None, _one_per_key([explain(detail, own, tables, swept) for detail in details], tables)
     except RecursionError:
         return None, [KeyFault("", "not a spec: nested too deeply")]
 

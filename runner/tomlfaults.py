@@ -23,6 +23,9 @@ WORDS = {
     **dict.fromkeys(("False", "FALSE", "no", "No", "NO", "off", "Off", "OFF"), "false"),
 }
 FORM = "write tables as [lora], keys as rank = 16, and text in quotes"
+COMMENTS = ("//", "--", "/*", ";")  # as other languages begin one
+UNITS = "px|pixels?|steps?|epochs?|min|minutes?"
+VALUE = r"""(?P<value>"(?:\\.|[^"\\])*"|'[^']*'|\[[^\[\]]*\]|[^\s,;"'\[{/=]+)\s*(?P<rest>.*)"""
 NOTHING = {"None", "none", "null", "NULL", "Null", "nil", "undefined", "~"}
 
 
@@ -80,7 +83,7 @@ def _explained(lines: Sequence[str], start: int, line: int, column: int, what: s
         return start, _header(lines, start, what)
     found = ASSIGNMENT.match(own)
     if found is None:
-        return start, _no_assignment(own, what)
+        return start, _no_assignment(own, lines[start:])
     if "overwrite" in what or "immutable" in what or "twice" in what:
         return start, _twice(lines, start, found["key"])
     value = found["value"]
@@ -156,8 +159,13 @@ def _twice(lines: Sequence[str], start: int, key: str) -> str:
     return f"{key} stands here a second time{first and f' (first in{first})'}; take one of them out"
 
 
-def _no_assignment(line: str, what: str) -> str:
+def _no_assignment(line: str, below: Sequence[str]) -> str:
     bare = line.strip()
+    if bare == "---":
+        return f"this is YAML, not TOML {_found(bare)}; {FORM}"
+    entry = next((one for one in below if one.strip()), "")
+    if (found := re.fullmatch(rf"(?P<key>{KEY})\s*:", _bare(bare))) and entry.startswith((" ", "\t", "- ")):
+        return f"this is YAML, not TOML {_found(bare)}; write {_table(found['key'])}, and keys below it as rank = 16"
     if bare.startswith(("//", ";", "--", "/*", "<!--")):
         return f"a comment begins with # {_found(bare)}; write # {bare.lstrip('/;-*<! ')}"
     if found := re.fullmatch(rf"(?P<key>{KEY})\s*:=?\s*(?P<value>.*)", bare):
@@ -178,6 +186,9 @@ def _pair(key: str, value: str) -> str:
 
 
 def _put_right(word: str) -> str:
+    if _is_value(word):
+        return word
+    word = word.rstrip(",; ")
     if _is_value(word):
         return word
     return WORDS.get(word) or _number(word) or _quoted(word.strip(TYPOGRAPHIC + "\"'"))
@@ -211,9 +222,36 @@ def _value(value: str, column: int, what: str) -> str:
     ):
         inner = _bare(text).strip(TYPOGRAPHIC + "\"' ")
         return f"quotes that are not TOML's {_found(text)}; write {_quoted(inner)}"
+    if message := _behind(_bare(text)):
+        return message
     if text[0] in kinds:
         return kinds[text[0]](text, column - (len(value) - len(value.lstrip())), what)
     return _word(_bare(text).strip())
+
+
+def _behind(text: str) -> str:
+    """Of what does not belong behind a value that is well by itself; "" where there is no such thing."""
+    value = text.rstrip(",; ")
+    if value in NOTHING:
+        return _word(value)
+    if value and value != text and (_is_value(value) or value[0] not in "\"'[{="):
+        mark = "semicolon" if ";" in text[len(value) :] else "comma"
+        return f"no {mark} belongs behind a value {_found(text)}; write {_put_right(value)}"
+    if (found := re.fullmatch(rf"(?P<number>[\d.,_]+)\s*(?:{UNITS})", text)) and _is_number(found["number"]):
+        return f"a number stands without its unit {_found(text)}; write {_put_right(found['number'])}"
+    found = re.fullmatch(VALUE, text)
+    if not found or not (_is_value(found["value"]) or found["value"] in WORDS or _is_number(found["value"])):
+        return ""
+    value, rest = _put_right(found["value"]), found["rest"]
+    if rest.startswith(COMMENTS) and not set(rest) & {'"', "'"}:
+        return f"a comment begins with # {_found(text)}; write {value} # {rest.strip('/;-*! ')}"
+    if (following := rest.lstrip(",; ")) and ASSIGNMENT.match(following):
+        return f"each key has a line of its own {_found(text)}; write {value}, and on the next line {following}"
+    return ""
+
+
+def _is_number(text: str) -> bool:
+    return bool(_number(text)) or (text[:1].isdigit() and _is_value(text))
 
 
 def _double(text: str, column: int, what: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from runner.othernames import NO_KEY, NOT_THERE, PROGRAMS, named_by
@@ -17,16 +17,19 @@ def show(value: Any) -> str:
 
 
 def unknown(
-    path: Where, value: Any, tables: Mapping[str, Any], written: Mapping[str, Any]
+    path: Where, value: Any, tables: Mapping[str, Any], written: Mapping[str, Any], swept: Collection[str] = ()
 ) -> tuple[str, tuple[str, ...]]:
     """(message, the keys that were meant) of a key that is not allowed where it stands. tables: the spec with its
-    defaults; written: as the user wrote it."""
+    defaults; written: as the user wrote it; swept: the keys that stand in [sweep]. Of those no value is shown, so that
+    the runs of a sweep have the same message, and the key that was meant may be set: the sweep overrides it."""
     here = sorted(keys_of(path[:-1], tables))
     is_table = isinstance(value, Mapping) or (isinstance(value, list) and value and isinstance(value[0], Mapping))
-    text = f"unknown {'table' if is_table else 'key'} (found {show(value)}); allowed here: {', '.join(here)}"
+    is_swept = ".".join(map(str, path)) in swept
+    found = "in [sweep]" if is_swept else show(value)
+    text = f"unknown {'table' if is_table else 'key'} (found {found}); allowed here: {', '.join(here)}"
     why, meant = _what_was_meant(path, here)
     for key in meant:
-        if len(meant) == 1 and _is_set(key, written):
+        if len(meant) == 1 and (key in swept if is_swept else _is_set(key, written)):
             why = f"{key} is set already, so take this one out"
     return f"{text}; {why}" if why else text, meant
 
@@ -38,7 +41,7 @@ def _what_was_meant(path: Where, here: list[str]) -> tuple[str, tuple[str, ...]]
     everywhere = list(spec_keys())
     if reason := NOT_THERE.get(".".join([*table, wrong])):
         return f"{reason}; take this key out", ()
-    if near := difflib.get_close_matches(wrong, here, 1, 0.75):
+    if near := difflib.get_close_matches(wrong.lower(), here, 1, 0.75):
         key = ".".join([*within, near[0]])
         return f"did you mean {_line(key)}?", (key,)
     if named := named_by(wrong):

@@ -188,6 +188,26 @@ FOLLOWED: dict[str, tuple[str, str, str]] = {
         "for every n-th",
         LEAST.replace('tiny"\n', 'tiny"\ncompile = true\ngradient_checkpointing = true\n'),
     ),
+    "above the range of 2**31": (
+        f"seed = 99999999999999999999999999\n{LEAST}",
+        "1: seed: expected at most 2147483648, got 99999999999999999999999999; allowed: 0 to 2147483648 (seed of everything random)",
+        f"seed = 2147483648\n{LEAST}",
+    ),
+    "an empty prompt": (
+        LEAST.replace("resolution = 64", 'resolution = 64\nprompt = ""'),
+        "6: data.prompt: expected text that is not empty, got '' (caption of every image that has none of its own)",
+        LEAST.replace("resolution = 64", 'resolution = 64\nprompt = "a dog"'),
+    ),
+    "an empty base": (
+        LEAST.replace("builtin:tiny", ""),
+        "2: model.base: expected text that is not empty, got '' (hub id, folder in diffusers' layout, or builtin:tiny)",
+        LEAST,
+    ),
+    "a table in capitals": (
+        f"{LEAST}[LoRA]\nrank = 4\n",
+        f"8: LoRA: unknown table (found {{'rank': 4}}); allowed here: {TOP}; did you mean [lora]?",
+        f"{LEAST}[lora]\nrank = 4\n",
+    ),
 }  # fmt: skip
 
 
@@ -268,6 +288,12 @@ def test_what_other_trainers_call_a_key_is_a_key_here() -> None:
             "use_8bit_adam = true",
             'did you mean optimizer.name = "adamw8bit", which the reference script calls use_8bit_adam?',
             None,
+        ),
+        ("r = 4", "did you mean lora.rank, which peft calls r?", "[lora]\nrank = 4"),
+        (
+            'target_modules = ["attn.to_q"]',
+            "did you mean lora.layers, which peft calls target_modules?",
+            '[lora]\nlayers = ["attn.to_q"]',
         ),
         ("netwrk_dim = 4", "did you mean lora.rank, which sd-scripts calls network_dim?", "[lora]\nrank = 4"),
         (

@@ -192,6 +192,29 @@ def test_what_cannot_be_swept_is_told(house: House, lists: dict[str, list[Any]],
     assert (said.code, said.err) == (2, f"s.toml:{line}: {fault}\n1 fault; nothing was started\n")
 
 
+def test_a_misspelt_key_is_told_once_and_may_mean_one_that_is_set(house: House) -> None:
+    """A sweep overrides what is set, so nothing is to be taken out."""
+    path = swept(house, lora__rnk=[2, 4])
+    assert "rank = 4\n" in path.read_text()
+    line = path.read_text().partition('"lora.rnk"')[0].count("\n") + 1
+    said = house.fluxrun("plan", path.name)
+    assert (said.code, said.err) == (
+        2,
+        f"s.toml:{line}: lora.rnk: unknown key (found in [sweep]); allowed here: alpha, dropout, layers, rank, until; did you "
+        "mean lora.rank?\n1 fault; nothing was started\n",
+    )
+    path.write_text(path.read_text().replace("rnk", "rank"))
+    assert house.fluxrun("plan", path.name).code == 0
+
+
+def test_a_misspelt_key_beside_the_right_one_in_the_same_sweep(house: House) -> None:
+    path = swept(house, lora__rnk=[2, 4], lora__rank=[2, 4])
+    said = house.fluxrun("plan", path.name)
+    first, last = said.err.splitlines()
+    assert first.endswith("; lora.rank is set already, so take this one out")
+    assert last == "1 fault; nothing was started"
+
+
 def test_an_entry_of_a_list_can_be_swept(house: House) -> None:
     path = swept(house, tokens__0__initializer=["red heart", "blue ring"])
     assert [one.spec.tokens[0].initializer for one in load([path])] == ["red heart", "blue ring"]

@@ -101,6 +101,31 @@ WRONG: dict[str, tuple[str, str, int, str]] = {
         10,
         "the text ends before the line does (found \"a \"red\" dog\"); write 'a \"red\" dog' in single quotes, or \\\" inside of it",
     ),
+    "a comma behind a number": ("rank = 4", "rank = 4,", 12, "no comma belongs behind a value (found 4,); write 4"),
+    "a comma behind text": ('name = "TOK"', 'name = "TOK",', 10, 'no comma belongs behind a value (found "TOK",); write "TOK"'),
+    "a comma behind True": ("center_crop = true", "center_crop = True,", 7, "no comma belongs behind a value (found True,); write true"),
+    "a semicolon": ("seed = 1", "seed = 1;", 1, "no semicolon belongs behind a value (found 1;); write 1"),
+    "a comment behind a number": ("rank = 4", "rank = 4 // small", 12, "a comment begins with # (found 4 // small); write 4 # small"),
+    "a comment behind text": ('name = "TOK"', 'name = "TOK" -- my', 10, 'a comment begins with # (found "TOK" -- my); write "TOK" # my'),
+    "two keys on a line": (
+        "rank = 4",
+        "rank = 4 alpha = 1",
+        12,
+        "each key has a line of its own (found 4 alpha = 1); write 4, and on the next line alpha = 1",
+    ),
+    "a unit": ("resolution = 64", "resolution = 64px", 8, "a number stands without its unit (found 64px); write 64"),
+    "YAML": (
+        "[lora]\nrank = 4",
+        "lora:\n  rank: 4",
+        11,
+        "this is YAML, not TOML (found lora:); write [lora], and keys below it as rank = 16",
+    ),
+    "YAML's first line": (
+        "seed = 1",
+        "---\nseed: 1",
+        1,
+        "this is YAML, not TOML (found ---); write tables as [lora], keys as rank = 16, and text in quotes",
+    ),
 }  # fmt: skip
 # What is typed where the advice says it: the whole line, or the part behind "write" (see `followed`).
 FOLLOWED: dict[str, str] = {
@@ -116,6 +141,9 @@ FOLLOWED: dict[str, str] = {
     "tokens twice": '[[tokens]]\nname = "TOK"\n[[tokens]]\nname = "TOK2"\n',
     "a Windows path": 'source = "C:/Users/me/pics"',
     "a path's last backslash": 'source = "pictures/"',
+    "two keys on a line": "rank = 4\nalpha = 1",
+    "YAML": "[lora]\nrank = 4",
+    "YAML's first line": "seed = 1",
     "quotes in text": 'initializer = \'a "red" dog\'\nname = "TOK"',
 }
 
