@@ -171,6 +171,23 @@ OTHERS: dict[str, tuple[dict[str, Tensor], str]] = {
         "no layer of FLUX.1 (2 keys: transformer.transformer_blocks.0.attn.to_x.lora_A.weight, "
         "transformer.transformer_blocks.0.attn.to_x.lora_B.weight)",
     ),
+    "half of a pair": (
+        {f"transformer.{ATTENTION[0]}.lora_A.weight": Q[0], **named(f"transformer.{ATTENTION[1]}", PEFT, Q)},
+        f"half of a pair, whose other half is missing (1 key: transformer.{ATTENTION[0]}.lora_A.weight)",
+    ),
+    "the other half, of CLIP": (
+        {**named(KEY, KOHYA, LAST), "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": Q[1]},
+        "half of a pair, whose other half is missing (1 key: lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_up.weight)",
+    ),
+    "two ranks": (
+        named(f"transformer.{ATTENTION[0]}", PEFT, (Q[0], torch.ones(D, 8))),
+        f"a pair whose ranks do not match, 4 and 8 (2 keys: transformer.{ATTENTION[0]}.lora_A.weight, "
+        f"transformer.{ATTENTION[0]}.lora_B.weight)",
+    ),
+    "a convolution": (
+        named(f"transformer.{ATTENTION[0]}", PEFT, (Q[0][..., None, None], Q[1][..., None, None])),
+        "a pair that is not of two matrices (2 keys: ",
+    ),
 }  # fmt: skip
 
 
@@ -219,6 +236,19 @@ def test_what_stands_beside_a_lora_is_left_out_only_when_asked(house: House) -> 
     said = house.fluxrun("convert", "x.safetensors", "--to", "kohya", "--leave-out")
     assert said.code == 1
     assert "there is no LoRA in it that changes FLUX.1's transformer or CLIP; wanted is one" in said.err
+
+
+@pytest.mark.parametrize("key", [KEY, "lora_te1_text_model_encoder_layers_0_mlp_fc1"])
+def test_an_alpha_of_zero_is_named(key: str, house: House) -> None:
+    save_file(named(key, KOHYA, pair(D), 0.0), house.folder / "x.safetensors")
+    for to in ("kohya", "diffusers"):
+        said = house.fluxrun("convert", "x.safetensors", "--to", to)
+        assert (said.code, said.err) == (
+            1,
+            f"fluxrun: x.safetensors: {key}: its alpha is 0, which sd-scripts takes as the rank (4) and other programs as no "
+            "change at all; write the alpha that is meant into the file, or take the layer out\n",
+        )
+    assert left_in(house.folder) == {"x.safetensors"}
 
 
 def test_two_adapters_of_one_layer_are_not_mixed(house: House) -> None:
