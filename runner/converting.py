@@ -29,11 +29,10 @@ class Converted:
 
 def convert(file: Path, to: str, out: Path | None, *, leave_out: bool = False) -> Converted:
     """Write `file` in the layout `to` ("diffusers" or "kohya"), by default beside it; the new file gets its name once it
-    was read back. Raises BadFile with what it holds that is no LoRA of FLUX.1; with `leave_out` only where the rest would
-    not be a whole LoRA without it."""
+    was read back. Raises FluxrunError where `out` exists or is named as another kind of file, and BadFile with what `file`
+    holds that is no LoRA of FLUX.1; with `leave_out` only where the rest would not be a whole LoRA without it."""
     out = out or file.with_suffix(f".{to}.safetensors")
-    if out.exists() and out.samefile(file):
-        raise FluxrunError(f"--out {out}: that is the file itself; name another")
+    _refuse_output(out, file)
     named, header = _read(file)
     try:
         found = foreign_layouts.read(named, _config(header))
@@ -41,7 +40,7 @@ def convert(file: Path, to: str, out: Path | None, *, leave_out: bool = False) -
         raise BadFile(f"{file}: {error}") from error
     _refuse(file, found, leave_out)
     files.folder_for(out)
-    aside = out.with_name(f".{out.name}.{os.getpid()}{files.ASIDE}")
+    aside = files.aside_of(out)
     try:
         largest = _write(aside, out.name, found.adapter, to, header)
         files.DISK.rename(aside, out)
@@ -52,6 +51,15 @@ def convert(file: Path, to: str, out: Path | None, *, leave_out: bool = False) -
     if found.zeros:
         notes.append(f"left out: zeros, which change nothing ({foreign_layouts.some(found.zeros)})")
     return Converted(out, largest, tuple(notes))
+
+
+def _refuse_output(out: Path, file: Path) -> None:
+    if out.exists() and out.samefile(file):
+        raise FluxrunError(f"--out {out}: that is the file itself; name another")
+    if out.suffix != ".safetensors":
+        raise FluxrunError(f"--out {out}: the new file is a safetensors file; name one that ends in .safetensors")
+    if os.path.lexists(out):
+        raise FluxrunError(f"{out} exists; name another with --out, or move it away")
 
 
 def _refuse(file: Path, found: Contents, leave_out: bool) -> None:

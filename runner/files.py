@@ -89,13 +89,18 @@ class Disk:
 DISK = Disk()
 
 
+def aside_of(path: Path) -> Path:
+    """Where a file is written before it gets its name: of this process, since two may fill one cache entry."""
+    return path.with_name(f".{path.name}.{os.getpid()}{ASIDE}")
+
+
 def write_bytes(path: Path, chunks: Iterable[bytes | memoryview], *, durable: bool = True, disk: Disk = DISK) -> None:
     """Write `path` so that a reader sees the old content or the new, never a part.
 
     durable=False leaves out both fsyncs: for files like the heartbeat, that are worthless after a power cut. What
     cannot be written whole leaves nothing: after a failed fsync the pages may be lost, so the attempt is discarded.
     """
-    aside = path.with_name(f".{path.name}.{os.getpid()}{ASIDE}")  # two processes may fill one cache entry
+    aside = aside_of(path)
     handle = disk.create(aside)
     try:
         try:
@@ -154,13 +159,20 @@ def make_folder(path: Path, within: Path | None = None) -> Path:
 
 
 def folder_for(path: Path) -> Path:
-    """The folder of an output that a user named, made where it is not there. Raises FluxrunError where it cannot be."""
+    """The folder of an output that a user named, made where it is not there. Raises FluxrunError where the folder cannot be
+    made, no file can be created in it (which root is told only by trying), or `path` is a device or the like."""
+    if path.exists() and not path.is_file():
+        raise FluxrunError(f"{path}: cannot be written (it exists and is no regular file); name another")
     try:
         folder = make_folder(path.parent)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
     except OSError as error:
         raise FluxrunError(f"{path}: cannot be written ({error.filename}: {error.strerror}); name another") from error
+    aside = aside_of(path)
+    try:
+        DISK.close(DISK.create(aside))
+        DISK.unlink(aside)
+    except OSError as error:
+        raise FluxrunError(f"{path}: cannot be written ({folder}: {error.strerror}); name another") from error
     return folder
 
 

@@ -129,7 +129,7 @@ class Contents:
 def read(named: Mapping[str, Tensor], config: Mapping[str, Any]) -> Contents:
     """Any layout's LoRA. `config`: what the file's `lora_adapter_metadata` holds, {} where it has none.
 
-    Raises BadFile for NaN and infinite values, with their key, and for two adapters of one layer.
+    Raises BadFile for NaN and infinite values, with their key, for an alpha of 0, and for two adapters of one layer.
     """
     refuse_not_finite(named)
     wide = {key: value.float() if value.element_size() == 1 else value for key, value in named.items()}
@@ -139,8 +139,11 @@ def read(named: Mapping[str, Tensor], config: Mapping[str, Any]) -> Contents:
     for stem, factors in found.items():
         if (module := _clip_name(stem)) is not None:
             text[module] = _with_stated(factors, config, TEXT, stem, named)
+            _refuse_alpha_of_zero(stem, text[module])
         elif (modules := _modules(stem)) is not None:
-            parts = split(modules, _with_stated(factors, config, TRANSFORMER, stem, named))
+            whole = _with_stated(factors, config, TRANSFORMER, stem, named)
+            _refuse_alpha_of_zero(stem, whole)
+            parts = split(modules, whole)
             if twice := [one for one in parts if one in transformer]:
                 raise BadFile(f"{stem}: another key is an adapter of {twice[0]} too; one file holds one LoRA")
             transformer |= parts
@@ -164,6 +167,15 @@ def refuse_not_finite(named: Mapping[str, Tensor]) -> None:
     if bad:
         told = "; ".join(f"{what} in {_several(places)}" for what, places in bad.items())
         raise BadFile(f"{told}; a LoRA with such values draws nothing, so use an earlier step's")
+
+
+def _refuse_alpha_of_zero(stem: str, factors: Factors) -> None:
+    """sd-scripts (networks/lora_flux.py, LoRAModule) takes 0 as the rank; the formula and other programs as no change."""
+    if factors.alpha == 0 and factors.up.any():
+        raise BadFile(
+            f"{stem}: its alpha is 0, which sd-scripts takes as the rank ({factors.down.shape[0]}) and other programs as no "
+            "change at all; write the alpha that is meant into the file, or take the layer out"
+        )
 
 
 def _kept(parts: Mapping[str, Factors]) -> dict[str, Factors]:
@@ -248,8 +260,25 @@ def _sorted_out(keys: list[str], named: Mapping[str, Tensor], adapter: Adapter) 
         kind = next((kind for kind in KINDS if re.search(kind.pattern, key)), None)
         if kind is None and key.endswith(".alpha"):
             continue  # of a pair, or of a kind that other keys tell
-        out.setdefault(kind or model or UNKNOWN, []).append(key)
+        out.setdefault(kind or _broken_pair(key, named) or model or UNKNOWN, []).append(key)
     return {kind: tuple(found) for kind, found in out.items()}
+
+
+def _broken_pair(key: str, named: Mapping[str, Tensor]) -> Kind | None:
+    """What is wrong with the pair that a key is half of, where it is one of a layer of FLUX.1."""
+    end = next((end for end in ENDS if key.endswith(f".{end}")), None)
+    if end is None:
+        return None
+    stem = key.removesuffix(f".{end}")
+    if _clip_name(stem) is None and _modules(stem) is None:
+        return None
+    halves = {ENDS[one]: named[f"{stem}.{one}"] for one in ENDS if f"{stem}.{one}" in named}
+    if "down" not in halves or "up" not in halves:
+        return Kind("", "half of a pair, whose other half is missing")
+    if halves["down"].ndim != 2 or halves["up"].ndim != 2:
+        return Kind("", "a pair that is not of two matrices")
+    down, up = halves["down"].shape[0], halves["up"].shape[1]
+    return Kind("", f"a pair whose ranks do not match, {down} and {up}")
 
 
 def _same_names_as(adapter: Adapter) -> str | None:

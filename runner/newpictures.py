@@ -53,13 +53,10 @@ def look_at(folder: Path, file: Path, written: Values) -> Found:
         raise NewError(OPTION, str(error)) from error
     word = None
     if "tokens.name" in written and captions:
-        word = word_of(captions)
+        words = words_of(captions)
+        word = words[0] if len(words) == 1 else None
         if word is None and len(captions) == len(pictures.items):
-            raise NewError(
-                OPTION,
-                f"all {len(captions)} pictures have a caption, and no one word in capitals, like TOK, is in each; write the "
-                "word to be learned into them, or take --template lora",
-            )
+            raise NewError(OPTION, f"all {len(captions)} pictures have a caption, and {_not_one(words)}")
     if word:
         values["tokens.name"] = word
         for key in ("data.prompt", "validate.prompts"):
@@ -95,11 +92,23 @@ def fitting_size(sizes: Sequence[Size]) -> dict[str, Any]:
     return {"data.resolution": side, **({"data.buckets": True} if buckets else {})}
 
 
-def word_of(captions: Sequence[str]) -> str | None:
-    """The word to be learned: in every caption, and in capitals or one of RARE. None where that is not exactly one word."""
-    each = [set(re.findall(r"\b[A-Za-z_]\w+", caption, re.ASCII)) for caption in captions]
-    common = [word for word in set.intersection(*each) if word.isupper() or word in RARE]
-    return common[0] if len(common) == 1 else None
+def words_of(captions: Sequence[str]) -> list[str]:
+    """What may be the word to be learned: in every caption, and in capitals or one of RARE; in the first one's order."""
+    each = [dict.fromkeys(re.findall(r"\b[A-Za-z_]\w+", caption, re.ASCII)) for caption in captions]
+    return [word for word in each[0] if (word.isupper() or word in RARE) and all(word in one for one in each)]
+
+
+def _not_one(words: Sequence[str]) -> str:
+    """What is wrong where the captions do not say which word is to be learned, and what to do."""
+    if not words:
+        return (
+            "no word in capitals, like TOK, is in each; write the word to be learned into them, or take --template lora"
+        )
+    which = "in capitals" if all(map(str.isupper, words)) else f"in capitals, or like {RARE[0]},"
+    return (
+        f"several words {which} are in each ({', '.join(words)}); write all but the one to be learned in small letters, or "
+        "leave --pictures out and set tokens.name and data.source in the file"
+    )
 
 
 def _renamed(value: Any, old: str, new: str) -> Any:

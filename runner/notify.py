@@ -55,6 +55,8 @@ def refusals(target: Target, allow_commands: bool) -> Iterator[tuple[str, str]]:
     if missing:
         names = ", ".join(f"${name}" for name in missing)
         yield "notify.url", f"the environment has no such variable (found {names}); set it, or take the key out"
+    elif target.url is not None and not _can_be_posted_to(os.path.expandvars(target.url)):
+        yield "notify.url", f"expected an address beginning with http:// or https://, got {_shown(target.url)}"
 
 
 def literal_secrets(target: Target) -> Iterator[tuple[str, str]]:
@@ -107,12 +109,34 @@ def without_secrets(text: str) -> str:
     return _URL.sub(lambda found: "(an address)" if _is_secret(found[0]) else found[0], text)
 
 
+def _can_be_posted_to(url: str) -> bool:
+    """Whether it is an http address with a host, a port that is a number, and no spaces. url: without `$NAME`s."""
+    try:
+        found = urlsplit(url)
+        found.port  # noqa: B018 - raises where it is no number
+    except ValueError:
+        return False
+    return url.startswith(("https://", "http://")) and bool(found.hostname) and not re.search(r"[\s\x00-\x1f\x7f]", url)
+
+
+def _shown(url: str) -> str:
+    """An address that is at fault, as the spec has it; one that may be a secret is not shown. Without its http:// it may be
+    one too."""
+    try:
+        urlsplit(_VARIABLE.sub("", url))
+    except ValueError:  # cannot be taken apart, so nothing says that it is none
+        return "one that cannot be read (not shown)"
+    if _is_secret(url) or _is_secret(f"https://{url}"):
+        return "another (not shown)"
+    return repr(url)
+
+
 def _variables(url: str) -> list[str]:
     return [plain or braced for plain, braced in _VARIABLE.findall(url)]
 
 
 def _post(url: str, value: dict[str, str]) -> None:
-    if not url.startswith(("https://", "http://")):
+    if not _can_be_posted_to(url):
         raise ValueError("no http address")
     import urllib.request  # half of what this module costs, and only told when there is something to tell
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -169,6 +171,23 @@ OTHERS: dict[str, tuple[dict[str, Tensor], str]] = {
         "no layer of FLUX.1 (2 keys: transformer.transformer_blocks.0.attn.to_x.lora_A.weight, "
         "transformer.transformer_blocks.0.attn.to_x.lora_B.weight)",
     ),
+    "half of a pair": (
+        {f"transformer.{ATTENTION[0]}.lora_A.weight": Q[0], **named(f"transformer.{ATTENTION[1]}", PEFT, Q)},
+        f"half of a pair, whose other half is missing (1 key: transformer.{ATTENTION[0]}.lora_A.weight)",
+    ),
+    "the other half, of CLIP": (
+        {**named(KEY, KOHYA, LAST), "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": Q[1]},
+        "half of a pair, whose other half is missing (1 key: lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_up.weight)",
+    ),
+    "two ranks": (
+        named(f"transformer.{ATTENTION[0]}", PEFT, (Q[0], torch.ones(D, 8))),
+        f"a pair whose ranks do not match, 4 and 8 (2 keys: transformer.{ATTENTION[0]}.lora_A.weight, "
+        f"transformer.{ATTENTION[0]}.lora_B.weight)",
+    ),
+    "a convolution": (
+        named(f"transformer.{ATTENTION[0]}", PEFT, (Q[0][..., None, None], Q[1][..., None, None])),
+        "a pair that is not of two matrices (2 keys: ",
+    ),
 }  # fmt: skip
 
 
@@ -219,6 +238,19 @@ def test_what_stands_beside_a_lora_is_left_out_only_when_asked(house: House) -> 
     assert "there is no LoRA in it that changes FLUX.1's transformer or CLIP; wanted is one" in said.err
 
 
+@pytest.mark.parametrize("key", [KEY, "lora_te1_text_model_encoder_layers_0_mlp_fc1"])
+def test_an_alpha_of_zero_is_named(key: str, house: House) -> None:
+    save_file(named(key, KOHYA, pair(D), 0.0), house.folder / "x.safetensors")
+    for to in ("kohya", "diffusers"):
+        said = house.fluxrun("convert", "x.safetensors", "--to", to)
+        assert (said.code, said.err) == (
+            1,
+            f"fluxrun: x.safetensors: {key}: its alpha is 0, which sd-scripts takes as the rank (4) and other programs as no "
+            "change at all; write the alpha that is meant into the file, or take the layer out\n",
+        )
+    assert left_in(house.folder) == {"x.safetensors"}
+
+
 def test_two_adapters_of_one_layer_are_not_mixed(house: House) -> None:
     two = {
         **named(f"transformer.{ATTENTION[0]}", PEFT, Q),
@@ -254,25 +286,44 @@ def test_a_file_that_does_not_read_back_is_not_left_there(
     house: House, to: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_file(named(f"transformer.{ATTENTION[0]}", PEFT, Q), house.folder / "x.safetensors")
-    (house.folder / "old.safetensors").write_bytes(b"an earlier one")
     real: Callable[[Adapter], dict[str, Tensor]] = getattr(converting, f"to_{to}")
 
     def damaged(adapter: Adapter) -> dict[str, Tensor]:
         return {key: value * 1.1 for key, value in real(adapter).items()}
 
     monkeypatch.setattr(converting, f"to_{to}", damaged)
-    said = house.fluxrun("convert", "x.safetensors", "--to", to, "--out", "old.safetensors")
+    said = house.fluxrun("convert", "x.safetensors", "--to", to, "--out", "new.safetensors")
     assert said.code == 1
-    assert "old.safetensors: transformer_blocks.1.attn.to_q changes its layer otherwise than was trained" in said.err
-    assert (house.folder / "old.safetensors").read_bytes() == b"an earlier one"
-    assert left_in(house.folder) == {"x.safetensors", "old.safetensors"}
+    assert "new.safetensors: transformer_blocks.1.attn.to_q changes its layer otherwise than was trained" in said.err
+    assert left_in(house.folder) == {"x.safetensors"}
+
+
+@pytest.mark.parametrize("name", ["x.kohya.safetensors", "made.safetensors"])
+def test_a_file_that_exists_is_not_replaced(house: House, name: str) -> None:
+    """Neither by the default name nor by --out; it is told before the LoRA is read."""
+    (house.folder / "x.safetensors").write_text("no LoRA")
+    (house.folder / name).write_text("mine")
+    out = () if name == "x.kohya.safetensors" else ("--out", name)
+    said = house.fluxrun("convert", "x.safetensors", "--to", "kohya", *out)
+    assert (said.code, said.err) == (1, f"fluxrun: {name} exists; name another with --out, or move it away\n")
+    assert (house.folder / name).read_text() == "mine"
+
+
+def test_a_converted_file_is_named_as_what_it_is(house: House) -> None:
+    save_file(named(f"transformer.{ATTENTION[0]}", PEFT, Q), house.folder / "x.safetensors")
+    for out in ("victim.toml", "/dev/full"):
+        said = house.fluxrun("convert", "x.safetensors", "--to", "kohya", "--out", out)
+        told = f"--out {out}: the new file is a safetensors file; name one that ends in .safetensors"
+        assert (said.code, said.err) == (1, f"fluxrun: {told}\n")
+    assert left_in(house.folder) == {"x.safetensors"}
+    assert Path("/dev/full").is_char_device()
 
 
 def test_an_output_that_cannot_be_written_is_one_line(done: House, tmp_path: Path) -> None:
     """Of every command with an output that is named: one line, nothing written."""
     (tmp_path / "file").write_text("in the way")
     save_file(named(f"transformer.{ATTENTION[0]}", PEFT, Q), tmp_path / "x.safetensors")
-    out = tmp_path / "file" / "out"
+    out = tmp_path / "file" / "out.safetensors"
     for command in (
         ("convert", tmp_path / "x.safetensors", "--to", "kohya", "--out", out),
         ("schema", "--out", out),
@@ -286,6 +337,23 @@ def test_an_output_that_cannot_be_written_is_one_line(done: House, tmp_path: Pat
             command
         )
     assert (tmp_path / "file").read_text() == "in the way"
+    for name in ("a", "b"):
+        shutil.copytree(done.folder / "runs" / "a", tmp_path / "runs" / name)
+    for command, name in (  # where root may write by its rights, and no file can be created
+        (("convert", tmp_path / "x.safetensors", "--to", "kohya", "--out"), "x.safetensors"),
+        (("schema", "--out"), "x.json"),
+        (("new",), "x.toml"),
+        (("compare", "a", "b", "--runs", tmp_path / "runs", "--out"), "x.png"),
+        (("sample", "a", "--out"), ""),
+    ):
+        said = done.fluxrun(*command, Path("/proc", name))
+        told = f"/proc/{name or 'sample-sheet.png'}: cannot be written (/proc: No such file or directory); name another"
+        assert (said.code, said.err) == (1, f"fluxrun: {told}\n"), command
+    os.mkfifo(tmp_path / "pipe")
+    said = done.fluxrun("schema", "--out", tmp_path / "pipe")
+    assert said.code == 1
+    assert "pipe: cannot be written (it exists and is no regular file); name another" in said.err
+    assert (tmp_path / "pipe").is_fifo()
     said = done.fluxrun("schema", "--out", tmp_path / "new" / "folder" / "s.json")
     assert said.code == 0
     assert (tmp_path / "new" / "folder" / "s.json").is_file()

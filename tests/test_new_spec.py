@@ -365,8 +365,17 @@ def test_few_small_pictures_do_not_make_the_others_small(bare: House) -> None:
         (lambda folder: folder.mkdir(), "no image in dogs; wanted are files ending in "),
         (
             lambda folder: pictures(folder, (64, 64), (64, 64), captions=("a dog", "A dog")),
-            "all 2 pictures have a caption, and no one word in capitals, like TOK, is in each; write the word to be learned "
-            "into them, or take --template lora",
+            "all 2 pictures have a caption, and no word in capitals, like TOK, is in each; write the word to be learned into "
+            "them, or take --template lora",
+        ),
+        (
+            lambda folder: pictures(folder, (64, 64), (64, 64), captions=("a TOK in 4K HD", "HD, TOK and BOB in 4K")),
+            "all 2 pictures have a caption, and several words in capitals are in each (TOK, HD); write all but the one to be "
+            "learned in small letters, or leave --pictures out and set tokens.name and data.source in the file",
+        ),
+        (
+            lambda folder: pictures(folder, (64, 64), (64, 64), captions=("ohwx in HD", "HD ohwx")),
+            "all 2 pictures have a caption, and several words in capitals, or like ohwx, are in each (ohwx, HD); ",
         ),
         (lambda folder: (folder.mkdir(), (folder / "a.png").write_text("x")), "dogs/a.png: not a readable image ("),
     ],

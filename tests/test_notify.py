@@ -78,6 +78,39 @@ def test_a_variable_that_is_not_set_is_told_before_the_night(house: House) -> No
     assert "notify.url: the environment has no such variable (found $NO_SUCH_HOOK); set it" in said.err
 
 
+@pytest.mark.parametrize(
+    ("url", "got"),
+    [
+        ("hooks.example.org/x", "'hooks.example.org/x'"),
+        ("ftp://example.org/x", "'ftp://example.org/x'"),
+        ("http://", "'http://'"),
+        ("http://example.org:x/", "'http://example.org:x/'"),
+        ("https://example.org/a b", "'https://example.org/a b'"),
+        ("$HOOK", "'$HOOK'"),
+        ("http://[::1", "one that cannot be read (not shown)"),
+        ("hooks.slack.com/services/T0/B0/hidden", "another (not shown)"),
+        ("ftp://me:hidden@example.org/x", "another (not shown)"),
+    ],
+)
+def test_an_address_that_cannot_work_is_told_before_the_night(
+    house: House, url: str, got: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOOK", "hidden.example.org")
+    spec = house.spec(every=f'every = 50\n[notify]\nurl = "{url}"')
+    said = house.fluxrun("check", spec)
+    assert said.code == 2
+    told = said.out + said.err
+    assert f"notify.url: expected an address beginning with http:// or https://, got {got}" in told
+    assert "hidden" not in told
+
+
+@pytest.mark.parametrize("url", ["http://[::1]:8080/x", "https://example.org", "$HOOK/x", "http://${NAME}:80/x"])
+def test_an_address_that_can_work_is_taken(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOOK", "https://example.org")
+    monkeypatch.setenv("NAME", "example.org")
+    assert list(notify.refusals(Target(url, None), allow_commands=False)) == []
+
+
 def test_nobody_listening_is_told_without_the_address() -> None:
     complaints: list[str] = []
     notify.tell(Target("http://127.0.0.1:9/secret", None), "run done", "a", "a: done", complaints.append)
