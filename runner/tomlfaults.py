@@ -11,7 +11,9 @@ from runner.tomllines import key_lines
 MOST = 20  # faults of one file
 LARGE = 100_000  # characters of a text of which only the first fault is told
 LONGEST = 80  # characters of what was found
-SECRET = re.compile(r"hf_\w|^\s*[\"']?(?:(?:hf_|hub_)?token|api_?key|password|secret)[\"']?\s*[=:]", re.IGNORECASE)
+SECRET = re.compile(
+    r"hf_\w|(?:^|[\s,{])[\"']?(?:(?:hf_|hub_)?token|api_?key|password|secret)[\"']?\s*[=:]", re.IGNORECASE
+)
 TYPOGRAPHIC = (
     "\u201c\u201d\u201e\u201f\u2033\u2018\u2019\u201a\u2032\u00ab\u00bb\uff02\uff07"  # what stands for quotes elsewhere
 )

@@ -187,9 +187,16 @@ def test_several_faults_of_one_file_are_told_at_once(house: House) -> None:
 
 
 def test_a_secret_in_a_line_that_is_not_toml_is_not_shown(house: House) -> None:
-    for line in ("token = hf_abcdefgh", 'token: "hf_abcdefgh"', "[hub]\ntoken = hf_abcdefgh # mine"):
+    lines = (
+        "token = hf_abcdefgh",
+        'token: "hf_abcdefgh"',
+        "[hub]\ntoken = hf_abcdefgh # mine",
+        "rank = 4 password = mine",
+    )
+    for line in lines:
         said = house.fluxrun("plan", house.write("a.toml", f"{SPEC}{line}\n"))
         assert "hf_" not in said.err
+        assert "mine" not in said.err
         assert "this line (not shown) does not read as TOML" in said.err
 
 
