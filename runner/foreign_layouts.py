@@ -139,11 +139,8 @@ def read(named: Mapping[str, Tensor], config: Mapping[str, Any]) -> Contents:
     for stem, factors in found.items():
         if (module := _clip_name(stem)) is not None:
             text[module] = _with_stated(factors, config, TEXT, stem, named)
-            _refuse_alpha_of_zero(stem, text[module])
         elif (modules := _modules(stem)) is not None:
-            whole = _with_stated(factors, config, TRANSFORMER, stem, named)
-            _refuse_alpha_of_zero(stem, whole)
-            parts = split(modules, whole)
+            parts = split(modules, _with_stated(factors, config, TRANSFORMER, stem, named))
             if twice := [one for one in parts if one in transformer]:
                 raise BadFile(f"{stem}: another key is an adapter of {twice[0]} too; one file holds one LoRA")
             transformer |= parts
@@ -186,7 +183,10 @@ def _with_stated(
     factors: Factors, config: Mapping[str, Any], component: str, stem: str, named: Mapping[str, Tensor]
 ) -> Factors:
     stated = stated_alpha(config, component, stem.removeprefix("base_model.model.").removeprefix(f"{component}."))
-    return factors if stated is None or f"{stem}.alpha" in named else Factors(factors.down, factors.up, stated)
+    if stated is not None and f"{stem}.alpha" not in named:
+        factors = Factors(factors.down, factors.up, stated)
+    _refuse_alpha_of_zero(stem, factors)
+    return factors
 
 
 # ---- names -------------------------------------------------------------------------------------------------------------
