@@ -66,8 +66,8 @@ def test_flux_holds_as_many_as_its_published_files() -> None:
     ("config", "dtype", "images", "img", "txt", "rank"),
     [
         (NARROW, torch.float32, 1, 64, 64, 4),
-        (NARROW, torch.float32, 2, 256, 128, 16),
-        (NARROW, torch.float32, 4, 1024, 128, 16),
+        pytest.param(NARROW, torch.float32, 2, 256, 128, 16, marks=pytest.mark.slow),
+        pytest.param(NARROW, torch.float32, 4, 1024, 128, 16, marks=pytest.mark.slow),
         (WIDE, torch.bfloat16, 1, 4096, 512, 16),
         (WIDE, torch.bfloat16, 2, 1024, 256, 4),
     ],

@@ -167,7 +167,10 @@ def compare(run: Path, expected: oracle.Trained, start: dict[str, torch.Tensor],
 
 
 # What is special about these is held elsewhere, too, by a formula or a shorter test: `just slow` runs them.
-BESIDE = {"restarts", "polynomial", "constant with warm-up", "logit_normal", "mode", "8-bit adam", "two processes"}
+BESIDE = {
+    "restarts", "polynomial", "constant with warm-up", "logit_normal", "mode", "sigma_sqrt", "cosmap, low guidance", "8-bit adam",
+    "two processes",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in BESIDE)) for name in SPECS])
