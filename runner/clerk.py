@@ -89,8 +89,8 @@ class Clerk:
             "skipped_steps": self.meters.skipped or None,
             "wall_s": round(self.before.get("wall_s", 0.0) + time.monotonic() - self.began, 3),
             "s_per_step": statistics.median(self.seconds) if self.seconds else self.before.get("s_per_step"),
-            "peak_memory_bytes": max(
-                device.peak_memory(self.where), self.before.get("peak_memory_bytes", 0),
+            "peak_memory_bytes": max(  # of the phases: what is measured behind the last one belongs to none
+                0 if self.entered is None else device.peak_memory(self.where), self.before.get("peak_memory_bytes", 0),
                 *(one.peak for one in self.spent.values()),
             ),
             "memory_before_models": self.held,
