@@ -19,22 +19,23 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from runner.index import Record as Record
-    from runner.series import Series
+    from runner.runs.index import Record as Record
+    from runner.tracking.history import Series
+
 
 __all__ = ["Record", "base_folder", "history", "results", "table"]
 
 
 def results(path: Path | str) -> list[Record]:
     """Every run below the runs folder `path`, by name. Times in seconds, memory in bytes, losses smoothed."""
-    from runner.index import results as read
+    from runner.runs.index import results as read
 
     return read(path)
 
 
 def table(records: list[Record]) -> list[dict[str, Any]]:
     """Flat rows with the same columns each, every column of one kind, for a data frame."""
-    from runner.index import table as flatten
+    from runner.runs.index import table as flatten
 
     return flatten(records)
 
@@ -43,15 +44,15 @@ def history(path: Path | str, name: str) -> dict[str, Series]:
     """One run's numbers by TensorBoard's names, each {step: value}; {} where nothing was written yet."""
     from pathlib import Path
 
-    from runner.rundir import Run
-    from runner.series import read_history
+    from runner.runs.run import Run
+    from runner.tracking.history import read_history
 
     return read_history(Run(Path(path), name).history_file)
 
 
 def base_folder(base: str) -> Path:
     """The folder of a bundled base, in diffusers' layout. Raises ValueError for any other `model.base`."""
-    from runner.basefiles import BUILTIN
+    from runner.base.files import BUILTIN
 
     if base not in BUILTIN:
         raise ValueError(f"{base!r} is no bundled base; bundled are: {', '.join(BUILTIN)}")
@@ -60,7 +61,7 @@ def base_folder(base: str) -> Path:
 
 def __getattr__(name: str) -> Any:
     if name == "Record":
-        from runner.index import Record
+        from runner.runs.index import Record
 
         return Record
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

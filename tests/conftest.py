@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from click.testing import CliRunner
 
-from runner.engine import local
+from runner.engine import supervisor
 
 if TYPE_CHECKING:
-    from runner.desk import Desk
+    from runner.training.context import Desk
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tiny base gains nothing from a second thread; the workers need it
@@ -86,8 +86,8 @@ class Inline:
         self.told = folder, attempt, tuple(later)
 
     def poll(self) -> list[Any]:
-        from runner.engine.trainer import Told, Warm, train_run
-        from runner.stop import StopRequest
+        from runner.core.signals import StopRequest
+        from runner.engine.worker_main import Told, Warm, train_run
 
         self.warm = self.warm or Warm()
         events: list[Any] = []
@@ -101,7 +101,7 @@ class Inline:
         """Nothing to end."""
 
 
-local.Trainer = Inline  # type: ignore[assignment, misc]
+supervisor.Trainer = Inline  # type: ignore[assignment, misc]
 
 
 class House:
@@ -157,18 +157,19 @@ def desk_of(spec: Path) -> Desk:
     """What `fluxrun queue` would set up for this one spec, before the first phase."""
     import torch
 
-    from runner import device, flux
-    from runner.cache import Cache
-    from runner.desk import Desk
-    from runner.prepare import prepare
-    from runner.ranks import Ranks
-    from runner.say import Say
+    from runner.cache.store import Cache
+    from runner.core.events import Say
+    from runner.jobs.prepare import prepare
+    from runner.model import device
+    from runner.model.flux1 import loading
+    from runner.training.context import Desk
+    from runner.training.distributed import Ranks
 
-    flux.quiet()
+    loading.quiet()
     [job] = prepare([spec], spec.parent / "runs", fetch=True, fresh=False)
     cpu, model = torch.device("cpu"), job.spec.model
     cache, dtype = Cache(spec.parent / "runs" / "cache"), device.resolve_dtype(model.dtype, cpu)
-    base = flux.open_base(
+    base = loading.open_base(
         model.base, model.revision, model.variant, cpu, dtype, model.quantize, cache.folder, model.offload == "blocks"
     )
     assert job.pictures is not None
@@ -213,16 +214,17 @@ def export_bytes(run: Path) -> dict[str, bytes]:
 @contextmanager
 def stopping_after(step: int) -> Iterator[None]:
     """Ask the run to stop, as a signal would, once it reports this step."""
-    from runner import clerk, stop
+    from runner.core import signals
+    from runner.training import recorder
 
     reached: list[int] = []
-    report, asked = clerk.Clerk.step, stop.StopRequest.__call__
+    report, asked = recorder.Clerk.step, signals.StopRequest.__call__
 
     def reporting(self: Any, one: Any) -> None:
         reached.append(one.number)
         report(self, one)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(clerk.Clerk, "step", reporting)
-        patch.setattr(stop.StopRequest, "__call__", lambda self: asked(self) or step in reached)
+        patch.setattr(recorder.Clerk, "step", reporting)
+        patch.setattr(signals.StopRequest, "__call__", lambda self: asked(self) or step in reached)
         yield

@@ -1,4 +1,4 @@
-"""How other programs read our files, written down from what their sources do. Independent of `runner.layouts`.
+"""How other programs read our files, written down from what their sources do. Independent of `runner.export.lora_layouts`.
 
 ComfyUI: comfy/lora.py (alpha / rows of lora_down; every weight of the original layout by its name, dots as underscores),
 comfy/utils.py flux_to_diffusers (which rows of which matrix a module of diffusers is), comfy/sd1_clip.py load_embed and

@@ -12,7 +12,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import T5EncoderModel
 
-from runner import flux, lean, leant5, lora, lowrank, remaking, text
+from runner.model import flow_matching, fused_lora, lora, recomputation
+from runner.model.flux1 import latents, recompute, recompute_t5, text_encoders
+from runner.model.flux1.transformer import Text, predictor
 
 
 def counted(modules: list[Any], forward: Callable[[], Tensor]) -> int:
@@ -30,7 +32,7 @@ def counted(modules: list[Any], forward: Callable[[], Tensor]) -> int:
             seen[storage._cdata] = storage.nbytes()
         return tensor
 
-    real, init = torch.autograd.graph.saved_tensors_hooks, remaking.Remade.__init__
+    real, init = torch.autograd.graph.saved_tensors_hooks, recomputation.Remade.__init__
 
     def lean_hooks(own_pack: Callable[[Tensor], Any], unpack: Callable[[Any], Tensor]) -> Any:
         def both(tensor: Tensor) -> Any:
@@ -39,7 +41,7 @@ def counted(modules: list[Any], forward: Callable[[], Tensor]) -> int:
 
         return real(both, unpack)
 
-    def remade(self: remaking.Remade, recipe: remaking.Recipe, inputs: Sequence[Any]) -> None:
+    def remade(self: recomputation.Remade, recipe: recomputation.Recipe, inputs: Sequence[Any]) -> None:
         init(self, recipe, inputs)
         for one in self._inputs:
             if isinstance(one, Tensor):
@@ -47,7 +49,7 @@ def counted(modules: list[Any], forward: Callable[[], Tensor]) -> int:
 
     with pytest.MonkeyPatch.context() as patch, real(pack, lambda tensor: tensor):
         patch.setattr(torch.autograd.graph, "saved_tensors_hooks", lean_hooks)
-        patch.setattr(remaking.Remade, "__init__", remade)
+        patch.setattr(recomputation.Remade, "__init__", remade)
         forward()
     return sum(seen.values())
 
@@ -89,20 +91,20 @@ def transformer(
 
     cpu = torch.device("cpu")
     with FakeTensorMode(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(flux, "image_ids", lambda h, w, device, dtype: torch.zeros(h * w // 4, 3, dtype=dtype))
+        patch.setattr(latents, "image_ids", lambda h, w, device, dtype: torch.zeros(h * w // 4, 3, dtype=dtype))
         patch.setattr(torch.nn.Module, "to", lambda self, *_, **__: self)  # fake tensors cannot be moved; all are there
         with default_dtype(dtype):
             model = FluxTransformer2DModel(**config).requires_grad_(False)
         model.add_adapter(LoraConfig(r=rank, target_modules=layers, init_lora_weights=False), adapter_name=lora.ADAPTER)
         lora.spare_casts(model, 0.0)
-        lowrank.fuse(model)
+        fused_lora.fuse(model)
         if spared:
-            lean.spare(model, again=again)
+            recompute.spare(model, again=again)
         assert {parameter.dtype for parameter in lora.adapter_parameters(model).values()} == {torch.float32}
-        predict = flux.predictor(model.train(), 3.5, cpu, dtype)
+        predict = predictor(model.train(), 3.5, cpu, dtype)
         noise = torch.randn(images, img, config["in_channels"])
-        noised = flux.Noised(noise, noise, torch.ones(images, 1, 1), torch.ones(images))
-        read = flux.Text(
+        noised = flow_matching.Noised(noise, noise, torch.ones(images, 1, 1), torch.ones(images))
+        read = Text(
             torch.randn(images, txt, config["joint_attention_dim"], dtype=dtype, requires_grad=states),
             torch.randn(images, config["pooled_projection_dim"], dtype=dtype, requires_grad=pooled),
         )
@@ -122,8 +124,8 @@ def encoder(kind: Any, config: Any, dtype: torch.dtype, captions: int, tokens: i
             model = kind(config).requires_grad_(False).eval()
         table = model.get_input_embeddings()
         rows = torch.nn.Parameter(torch.zeros(2, table.weight.shape[1]))
-        model.set_input_embeddings(text.Rows(table, table.weight.shape[0] - 2, rows))
+        model.set_input_embeddings(text_encoders.Rows(table, table.weight.shape[0] - 2, rows))
         ids = torch.zeros(captions, tokens, dtype=torch.long)
         if kind is T5EncoderModel:
-            leant5.spare(model, plain=False, again=again)
+            recompute_t5.spare(model, plain=False, again=again)
         return counted([model], lambda: model(ids)[0])

@@ -12,12 +12,14 @@ from conftest import House, export_bytes, stopping_after
 from PIL import Image
 from safetensors.torch import load_file
 
-from runner import checkpoint, flux, text
-from runner.basefiles import BUILTIN
-from runner.prepare import prepare
-from runner.series import read_history
+from runner.base.files import BUILTIN
+from runner.checkpoint import storage
+from runner.jobs.prepare import prepare
+from runner.model.base import Base
+from runner.model.flux1 import loading, text_encoders
+from runner.tracking.history import read_history
 
-BASE = flux.Base(BUILTIN["builtin:tiny"], None, torch.device("cpu"), torch.float32)
+BASE = Base(BUILTIN["builtin:tiny"], None, torch.device("cpu"), torch.float32)
 
 
 def weights(run: Path) -> dict[str, bytes]:
@@ -65,12 +67,12 @@ def test_the_last_look_is_what_the_exports_draw(house: House) -> None:
 
 
 def test_pictures_that_fail_are_told_and_cost_nothing_else(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    from runner import preview
+    from runner.training import validation
 
     def broken(*_: object) -> Any:
         raise torch.cuda.OutOfMemoryError("no memory left")
 
-    monkeypatch.setattr(preview, "draw", broken)
+    monkeypatch.setattr(validation, "draw", broken)
     said = house.fluxrun("queue", house.spec(prompts='prompts = ["a TOK"]\nevery = 2'))
     assert said.code == 0
     assert "a: no pictures at step 2: OutOfMemoryError: no memory left" in said.err
@@ -172,7 +174,7 @@ def test_class_images_that_changed_are_never_resumed_with(house: House) -> None:
 
 def test_a_run_goes_on_in_the_dtype_it_was_begun_in(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which depends on the device where the spec does not name it."""
-    from runner import device
+    from runner.model import device
 
     spec = house.spec("a", every="every = 50", prompts="prompts = []")
     with stopping_after(1):
@@ -214,7 +216,7 @@ def test_an_interrupted_run_ends_with_the_same_bytes(house: House, kind: str) ->
         assert f"stopped after step {at}" in said.err
     assert house.fluxrun("queue", spec).code == 0
     assert weights(house.folder / "runs" / "a") == weights(house.folder / "unbroken" / "a")
-    newest = checkpoint.read(max((house.folder / "runs" / "a" / "checkpoints").glob("*")))
+    newest = storage.read(max((house.folder / "runs" / "a" / "checkpoints").glob("*")))
     if kind == "fp16":
         assert newest.scalars["meters"]["scaler"]["scale"] > 0
         assert {tensor.dtype for tensor in newest.weights.lora.values()} == {torch.float32}
@@ -227,7 +229,7 @@ def test_an_interrupted_run_ends_with_the_same_bytes(house: House, kind: str) ->
 def test_a_run_that_ends_early_exports_its_best_step(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     """A look every step, whose losses are given: the third is the best; two steps without a better one end it, in the
     phase before the last. Stopped on the way and resumed it ends the same."""
-    from runner import objective
+    from runner.training import objective
 
     losses = {1: 3.0, 2: 2.0, 3: 1.0, 4: 1.5, 5: 1.2, 6: 0.5}
     at = iter([])
@@ -245,7 +247,7 @@ def test_a_run_that_ends_early_exports_its_best_step(house: House, monkeypatch: 
     run = house.folder / "unbroken" / "a"
     state = json.loads((run / "state.json").read_text())
     assert (state["state"], state["step"], state["best_step"], state["exported_step"]) == ("done", 5, 3, 3)
-    best = checkpoint.read(run / "checkpoints" / "step-000003.safetensors").weights.lora
+    best = storage.read(run / "checkpoints" / "step-000003.safetensors").weights.lora
     exported = load_file(run / "export" / "pytorch_lora_weights.safetensors")
     assert all(torch.equal(exported[f"transformer.{name}"], value) for name, value in best.items())
     assert house.fluxrun("queue", spec, "--runs", "unbroken").err.startswith("a: skipped, done")
@@ -299,11 +301,11 @@ def test_several_tokens_learn_side_by_side(house: House) -> None:
     assert "- `<s3><s4>` is what the training captions call TOK" in card
     assert "trained as diffusers reads them" in card
     [job] = prepare([spec], house.folder / "runs", fetch=False, fresh=False)
-    early = checkpoint.read(house.folder / "runs" / "a" / "checkpoints" / "step-000002.safetensors").weights.rows
+    early = storage.read(house.folder / "runs" / "a" / "checkpoints" / "step-000002.safetensors").weights.rows
     for name in ("clip", "t5"):
-        tokenizer, encoder = flux.load_tokenizer(BASE, name), flux.load_encoder(BASE, name)
+        tokenizer, encoder = loading.load_tokenizer(BASE, name), loading.load_encoder(BASE, name)
         counts = [(len(one.pieces), one.initializer) for one in job.plan.placeholders]
-        first = text.initial_rows(encoder, tokenizer, counts, 0, name)
+        first = text_encoders.initial_rows(encoder, tokenizer, counts, 0, name)
         assert len({tuple(row) for row in first.tolist()}) == 5  # each begins as its own
         turned = torch.nn.functional.cosine_similarity(early[name], first)
         assert (turned < 0.99).all(), (

@@ -12,14 +12,14 @@ import pytest
 from conftest import House
 from test_check import bare_machine, report
 
-from runner.engine import local
-from runner.errors import NonFinite
-from runner.fitting import less_memory
-from runner.othernames import NO_KEY, PROGRAMS
-from runner.prepare import prepare
-from runner.spec import Spec
-from runner.speckeys import all_keys, models_in
-from runner.specload import load
+from runner.core.errors import NonFinite
+from runner.engine import supervisor
+from runner.jobs.card_fit import less_memory
+from runner.jobs.prepare import prepare
+from runner.spec.keys import all_keys, models_in
+from runner.spec.loader import load
+from runner.spec.other_trainers import NO_KEY, PROGRAMS
+from runner.spec.schema import Spec
 
 Patch = pytest.MonkeyPatch
 assert bare_machine  # a fixture for every test here, too
@@ -432,7 +432,7 @@ def test_a_batch_is_divided_only_where_there_is_one(house: House) -> None:
 
 
 def test_a_check_for_little_memory_does_not_name_what_is_set(house: House, monkeypatch: Patch) -> None:
-    monkeypatch.setattr("runner.checkhere.memory_available", lambda: 12 << 20)
+    monkeypatch.setattr("runner.core.hardware.memory_available", lambda: 12 << 20)
     spec = house.spec(base='base = "builtin:tiny"\ngradient_checkpointing = true', batch_size="batch_size = 1")
     _, found = report(house, spec, "--gpus", "cpu")
     [warning] = [one for one in found["warning"] if "model.base" in one]
@@ -464,9 +464,9 @@ def test_a_full_disk_asks_for_nothing_that_is_done_already(house: House, monkeyp
 
 def test_a_run_whose_loss_is_no_number_says_what_to_change_and_does_so(house: House, monkeypatch: Patch) -> None:
     """The same command would meet it again, and a changed rate is another run."""
-    monkeypatch.setattr("runner.train.BAD_STEPS", 1)
-    loss = "runner.objective.FlowObjective.loss"
-    from runner.objective import FlowObjective
+    monkeypatch.setattr("runner.training.loop.BAD_STEPS", 1)
+    loss = "runner.training.objective.FlowObjective.loss"
+    from runner.training.objective import FlowObjective
 
     real = FlowObjective.loss
     monkeypatch.setattr(loss, lambda self, step, micro: real(self, step, micro) * math.nan)
@@ -488,8 +488,8 @@ def test_a_run_whose_loss_is_no_number_says_what_to_change_and_does_so(house: Ho
 
 
 def test_what_a_failed_run_is_told_to_do_next() -> None:
-    assert NonFinite.code in local.NEXT
-    assert "tries again" not in "".join(local.NEXT.values()), "a known failure is met again"
+    assert NonFinite.code in supervisor.NEXT
+    assert "tries again" not in "".join(supervisor.NEXT.values()), "a known failure is met again"
 
 
 def test_fresh_is_not_asked_for_where_it_is_given(done: House, tmp_path: Path) -> None:
@@ -518,8 +518,8 @@ class Terminal(io.StringIO):
 
 def test_check_shows_the_line_with_a_caret_on_a_terminal(house: House, monkeypatch: Patch) -> None:
     from runner import cli
-    from runner.check import check
-    from runner.prepare import survey
+    from runner.jobs.prepare import survey
+    from runner.preflight.check import check
 
     spec = house.spec(rank="rnk = 4", resolution="resolution = 992")
     seen, faults = survey([spec], house.folder / "runs", fetch=True, fresh=False)
@@ -536,8 +536,8 @@ def test_check_shows_the_line_with_a_caret_on_a_terminal(house: House, monkeypat
 
 
 def test_a_warning_about_a_default_shows_no_line(house: House) -> None:
-    from runner.caret import excerpts
-    from runner.errors import Fault
+    from runner.cli.excerpts import excerpts
+    from runner.core.errors import Fault
 
     file = house.write("a.toml", "[data]\nsource = 1\n")
     for key, shown in (("data.source", True), ("data.resolution", True), ("train.steps", False)):
@@ -551,7 +551,7 @@ def test_a_warning_about_a_default_shows_no_line(house: House) -> None:
 def test_when_the_cache_was_last_used(days: tuple[int, int, str]) -> None:
     from rich.console import Console
 
-    from runner.caching import Kind, as_table
+    from runner.cli.cache import Kind, as_table
 
     newest, oldest, said = days
     console = Console(width=100, record=True, file=io.StringIO())

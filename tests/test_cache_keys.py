@@ -14,14 +14,17 @@ import pytest
 import torch
 from conftest import House, desk_of
 
-from runner import desk as desks
-from runner import flux, keys, quant, shelf
-from runner.basefiles import BUILTIN, PARTS, fingerprint
-from runner.checkpoint import Weights
-from runner.desk import Desk
-from runner.flux import Base
-from runner.keys import Entry
-from runner.spec import Data, Spec
+from runner.base.files import BUILTIN, PARTS, fingerprint
+from runner.cache import keys
+from runner.cache.keys import Entry
+from runner.checkpoint.storage import Weights
+from runner.model import quantization
+from runner.model.base import Base
+from runner.model.flux1 import loading
+from runner.spec.schema import Data, Spec
+from runner.training import context as desks
+from runner.training import model_pool
+from runner.training.context import Desk
 
 TINY = BUILTIN["builtin:tiny"]
 CPU = torch.device("cpu")
@@ -217,11 +220,11 @@ def test_a_data_set_that_only_has_a_name_is_listed_anew(house: House) -> None:
 
 def test_every_part_of_a_quantised_models_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = Base(TINY, None, CPU, torch.float32, "int8", tmp_path, False)
-    monkeypatch.setattr(flux, "weight_files", lambda *_: {})
-    monkeypatch.setattr(quant, "fill", lambda *told: told[-1])
+    monkeypatch.setattr(loading, "weight_files", lambda *_: {})
+    monkeypatch.setattr(quantization, "fill", lambda *told: told[-1])
 
     def kept(base: Base, part: str = "transformer") -> Any:
-        return flux.filled(flux.empty_transformer if part == "transformer" else flux.empty_t5, base, part)
+        return loading.filled(loading.empty_transformer if part == "transformer" else loading.empty_t5, base, part)
 
     other = tmp_path / "other"
     shutil.copytree(TINY / "transformer", other / "transformer")
@@ -235,13 +238,13 @@ def test_every_part_of_a_quantised_models_key(tmp_path: Path, monkeypatch: pytes
         "dtype": kept(replace(base, dtype=torch.bfloat16)),
         "nf4": kept(replace(base, quantize="nf4")),
     }
-    monkeypatch.setattr(quant, "FORMAT", quant.FORMAT + 1)
+    monkeypatch.setattr(quantization, "FORMAT", quantization.FORMAT + 1)
     made["another format"] = kept(base)
     distinct(made)
     assert all(path.parent.parent == tmp_path / "quantized" for path in made.values())
     monkeypatch.undo()
-    monkeypatch.setattr(flux, "weight_files", lambda *_: {})
-    monkeypatch.setattr(quant, "fill", lambda *told: told[-1])
+    monkeypatch.setattr(loading, "weight_files", lambda *_: {})
+    monkeypatch.setattr(quantization, "fill", lambda *told: told[-1])
     assert kept(replace(base, offload=True)) == kept(base) == made["as it is"]
     assert kept(replace(base, quantize="none")) is None
     assert kept(replace(base, cache=None)) is None
@@ -267,14 +270,16 @@ def test_a_kept_transformer_is_only_lent_as_the_one_it_is(tmp_path: Path) -> Non
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
     others = {**OTHER_BASE, "folder": copy}
-    made = {"as it is": shelf._key(base)}
-    made |= {name: shelf._key(replace(base, **{name: value})) for name, value in others.items() if value is not None}
+    made = {"as it is": model_pool._key(base)}
+    made |= {
+        name: model_pool._key(replace(base, **{name: value})) for name, value in others.items() if value is not None
+    }
     config = folder / "transformer" / "config.json"
     config.write_text(config.read_text().replace("{", "{ ", 1))
-    made["other files"] = shelf._key(base)
+    made["other files"] = model_pool._key(base)
     distinct(made)
     assert {field.name for field in fields(Base)} == set(OTHER_BASE)
-    assert shelf._key(replace(base, cache=tmp_path)) == made["other files"]
+    assert model_pool._key(replace(base, cache=tmp_path)) == made["other files"]
 
 
 def test_a_fingerprint_follows_every_file_and_both_its_ends(tmp_path: Path) -> None:

@@ -58,8 +58,8 @@ def test_what_nobody_asked_for_goes_and_is_made_again(mine: House) -> None:
 
 
 def test_nothing_is_removed_under_a_queue(mine: House) -> None:
-    from runner.processes import Process
-    from runner.rundir import Run
+    from runner.core.process_identity import Process
+    from runner.runs.run import Run
 
     run = Run(mine.folder / "runs", "a")
     lease = {"format": 1, "attempt": 1, "holder": Process.own().as_json()}

@@ -16,9 +16,10 @@ from conftest import PICTURES, PROJECT, House
 from hub import hub
 from PIL import Image
 
-from runner import checkbase, checkhere
-from runner.basefiles import BUILTIN
-from runner.prepare import Job
+from runner.base.files import BUILTIN
+from runner.core import hardware
+from runner.jobs.job import Job
+from runner.preflight import base_files, libraries
 
 Patch = pytest.MonkeyPatch
 Setup = Callable[[House, Patch], Path]
@@ -35,7 +36,7 @@ def bare_machine(monkeypatch: Patch, tmp_path: Path) -> None:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
-    monkeypatch.setattr("runner.engine.slots.NVIDIA", tmp_path / "none")
+    monkeypatch.setattr("runner.core.hardware.NVIDIA", tmp_path / "none")
 
 
 def report(house: House, *arguments: str | Path) -> tuple[int, dict[str, list[str]]]:
@@ -106,7 +107,7 @@ def edited(path: Path, **keys: object) -> None:
 
 def sharded(folder: Path) -> None:
     whole = folder / "transformer" / "diffusion_pytorch_model.safetensors"
-    names = checkbase.read_header(whole)
+    names = base_files.read_header(whole)
     whole.rename(whole.with_name("one-00001-of-00002.safetensors"))
     index = {name: f"one-0000{1 + (name == 'proj_out.weight')}-of-00002.safetensors" for name in names}
     whole.with_name(f"{whole.name}.index.json").write_text(json.dumps({"weight_map": index}))
@@ -134,7 +135,7 @@ def two_unreadable(house: House, _: Patch) -> Path:
 
 def held_out_copy(house: House, _: Patch) -> Path:
     path = house.spec(source='source = "pictures"\nholdout = 1')
-    from runner.prepare import prepare
+    from runner.jobs.prepare import prepare
 
     [job] = prepare([path], house.folder / "runs", fetch=False, fresh=False)
     assert job.pictures is not None
@@ -164,7 +165,7 @@ def other_class(house: House, patch: Patch) -> Path:
 
 def another_run(house: House, _: Patch) -> Path:
     path = house.spec(rank="rank = 8")
-    from runner.prepare import prepare
+    from runner.jobs.prepare import prepare
 
     [job] = prepare([path], house.folder / "runs", fetch=False, fresh=False)
     job.run.enlist(job.spec, job.plan, "0.1.0", job.source.origin)
@@ -180,9 +181,9 @@ def full_disk(house: House, patch: Patch) -> Path:
 
 def little_memory(house: House, patch: Patch) -> Path:
     patch.setattr(
-        checkhere, "MEMINFO", house.write("meminfo", "MemTotal: 9 kB\nMemAvailable: 4096 kB\nSwapFree: 4 kB\n")
+        hardware, "MEMINFO", house.write("meminfo", "MemTotal: 9 kB\nMemAvailable: 4096 kB\nSwapFree: 4 kB\n")
     )
-    patch.setattr(checkhere, "_container", lambda: [])
+    patch.setattr(hardware, "_container", lambda: [])
     return house.spec()
 
 
@@ -195,7 +196,7 @@ def gpu(*rows: str, more: str = "", **changes: str) -> Setup:
         tool.chmod(0o755)
         patch.setenv("PATH", f"{house.folder / 'bin'}:{os.environ['PATH']}")
         patch.setenv("CUDA_VISIBLE_DEVICES", ",".join(row.split(",")[0] for row in rows))
-        patch.setattr(checkhere, "_version", lambda name: "99.0")
+        patch.setattr(libraries, "version_of", lambda name: "99.0")
         return appended(more, **changes)(house, patch)
 
     return setup
@@ -203,8 +204,8 @@ def gpu(*rows: str, more: str = "", **changes: str) -> Setup:
 
 def without(package: str, more: str, **changes: str) -> Setup:
     def setup(house: House, patch: Patch) -> Path:
-        found = checkhere.find_spec
-        patch.setattr(checkhere, "find_spec", lambda name: None if name == package else found(name))
+        found = libraries.find_spec
+        patch.setattr(libraries, "find_spec", lambda name: None if name == package else found(name))
         patch.setenv("WANDB_MODE", "offline")
         return appended(more, **changes)(house, patch)
 
@@ -413,7 +414,7 @@ def test_copies_are_found_by_what_they_show(own_pictures: House) -> None:
 
 def test_a_held_out_picture_that_is_nearly_trained_on(own_pictures: House) -> None:
     path = own_pictures.spec(source='source = "pictures"\nholdout = 1')
-    from runner.prepare import prepare
+    from runner.jobs.prepare import prepare
 
     [job] = prepare([path], own_pictures.folder / "runs", fetch=False, fresh=False)
     assert job.pictures is not None
@@ -593,7 +594,7 @@ def test_what_a_step_is_tried_with_and_told(own_pictures: House, monkeypatch: Pa
             )
         return 0
 
-    monkeypatch.setattr("runner.trystep.run_queue", train)
+    monkeypatch.setattr("runner.preflight.trial.run_queue", train)
     drawn(own_pictures, "wide.png", (160, 90), 20)
     path = own_pictures.spec(center_crop="center_crop = true\nbuckets = true")
     path.write_text(path.read_text() + '[sweep]\n"train.lr" = [1e-3, 1e-4]\n')
@@ -619,7 +620,7 @@ def test_captions_are_counted_as_the_encoders_read_them(tmp_path: Path) -> None:
     """CLIP's vocabulary and merges alone, as FLUX.1-dev has them, and both tokenizer.json, against transformers' own."""
     from transformers import AutoTokenizer
 
-    from runner.readers import FOLDERS, Reader
+    from runner.preflight.tokenizers import FOLDERS, Reader
 
     tiny = BUILTIN["builtin:tiny"]
     model = json.loads((tiny / "tokenizer" / "tokenizer.json").read_text())["model"]

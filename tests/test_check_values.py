@@ -231,7 +231,7 @@ def test_a_runs_folder_that_cannot_be_made(house: House) -> None:
 
 
 def test_a_run_that_another_queue_has(house: House) -> None:
-    from runner.prepare import prepare
+    from runner.jobs.prepare import prepare
 
     spec = house.spec()
     [job] = prepare([spec], house.folder / "runs", fetch=False, fresh=False)

@@ -9,15 +9,17 @@ import torch
 from conftest import House
 from test_plan import FACTS, TOKENS, spec_of
 
-from runner import checkpoint, files
-from runner.checkpoint import Checkpoint, Weights
-from runner.errors import Held, Paused
-from runner.execute import best_of, done_already, newest_checkpoint
-from runner.plan import Plan, make_plan
-from runner.rundir import Run
-from runner.say import Say
-from runner.stepfiles import file_name, steps_in
-from runner.writer import SPARE, Writer
+from runner.checkpoint import storage
+from runner.checkpoint.storage import Checkpoint, Weights
+from runner.checkpoint.writer import SPARE, Writer
+from runner.core import files
+from runner.core.errors import Held, Paused
+from runner.core.events import Say
+from runner.plan.build import make_plan
+from runner.plan.phases import Plan
+from runner.runs.checkpoint_files import file_name, steps_in
+from runner.runs.run import Run
+from runner.training.run import best_of, done_already, newest_checkpoint
 
 
 class Heard(Say):
@@ -36,7 +38,7 @@ def made(step: int, key: str = "key", **meters: object) -> Checkpoint:
 def put(run: Run, one: Checkpoint) -> Path:
     files.make_folder(run.checkpoints)
     path = run.checkpoints / file_name(one.step)
-    checkpoint.write(path, one)
+    storage.write(path, one)
     return path
 
 
@@ -145,7 +147,7 @@ def test_checkpoints_of_later_steps_are_left_alone(tmp_path: Path) -> None:
     """They are another plan's."""
     own = writer(tmp_path / "checkpoints", 1)
     for step in (8, 9):
-        checkpoint.write(own.folder / file_name(step), made(step))
+        storage.write(own.folder / file_name(step), made(step))
     for step in (1, 2):
         own.write(made(step))
     own.close()

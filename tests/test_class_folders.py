@@ -14,10 +14,11 @@ import pytest
 from conftest import PICTURES, House, desk_of
 from PIL import Image
 
-from runner import classfolder, files
-from runner.basefiles import BUILTIN, identity_of
-from runner.errors import FluxrunError
-from runner.prior import fill_classes
+from runner.base.files import BUILTIN, identity_of
+from runner.core import locks
+from runner.core.errors import FluxrunError
+from runner.data import class_images
+from runner.training.phases.prior import fill_classes
 
 PRIOR = '[prior]\nimages = "{images}"\nprompt = "{prompt}"\ncount = {count}\n'
 
@@ -176,7 +177,7 @@ def test_a_run_that_finds_the_folder_filled_for_another_prompt_fails(
 ) -> None:
     """By another queue, after this one has looked."""
     path, folder = spec(house, "a", "a circle"), house.folder / "classes"
-    lock = files.locked
+    lock = locks.locked
 
     @contextmanager
     def late(path: Path, **more: Any) -> Iterator[None]:
@@ -185,7 +186,7 @@ def test_a_run_that_finds_the_folder_filled_for_another_prompt_fails(
         with lock(path, **more):
             yield
 
-    monkeypatch.setattr("runner.prior.files.locked", late)
+    monkeypatch.setattr("runner.training.phases.prior.locks.locked", late)
     said = house.fluxrun("queue", path)
     assert said.code == 1
     assert (
@@ -196,7 +197,7 @@ def test_a_run_that_finds_the_folder_filled_for_another_prompt_fails(
 
 
 def test_the_first_to_lock_the_folder_has_it(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runner.prior.STEPS", 2)
+    monkeypatch.setattr("runner.training.phases.prior.STEPS", 2)
     first, second = (desk_of(spec(house, name, prompt)) for name, prompt in (("a", "a circle"), ("b", "a star")))
     fill_classes(first)
     note = json.loads((house.folder / "classes" / "fluxrun-prior.json").read_text())
@@ -212,20 +213,20 @@ def test_the_first_to_lock_the_folder_has_it(house: House, monkeypatch: pytest.M
 
 def test_class_images_exchanged_before_they_are_read_are_noticed(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     """And a run that is done no longer minds what becomes of the folder."""
-    from runner import execute
+    from runner.training import run as training_run
 
     path, folder = spec(house, "a", "a dog"), own_pictures(house)
-    encode = execute.encode
+    encode = training_run.encode
 
     def exchanged(*all_: Any) -> None:
         Image.new("RGB", (64, 64), "red").save(folder / "dog1.png")
         encode(*all_)
 
-    monkeypatch.setattr(execute, "encode", exchanged)
+    monkeypatch.setattr(training_run, "encode", exchanged)
     said = house.fluxrun("queue", path)
     assert said.code == 1
     assert "a: failed: the class images: " in said.err
-    monkeypatch.setattr(execute, "encode", encode)
+    monkeypatch.setattr(training_run, "encode", encode)
     shutil.copy(PICTURES / "02.png", folder / "dog1.png")
     assert house.fluxrun("queue", path).code == 0
     noted(folder, prompt="a cat", base="me/other")
@@ -234,7 +235,7 @@ def test_class_images_exchanged_before_they_are_read_are_noticed(house: House, m
         0,
         "a: skipped, done (same spec, data and base; its exports are there)",
     )
-    assert classfolder.disagreement(folder, "a dog", identity_of("builtin:tiny", None)) is not None
+    assert class_images.disagreement(folder, "a dog", identity_of("builtin:tiny", None)) is not None
 
 
 def test_a_place_where_no_class_images_can_be_made_is_told(house: House) -> None:

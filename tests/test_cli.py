@@ -45,7 +45,7 @@ def test_dry_run_is_the_plan(house: House) -> None:
 
 
 def test_the_index_is_derived_from_the_folders(done: House) -> None:
-    from runner.index import write_index
+    from runner.runs.index import write_index
 
     index = done.folder / "runs" / "index.jsonl"
     before = index.read_text()

@@ -6,7 +6,7 @@ import socket
 
 import pytest
 
-from runner.ranks import Ranks
+from runner.training.distributed import Ranks
 
 
 def test_the_port_of_the_meeting_is_held_from_the_first_moment() -> None:

@@ -13,9 +13,10 @@ import pytest
 from conftest import PICTURES
 from PIL import Image
 
-from runner import data, sources, views
-from runner.errors import FluxrunError
-from runner.sources import Source
+from runner.core.errors import FluxrunError
+from runner.data import buckets, sources
+from runner.data.images import DataError, Picture, Pictures, decode, measure, pixels
+from runner.data.sources import Source
 
 
 def folder(tmp_path: Path) -> Path:
@@ -26,14 +27,14 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def read(text: Path, **more: str | None) -> data.Pictures:
+def read(text: Path, **more: str | None) -> Pictures:
     facts: dict[str, str | None] = {
         "config": None, "split": "train", "image_column": "image", "caption_column": None, "prompt": None, **more,
     }  # fmt: skip
     return sources.read(Source(str(text), **facts))  # type: ignore[arg-type]
 
 
-def pairs(found: data.Pictures) -> list[tuple[str, str]]:
+def pairs(found: Pictures) -> list[tuple[str, str]]:
     return [(picture.name, picture.caption) for picture in found.items]
 
 
@@ -49,7 +50,7 @@ def test_captions_beside_images_and_the_prompt_for_the_rest(tmp_path: Path) -> N
         ("1.png", "a TOK"),
         ("2.png", "a TOK"),
     ]
-    with pytest.raises(data.DataError, match=r"2 of 3 images have no caption \(1.png, 2.png\); set data.prompt"):
+    with pytest.raises(DataError, match=r"2 of 3 images have no caption \(1.png, 2.png\); set data.prompt"):
         read(tmp_path)
 
 
@@ -85,10 +86,10 @@ def test_an_imagefolders_metadata(tmp_path: Path, kind: str) -> None:
     assert pairs(read(tmp_path, caption_column="text", prompt="a TOK")) == wanted
     other = read(tmp_path, image_column="picture", caption_column="text", prompt="a TOK")
     assert [name for name, _ in pairs(other)] == ["2.png", "1.png", "0.png"]
-    with pytest.raises(data.DataError, match=f"data.caption_column to one of metadata.{kind}'s: picture, text"):
+    with pytest.raises(DataError, match=f"data.caption_column to one of metadata.{kind}'s: picture, text"):
         read(tmp_path)
     with pytest.raises(
-        data.DataError,
+        DataError,
         match=rf"metadata.{kind}: no column 'txt' in 3 rows \({places[kind]}\); there are file_name, picture, text",
     ):
         read(tmp_path, caption_column="txt", prompt="a TOK")
@@ -96,23 +97,21 @@ def test_an_imagefolders_metadata(tmp_path: Path, kind: str) -> None:
 
 def test_a_column_that_nothing_has_is_refused(tmp_path: Path) -> None:
     """Else every image would silently get the prompt."""
-    with pytest.raises(
-        data.DataError, match=r"has no metadata.jsonl, .*, so no column 'text'; add one of them, or take"
-    ):
+    with pytest.raises(DataError, match=r"has no metadata.jsonl, .*, so no column 'text'; add one of them, or take"):
         read(folder(tmp_path), caption_column="text", prompt="a TOK")
 
 
 def test_a_key_that_a_folder_cannot_honour_is_refused(tmp_path: Path) -> None:
     folder(tmp_path)
-    with pytest.raises(data.DataError, match=r"is a folder of images, which has no data.split \(found 'test'\)"):
+    with pytest.raises(DataError, match=r"is a folder of images, which has no data.split \(found 'test'\)"):
         read(tmp_path, split="test", prompt="a TOK")
-    with pytest.raises(data.DataError, match=r"has no data.config \(found 'small'\); take that key out"):
+    with pytest.raises(DataError, match=r"has no data.config \(found 'small'\); take that key out"):
         read(tmp_path, config="small", prompt="a TOK")
-    with pytest.raises(data.DataError, match="so no column 'img'; add one of them, or take data.image_column out"):
+    with pytest.raises(DataError, match="so no column 'img'; add one of them, or take data.image_column out"):
         read(tmp_path, image_column="img", prompt="a TOK")
     write_metadata(tmp_path, "jsonl")
     with pytest.raises(
-        data.DataError, match=r"no file named in 'img' in 3 rows \(lines 1, 2, 3\); wanted is a column file_name"
+        DataError, match=r"no file named in 'img' in 3 rows \(lines 1, 2, 3\); wanted is a column file_name"
     ):
         read(tmp_path, image_column="img", prompt="a TOK")
 
@@ -132,9 +131,7 @@ def test_text_as_other_systems_write_it(tmp_path: Path) -> None:
 def test_an_image_listed_twice_is_refused(tmp_path: Path) -> None:
     folder(tmp_path)
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, [*ROWS, {**ROWS[0], "text": "other"}])))
-    with pytest.raises(
-        data.DataError, match=r"metadata.jsonl:4: a picture named a second time \(found '1.png'\); give"
-    ):
+    with pytest.raises(DataError, match=r"metadata.jsonl:4: a picture named a second time \(found '1.png'\); give"):
         read(tmp_path, caption_column="text", prompt="a TOK")
 
 
@@ -147,7 +144,7 @@ def test_more_pictures_than_open_files_are_allowed(tmp_path: Path) -> None:
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/proc/self/fd").iterdir())) + 20, limits[1]))
     try:
-        kept = [(data.measure(one), data.decode(one)) for one in found.items]
+        kept = [(measure(one), decode(one)) for one in found.items]
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert len(kept) == 80
@@ -158,7 +155,7 @@ def test_metadata_cannot_name_files_outside(tmp_path: Path, escape: str) -> None
     (tmp_path / "in").mkdir()
     Image.new("RGB", (64, 64)).save(tmp_path / "x.png")
     (tmp_path / "in" / "metadata.jsonl").write_text(json.dumps({"file_name": escape}))
-    with pytest.raises(data.DataError, match="no such file in the folder"):
+    with pytest.raises(DataError, match="no such file in the folder"):
         read(tmp_path / "in", prompt="a")
 
 
@@ -222,10 +219,10 @@ def test_a_columnar_data_set_with_images_inside(tmp_path: Path, kind: str, rows:
     found = read(path, **columns, prompt="a prompt")
     assert [picture.caption for picture in found.items] == ["a TOK", "a prompt"]
     with Image.open(PICTURES / "02.png") as wanted:
-        assert np.array_equal(np.asarray(data.decode(found.items[1])), np.asarray(wanted.convert("RGB")))
-    with pytest.raises(data.DataError, match="has no column 'image'; there are img, text, number"):
+        assert np.array_equal(np.asarray(decode(found.items[1])), np.asarray(wanted.convert("RGB")))
+    with pytest.raises(DataError, match="has no column 'image'; there are img, text, number"):
         read(path, prompt="a")
-    with pytest.raises(data.DataError, match=r"number is not text \(rows 0, 1\)"):
+    with pytest.raises(DataError, match=r"number is not text \(rows 0, 1\)"):
         read(path, image_column="img", caption_column="number", prompt="a")
 
 
@@ -247,12 +244,12 @@ def test_a_configuration_and_a_split_choose_their_rows(tmp_path: Path, rows: obj
     columns = {"image_column": "img", "caption_column": "text"}
     assert read(tmp_path, config="large", split="test", **columns).captions == ("large test",)
     assert read(tmp_path, config="small", **columns).captions == ("small train",)
-    with pytest.raises(data.DataError, match="cannot be loaded"):
+    with pytest.raises(DataError, match="cannot be loaded"):
         read(tmp_path, config="small", split="none", **columns)
 
 
 def test_a_hub_data_set_that_cannot_be_had_is_named() -> None:
-    with pytest.raises(data.DataError, match="nobody/nothing cannot be loaded"):
+    with pytest.raises(DataError, match="nobody/nothing cannot be loaded"):
         read(Path("nobody/nothing"), prompt="a")
 
 
@@ -261,7 +258,7 @@ def test_a_hub_data_set_that_cannot_be_had_is_named() -> None:
 
 def cut(image: Image.Image, size: tuple[int, int] = (64, 64), **more: object) -> np.ndarray:
     settings = {"variant": 0, "variants": 1, "center": False, "flip": False, "interpolation": "lanczos", "seed": 0}
-    return data.pixels(image, "x", size, **{**settings, **more})  # type: ignore[arg-type]
+    return pixels(image, "x", size, **{**settings, **more})  # type: ignore[arg-type]
 
 
 RAMP = Image.fromarray(np.tile(np.arange(200, dtype=np.uint8)[None, :, None], (100, 1, 3)))
@@ -288,7 +285,7 @@ def test_every_other_variant_is_mirrored() -> None:
     assert np.array_equal(cut(RAMP, variant=None, flip=True), middle)
 
 
-def picture(path: Path) -> data.Picture:
+def picture(path: Path) -> Picture:
     [found] = [one for one in read(path.parent, prompt="a").items if one.name == path.name]
     return found
 
@@ -297,8 +294,8 @@ def test_a_picture_is_upright_and_rgb_whatever_it_was(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was held on its side
     Image.new("RGB", (64, 128), "white").save(tmp_path / "turned.jpg", exif=exif)
-    assert data.decode(picture(tmp_path / "turned.jpg")).size == (128, 64)
-    assert data.measure(picture(tmp_path / "turned.jpg")) == (128, 64)
+    assert decode(picture(tmp_path / "turned.jpg")).size == (128, 64)
+    assert measure(picture(tmp_path / "turned.jpg")) == (128, 64)
 
     grey = Image.fromarray(np.full((64, 64), 128 << 8, np.uint16))
     palette = Image.new("P", (64, 64), 1)
@@ -318,7 +315,7 @@ def test_a_picture_is_upright_and_rgb_whatever_it_was(tmp_path: Path) -> None:
     }
     for name, (image, colour) in wanted.items():
         image.save(tmp_path / name)
-        found = data.decode(picture(tmp_path / name))
+        found = decode(picture(tmp_path / name))
         assert (found.mode, found.getpixel((5, 5))) == ("RGB", colour), name
 
 
@@ -326,10 +323,10 @@ def test_a_truncated_image_is_named(tmp_path: Path) -> None:
     whole = (PICTURES / "01.png").read_bytes()
     (tmp_path / "1.png").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(FluxrunError, match=r"1.png: not a readable image \(.*\); mend it or take it out"):
-        data.decode(picture(tmp_path / "1.png"))
+        decode(picture(tmp_path / "1.png"))
     (tmp_path / "1.png").write_bytes(b"nothing")
     with pytest.raises(FluxrunError, match=r"1.png: not a readable image"):
-        data.measure(picture(tmp_path / "1.png"))
+        measure(picture(tmp_path / "1.png"))
 
 
 # ---- buckets and batches -------------------------------------------------------------------------------------------
@@ -339,21 +336,21 @@ def test_a_truncated_image_is_named(tmp_path: Path) -> None:
 def test_buckets_are_those_of_diffusers(side: int) -> None:
     from diffusers.training_utils import find_nearest_bucket, generate_aspect_ratio_buckets
 
-    ours = views.bucket_sizes(side)
+    ours = buckets.bucket_sizes(side)
     theirs = generate_aspect_ratio_buckets(side)
     assert [(height, width) for width, height in ours] == theirs
     draw = np.random.default_rng(side)
     for _ in range(300):
         width, height = (int(length) for length in draw.integers(100, 4000, 2))
         at = find_nearest_bucket(height, width, theirs)
-        assert views.nearest((width, height), ours) == ours[at]
+        assert buckets.nearest((width, height), ours) == ours[at]
 
 
 def test_groups_hold_every_picture_once_per_resolution() -> None:
     sizes = [(640, 480), (480, 640), (500, 500), (1000, 100)]
-    assert views.group(sizes, (64,), buckets=False) == {(64, 64): (0, 1, 2, 3)}
-    assert views.group(sizes, (64, 32), buckets=False) == {(32, 32): (0, 1, 2, 3), (64, 64): (0, 1, 2, 3)}
-    bucketed = views.group(sizes, (512,), buckets=True)
+    assert buckets.group(sizes, (64,), buckets=False) == {(64, 64): (0, 1, 2, 3)}
+    assert buckets.group(sizes, (64, 32), buckets=False) == {(32, 32): (0, 1, 2, 3), (64, 64): (0, 1, 2, 3)}
+    bucketed = buckets.group(sizes, (512,), buckets=True)
     assert bucketed == {(448, 592): (1,), (512, 512): (2,), (592, 448): (0,), (720, 368): (3,)}
 
 
@@ -361,11 +358,11 @@ COUNTS = {(64, 64): 5, (48, 80): 2, (80, 48): 1}
 
 
 def test_batches_show_every_view_equally_often_and_never_mix_sizes() -> None:
-    seen: Counter[tuple[views.Size, int]] = Counter()
-    epochs: dict[tuple[views.Size, int], list[int]] = {}
+    seen: Counter[tuple[buckets.Size, int]] = Counter()
+    epochs: dict[tuple[buckets.Size, int], list[int]] = {}
     for step in range(24):  # three cycles of eight, of three pictures each
         for micro in range(2):
-            size, shown = views.batch(0, step, micro, images=3, accumulate=2, counts=COUNTS)
+            size, shown = buckets.batch(0, step, micro, images=3, accumulate=2, counts=COUNTS)
             assert len(shown) == 3
             for index, epoch in shown:
                 assert 0 <= index < COUNTS[size]
@@ -379,18 +376,18 @@ def test_batches_show_every_view_equally_often_and_never_mix_sizes() -> None:
 def test_one_size_is_shuffled_epochs_laid_end_to_end() -> None:
     counts = {(64, 64): 9}
     drawn = [
-        views.batch(0, step, micro, images=3, accumulate=2, counts=counts) for step in range(21) for micro in range(2)
+        buckets.batch(0, step, micro, images=3, accumulate=2, counts=counts) for step in range(21) for micro in range(2)
     ]
     shown = [index for _, batch in drawn for index, _ in batch]
     epochs = [shown[start : start + 9] for start in range(0, 126, 9)]
     assert all(sorted(epoch) == list(range(9)) for epoch in epochs)
     assert epochs[0] != epochs[1]
-    assert views.batch(1, 0, 0, images=9, accumulate=1, counts=counts)[1] != [(index, 0) for index in epochs[0]]
-    other = views.batch(0, 0, 0, images=9, accumulate=1, counts=counts, what="class")[1]
+    assert buckets.batch(1, 0, 0, images=9, accumulate=1, counts=counts)[1] != [(index, 0) for index in epochs[0]]
+    other = buckets.batch(0, 0, 0, images=9, accumulate=1, counts=counts, what="class")[1]
     assert other != [(index, 0) for index in epochs[0]]
 
 
 def test_variants_take_turns() -> None:
     for name in ("a", "b", "c"):
-        first = views.variant(0, name, 0, 4)
-        assert [views.variant(0, name, shown, 4) for shown in range(6)] == [(first + shown) % 4 for shown in range(6)]
+        first = buckets.variant(0, name, 0, 4)
+        assert [buckets.variant(0, name, shown, 4) for shown in range(6)] == [(first + shown) % 4 for shown in range(6)]

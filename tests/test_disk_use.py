@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 from conftest import House
 
-from runner import diskuse, files
-from runner.finding import size
-from runner.forecast import night_bytes
-from runner.prepare import prepare
+from runner.core import files
+from runner.core.humanize import size
+from runner.jobs.cache_hits import night_bytes
+from runner.jobs.prepare import prepare
+from runner.plan import disk
 
-MOST = 2  # times what a run leaves: the factor of runner/diskuse.py
+MOST = 2  # times what a run leaves: the factor of runner/plan/disk.py
 
 
 def planned(house: House, *specs: Path) -> list[int]:
@@ -36,7 +37,7 @@ def test_the_estimate_is_not_below_what_a_run_leaves_and_not_far_above(done: Hou
 
 
 def test_what_goes_into_the_cache(done: House) -> None:
-    left = diskuse.bytes_in(done.folder / "runs" / "cache")
+    left = disk.bytes_in(done.folder / "runs" / "cache")
     jobs = prepare([done.folder / "a.toml"], done.folder / "other-runs", fetch=False, fresh=False)
     _, cached = night_bytes(jobs, on_gpu=False)
     assert left <= cached <= MOST * left
@@ -49,7 +50,7 @@ def test_looks_and_steps_are_counted(house: House) -> None:
     few, more, longer = planned(house, plain, looking, long)
     picture = 3 * 64 * 64  # bytes of RGB
     assert more - few == (2 * 3 * (2 * 3 + 6) - 6) * picture  # three looks, each in samples/ and in the events
-    assert longer - few == 54 * diskuse.BYTES_PER_STEP
+    assert longer - few == 54 * disk.BYTES_PER_STEP
 
 
 def test_a_base_that_is_not_here_is_taken_for_flux_1(house: House) -> None:
@@ -66,14 +67,14 @@ def test_plan_check_and_queue_say_the_same(house: House, monkeypatch: pytest.Mon
 
     [wanted] = planned(house, spec)
     usage = type(shutil.disk_usage(house.folder))
-    free = wanted + diskuse.SPARE  # for the run alone, not for what goes into the cache
+    free = wanted + disk.SPARE  # for the run alone, not for what goes into the cache
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9, free))
     [error] = notes(house, spec)
     assert error.startswith("disk: the night wants about ")
     assert f"({size(wanted)} in 1 run folder, " in error
     assert "16 MiB to spare beside a checkpoint), and runs has room for" in error
 
-    monkeypatch.setattr(type(files.DISK), "free", lambda *_: wanted + diskuse.SPARE // 2)
+    monkeypatch.setattr(type(files.DISK), "free", lambda *_: wanted + disk.SPARE // 2)
     said = house.fluxrun("queue", spec, "--no-check")
     assert said.code == 3
     assert f"a: paused: the run wants about {size(free)}, 16 MiB of them to spare, and runs/a has room for" in said.err

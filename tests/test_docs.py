@@ -22,8 +22,8 @@ import pytest
 from conftest import PICTURES, PIVOTAL, PROJECT, House
 
 from runner.cli import main
-from runner.spec import Spec
-from runner.speckeys import all_keys
+from runner.spec.keys import all_keys
+from runner.spec.schema import Spec
 
 GUIDES = sorted((PROJECT / "docs").glob("*.md"))
 PAGES = [PROJECT / "README.md", *GUIDES]

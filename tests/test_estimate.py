@@ -15,14 +15,17 @@ from conftest import House
 from saved import encoder, transformer
 from test_check import gpu
 
-from runner import activations, checkhere, estimate, finding, fitting, pace, pacebook
-from runner.activations import Batch, Learning, Width
-from runner.basefiles import BUILTIN, FLUX1, linear_layers, lora_layers
-from runner.checkbase import check_base
-from runner.plan import Plan
-from runner.prepare import prepare
-from runner.shapes import CLIP, T5, read_shapes
-from runner.spec import Spec
+from runner.base import param_counts
+from runner.base.files import BUILTIN
+from runner.base.layers import FLUX1, linear_layers, lora_layers
+from runner.base.param_counts import CLIP, T5, read_shapes
+from runner.core import hardware, humanize
+from runner.jobs import activation_memory, card_fit, memory, timing, timing_store
+from runner.jobs.activation_memory import Batch, Learning, Width
+from runner.jobs.prepare import prepare
+from runner.plan.phases import Plan
+from runner.preflight.base_files import check_base
+from runner.spec.schema import Spec
 
 DEV = "black-forest-labs/FLUX.1-dev"
 NARROW: dict[str, Any] = {  # of tools/bench/make_model.py
@@ -54,7 +57,7 @@ def test_flux_holds_as_many_as_its_published_files() -> None:
     shapes = read_shapes(DEV)
     assert shapes is not None
     found = {part: sum(numbers) for part, numbers in shapes.numbers.items()}
-    assert found == {**checkhere.FLUX1_PARTS, "transformer": 11_901_408_320}
+    assert found == {**param_counts.FLUX1_PARTS, "transformer": 11_901_408_320}
     assert read_shapes("some/model") is None
 
 
@@ -86,7 +89,7 @@ def test_the_transformer_saves_what_the_formula_says(
     for pooled, states, (lean, again) in itertools.product((False, True), (False, True), ways):
         what = Learning(chosen, rank, False, pooled, states)
         batch = Batch(images, img, txt)
-        told = activations.transformer_saved(config, batch, width, what, (), lean=lean, selective=again)
+        told = activation_memory.transformer_saved(config, batch, width, what, (), lean=lean, selective=again)
         real = transformer(
             config, list(chosen), rank, dtype, images, img, txt, pooled=pooled, states=states, spared=lean, again=again
         )
@@ -96,9 +99,11 @@ def test_the_transformer_saves_what_the_formula_says(
 def test_nothing_is_saved_before_the_first_thing_that_learns() -> None:
     last = {"single_transformer_blocks.5.attn.to_q": (512, 512)}
     batch, width = Batch(1, 256, 128), Width(4, 4)
-    told = activations.transformer_saved(NARROW, batch, width, Learning(last, 4, False, False, False), (), lean=False)
+    told = activation_memory.transformer_saved(
+        NARROW, batch, width, Learning(last, 4, False, False, False), (), lean=False
+    )
     real = transformer(NARROW, list(last), 4, torch.float32, 1, 256, 128, pooled=False, states=False)
-    every = activations.transformer_saved(
+    every = activation_memory.transformer_saved(
         NARROW, batch, width, Learning(lora_layers(linear_layers(NARROW), "attention"), 4, False, False, False), (),
         lean=False,
     )  # fmt: skip
@@ -110,8 +115,8 @@ def test_checkpointing_keeps_the_blocks_inputs_and_one_block() -> None:
     chosen = lora_layers(linear_layers(FLUX1), "attention")
     what = Learning(chosen, 16, False, False, False)
     batch, width = Batch(1, 4096, 512), Width(2, 4)
-    whole = activations.transformer_saved(FLUX1, batch, width, what, (), lean=False)
-    kept = activations.transformer_saved(FLUX1, batch, width, what, range(56), lean=False)
+    whole = activation_memory.transformer_saved(FLUX1, batch, width, what, (), lean=False)
+    kept = activation_memory.transformer_saved(FLUX1, batch, width, what, range(56), lean=False)
     inputs = 57 * 4608 * 3072 * 2
     assert inputs + whole / 60 < kept < inputs + whole / 40
 
@@ -125,9 +130,9 @@ def test_the_encoders_save_what_the_formulas_say(dtype: torch.dtype) -> None:
     for again in (False, True):
         own = T5Config(**t5, feed_forward_proj="gated-gelu", dropout_rate=0.1)
         real = encoder(T5EncoderModel, own, dtype, 2, 256, again=again)
-        assert activations.t5_saved(t5, 2, 256, narrow, selective=again) == pytest.approx(real, rel=0.05)
+        assert activation_memory.t5_saved(t5, 2, 256, narrow, selective=again) == pytest.approx(real, rel=0.05)
     real = encoder(CLIPTextModel, CLIPTextConfig(**CLIP), dtype, 2, 77)
-    assert activations.clip_saved(CLIP, 2, narrow, 0) == pytest.approx(real, rel=0.1)
+    assert activation_memory.clip_saved(CLIP, 2, narrow, 0) == pytest.approx(real, rel=0.1)
 
 
 # ---- phases ----------------------------------------------------------------------------------------------------------
@@ -147,9 +152,9 @@ EIGHT_BIT = '[optimizer]\nname = "adamw8bit"\n'
 def gib(house: House, phase: str = "lora", more: str = "", quantize: str = "none", **changes: str) -> float:
     """Of a card, margin included."""
     spec, plan = planned(house, more=more, **{**CLIP_ONLY, **changes})
-    found = estimate.phases(estimate._set(spec, {"model": {"quantize": quantize}}), plan)
+    found = memory.phases(memory._set(spec, {"model": {"quantize": quantize}}), plan)
     assert found is not None
-    return estimate.needs(found[phase]) / 2**30
+    return memory.needs(found[phase]) / 2**30
 
 
 def test_the_publics_figures_for_flux_are_met(house: House) -> None:
@@ -187,21 +192,21 @@ def test_a_text_of_several_pictures_is_kept_once(house: House) -> None:
     spec, plan = planned(house, **BIG | {"batch_size": "batch_size = 4"})
     found = {}
     for texts in (None, 9, 4, 3, 1):
-        phases = estimate.phases(spec, replace(plan, texts=texts))
+        phases = memory.phases(spec, replace(plan, texts=texts))
         assert phases is not None
         found[texts] = phases["joint"].activations
     assert found[None] == found[9] == found[4]
-    one = activations.t5_saved(T5, 1, 512, 2)
+    one = activation_memory.t5_saved(T5, 1, 512, 2)
     assert found[4] - found[3] == pytest.approx(one, rel=0.03)
     assert found[4] - found[1] == pytest.approx(3 * one, rel=0.03)
 
 
 def test_pictures_while_training_bring_the_vae(house: House) -> None:
     spec, plan = planned(house, **CLIP_ONLY)
-    spec = estimate._set(spec, {"model": {"gradient_checkpointing": True}, "validation": {"size": 2048, "every": 2}})
+    spec = memory._set(spec, {"model": {"gradient_checkpointing": True}, "validation": {"size": 2048, "every": 2}})
     found, without = (
-        estimate.phases(spec, plan),
-        estimate.phases(estimate._set(spec, {"validation": {"every": None}}), plan),
+        memory.phases(spec, plan),
+        memory.phases(memory._set(spec, {"validation": {"every": None}}), plan),
     )
     assert found is not None
     assert without is not None
@@ -217,7 +222,7 @@ def test_the_largest_bucket_counts(house: House) -> None:
     square = planned(house, "builtin:tiny", resolution="resolution = 128")
     wide = planned(house, "builtin:tiny", resolution="resolution = [64, 128]\nbuckets = true")
     assert max(width * height for width, height in wide[1].sizes or {}) > 128 * 128
-    small, large = (estimate.phases(*one, on_gpu=False) for one in (square, wide))
+    small, large = (memory.phases(*one, on_gpu=False) for one in (square, wide))
     assert small is not None
     assert large is not None
     assert large["lora"].activations > small["lora"].activations
@@ -280,7 +285,7 @@ def test_a_base_nobody_knows_has_no_estimate(house: House) -> None:
     [run] = json.loads(house.fluxrun("plan", path, "--json").out)["runs"]
     assert {phase["memory"] for phase in run["phases"]} == {None}
     assert run["fits"] is None
-    assert f"  {fitting.UNKNOWN}" in house.fluxrun("plan", path).out.splitlines()
+    assert f"  {card_fit.UNKNOWN}" in house.fluxrun("plan", path).out.splitlines()
 
 
 def test_on_the_cpu_it_is_the_process_that_is_meant(house: House) -> None:
@@ -332,10 +337,10 @@ def test_a_change_that_suffices_is_named(house: House, monkeypatch: pytest.Monke
     spec, plan = planned(house, "builtin:tiny", **changes)
     shapes = read_shapes("builtin:tiny")
     assert shapes is not None
-    first = next(estimate.ways(spec, plan, shapes))
+    first = next(card_fit.ways(spec, plan, shapes))
     free = first.needs // 2**20 + 1
     [one] = told(house, monkeypatch, free, card=free + 100, **changes)
-    assert f"set train.batch_size = 1, train.accumulate = 64 ({finding.size(first.needs)}); `fluxrun" in one["message"]
+    assert f"set train.batch_size = 1, train.accumulate = 64 ({humanize.size(first.needs)}); `fluxrun" in one["message"]
 
 
 def test_enough_is_not_worth_a_word(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -347,7 +352,7 @@ def test_enough_is_not_worth_a_word(house: House, monkeypatch: pytest.MonkeyPatc
 
 def test_a_new_runs_folder_knows_what_this_machine_took(house: House) -> None:
     assert house.fluxrun("queue", house.spec("a"), "--gpus", "cpu").code == 0
-    assert pacebook.book() == Path(os.environ["XDG_CACHE_HOME"]) / "fluxrun" / "pace.json"
+    assert timing_store.book() == Path(os.environ["XDG_CACHE_HOME"]) / "fluxrun" / "pace.json"
     elsewhere = house.folder / "other-runs"
     path, larger = house.spec("b"), house.spec("c", batch_size="batch_size = 4")
     once, twice = (
@@ -364,10 +369,10 @@ def test_check_step_is_remembered(house: House) -> None:
     path = house.spec()
     assert house.fluxrun("check", path, "--step", "--gpus", "cpu").code == 0
     [job] = prepare([path], house.folder / "runs", fetch=False, fresh=False)
-    [own] = pace.times([job], house.folder / "runs", on_gpu=False)
+    [own] = timing.times([job], house.folder / "runs", on_gpu=False)
     assert own.s_per_step
     assert own.peak
-    [own] = pace.times([job], house.folder / "runs", on_gpu=True)  # another device
+    [own] = timing.times([job], house.folder / "runs", on_gpu=True)  # another device
     assert own.s_per_step is None
 
 
@@ -376,26 +381,28 @@ def test_several_resolutions_take_turns(house: House) -> None:
         [job] = prepare(
             [house.spec("a", resolution=f"resolution = {side}")], house.folder / "runs", fetch=False, fresh=False
         )
-        tables = pace.dump(job.spec)
-        device, base = pacebook.device_name(on_gpu=False), pacebook.base_name("builtin:tiny")
-        pacebook.keep({pace.book_key(device, base, tables, side): {"images": 2, "s_per_step": seconds, "beside": 1.0}})
+        tables = timing.dump(job.spec)
+        device, base = hardware.device_name(on_gpu=False), timing_store.base_name("builtin:tiny")
+        timing_store.keep(
+            {timing.book_key(device, base, tables, side): {"images": 2, "s_per_step": seconds, "beside": 1.0}}
+        )
     jobs = prepare(
         [house.spec("b", resolution="resolution = [64, 128]")], house.folder / "runs", fetch=False, fresh=False
     )
-    [own] = pace.times(jobs, house.folder / "runs", on_gpu=False)
+    [own] = timing.times(jobs, house.folder / "runs", on_gpu=False)
     assert own.s_per_step == 2.5
 
 
 @pytest.mark.parametrize("content", ["{", '{"format": 1, "entries": {"x": [{"images": 1}]}}', '{"format": 9}', "[]"])
 def test_a_book_that_is_none_is_done_without(house: House, content: str) -> None:
-    pacebook.book().parent.mkdir(parents=True)
-    pacebook.book().write_text(content)
-    assert not any(pacebook.read().values())
-    pacebook.keep({"key": {"images": 1, "s_per_step": 1.0, "beside": 0.0}})
-    assert pacebook.read()["key"][0]["s_per_step"] == 1.0
+    timing_store.book().parent.mkdir(parents=True)
+    timing_store.book().write_text(content)
+    assert not any(timing_store.read().values())
+    timing_store.keep({"key": {"images": 1, "s_per_step": 1.0, "beside": 0.0}})
+    assert timing_store.read()["key"][0]["s_per_step"] == 1.0
 
 
 def test_a_folder_that_cannot_be_written_is_no_fault(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(house.write("a-file", "")))
-    pacebook.keep({"key": {"images": 1, "s_per_step": 1.0, "beside": 0.0}})
-    assert pacebook.read() == {}
+    timing_store.keep({"key": {"images": 1, "s_per_step": 1.0, "beside": 0.0}})
+    assert timing_store.read() == {}

@@ -15,11 +15,13 @@ from safetensors.torch import load_file
 from test_exports import card_of
 from test_snippets import difference, run
 
-from runner import files, text, tokens
-from runner.basefiles import BUILTIN
-from runner.errors import FluxrunError
-from runner.exportnames import file_stem
-from runner.spec import Token
+from runner.base.files import BUILTIN
+from runner.core import safetensors
+from runner.core.errors import FluxrunError
+from runner.data import tokens
+from runner.model.flux1 import text_encoders
+from runner.spec.export_names import file_stem
+from runner.spec.schema import Token
 
 TAKEN_BY_ALL = re.compile(r"[A-Za-z0-9_-]+")
 
@@ -81,7 +83,7 @@ def test_a_sweeps_run_with_a_word_of_its_own(house: House, done: House, monkeypa
         *weights,
         "pytorch_lora_weights.safetensors",
     }
-    header = files.read_metadata(folder / "export" / f"{stem}.safetensors")
+    header = safetensors.read_metadata(folder / "export" / f"{stem}.safetensors")
     assert (header["ss_output_name"], header["modelspec.title"]) == (stem, "a/train.lr=0.0005")
     assert header["modelspec.usage_hint"] == (
         f"diffusers: TOK is <bird0><bird1>; ComfyUI: embedding:{stem}_emb; WebUI: {stem}_emb_webui"
@@ -189,4 +191,4 @@ def test_a_placeholder_that_the_base_has_already(house: House) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(base, subfolder="tokenizer")
     with pytest.raises(FluxrunError, match=r"has <s1> already, .* give the token another tokens.placeholder"):
-        text.attach_rows(None, tokenizer, ["<s0>", "<s1>"], torch.nn.Parameter(torch.zeros(2, 8)))
+        text_encoders.attach_rows(None, tokenizer, ["<s0>", "<s1>"], torch.nn.Parameter(torch.zeros(2, 8)))

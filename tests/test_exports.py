@@ -19,14 +19,18 @@ from PIL import Image
 from readers import comfyui_embedding, diffusers_reads_kohya, forge_embedding
 from safetensors.torch import load_file
 
-from runner import export, files, flux, sample, tensors, tokens, verify
-from runner.basefiles import BUILTIN, licence
-from runner.checkpoint import Weights, read
-from runner.deliver import export_day
-from runner.errors import BadFile
-from runner.lora import LoraShape
-from runner.rundir import Run
-from runner.spec import Token
+from runner.base.files import BUILTIN, licence
+from runner.checkpoint.storage import Weights, read
+from runner.core import locks, safetensors
+from runner.core.errors import BadFile
+from runner.data import tokens
+from runner.export import formats, pipeline, verify
+from runner.model import base, tensors
+from runner.model.flux1 import loading
+from runner.model.lora import LoraShape
+from runner.runs.run import Run
+from runner.spec.schema import Token
+from runner.training.phases.export import export_day
 
 SEED = 3
 
@@ -91,14 +95,14 @@ def trained(done: House) -> Weights:
     return read(done.folder / "runs" / "a" / "checkpoints" / "step-000006.safetensors").weights
 
 
-BASE = flux.Base(BUILTIN["builtin:tiny"], None, torch.device("cpu"), torch.float32)
+BASE = base.Base(BUILTIN["builtin:tiny"], None, torch.device("cpu"), torch.float32)
 
 
 def test_a_wrong_value_in_the_lora_file_is_found_by_its_layer(done: House, trained: Weights) -> None:
-    file = done.folder / "runs" / "a" / "export" / export.LORA_FILE
-    shape, stored = shape_of(trained), export.rounded(trained, torch.bfloat16)
-    pipe = sample.image_pipeline(BASE, flux.load_transformer(BASE))
-    sample.load_lora(pipe, file)
+    file = done.folder / "runs" / "a" / "export" / formats.LORA_FILE
+    shape, stored = shape_of(trained), formats.rounded(trained, torch.bfloat16)
+    pipe = pipeline.image_pipeline(BASE, loading.load_transformer(BASE))
+    pipeline.load_lora(pipe, file)
     verify.loaded_lora(pipe.transformer, stored.lora, shape)  # as it is, it passes
     with pytest.raises(BadFile, match="reads back with scale 1.0, trained was 2.0"):
         verify.loaded_lora(pipe.transformer, stored.lora, LoraShape(4, 8.0, 0.0, shape.layers))
@@ -111,11 +115,11 @@ def test_a_wrong_value_in_the_lora_file_is_found_by_its_layer(done: House, train
 
 def test_a_wrong_row_is_found_by_its_encoder(done: House, trained: Weights, tmp_path: Path) -> None:
     known = tokens.placeholders([Token(name="TOK")])
-    stored = export.rounded(trained, torch.bfloat16)
+    stored = formats.rounded(trained, torch.bfloat16)
     rows = load_file(done.folder / "runs" / "a" / "export" / "a_emb.safetensors")
     rows["t5"][1, 3] *= 1 + 2**-7
     tensors.save(tmp_path / "bad.safetensors", rows, {})
-    pipe = sample.text_pipeline(BASE, sample.Exported(None, tmp_path / "bad.safetensors", known))
+    pipe = pipeline.text_pipeline(BASE, pipeline.Exported(None, tmp_path / "bad.safetensors", known))
     with pytest.raises(BadFile, match="t5 embeddings read back in diffusers with other values"):
         verify.loaded_embeddings(pipe, stored, ["<s0>", "<s1>"])
     with pytest.raises(BadFile, match=r"bad.safetensors: t5 holds other rows than were learned"):
@@ -145,13 +149,13 @@ def test_alpha_survives_the_export(house: House) -> None:
     """alpha / rank = 4: lost, the picture would be another one. In diffusers' layout it is in the weights."""
     spec = house.spec(rank="rank = 4\nalpha = 16.0", steps="steps = 2")
     assert house.fluxrun("queue", spec).code == 0
-    pipe = sample.image_pipeline(BASE, flux.load_transformer(BASE))
-    sample.load_lora(pipe, house.folder / "runs" / "a" / "export" / export.LORA_FILE)
+    pipe = pipeline.image_pipeline(BASE, loading.load_transformer(BASE))
+    pipeline.load_lora(pipe, house.folder / "runs" / "a" / "export" / formats.LORA_FILE)
     scales = {m.scaling[name] for m in pipe.transformer.modules() if hasattr(m, "scaling") for name in m.scaling}
     assert scales == {1.0}
     folder = house.folder / "runs" / "a"
     learned = read(folder / "checkpoints" / "step-000002.safetensors").weights.lora
-    stored = load_file(folder / "export" / export.LORA_FILE)
+    stored = load_file(folder / "export" / formats.LORA_FILE)
     for name, value in learned.items():
         scale = 4 if ".lora_B." in name else 1
         assert torch.equal(stored[f"transformer.{name}"], (scale * value).bfloat16())
@@ -167,16 +171,16 @@ def test_the_original_layout_draws_the_runs_picture(done: House, monkeypatch: py
     diffusers_reads_kohya(monkeypatch, 128)
     run = done.folder / "runs" / "a"
     known = tokens.placeholders([Token(name="TOK")])
-    exported = sample.Exported(run / "export" / "a.safetensors", run / "export" / "a_emb.safetensors", known)
+    exported = pipeline.Exported(run / "export" / "a.safetensors", run / "export" / "a_emb.safetensors", known)
     shots = [("a TOK on a white background", 0)]
-    [picture] = sample.sample(BASE, exported, shots, length=32, steps=2, size=64)
+    [picture] = pipeline.sample(BASE, exported, shots, length=32, steps=2, size=64)
     with Image.open(run / "samples" / "step-000006-0.png") as own:
         assert np.abs(np.asarray(own).astype(int) - np.asarray(picture)).max() <= 1
 
 
 def test_the_metadata_that_webuis_show(done: House) -> None:
     path = done.folder / "runs" / "a" / "export" / "a.safetensors"
-    header = files.read_metadata(path)
+    header = safetensors.read_metadata(path)
     wanted = {
         "ss_output_name": "a", "ss_network_dim": "4", "ss_network_alpha": "4.0", "ss_network_module": "networks.lora_flux",
         "ss_base_model_version": "flux1", "ss_sd_model_name": "builtin:tiny", "ss_resolution": "(64, 64)", "ss_steps": "6",
@@ -208,14 +212,14 @@ def test_the_day_is_the_one_on_which_the_run_began(done: House, monkeypatch: pyt
 
 
 def test_a_mismatch_fails_the_run_with_the_layers_name(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = export.to_kohya
+    real = formats.to_kohya
 
     def damaged(adapter: Any) -> dict[str, Any]:
         named = real(adapter)
         named["lora_unet_single_blocks_1_linear1.lora_up.weight"][130] += 0.01  # a row of k
         return named
 
-    monkeypatch.setattr(export, "to_kohya", damaged)
+    monkeypatch.setattr(formats, "to_kohya", damaged)
     spec = house.spec(steps="steps = 2", prompts="prompts = []")
     said = house.fluxrun("queue", spec)
     assert said.code == 1
@@ -263,7 +267,7 @@ def test_export_again_and_from_an_earlier_step(mine: House) -> None:
     ]
     assert "a: exporting step 4" in said.err
     wanted = read(run / "checkpoints" / "step-000004.safetensors").weights
-    lora = load_file(run / "export" / export.LORA_FILE)
+    lora = load_file(run / "export" / formats.LORA_FILE)
     assert all(torch.equal(lora[f"transformer.{name}"], value.bfloat16()) for name, value in wanted.lora.items())
     assert "Trained on `builtin:tiny` by fluxrun, 4 steps." in (run / "export" / "README.md").read_text()
     fourth = export_bytes(run)
@@ -284,7 +288,7 @@ def test_export_tells_what_is_missing(mine: House) -> None:
     shutil.rmtree(mine.folder / "runs" / "a" / "checkpoints")
     said = mine.fluxrun("export", "a")
     assert "runs/a/checkpoints: no checkpoint to export" in said.err
-    with files.locked(mine.folder / "runs" / "a" / ".lock"):
+    with locks.locked(mine.folder / "runs" / "a" / ".lock"):
         said = mine.fluxrun("export", "a")
     assert f"process {os.getpid()} is working on it; wait for it, or stop it" in said.err
 
@@ -335,7 +339,7 @@ def test_scale_is_the_loras_strength(mine: House) -> None:
         assert said.code == 0, said.err
         drawn[scale] = (mine.folder / said.out.strip()).read_bytes()
     assert len(set(drawn.values())) == 3
-    (mine.folder / "runs" / "a" / "export" / export.LORA_FILE).unlink()
+    (mine.folder / "runs" / "a" / "export" / formats.LORA_FILE).unlink()
     said = mine.fluxrun("sample", "a", "--out", "none", "--prompt", "a red heart")
     assert (mine.folder / said.out.strip()).read_bytes() == drawn["0"]
 
@@ -388,7 +392,7 @@ def test_the_bases_licence(tmp_path: Path, text: str, front: str | None, wanted:
 
 
 def test_the_curve_has_few_points_however_long_the_run() -> None:
-    from runner.train import CURVE_POINTS, _extended
+    from runner.training.loop import CURVE_POINTS, _extended
 
     curve: list[list[float]] = []
     for step in range(1, 3001):

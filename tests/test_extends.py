@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from conftest import PICTURES, House
 
-from runner.caret import excerpts
-from runner.errors import Fault, SpecError
-from runner.prepare import prepare
-from runner.rundir import read_spec
-from runner.spec import dump
-from runner.specload import Loaded, load
+from runner.cli.excerpts import excerpts
+from runner.core.errors import Fault, SpecError
+from runner.jobs.prepare import prepare
+from runner.runs.run import read_spec
+from runner.spec.loader import Loaded, load
+from runner.spec.schema import dump
 
 BASE = """[model]
 base = "builtin:tiny"

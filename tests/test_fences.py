@@ -15,10 +15,10 @@ import pytest
 from conftest import House, export_bytes
 from trainers import Attempt, trainers
 
-from runner import files
-from runner.errors import Code
-from runner.processes import Process
-from runner.rundir import FORMAT, Run
+from runner.core import files
+from runner.core.errors import Code
+from runner.core.process_identity import Process
+from runner.runs.run import FORMAT, Run
 
 SPEC = """
 [model]
@@ -131,16 +131,16 @@ def test_every_write_of_a_trainer_comes_right_after_a_fence(house: House, monkey
 
 
 def in_export(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from runner import deliver
+    from runner.training.phases import export
 
-    real = deliver._verified_pictures
+    real = export._verified_pictures
 
     def pictures(*arguments: Any) -> Any:
         made = real(*arguments)
         taken(run)
         return made
 
-    monkeypatch.setattr(deliver, "_verified_pictures", pictures)
+    monkeypatch.setattr(export, "_verified_pictures", pictures)
 
 
 def before_it_is_done(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,7 +154,7 @@ def before_it_is_done(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def during_a_look(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from runner.preview import Look
+    from runner.training.validation import Look
 
     real = Look.at.__func__  # type: ignore[attr-defined]
 
@@ -168,9 +168,9 @@ def during_a_look(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def while_a_checkpoint_is_read_back(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that retention must not remove the one before it, which the other may be reading."""
-    from runner import checkpoint
+    from runner.checkpoint import storage
 
-    real = checkpoint.read
+    real = storage.read
 
     def read(path: Path) -> Any:
         found = real(path)
@@ -178,7 +178,7 @@ def while_a_checkpoint_is_read_back(run: Run, monkeypatch: pytest.MonkeyPatch) -
             taken(run)
         return found
 
-    monkeypatch.setattr(checkpoint, "read", read)
+    monkeypatch.setattr(storage, "read", read)
 
 
 MOMENTS = [in_export, before_it_is_done, during_a_look, while_a_checkpoint_is_read_back]
@@ -281,7 +281,7 @@ def test_an_index_that_is_being_read_stays_whole(house: House) -> None:
     """Whoever has it open reads the old one to its end; the name is the new one's."""
     from nights import write_run
 
-    from runner.index import write_index
+    from runner.runs.index import write_index
 
     runs = house.folder / "runs"
     write_run(runs, "a", steps=2, pictures=False)
@@ -332,10 +332,10 @@ def test_what_changes_between_plan_and_start_is_refused(
     house: House, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     """Nothing is trained on data that no plan knows; the same command plans again."""
-    from runner.engine import local
+    from runner.engine import supervisor
 
     run = Run(house.folder / "runs", "a")
-    inline = local.Trainer
+    inline = supervisor.Trainer
 
     class Late(inline):  # type: ignore[misc, valid-type]
         def order(self, folder: Path, *more: Any) -> None:
@@ -347,7 +347,7 @@ def test_what_changes_between_plan_and_start_is_refused(
                 run.spec_file.write_text(run.spec_file.read_text().replace("rank = 4", "rank = 5"))
             super().order(folder, *more)
 
-    monkeypatch.setattr(local, "Trainer", Late)
+    monkeypatch.setattr(supervisor, "Trainer", Late)
     said = house.fluxrun("queue", house.spec("a"), "--gpus", "cpu", "--no-check")
     assert said.code == 1
     assert said.err == (

@@ -19,11 +19,12 @@ from conftest import House
 from nights import write_run
 from rich.console import Console
 
-from runner import cli, files
+from runner import cli
 from runner.cli import main
-from runner.pace import times
-from runner.prepare import prepare
-from runner.processes import Process, _boot, _started
+from runner.core import files
+from runner.core.process_identity import Process, _boot, _started
+from runner.jobs.prepare import prepare
+from runner.jobs.timing import times
 
 READERS = (
     ["status"], ["status", "--watch"], ["status", "--json"], ["results"], ["results", "--csv"], ["compare", "a", "b"],
@@ -123,13 +124,13 @@ def test_the_plan_of_a_run_that_waits_in_a_queue(house: House, queue: Process) -
 
 
 def test_the_picture_of_a_night_that_goes_on(house: House, queue: Process) -> None:
-    from runner import nightplan
+    from runner.cli import plan_view
 
     spec = held(house, queue, "running", step=3)
     jobs = prepare([spec], house.folder / "runs", fetch=False, fresh=False)
     console = Console(width=120)
     with console.capture() as shown:
-        nightplan.draw(console, jobs, times(jobs, house.folder / "runs"), {}, time.time())
+        plan_view.draw(console, jobs, times(jobs, house.folder / "runs"), {}, time.time())
     assert f"running: process {queue.pid}" in shown.get()
     assert "3 of 6" in shown.get()
 
@@ -166,8 +167,8 @@ def test_ctrl_c_ends_a_command_in_one_line(house: House, monkeypatch: pytest.Mon
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("runner.prepare.load_all", interrupted)
-    monkeypatch.setattr("runner.index.find_runs", interrupted)
+    monkeypatch.setattr("runner.jobs.prepare.load_all", interrupted)
+    monkeypatch.setattr("runner.runs.index.find_runs", interrupted)
     (house.folder / "runs").mkdir()
     for words in (["check", house.spec()], ["plan", house.spec()], ["results"]):
         said = house.fluxrun(*words)

@@ -17,9 +17,9 @@ from safetensors.torch import save_file as save
 from test_layouts import CONFIG, differs
 from torch import Tensor
 
-from runner import converting
-from runner.errors import BadFile
-from runner.layouts import Adapter
+from runner.core.errors import BadFile
+from runner.export import convert
+from runner.export.lora_layouts import Adapter
 
 D = CONFIG["attention_head_dim"] * CONFIG["num_attention_heads"]
 RANK = 4
@@ -286,12 +286,12 @@ def test_a_file_that_does_not_read_back_is_not_left_there(
     house: House, to: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_file(named(f"transformer.{ATTENTION[0]}", PEFT, Q), house.folder / "x.safetensors")
-    real: Callable[[Adapter], dict[str, Tensor]] = getattr(converting, f"to_{to}")
+    real: Callable[[Adapter], dict[str, Tensor]] = getattr(convert, f"to_{to}")
 
     def damaged(adapter: Adapter) -> dict[str, Tensor]:
         return {key: value * 1.1 for key, value in real(adapter).items()}
 
-    monkeypatch.setattr(converting, f"to_{to}", damaged)
+    monkeypatch.setattr(convert, f"to_{to}", damaged)
     said = house.fluxrun("convert", "x.safetensors", "--to", to, "--out", "new.safetensors")
     assert said.code == 1
     assert "new.safetensors: transformer_blocks.1.attn.to_q changes its layer otherwise than was trained" in said.err
@@ -365,4 +365,4 @@ def test_nothing_of_a_lora_goes_unread(tmp_path: Path) -> None:
     tensors, _ = LAYOUTS["OneTrainer"]
     save_file({**tensors, "what.is.this": torch.ones(1)}, tmp_path / "x.safetensors")
     with pytest.raises(BadFile, match=r"no layer of FLUX.1 \(1 key: what.is.this\)"):
-        converting.convert(tmp_path / "x.safetensors", "kohya", None)
+        convert.convert(tmp_path / "x.safetensors", "kohya", None)

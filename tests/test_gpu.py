@@ -8,16 +8,18 @@ import pytest
 import torch
 from conftest import House
 
-from runner import device, flux, learn
-from runner.cache import Cache
-from runner.checkpoint import Weights
-from runner.desk import Desk
-from runner.encode import encode
-from runner.objective import FlowObjective
-from runner.plan import Encode
-from runner.prepare import prepare
-from runner.ranks import Ranks
-from runner.say import Say
+from runner.cache.store import Cache
+from runner.checkpoint.storage import Weights
+from runner.core.events import Say
+from runner.jobs.prepare import prepare
+from runner.model import device
+from runner.model.flux1 import loading
+from runner.plan.phases import Encode
+from runner.training.context import Desk
+from runner.training.distributed import Ranks
+from runner.training.objective import FlowObjective
+from runner.training.phases import train
+from runner.training.phases.encode import encode
 
 pytestmark = [
     pytest.mark.gpu,
@@ -26,11 +28,11 @@ pytestmark = [
 
 
 def desk_on_gpu(spec: Path) -> Desk:
-    flux.quiet()
+    loading.quiet()
     [job] = prepare([spec], spec.parent / "runs", fetch=True, fresh=False)
     where, own = device.choose("0"), job.spec.model
     device.prepare(where, tf32=own.tf32)
-    base = flux.open_base(own.base, own.revision, own.variant, where, device.resolve_dtype(own.dtype, where))
+    base = loading.open_base(own.base, own.revision, own.variant, where, device.resolve_dtype(own.dtype, where))
     assert job.pictures is not None
     return Desk(job.spec, job.plan, job.pictures, base, Cache(spec.parent / "cache"), Say(), Ranks(), lambda: False)
 
@@ -48,9 +50,9 @@ def test_a_step_waits_for_the_device_only_where_its_numbers_are_read(house: Hous
         if isinstance(phase, Encode) and phase.at == 0:
             encode(desk, phase, Weights())
     [phase] = [one for one in desk.plan.training if one.name == phase_name]
-    transformer, adapter = learn.load_transformer(desk, phase, Weights())
-    encoders = learn.load_encoders(desk, phase, Weights())
-    optimizer = learn.build_optimizer(desk.spec, learn.trainable(phase, adapter, encoders))
+    transformer, adapter = train.load_transformer(desk, phase, Weights())
+    encoders = train.load_encoders(desk, phase, Weights())
+    optimizer = train.build_optimizer(desk.spec, train.trainable(phase, adapter, encoders))
     objective = FlowObjective(desk, transformer, encoders)
     try:
         for step in range(4):
@@ -67,9 +69,9 @@ def test_a_step_waits_for_the_device_only_where_its_numbers_are_read(house: Hous
 
 
 def test_memory_is_back_between_runs(house: House) -> None:
-    from runner.engine.trainer import Told, Warm, train_run
-    from runner.errors import Code
-    from runner.stop import StopRequest
+    from runner.core.errors import Code
+    from runner.core.signals import StopRequest
+    from runner.engine.worker_main import Told, Warm, train_run
 
     house.spec("a")
     house.spec("b", rank="rank = 16")

@@ -52,7 +52,7 @@ def there(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """A hub for this process: the client reads its address when it is first imported."""
     from huggingface_hub import constants
 
-    from runner import hub as ours
+    from runner.core import hub as ours
 
     with hub("someone") as there:
         monkeypatch.setattr(constants, "ENDPOINT", there.address)

@@ -12,7 +12,7 @@ from conftest import House
 from hub import Hub, hub
 from huggingface_hub.utils import validate_repo_id
 
-from runner import hub as ours
+from runner.core import hub as ours
 
 TOKEN = "hf_of_the_environment"
 RULE = (

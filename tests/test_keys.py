@@ -15,15 +15,18 @@ import torch
 from conftest import House, desk_of
 from test_objective import jolt, objective_of
 
-from runner import device, flux, tokens
-from runner.basefiles import BUILTIN
-from runner.desk import Desk
-from runner.encode import LiveEncoder
-from runner.learn import build_optimizer, build_schedule, load_transformer, lora_shape
-from runner.plan import learning, trains_lora
-from runner.prepare import prepare
-from runner.spec import Spec
-from runner.speckeys import all_keys
+from runner.base.files import BUILTIN
+from runner.data import tokens
+from runner.jobs.prepare import prepare
+from runner.model import device
+from runner.model.flux1 import loading, transformer
+from runner.model.lora import lora_shape
+from runner.plan.phases import learning, trains_lora
+from runner.spec.keys import all_keys
+from runner.spec.schema import Spec
+from runner.training.context import Desk
+from runner.training.encoders import LiveEncoder
+from runner.training.phases.train import build_optimizer, build_schedule, load_transformer
 
 TABLES: dict[str, Any] = {
     "model": {"base": "builtin:tiny", "max_sequence_length": 32},
@@ -66,7 +69,7 @@ def transformer_of(desk: Desk) -> Any:
 
 
 def past() -> Any:
-    from runner.checkpoint import Weights
+    from runner.checkpoint.storage import Weights
 
     return Weights()
 
@@ -107,7 +110,7 @@ def shown(desk: Desk) -> list[Any]:
 
 
 def class_images(desk: Desk) -> list[bytes]:
-    from runner.prior import fill_classes
+    from runner.training.phases.prior import fill_classes
 
     fill_classes(desk)
     assert desk.spec.prior is not None
@@ -191,7 +194,7 @@ TABLE: dict[str, tuple[Any, Probe, Any, dict[str, Any]]] = {
     "inversion.lr": (0.5, lambda d: settings(d, "rows", "lr"), 0.5, TOKENS),
     "inversion.weight_decay": (0.5, lambda d: settings(d, "rows", "weight_decay"), 0.5, TOKENS),
     "inversion.gradient_checkpointing": (
-        3, lambda d: [block.plain for block in flux.blocks_of(transformer_of(d))], [True, False, False] * 2, TOKENS,
+        3, lambda d: [block.plain for block in transformer.blocks_of(transformer_of(d))], [True, False, False] * 2, TOKENS,
     ),
     "inversion.pooling": ("eos", step_loss, NOW, {**TOKENS, "model__base": "legacy"}),
     "lora.rank": (2, lambda d: next(iter(objective_of(d)[1]["lora"].values())).shape[0], 2, {}),
@@ -271,10 +274,10 @@ def _optimizer(desk: Desk) -> Any:
 
 
 def _epochs(desk: Desk) -> list[tuple[int, int]]:
-    from runner import views
+    from runner.data import buckets
 
     objective, _ = objective_of(desk)
-    drawn = [views.batch(0, step, 0, images=2, accumulate=1, counts=objective.counts)[1] for step in range(15)]
+    drawn = [buckets.batch(0, step, 0, images=2, accumulate=1, counts=objective.counts)[1] for step in range(15)]
     return [pair for batch in drawn for pair in batch]
 
 
@@ -368,30 +371,33 @@ def test_a_revision_chooses_the_snapshot(tmp_path: Path, monkeypatch: pytest.Mon
         (repo / "refs").mkdir(exist_ok=True)
         (repo / "refs" / revision).write_text(number)
     cpu = torch.device("cpu")
-    found = [flux.open_base("me/base", revision, None, cpu, torch.float32).folder.name for revision in (None, "other")]
+    found = [
+        loading.open_base("me/base", revision, None, cpu, torch.float32).folder.name for revision in (None, "other")
+    ]
     assert found == ["1" * 40, "2" * 40]
 
 
 @pytest.mark.parametrize("workers", [0, 3])
 def test_workers_decode(stocked: House, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from runner import data, desk
+    from runner.data import images
+    from runner.training import context
 
     asked: list[int] = []
 
-    class Pool(desk.ThreadPoolExecutor):
+    class Pool(context.ThreadPoolExecutor):
         def __init__(self, count: int, **more: Any) -> None:
             asked.append(count)
             super().__init__(count, **more)
 
-    monkeypatch.setattr(desk, "ThreadPoolExecutor", Pool)
+    monkeypatch.setattr(context, "ThreadPoolExecutor", Pool)
     found = desk_of(write(stocked, data__workers=workers))
     made = [(view, cut.tobytes()) for view, cut in found.pixels(found.views)]
     assert asked == [max(1, workers)]
     by_picture = [view for picture in found.pictures.items for view in found.views if view.picture == picture]
     assert [view for view, _ in made] == by_picture  # each is decoded once, for all its views
     for view, cut in made:
-        upright = data.decode(view.picture)
-        wanted = data.pixels(
+        upright = images.decode(view.picture)
+        wanted = images.pixels(
             upright, view.picture.name, view.size, variant=view.variant, variants=found.variants, center=True, flip=False,
             interpolation="lanczos", seed=0,
         )  # fmt: skip
@@ -399,16 +405,16 @@ def test_workers_decode(stocked: House, workers: int, monkeypatch: pytest.Monkey
 
 
 def test_class_images_come_in_batches(stocked: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    from runner import sample
+    from runner.export import pipeline
 
     sizes: list[int] = []
-    real = sample.draw_batch
+    real = pipeline.draw_batch
 
     def counted(pipe: Any, read: Any, seeds: Any, **more: Any) -> Any:
         sizes.append(len(seeds))
         return real(pipe, read, seeds, **more)
 
-    monkeypatch.setattr(sample, "draw_batch", counted)
+    monkeypatch.setattr(pipeline, "draw_batch", counted)
     desk = desk_of(write(stocked, **{**PRIOR, "prior__count": 5, "prior__batch_size": 2}))
     assert len(class_images(desk)) == 5
     assert sizes == [2, 2, 1]

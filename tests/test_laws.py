@@ -20,14 +20,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_spec_key import EXAMPLES, FACTS, LEAST, TEXT_LORA, TOKENS, laid_over
 
-from runner import foreign_layouts, layouts, optim, views
-from runner.basefiles import BUILTIN, clip_layers, linear_layers, lora_layers
-from runner.layouts import Adapter, Factors
-from runner.origins import annotated
-from runner.plan import Plan, make_plan
-from runner.spec import Spec, dump
-from runner.specload import Loaded, load
-from runner.specrules import broken_rules, fill_defaults
+from runner.base.files import BUILTIN
+from runner.base.layers import clip_layers, linear_layers, lora_layers
+from runner.data import buckets
+from runner.export import foreign_layouts, lora_layouts
+from runner.export.lora_layouts import Adapter, Factors
+from runner.plan.build import make_plan
+from runner.plan.phases import Plan
+from runner.spec.loader import Loaded, load
+from runner.spec.origins import annotated
+from runner.spec.rules import broken_rules, fill_defaults
+from runner.spec.schema import Spec, dump
+from runner.training import optimizers
 
 
 def examples(count: int) -> Any:
@@ -207,7 +211,7 @@ def adapters(draw: Callable[[Any], Any]) -> Adapter:
 @given(adapters())
 def test_the_original_layout_gives_back_the_factors(adapter: Adapter) -> None:
     """To the bit, also where several of them became one matrix."""
-    back = foreign_layouts.read(layouts.to_kohya(adapter), {}).adapter
+    back = foreign_layouts.read(lora_layouts.to_kohya(adapter), {}).adapter
     for ours, theirs in ((adapter.transformer, back.transformer), (adapter.text, back.text)):
         assert ours.keys() == theirs.keys()
         for name, part in ours.items():
@@ -221,12 +225,12 @@ def test_the_original_layout_gives_back_the_factors(adapter: Adapter) -> None:
 @given(adapters())
 def test_diffusers_layout_gives_back_the_changes(adapter: Adapter) -> None:
     """The scale is in B there, in fp32 where its own dtype cannot hold that: nothing is rounded."""
-    back = layouts.from_diffusers(layouts.to_diffusers(adapter), {})
+    back = lora_layouts.from_diffusers(lora_layouts.to_diffusers(adapter), {})
     for ours, theirs in ((adapter.transformer, back.transformer), (adapter.text, back.text)):
         assert ours.keys() == theirs.keys()
         for name, part in ours.items():
             wanted = part.scale * (part.up.float() @ part.down.float())
-            assert layouts.difference(part, theirs[name]) <= 1e-6 * float(wanted.abs().max()), name
+            assert lora_layouts.difference(part, theirs[name]) <= 1e-6 * float(wanted.abs().max()), name
 
 
 @examples(20)
@@ -241,7 +245,7 @@ def test_alpha_is_what_the_metadata_says(rank: int, own: float, other: float) ->
     plain = {"transformer.lora_alpha": own, "transformer.r": rank}
     patterned = {**plain, "transformer.alpha_pattern": {k: other}}
     for config, wanted in (({}, (rank, rank)), (plain, (own, own)), (patterned, (own, other))):
-        for found in (layouts.from_diffusers(named, config), foreign_layouts.read(named, config).adapter):
+        for found in (lora_layouts.from_diffusers(named, config), foreign_layouts.read(named, config).adapter):
             scales = tuple(found.transformer[name].scale for name in (q, k))
             assert scales == pytest.approx([alpha / rank for alpha in wanted], rel=1e-6)
 
@@ -250,12 +254,12 @@ def test_alpha_is_what_the_metadata_says(rank: int, own: float, other: float) ->
 @given(st.lists(st.tuples(st.integers(1, 4), st.floats(0.25, 8)), min_size=3, max_size=3))
 def test_parts_of_any_rank_and_alpha_fuse_into_their_changes(parts: list[tuple[int, float]]) -> None:
     """As files of others have them: each part's change comes back, whatever its neighbours are."""
-    names = [f"transformer_blocks.0.{name}" for name in layouts.QKV]
+    names = [f"transformer_blocks.0.{name}" for name in lora_layouts.QKV]
     made = {
         name: factors(LINEAR[name], rank, alpha, torch.float32, seed)
         for seed, (name, (rank, alpha)) in enumerate(zip(names, parts, strict=True))
     }
-    back = foreign_layouts.read(layouts.to_kohya(Adapter(made, {})), {}).adapter.transformer
+    back = foreign_layouts.read(lora_layouts.to_kohya(Adapter(made, {})), {}).adapter.transformer
     for name, part in made.items():
         wanted = part.scale * (part.up @ part.down)
         found = back[name].scale * (back[name].up.float() @ back[name].down.float())
@@ -292,7 +296,7 @@ def formula(name: str, step: int, warmup: int, steps: int, cycles: int, power: f
 def test_a_schedule_is_its_formula(name: str, steps: int, warm: float, cycles: int, power: float) -> None:
     warmup = 0 if name == "constant" else int(warm * steps)
     cycles = cycles if name == "cosine_with_restarts" else 1
-    made = optim.schedule(name, warmup=warmup, steps=steps, cycles=cycles, power=power)
+    made = optimizers.schedule(name, warmup=warmup, steps=steps, cycles=cycles, power=power)
     for step in range(steps):
         assert made(step) == pytest.approx(formula(name, step, warmup, steps, cycles, power), abs=1e-9), step
 
@@ -310,24 +314,24 @@ SIZES = st.tuples(st.integers(64, 4000), st.integers(64, 4000))
 def test_every_picture_is_in_the_bucket_of_its_shape(sizes: list[tuple[int, int]], sides: list[int]) -> None:
     """Once per resolution; sides are multiples of 16 and the area about that of the square; a picture twice as large is in the
     same bucket."""
-    found = views.group(sizes, tuple(sides), buckets=True)
+    found = buckets.group(sizes, tuple(sides), buckets=True)
     assert Counter(index for chosen in found.values() for index in chosen) == dict.fromkeys(
         range(len(sizes)), len(sides)
     )
     assert list(found) == sorted(found)
     for side in sides:
-        ladder = views.bucket_sizes(side)
+        ladder = buckets.bucket_sizes(side)
         assert ladder[0] == (side, side)
         assert len(set(ladder)) == len(ladder)
         for wide, high in ladder:
             assert wide % 16 == high % 16 == 0
             assert abs(wide * high - side * side) <= 16 * (wide + high) / 2 + 64
         for width, height in sizes:
-            chosen = views.nearest((width, height), ladder)
+            chosen = buckets.nearest((width, height), ladder)
             measures = [abs(height * wide - width * high) for wide, high in ladder]
             assert abs(height * chosen[0] - width * chosen[1]) == min(measures)
-            assert views.nearest((2 * width, 2 * height), ladder) == chosen
-    squares = views.group(sizes, tuple(sides), buckets=False)
+            assert buckets.nearest((2 * width, 2 * height), ladder) == chosen
+    squares = buckets.group(sizes, tuple(sides), buckets=False)
     assert squares == {(side, side): tuple(range(len(sizes))) for side in sorted(sides)}
 
 
@@ -344,7 +348,7 @@ def test_a_cycle_of_batches_shows_every_view_equally_often(
     seen: Counter[tuple[tuple[int, int], int]] = Counter()
     for number in range(cycle * accumulate):
         step, micro = divmod(number, accumulate)
-        size, shown = views.batch(seed, step, micro, images=images, accumulate=accumulate, counts=counts)
+        size, shown = buckets.batch(seed, step, micro, images=images, accumulate=accumulate, counts=counts)
         assert len(shown) == images
         for index, epoch in shown:
             assert epoch == seen[size, index]

@@ -15,19 +15,22 @@ from readers import comfyui_changes, comfyui_direct_changes, comfyui_rows, diffu
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from runner import export, flux, foreign_layouts, layouts, verify
-from runner.basefiles import BUILTIN, KNOWN, clip_layers, linear_layers, lora_layers
-from runner.checkpoint import Weights
-from runner.errors import BadFile
-from runner.export import About, Shapes
-from runner.layouts import Adapter, Factors
-from runner.lora import LoraShape
+from runner.base.files import BUILTIN
+from runner.base.layers import KNOWN, clip_layers, linear_layers, lora_layers
+from runner.checkpoint.storage import Weights
+from runner.core.errors import BadFile
+from runner.export import foreign_layouts, formats, lora_layouts, verify
+from runner.export.about import About, Shapes
+from runner.export.lora_layouts import Adapter, Factors
+from runner.model.base import Base
+from runner.model.flux1 import loading
+from runner.model.lora import LoraShape
 
 TINY = BUILTIN["builtin:tiny"]
 CONFIG = json.loads((TINY / "transformer" / "config.json").read_text())
 CLIP = json.loads((TINY / "text_encoder" / "config.json").read_text())
 DEV = KNOWN["black-forest-labs/FLUX.1-dev"]
-BASE = flux.Base(TINY, None, torch.device("cpu"), torch.float32)
+BASE = Base(TINY, None, torch.device("cpu"), torch.float32)
 LINEAR = linear_layers(CONFIG)
 SINGLES = tuple(name for name in lora_layers(LINEAR, "all") if name.startswith("single_"))
 # name -> (layers, rank, alpha, whether CLIP has LoRA too)
@@ -96,10 +99,10 @@ ABOUT = About(
 
 
 def written(folder: Path, weights: Weights, shapes: Shapes, dtype: torch.dtype) -> tuple[Path, Path]:
-    diffusers, kohya = folder / export.LORA_FILE, folder / "a.safetensors"
-    folded, its_shapes = export.folded(weights, shapes)
-    export.write_lora(diffusers, export.rounded(folded, dtype), its_shapes)
-    export.write_kohya(kohya, export.rounded(weights, dtype), shapes, ABOUT)
+    diffusers, kohya = folder / formats.LORA_FILE, folder / "a.safetensors"
+    folded, its_shapes = formats.folded(weights, shapes)
+    formats.write_lora(diffusers, formats.rounded(folded, dtype), its_shapes)
+    formats.write_kohya(kohya, formats.rounded(weights, dtype), shapes, ABOUT)
     return diffusers, kohya
 
 
@@ -116,7 +119,7 @@ def test_both_files_give_the_trained_change(case: str, dtype: str, tmp_path: Pat
     kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
     weights, shapes = made((CASES | AROUND)[case])
     diffusers, kohya = written(tmp_path, weights, shapes, kind)
-    trained = export.adapter(weights, shapes)
+    trained = formats.adapter(weights, shapes)
     errors = verify.lora_file(diffusers, trained, kind), verify.kohya_file(kohya, trained, kind)
     found = comfyui_changes(load_file(kohya), CONFIG)
     wanted = wanted_changes(weights, shapes)
@@ -126,7 +129,7 @@ def test_both_files_give_the_trained_change(case: str, dtype: str, tmp_path: Pat
     assert direct == pytest.approx(errors[0], rel=1e-3, abs=1e-6 * largest)
     assert max(errors) < {"fp32": 1e-6, "bf16": 2e-2, "fp16": 2e-3}[dtype] * largest
     if dtype != "fp32":  # what it would be without rounding is far below
-        exact = wanted_changes(export.rounded(weights, kind), shapes)
+        exact = wanted_changes(formats.rounded(weights, kind), shapes)
         assert differs(found, exact) < 1e-6 * largest < errors[1]
 
 
@@ -154,7 +157,7 @@ def drawn(pipe: Any) -> np.ndarray[Any, Any]:
 def stock() -> Any:
     from diffusers import FluxPipeline
 
-    flux.quiet()
+    loading.quiet()
     pipe = FluxPipeline.from_pretrained(TINY, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -189,7 +192,7 @@ def test_what_diffusers_does_not_read_in_the_original_layout(
     stock.load_lora_weights(str(tmp_path), weight_name=kohya.name)
     found, wanted = loaded_changes(stock), wanted_changes(weights, shapes)
     stock.unload_lora_weights()
-    assert wanted.keys() - found.keys() == set(layouts.AROUND.values())
+    assert wanted.keys() - found.keys() == set(lora_layouts.AROUND.values())
     assert differs(found, {name: value for name, value in wanted.items() if name in found}) < 1e-6
 
 
@@ -208,7 +211,7 @@ def test_names_and_sizes_at_flux_devs_shapes() -> None:
             for name, (height, width) in shapes.items()
         }
     assert shapes == linear_layers(DEV)
-    named = layouts.to_kohya(Adapter(parts, {}))
+    named = lora_layouts.to_kohya(Adapter(parts, {}))
     sizes = {}
     for index in range(19):
         for stream in ("img", "txt"):
@@ -240,8 +243,8 @@ def test_diffusers_own_reader_at_flux_devs_shapes(wanted: str, monkeypatch: pyte
     """Unpatched: every layer comes back with its change, tried on random inputs."""
     read = diffusers_reads_kohya(monkeypatch)
     layers = lora_layers(linear_layers(DEV), wanted)
-    parts = layouts.adapter_of(random_lora(layers, 1, 3), 2.0)
-    state = read(layouts.to_kohya(Adapter(parts, {})))
+    parts = lora_layouts.adapter_of(random_lora(layers, 1, 3), 2.0)
+    state = read(lora_layouts.to_kohya(Adapter(parts, {})))
     found = {name.removeprefix("transformer.") for name in state}
     assert {f"{name}.lora_{side}.weight" for name in layers for side in "AB"} <= found
     generator = torch.Generator().manual_seed(0)
@@ -257,8 +260,8 @@ def test_diffusers_own_reader_at_flux_devs_shapes(wanted: str, monkeypatch: pyte
 
 @pytest.mark.parametrize("case", [*CASES, *AROUND])
 def test_there_and_back_gives_the_same_factors(case: str) -> None:
-    adapter = export.adapter(*made((CASES | AROUND)[case]))
-    back = foreign_layouts.read(layouts.to_kohya(adapter), {}).adapter
+    adapter = formats.adapter(*made((CASES | AROUND)[case]))
+    back = foreign_layouts.read(lora_layouts.to_kohya(adapter), {}).adapter
     for ours, theirs in ((adapter.transformer, back.transformer), (adapter.text, back.text)):
         assert ours.keys() == theirs.keys()
         for name, part in ours.items():
@@ -275,7 +278,7 @@ def test_parts_of_different_rank_and_alpha_are_fused_exactly() -> None:
         name = f"transformer_blocks.1.attn.to_{letter}"
         up, down = lora["x.lora_B.weight"].bfloat16(), lora["x.lora_A.weight"].bfloat16()
         parts[name] = Factors(down if letter == "v" else down.float(), up if letter == "v" else up.float(), alpha)
-    named = layouts.to_kohya(Adapter(parts, {}))
+    named = lora_layouts.to_kohya(Adapter(parts, {}))
     found = comfyui_changes(named, CONFIG)
     assert named["lora_unet_double_blocks_1_img_attn_qkv.lora_down.weight"].shape == (8, 128)
     for name, part in parts.items():
@@ -292,7 +295,7 @@ def test_a_dense_fused_matrix_is_split_by_its_rows() -> None:
         f"{key}.alpha": torch.tensor(1.0),
     }
     parts = foreign_layouts.read(named, {}).adapter.transformer
-    whole = torch.cat([change(parts[f"single_transformer_blocks.0.{name}"]) for name in layouts.SINGLE["linear1"]])
+    whole = torch.cat([change(parts[f"single_transformer_blocks.0.{name}"]) for name in lora_layouts.SINGLE["linear1"]])
     assert torch.allclose(whole, 0.25 * (lora["x.lora_B.weight"] @ lora["x.lora_A.weight"]), atol=1e-8)
     assert [part.up.shape[0] for part in parts.values()] == [128, 128, 128, 512]
 
@@ -310,12 +313,12 @@ def test_one_wrong_value_is_found_with_its_layer(layout: str, tmp_path: Path) ->
         changed[f"{name}.lora_B.weight"][5, 1] += 1e-3
         other = Weights(**{"lora": weights.lora, "text_lora": weights.text_lora, kind: changed})
         with pytest.raises(BadFile, match=f"{files[layout].name}: {name} changes its layer otherwise than was trained"):
-            read(files[layout], export.adapter(other, shapes), torch.bfloat16)
+            read(files[layout], formats.adapter(other, shapes), torch.bfloat16)
 
 
 def test_a_lost_alpha_a_lost_layer_and_an_extra_one_are_found(tmp_path: Path) -> None:
     weights, shapes = made(CASES["attention+mlp, alpha"])
-    adapter = export.adapter(weights, shapes)
+    adapter = formats.adapter(weights, shapes)
     rank4 = {name: Factors(part.down, part.up, 4.0) for name, part in adapter.transformer.items()}
     with pytest.raises(BadFile, match="otherwise than was trained"):
         verify.compare("f", adapter, Adapter(rank4, adapter.text), torch.float32)
@@ -332,9 +335,9 @@ def test_a_value_too_large_for_fp16_is_no_export(tmp_path: Path) -> None:
     weights.lora["transformer_blocks.0.attn.to_q.lora_B.weight"][0, 0] = 1e5
     diffusers, _ = written(tmp_path, weights, shapes, torch.float16)
     with pytest.raises(BadFile, match=r"transformer_blocks.0.attn.to_q changes its layer otherwise"):
-        verify.lora_file(diffusers, export.adapter(weights, shapes), torch.float16)
+        verify.lora_file(diffusers, formats.adapter(weights, shapes), torch.float16)
     rows = Weights(rows={"clip": torch.full((2, 64), 1e5)})
-    export.write_embeddings(tmp_path, export.rounded(rows, torch.float16), "a")
+    formats.write_embeddings(tmp_path, formats.rounded(rows, torch.float16), "a")
     with pytest.raises(BadFile, match=r"a_emb.safetensors: clip_l has values that torch.float16 cannot hold"):
         verify.embeddings(tmp_path / "a_emb.safetensors", rows, torch.float16)
 
@@ -345,7 +348,7 @@ def test_a_value_too_large_for_fp16_is_no_export(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_convert_there_and_back(house: House, dtype: torch.dtype) -> None:
     weights, shapes = made(CASES["all, odd alpha"])
-    weights = export.rounded(weights, dtype)
+    weights = formats.rounded(weights, dtype)
     diffusers, _ = written(house.folder, weights, shapes, dtype)
     wanted = comfyui_direct_changes(load_file(diffusers))
     diffusers.rename(house.folder / "lora.safetensors")

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from runner.ahead import Ahead
-from runner.errors import NonFinite
-from runner.optim import Adam, Adam8bit, Group, Optimizer
-from runner.ranks import Ranks
-from runner.train import BAD_STEPS, Early, Loop, Meters, Step, train
+from runner.core.errors import NonFinite
+from runner.training.distributed import Ranks
+from runner.training.loop import BAD_STEPS, Early, Loop, Meters, Step, train
+from runner.training.optimizers import Adam, Adam8bit, Group, Optimizer
+from runner.training.prefetch import Ahead
 
 
 class Line:
@@ -159,7 +159,7 @@ def test_a_checkpoint_is_also_due_by_the_clock(monkeypatch: pytest.MonkeyPatch) 
     """A clock that moves five seconds at every look: due every twelve."""
     import itertools
 
-    from runner import train as loop
+    from runner.training import loop
 
     ticks = itertools.count(step=5)
     monkeypatch.setattr(loop.time, "monotonic", lambda: float(next(ticks)))

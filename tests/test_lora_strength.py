@@ -17,16 +17,17 @@ from test_exports import card_of
 from test_layouts import CASES, CONFIG, differs, loaded_changes, made, stock, wanted_changes, written
 from test_snippets import run as snippet
 
-from runner import export, files, verify
-from runner.checkpoint import Weights, read
-from runner.errors import BadFile
-from runner.export import Shapes
+from runner.checkpoint.storage import Weights, read
+from runner.core import safetensors
+from runner.core.errors import BadFile
+from runner.export import formats, verify
+from runner.export.about import Shapes
 
 __all__ = ["stock"]  # a fixture
 
 
 def described(file: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(files.read_metadata(file)["lora_adapter_metadata"])
+    found: dict[str, Any] = json.loads(safetensors.read_metadata(file)["lora_adapter_metadata"])
     return found
 
 
@@ -44,7 +45,7 @@ def test_readers_with_and_without_metadata_get_the_same_change(
     stock.unload_lora_weights()
     assert direct.keys() == loaded.keys() == wanted.keys()
     assert differs(direct, loaded) < 1e-6
-    error = verify.lora_file(file, export.adapter(weights, shapes), dtype)
+    error = verify.lora_file(file, formats.adapter(weights, shapes), dtype)
     assert differs(direct, wanted) == pytest.approx(
         error, rel=1e-3, abs=1e-7
     )  # the fold's rounding is in what is told,
@@ -59,7 +60,7 @@ def test_readers_with_and_without_metadata_get_the_same_change(
 
 def test_an_alpha_that_is_the_rank_leaves_the_weights_alone(tmp_path: Path) -> None:
     weights, shapes = made(CASES["attention, clip"])
-    folded, same = export.folded(weights, shapes)
+    folded, same = formats.folded(weights, shapes)
     assert same == shapes
     assert all(folded.lora[name] is value for name, value in weights.lora.items())
     assert all(folded.text_lora[name] is value for name, value in weights.text_lora.items())
@@ -67,13 +68,13 @@ def test_an_alpha_that_is_the_rank_leaves_the_weights_alone(tmp_path: Path) -> N
 
 def test_a_file_that_needs_its_alpha_is_no_export(tmp_path: Path) -> None:
     weights, shapes = made(CASES["attention+mlp, alpha"])
-    export.write_lora(tmp_path / "f.safetensors", weights, shapes)  # not folded
+    formats.write_lora(tmp_path / "f.safetensors", weights, shapes)  # not folded
     with pytest.raises(BadFile, match=r"f.safetensors: .* has alpha 2 where its rank is 4"):
-        verify.lora_file(tmp_path / "f.safetensors", export.adapter(weights, shapes), torch.float32)
-    unscaled, its_shapes = Weights(weights.lora, {}, weights.text_lora), export.folded(weights, shapes)[1]
-    export.write_lora(tmp_path / "f.safetensors", unscaled, its_shapes)  # alpha = rank, and no scale in the weights
+        verify.lora_file(tmp_path / "f.safetensors", formats.adapter(weights, shapes), torch.float32)
+    unscaled, its_shapes = Weights(weights.lora, {}, weights.text_lora), formats.folded(weights, shapes)[1]
+    formats.write_lora(tmp_path / "f.safetensors", unscaled, its_shapes)  # alpha = rank, and no scale in the weights
     with pytest.raises(BadFile, match="changes its layer otherwise than was trained"):
-        verify.lora_file(tmp_path / "f.safetensors", export.adapter(weights, shapes), torch.float32)
+        verify.lora_file(tmp_path / "f.safetensors", formats.adapter(weights, shapes), torch.float32)
 
 
 def test_a_run_whose_alphas_are_not_the_ranks(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,7 +86,7 @@ def test_a_run_whose_alphas_are_not_the_ranks(house: House, monkeypatch: pytest.
     said = house.fluxrun("queue", spec)
     assert said.code == 0, said.err
     run = house.folder / "runs" / "a"
-    file = run / "export" / export.LORA_FILE
+    file = run / "export" / formats.LORA_FILE
     learned = read(run / "checkpoints" / "step-000002.safetensors").weights
     found = comfyui_direct_changes(load_file(file))
     for prefix, lora, scale in (("", learned.lora, 1.5 / 4), ("text_encoder.", learned.text_lora, 3 / 4)):
@@ -145,7 +146,7 @@ def test_convert_gives_one_file_for_every_program(house: House, stock: Any) -> N
 
 def test_shapes_of_one_adapter_alone() -> None:
     weights, shapes = made(CASES["clip alone"])
-    folded, its_shapes = export.folded(weights, shapes)
+    folded, its_shapes = formats.folded(weights, shapes)
     assert its_shapes.lora is None
     assert its_shapes.text_lora is not None
     assert its_shapes.text_lora.alpha == its_shapes.text_lora.rank == 4

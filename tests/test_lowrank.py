@@ -11,7 +11,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 
-from runner.lowrank import FusedLinear, fuse, together
+from runner.model.fused_lora import FusedLinear, fuse, together
 
 
 class Two(nn.Module):

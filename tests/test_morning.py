@@ -19,11 +19,11 @@ from nights import write_run
 from PIL import Image
 
 import runner
-from runner.board import FILE, write_board
-from runner.series import History, read_history
-from runner.shots import shot_tag
-from runner.spec import Token
-from runner.thumbs import Thumbs, evenly
+from runner.report.thumbnails import Thumbs, evenly
+from runner.runs.sample_files import shot_tag
+from runner.spec.schema import Token
+from runner.tracking.history import History, read_history
+from runner.tracking.hparams import FILE, write_board
 
 
 @pytest.fixture
@@ -90,9 +90,9 @@ def test_a_real_run_writes_its_history(done: House) -> None:
 def test_norm_and_drift_are_a_tokens_own_and_a_mean_over_its_vectors() -> None:
     import torch
 
-    from runner.encode import LiveEncoder
-    from runner.learn import row_sizes
-    from runner.tokens import placeholders
+    from runner.data.tokens import placeholders
+    from runner.training.encoders import LiveEncoder
+    from runner.training.phases.train import row_sizes
 
     encoder = LiveEncoder("clip", torch.nn.Identity(), None, 1.0)
     encoder.first_rows = torch.tensor([[4.0, 0.0], [0.0, 4.0], [2.0, 0.0]])
@@ -193,7 +193,7 @@ def test_layout_and_spec_are_there_for_their_plugins(night: House) -> None:
 def test_a_real_run_and_its_resume_are_one_session(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = house.spec(steps="steps = 2", lr="lr = 1e-2\nuntil = 1.0")
     with monkeypatch.context() as night:
-        night.setattr("runner.engine.local.prepare_morning", lambda *_: None)
+        night.setattr("runner.engine.supervisor.prepare_morning", lambda *_: None)
         assert house.fluxrun("queue", spec).code == 0
     folder = house.folder / "runs" / "a"
     assert hparams(folder)["start"].hparams["train.steps"].number_value == 2  # before there is a morning
@@ -319,11 +319,11 @@ def test_importing_runner_and_reading_results_is_cheap(night: House) -> None:
         "import sys, runner\n"
         "assert not [name for name in sys.modules if name.startswith('runner.')]\n"
         "runner.Record; records = runner.results('other'); runner.history('other', 'a')\n"
-        "import runner.morning, runner.compare\n"
+        "import runner.report.publish, runner.report.compare\n"
         "from pathlib import Path\n"
-        "runner.morning.prepare_morning(Path('other'), print)\n"
-        "runner.compare.write_sheet(Path('other'), ['a', 'b'], Path('sheet.png'))\n"
-        "list(runner.compare.as_tables(runner.compare.compare(Path('other'), ['a', 'b']), 80))\n"
+        "runner.report.publish.prepare_morning(Path('other'), print)\n"
+        "runner.report.compare.write_sheet(Path('other'), ['a', 'b'], Path('sheet.png'))\n"
+        "list(runner.report.compare.as_tables(runner.report.compare.compare(Path('other'), ['a', 'b']), 80))\n"
         "assert {'torch', 'diffusers', 'transformers', 'pandas'}.isdisjoint(sys.modules), 'heavy'\n"
         "print(len(records))"
     )
@@ -362,8 +362,8 @@ def test_steps_are_chosen_evenly() -> None:
 
 
 def test_a_resume_within_the_same_second_leaves_the_session_its_name(house: House) -> None:
-    from runner.board import FILE
-    from runner.track import _make_way
+    from runner.tracking.hparams import FILE
+    from runner.tracking.trackers import _make_way
 
     later = f"events.out.tfevents.{int(time.time()) + 60}.host.1.0"
     for name in (FILE, later):

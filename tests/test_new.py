@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 from conftest import PICTURES, House
 
-from runner.migrate import NO_COUNTERPART, PLAIN, SWITCHES, CommandError, _known, spec_from_command
-from runner.newspec import TEMPLATES
-from runner.spec import dump, json_schema
-from runner.specload import load
+from runner.newspec.diffusers_flags import NO_COUNTERPART, PLAIN, SWITCHES
+from runner.newspec.from_diffusers import CommandError, _known, spec_from_command
+from runner.newspec.template import TEMPLATES
+from runner.spec.loader import load
+from runner.spec.schema import dump, json_schema
 
 
 @pytest.fixture

@@ -14,10 +14,10 @@ import pytest
 from conftest import PICTURES, House
 from PIL import Image
 
-from runner.newspec import INSTEAD, NEEDED, TEMPLATES
-from runner.spec import Spec, dump
-from runner.speckeys import all_keys
-from runner.specload import load
+from runner.newspec.template import INSTEAD, NEEDED, TEMPLATES
+from runner.spec.keys import all_keys
+from runner.spec.loader import load
+from runner.spec.schema import Spec, dump
 
 COMMENTED = re.compile(r'^# ((?:[a-z_0-9]+|"[a-z_.]+") = .*)$')
 HEADING = re.compile(r"^(# )?\[+[a-z_.]+\]+$")

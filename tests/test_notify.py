@@ -11,8 +11,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 from conftest import House
 
-from runner import notify
-from runner.notify import Target
+from runner.core import notify
+from runner.core.notify import Target
 
 
 @contextmanager

@@ -12,17 +12,22 @@ import torch
 from conftest import House, desk_of
 from torch import Tensor, nn
 
-from runner import data, flux, keys, text, tokens
-from runner.basefiles import BUILTIN
-from runner.checkpoint import Weights
-from runner.desk import EVAL_SIGMAS, Desk
-from runner.encode import CachedEncoder, LiveEncoder, encode, encode_texts
-from runner.errors import FluxrunError
-from runner.learn import load_encoders, load_transformer, trainable
-from runner.objective import FlowObjective
-from runner.plan import Encode
-from runner.seeds import derive
-from runner.views import View
+from runner.base.files import BUILTIN
+from runner.cache import keys
+from runner.checkpoint.storage import Weights
+from runner.core.errors import FluxrunError
+from runner.core.seeds import derive
+from runner.data import images, tokens
+from runner.data.buckets import View
+from runner.model import flow_matching
+from runner.model.flux1 import loading, text_encoders
+from runner.model.flux1.latents import LatentScale, encode_image, pack
+from runner.plan.phases import Encode
+from runner.training.context import EVAL_SIGMAS, Desk
+from runner.training.encoders import CachedEncoder, LiveEncoder, encode_texts
+from runner.training.objective import FlowObjective
+from runner.training.phases.encode import encode
+from runner.training.phases.train import load_encoders, load_transformer, trainable
 
 KINDS = {
     "lora": {"drop": "tokens"},
@@ -47,9 +52,9 @@ def spec_of(house: House, **changes: str) -> Path:
 
 def objective_of(desk: Desk, past: Weights | None = None) -> tuple[FlowObjective, dict[str, dict[str, nn.Parameter]]]:
     """The first training phase's, with its caches filled."""
-    encode_phase = next(phase for phase in desk.plan.phases if isinstance(phase, Encode))
+    encoding = next(phase for phase in desk.plan.phases if isinstance(phase, Encode))
     phase, past = desk.plan.training[0], past or Weights()
-    encode(desk, encode_phase, past)
+    encode(desk, encoding, past)
     transformer, adapter = load_transformer(desk, phase, past)
     encoders = load_encoders(desk, phase, past)
     return FlowObjective(desk, transformer, encoders), trainable(phase, adapter, encoders)
@@ -195,7 +200,7 @@ def test_picture_and_caption_never_part(house: House) -> None:
     desk = desk_of(spec)
     objective, _ = objective_of(desk)
     beside = {path.stem: path.read_text().strip() for path in (house.folder / "pictures").glob("*.txt")}
-    vae = flux.load_vae(desk.base)
+    vae = loading.load_vae(desk.base)
     seen = set()
     for step in range(30):
         for view, caption in objective.batch(step, 0):
@@ -204,7 +209,7 @@ def test_picture_and_caption_never_part(house: House) -> None:
                 continue
             seen.add(view)
             [(_, pixels)] = desk.pixels([view])
-            moments = flux.encode_image(vae, torch.from_numpy(pixels.copy()).permute(2, 0, 1))
+            moments = encode_image(vae, torch.from_numpy(pixels.copy()).permute(2, 0, 1))
             assert torch.equal(objective.moments[view], moments)
             assert moments.shape[1:] == (view.size[1] // 8, view.size[0] // 8)
     assert len({view.size for view in seen}) == 3
@@ -304,7 +309,7 @@ def test_where_clip_is_pooled_is_as_the_spec_says(house: House, legacy_base: Pat
     assert isinstance(live, LiveEncoder)
     first, second = "a TOK on a white background in the middle", "a TOK on a black background at the top"
     live.ids |= {
-        caption: text.clip_ids(live.tokenizer, tokens.expand(caption, desk.plan.placeholders))
+        caption: text_encoders.clip_ids(live.tokenizer, tokens.expand(caption, desk.plan.placeholders))
         for caption in (first, second)
     }
     with torch.no_grad():
@@ -347,7 +352,7 @@ PRIOR = '[prior]\nimages = "classes"\nprompt = "a red circle"\ncount = 3\nweight
 @pytest.mark.parametrize("kind", ["pivotal", "lora"])
 @pytest.mark.parametrize("buckets", [False, True])
 def test_class_images_share_the_batch_and_are_weighed(house: House, kind: str, buckets: bool) -> None:
-    from runner.prior import fill_classes
+    from runner.training.phases.prior import fill_classes
 
     changes = {**KINDS[kind], "add": PRIOR}
     if buckets:
@@ -397,14 +402,14 @@ def test_the_eval_loss_is_fixed_by_the_pictures_alone(house: House) -> None:
 
     view = desk.eval_views[1]
     object.__setattr__(desk, "eval_views", (view,))
-    scale = flux.LatentScale.of(desk.base)
+    scale = LatentScale.of(desk.base)
     z = (objective.moments[view].chunk(2)[0][None] - scale.shift) * scale.scaling
     generator = torch.Generator().manual_seed(derive(0, "eval", view.picture.name, "0.3"))
     eps = torch.randn(z.shape, generator=generator)
     with torch.no_grad():
         read = objective.read([view.picture.caption], "diffusers")
-        noised = flux.Noised(
-            flux.pack(0.7 * z + 0.3 * eps), flux.pack(eps - z), torch.tensor([[[0.3]]]), torch.tensor([0.3])
+        noised = flow_matching.Noised(
+            pack(0.7 * z + 0.3 * eps), pack(eps - z), torch.tensor([[[0.3]]]), torch.tensor([0.3])
         )
         wanted = (objective.predict(noised, read, 8, 8) - noised.target).square().mean()
     assert objective.evaluate()[0.3] == pytest.approx(float(wanted), rel=1e-5)
@@ -418,7 +423,7 @@ def test_with_nothing_held_out_some_training_pictures_are_looked_at(house: House
     ]  # a look costs nine forwards
     assert all(view.variant is None for view in desk.eval_views)
     assert isinstance(desk.eval_views[0], View)
-    assert isinstance(desk.pictures, data.Pictures)
+    assert isinstance(desk.pictures, images.Pictures)
 
 
 def test_batches_made_ahead_are_the_same_batches(house: House) -> None:

@@ -10,9 +10,9 @@ import torch
 from test_spec_key import LEAST, laid_over
 from torch import nn
 
-from runner.learn import build_optimizer, build_schedule
-from runner.spec import AdamW, AdamW8bit, Prodigy, Schedule, Spec
-from runner.specrules import fill_defaults
+from runner.spec.rules import fill_defaults
+from runner.spec.schema import AdamW, AdamW8bit, Prodigy, Schedule, Spec
+from runner.training.phases.train import build_optimizer, build_schedule
 
 # Key -> another value than the default's, and where the library has it.
 ADAM: dict[str, tuple[Any, Any]] = {

@@ -22,10 +22,10 @@ from conftest import PROJECT, House, desk_of
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
-from runner.checkpoint import Weights
-from runner.learn import load_encoders, load_transformer
-from runner.objective import FlowObjective
-from runner.rundir import Run
+from runner.checkpoint.storage import Weights
+from runner.runs.run import Run
+from runner.training.objective import FlowObjective
+from runner.training.phases.train import load_encoders, load_transformer
 
 TINY = PROJECT / "runner" / "bases" / "tiny"
 TOKEN = {"tokens": [{"name": "TOK"}]}

@@ -70,7 +70,7 @@ def test_closed_standard_files_do_not_become_files_of_the_run() -> None:
     """Else what a library prints would go into whatever is opened next."""
     code = (
         "import os, tempfile\n"
-        "from runner import output\n"
+        "from runner.core import output\n"
         "with output.outlived(), tempfile.TemporaryFile() as file:\n"
         "    os._exit(file.fileno())\n"
     )

@@ -20,8 +20,8 @@ from conftest import PROJECT, House
 from nights import write_run
 from test_morning import with_events
 
-from runner.index import short_labels
-from runner.report import MOST_THUMBS, render, write_report
+from runner.report.page import MOST_THUMBS, render, write_report
+from runner.runs.index import short_labels
 
 EVIL = '"><img src=x onerror=alert(1)></script><script>alert(2)</script>{{7*7}}'
 LINE = "<b onclick=alert(3)>Traceback</b> & more"
@@ -113,11 +113,11 @@ def test_thumbnails_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     runs = tmp_path / "runs"
     write_run(runs, "a", steps=60, look_every=2)
     write_run(runs, "b", steps=60, look_every=2)
-    monkeypatch.setattr("runner.report.MOST_THUMBS", 12)
+    monkeypatch.setattr("runner.report.page.MOST_THUMBS", 12)
     cells = [cell for shot in page_data(runs)["shots"] for cell in shot["cells"]]
     assert len(cells) == 12
     assert {cell[1] for cell in cells} == {2, 30, 60}
-    monkeypatch.setattr("runner.report.MOST_BYTES", 1)
+    monkeypatch.setattr("runner.report.page.MOST_BYTES", 1)
     cells = [cell for shot in page_data(runs)["shots"] for cell in shot["cells"]]
     assert sum(cell[2] is not None for cell in cells) == 1  # the others are links
     assert all((runs / urllib.request.url2pathname(cell[3])).is_file() for cell in cells)
@@ -129,13 +129,13 @@ def page_data(runs: Path) -> Any:
 
 
 def test_a_page_that_cannot_be_written_fails_no_queue(done: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    from runner.morning import prepare_morning
+    from runner.report.publish import prepare_morning
 
     def broken(runs: Path) -> Path:
         raise ValueError("no")
 
     told: list[str] = []
-    monkeypatch.setattr("runner.report.write_report", broken)
+    monkeypatch.setattr("runner.report.page.write_report", broken)
     prepare_morning(done.folder / "runs", told.append)
     assert told == ["broken: ValueError: no; the runs are not touched by that"]
 

@@ -17,14 +17,22 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from runner import checkpoint, files, flux, lora, optim, tensors, text, tokens
-from runner.basefiles import BUILTIN, FLUX1, fingerprint, linear_layers, lora_layers
-from runner.checkpoint import Checkpoint, Weights
-from runner.errors import BadFile, Held
-from runner.seeds import derive
-from runner.spec import Token
+from runner.base.files import BUILTIN, fingerprint
+from runner.base.layers import FLUX1, linear_layers, lora_layers
+from runner.checkpoint import storage
+from runner.checkpoint.storage import Checkpoint, Weights
+from runner.core import files, locks
+from runner.core.errors import BadFile, Held
+from runner.core.seeds import derive
+from runner.data import tokens
+from runner.model import base, flow_matching, lora, tensors
+from runner.model.flux1 import loading, text_encoders
+from runner.model.flux1.latents import LatentScale, draw_latents, image_ids, pack
+from runner.model.flux1.transformer import Text, predictor
+from runner.spec.schema import Token
+from runner.training import optimizers
 
-BASE = flux.Base(BUILTIN["builtin:tiny"], None, torch.device("cpu"), torch.float32)
+BASE = base.Base(BUILTIN["builtin:tiny"], None, torch.device("cpu"), torch.float32)
 
 
 # ---- files ---------------------------------------------------------------------------------------------------------
@@ -53,31 +61,31 @@ def test_our_safetensors_are_everyones_and_repeatable(tmp_path: Path) -> None:
 
 
 def test_every_flipped_bit_is_noticed(tmp_path: Path) -> None:
-    path = tmp_path / checkpoint.file_name(7)
-    checkpoint.write(
+    path = tmp_path / storage.file_name(7)
+    storage.write(
         path, Checkpoint("joint", "key", 7, Weights({"a": torch.randn(8, 8)}), {"a/exp_avg": torch.randn(8)}, {"n": 1})
     )
     whole = path.read_bytes()
-    assert checkpoint.read(path).step == 7
+    assert storage.read(path).step == 7
     draw = random.Random(0)
     for _ in range(300):
         damaged = bytearray(whole)
         damaged[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
         path.write_bytes(damaged)
         with pytest.raises(BadFile):
-            checkpoint.read(path)
+            storage.read(path)
     for cut in (0, 1, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:cut])
         with pytest.raises(BadFile):
-            checkpoint.read(path)
+            storage.read(path)
 
 
 def test_a_checkpoint_under_another_name_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / checkpoint.file_name(7)
-    checkpoint.write(path, Checkpoint("lora", "key", 7, Weights(), {}, {}))
-    path.rename(tmp_path / checkpoint.file_name(8))
+    path = tmp_path / storage.file_name(7)
+    storage.write(path, Checkpoint("lora", "key", 7, Weights(), {}, {}))
+    path.rename(tmp_path / storage.file_name(8))
     with pytest.raises(BadFile, match="the header says step 7"):
-        checkpoint.read(tmp_path / checkpoint.file_name(8))
+        storage.read(tmp_path / storage.file_name(8))
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
@@ -101,7 +109,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
 def test_a_lock_has_one_holder_and_dies_with_it(tmp_path: Path) -> None:
     lock = tmp_path / ".lock"
     code = (
-        f"import time\nfrom pathlib import Path\nfrom runner import files\nwith files.locked(Path({str(lock)!r})):\n"
+        f"import time\nfrom pathlib import Path\nfrom runner.core import locks\nwith locks.locked(Path({str(lock)!r})):\n"
         "    print(1, flush=True)\n    time.sleep(60)"
     )
     holder = subprocess.Popen(
@@ -109,13 +117,13 @@ def test_a_lock_has_one_holder_and_dies_with_it(tmp_path: Path) -> None:
     )
     assert holder.stdout is not None
     holder.stdout.readline()
-    assert files.is_locked(lock)
-    with pytest.raises(Held, match=f"process {holder.pid} is working on it"), files.locked(lock, patience=0):
+    assert locks.is_locked(lock)
+    with pytest.raises(Held, match=f"process {holder.pid} is working on it"), locks.locked(lock, patience=0):
         pass
     holder.kill()
     holder.wait()
-    assert not files.is_locked(lock)
-    with files.locked(lock, patience=0):
+    assert not locks.is_locked(lock)
+    with locks.locked(lock, patience=0):
         pass
 
 
@@ -131,8 +139,8 @@ def test_tokens_are_replaced_as_whole_words_longest_first() -> None:
 
 def encoders() -> list[tuple[str, nn.Module, object]]:
     return [
-        ("clip", flux.load_clip(BASE), flux.load_tokenizer(BASE, "clip")),
-        ("t5", flux.load_t5(BASE), flux.load_tokenizer(BASE, "t5")),
+        ("clip", loading.load_clip(BASE), loading.load_tokenizer(BASE, "clip")),
+        ("t5", loading.load_t5(BASE), loading.load_tokenizer(BASE, "t5")),
     ]
 
 
@@ -150,14 +158,14 @@ def test_our_embeddings_are_the_pipelines_to_the_bit(learned: tuple[str, ...], p
         if name in learned:
             width = model.get_input_embeddings().weight.shape[1]
             rows = torch.randn(2, width, generator=generator)
-            text.attach_rows(model, tokenizer, ["<s0>", "<s1>"], nn.Parameter(rows))
+            text_encoders.attach_rows(model, tokenizer, ["<s0>", "<s1>"], nn.Parameter(rows))
             parts = (pipe.text_encoder, pipe.tokenizer) if name == "clip" else (pipe.text_encoder_2, pipe.tokenizer_2)
             pipe.load_textual_inversion(rows, token=["<s0>", "<s1>"], text_encoder=parts[0], tokenizer=parts[1])
         with torch.no_grad():
             if name == "clip":
-                ours[name] = text.clip_pooled(model, text.clip_ids(tokenizer, prompt)[None], None)
+                ours[name] = text_encoders.clip_pooled(model, text_encoders.clip_ids(tokenizer, prompt)[None], None)
             else:
-                ours[name] = text.t5_states(model, text.t5_ids(tokenizer, prompt, 32)[None])
+                ours[name] = text_encoders.t5_states(model, text_encoders.t5_ids(tokenizer, prompt, 32)[None])
     with torch.no_grad():
         txt, vec, _ = pipe.encode_prompt(prompt, None, max_sequence_length=32)
     assert torch.equal(ours["clip"], vec)
@@ -168,8 +176,8 @@ def test_only_the_rows_get_a_gradient() -> None:
     for _, model, tokenizer in encoders():
         model.requires_grad_(False)
         rows = nn.Parameter(torch.randn(2, model.get_input_embeddings().weight.shape[1]))
-        text.attach_rows(model, tokenizer, ["<s0>", "<s1>"], rows)
-        ids = text.t5_ids(tokenizer, "a <s0>", 16)
+        text_encoders.attach_rows(model, tokenizer, ["<s0>", "<s1>"], rows)
+        ids = text_encoders.t5_ids(tokenizer, "a <s0>", 16)
         model(ids[None])[0].square().sum().backward()
         assert [name for name, parameter in model.named_parameters() if parameter.grad is not None] == [
             name for name, parameter in model.named_parameters() if parameter is rows
@@ -181,21 +189,21 @@ def test_only_the_rows_get_a_gradient() -> None:
 
 def test_rows_start_at_the_tables_scale_or_at_a_phrase() -> None:
     for name, model, tokenizer in encoders():
-        random_rows = text.initial_rows(model, tokenizer, [(64, None)], 0, name)
-        assert math.isclose(float(random_rows.std()), text.table_std(model), rel_tol=0.1)
-        assert torch.equal(random_rows, text.initial_rows(model, tokenizer, [(64, None)], 0, name))
-        assert not torch.equal(random_rows, text.initial_rows(model, tokenizer, [(64, None)], 1, name))
-        from_phrase = text.initial_rows(model, tokenizer, [(3, "red heart")], 0, name)
+        random_rows = text_encoders.initial_rows(model, tokenizer, [(64, None)], 0, name)
+        assert math.isclose(float(random_rows.std()), text_encoders.table_std(model), rel_tol=0.1)
+        assert torch.equal(random_rows, text_encoders.initial_rows(model, tokenizer, [(64, None)], 0, name))
+        assert not torch.equal(random_rows, text_encoders.initial_rows(model, tokenizer, [(64, None)], 1, name))
+        from_phrase = text_encoders.initial_rows(model, tokenizer, [(3, "red heart")], 0, name)
         ids = tokenizer("red heart", add_special_tokens=False).input_ids
         assert len(ids) == 2
         assert torch.equal(from_phrase[:2], model.get_input_embeddings().weight[ids].detach())
-        assert torch.equal(from_phrase[2:], text.initial_rows(model, tokenizer, [(3, None)], 0, name)[2:])
+        assert torch.equal(from_phrase[2:], text_encoders.initial_rows(model, tokenizer, [(3, None)], 0, name)[2:])
 
 
 def test_the_rescale_is_the_references() -> None:
     rows = torch.randn(4, 8) * 3
     wanted = rows * (0.5 / rows.std()) ** 0.1
-    text.keep_std(rows, 0.5)
+    text_encoders.keep_std(rows, 0.5)
     assert torch.allclose(rows, wanted)
 
 
@@ -206,33 +214,33 @@ def test_packing_is_the_pipelines() -> None:
     from diffusers import FluxPipeline
 
     latents = torch.randn(2, 16, 6, 8)
-    assert torch.equal(flux.pack(latents), FluxPipeline._pack_latents(latents, 2, 16, 6, 8))
-    ids = flux.image_ids(6, 8, torch.device("cpu"), torch.float32)
+    assert torch.equal(pack(latents), FluxPipeline._pack_latents(latents, 2, 16, 6, 8))
+    ids = image_ids(6, 8, torch.device("cpu"), torch.float32)
     assert torch.equal(ids, FluxPipeline._prepare_latent_image_ids(2, 3, 4, "cpu", torch.float32))
 
 
 @pytest.mark.parametrize("scheme", ["none", "sigma_sqrt", "logit_normal", "mode", "cosmap"])
 def test_the_loss_is_the_references_formula(scheme: str) -> None:
     """Written here from the definition: x = (1 - s) z + s e, target e - z, weighted mean square."""
-    flow = flux.Flow(BASE, flux.Weighting(scheme))
+    flow = flow_matching.Flow(BASE, flow_matching.Weighting(scheme))
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(3, 16, 8, 8, generator=generator)
     indices = flow.draw(3, generator)
     noised = flow.noise(latents, indices, torch.Generator().manual_seed(5))
     eps = torch.randn(latents.shape, generator=torch.Generator().manual_seed(5))
-    transformer = flux.load_transformer(BASE)
-    read = flux.Text(torch.randn(3, 16, 96), torch.randn(3, 64))
+    transformer = loading.load_transformer(BASE)
+    read = Text(torch.randn(3, 16, 96), torch.randn(3, 64))
     with torch.no_grad():
-        predicted = flux.predictor(transformer, 3.5, BASE.device, BASE.dtype)(noised, read, 8, 8)
+        predicted = predictor(transformer, 3.5, BASE.device, BASE.dtype)(noised, read, 8, 8)
         loss = flow.errors(predicted, noised).mean()
 
     t = 1000 - indices  # the schedule is 1000, 999, .. 1, unshifted since FLUX shifts by resolution at inference only
     sigma = (t / 1000).view(-1, 1, 1, 1)
     mixed = (1 - sigma) * latents + sigma * eps
-    assert torch.allclose(flux.pack(mixed), noised.img, atol=1e-6)
+    assert torch.allclose(pack(mixed), noised.img, atol=1e-6)
     packed = transformer(
-        hidden_states=flux.pack(mixed), timestep=t / 1000, guidance=torch.full((3,), 3.5), pooled_projections=read.vec,
-        encoder_hidden_states=read.txt, txt_ids=torch.zeros(16, 3), img_ids=flux.image_ids(8, 8, BASE.device, torch.float32),
+        hidden_states=pack(mixed), timestep=t / 1000, guidance=torch.full((3,), 3.5), pooled_projections=read.vec,
+        encoder_hidden_states=read.txt, txt_ids=torch.zeros(16, 3), img_ids=image_ids(8, 8, BASE.device, torch.float32),
     ).sample  # fmt: skip
     unpacked = packed.view(3, 4, 4, 16, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(3, 16, 8, 8)
     weight = {"sigma_sqrt": sigma**-2, "cosmap": 2 / (math.pi * (1 - 2 * sigma + 2 * sigma**2))}.get(
@@ -247,7 +255,7 @@ def test_timesteps_and_weights_are_those_of_diffusers_helpers(scheme: str) -> No
     from diffusers import FlowMatchEulerDiscreteScheduler
     from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
 
-    flow = flux.Flow(BASE, flux.Weighting(scheme, mean=0.4, std=0.6, scale=0.8))
+    flow = flow_matching.Flow(BASE, flow_matching.Weighting(scheme, mean=0.4, std=0.6, scale=0.8))
     drawn = flow.draw(2000, torch.Generator().manual_seed(7))
     u = compute_density_for_timestep_sampling(
         scheme, 2000, logit_mean=0.4, logit_std=0.6, mode_scale=0.8, generator=torch.Generator().manual_seed(7)
@@ -267,8 +275,8 @@ def test_latents_are_drawn_from_the_vaes_posterior() -> None:
     from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
     moments = torch.randn(2, 32, 4, 4)
-    scale = flux.LatentScale(0.1, 0.3)
-    drawn = flux.draw_latents(moments, scale, torch.Generator().manual_seed(3))
+    scale = LatentScale(0.1, 0.3)
+    drawn = draw_latents(moments, scale, torch.Generator().manual_seed(3))
     wanted = DiagonalGaussianDistribution(moments).sample(torch.Generator().manual_seed(3))
     assert torch.allclose(drawn, (wanted - 0.1) * 0.3, atol=1e-6)
 
@@ -304,9 +312,9 @@ def test_presets_and_suffixes_choose_the_named_layers() -> None:
 
 def test_adapters_start_at_the_base_and_from_the_seed() -> None:
     shape = lora.LoraShape(4, 8.0, 0.0, ("transformer_blocks.0.attn.to_q", "single_transformer_blocks.1.proj_mlp"))
-    first = lora.attach_lora(flux.load_transformer(BASE), shape, 0)
-    again = lora.attach_lora(flux.load_transformer(BASE), shape, 0)
-    other = lora.attach_lora(flux.load_transformer(BASE), shape, 1)
+    first = lora.attach_lora(loading.load_transformer(BASE), shape, 0)
+    again = lora.attach_lora(loading.load_transformer(BASE), shape, 0)
+    other = lora.attach_lora(loading.load_transformer(BASE), shape, 1)
     assert list(first) == [f"{layer}.lora_{part}.weight" for layer in shape.layers for part in "AB"]
     for name, parameter in first.items():
         assert parameter.dtype == torch.float32
@@ -323,13 +331,18 @@ def test_adapters_start_at_the_base_and_from_the_seed() -> None:
 
 @pytest.mark.parametrize(
     "numbers",
-    [optim.Adam(0.9, 0.99, 1e-8), optim.ProdigyNumbers(0.9, 0.99, None, 1e-8, True, True, True, 1.0, 1e-6, None)],
+    [
+        optimizers.Adam(0.9, 0.99, 1e-8),
+        optimizers.ProdigyNumbers(0.9, 0.99, None, 1e-8, True, True, True, 1.0, 1e-6, None),
+    ],
     ids=["adamw", "prodigy"],
 )
-def test_an_optimizer_goes_on_as_if_never_stopped(numbers: optim.Adam | optim.ProdigyNumbers, tmp_path: Path) -> None:
-    lr = 1.0 if isinstance(numbers, optim.ProdigyNumbers) else 1e-2
+def test_an_optimizer_goes_on_as_if_never_stopped(
+    numbers: optimizers.Adam | optimizers.ProdigyNumbers, tmp_path: Path
+) -> None:
+    lr = 1.0 if isinstance(numbers, optimizers.ProdigyNumbers) else 1e-2
 
-    def build() -> tuple[dict[str, nn.Parameter], optim.Optimizer]:
+    def build() -> tuple[dict[str, nn.Parameter], optimizers.Optimizer]:
         torch.manual_seed(0)
         # a zero parameter, as LoRA's B: Prodigy keeps a 0-dim state for it
         named = {
@@ -338,12 +351,12 @@ def test_an_optimizer_goes_on_as_if_never_stopped(numbers: optim.Adam | optim.Pr
             "rows/t5": nn.Parameter(torch.randn(4)),
         }
         groups = [
-            optim.Group({name: named[name] for name in ("lora/a", "lora/b")}, lr, 0.01),
-            optim.Group({"rows/t5": named["rows/t5"]}, lr, 0.1),
+            optimizers.Group({name: named[name] for name in ("lora/a", "lora/b")}, lr, 0.01),
+            optimizers.Group({"rows/t5": named["rows/t5"]}, lr, 0.1),
         ]
-        return named, optim.Optimizer(groups, numbers)
+        return named, optimizers.Optimizer(groups, numbers)
 
-    def advance(named: dict[str, nn.Parameter], optimizer: optim.Optimizer, steps: range) -> None:
+    def advance(named: dict[str, nn.Parameter], optimizer: optimizers.Optimizer, steps: range) -> None:
         """Gradients that mostly point one way, so that Prodigy's estimate d grows in every step."""
         for step in steps:
             generator = torch.Generator().manual_seed(step)
@@ -362,7 +375,7 @@ def test_an_optimizer_goes_on_as_if_never_stopped(numbers: optim.Adam | optim.Pr
     for name, parameter in resumed.items():
         parameter.data.copy_(named[name].data)
     again.restore(loaded, json.loads(header["scalars"]))
-    if isinstance(numbers, optim.ProdigyNumbers):
+    if isinstance(numbers, optimizers.ProdigyNumbers):
         first, then = numbers.d0, scalars["shared"]["d"]
         assert first < then < unbroken_optimizer.torch.param_groups[0]["d"]
     advance(resumed, again, range(5, 12))
@@ -379,7 +392,7 @@ def test_a_schedule_is_diffusers_as_a_function_of_the_step(name: str) -> None:
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
     numbers = {"num_warmup_steps": 3, "num_training_steps": 20, "num_cycles": 2, "power": 2.0}
     stepped = get_scheduler(name, optimizer, **numbers)
-    factor = optim.schedule(name, warmup=3, steps=20, cycles=2, power=2.0)
+    factor = optimizers.schedule(name, warmup=3, steps=20, cycles=2, power=2.0)
     for step in range(20):
         assert factor(step) == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-12)
         optimizer.step()
@@ -418,20 +431,20 @@ def test_a_fine_tune_of_the_base_has_another_fingerprint(tmp_path: Path) -> None
 @pytest.mark.parametrize("name", ["adamw", "prodigy"])
 def test_a_checkpoint_at_t5_xxls_size_holds_rows_not_tables(name: str, tmp_path: Path) -> None:
     """Two rows of T5-XXL are 8,192 numbers, its table 131,596,288: what is saved follows the rows."""
-    numbers: optim.Adam | optim.ProdigyNumbers = optim.Adam(0.9, 0.99, 1e-8)
+    numbers: optimizers.Adam | optimizers.ProdigyNumbers = optimizers.Adam(0.9, 0.99, 1e-8)
     if name == "prodigy":
-        numbers = optim.ProdigyNumbers(0.9, 0.99, None, 1e-8, True, True, True, 1.0, 1e-6, None)
+        numbers = optimizers.ProdigyNumbers(0.9, 0.99, None, 1e-8, True, True, True, 1.0, 1e-6, None)
     table = nn.Embedding(32128, 4096, dtype=torch.bfloat16, _weight=torch.zeros(32128, 4096, dtype=torch.bfloat16))
     table.requires_grad_(False)
     rows = nn.Parameter(torch.randn(2, 4096))
-    embedding = text.Rows(table, 32100, rows)
-    optimizer = optim.Optimizer([optim.Group({"rows/t5": rows}, 1e-2, 0.0)], numbers)
+    embedding = text_encoders.Rows(table, 32100, rows)
+    optimizer = optimizers.Optimizer([optimizers.Group({"rows/t5": rows}, 1e-2, 0.0)], numbers)
     for _ in range(2):
         embedding(torch.tensor([[5, 32100, 32101, 1]])).float().square().sum().backward()
         optimizer.step(1.0)
     kept, scalars = optimizer.state()
-    path = tmp_path / checkpoint.file_name(2)
-    checkpoint.write(
+    path = tmp_path / storage.file_name(2)
+    storage.write(
         path, Checkpoint("inversion", "key", 2, Weights(rows={"t5": rows.detach()}), kept, {"optimizer": scalars})
     )
     size = path.stat().st_size

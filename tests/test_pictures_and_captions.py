@@ -16,8 +16,8 @@ import pytest
 from conftest import PICTURES, PROJECT, House
 from PIL import Image
 
-from runner import data, picturefiles, sources
-from runner.picturefiles import look_into
+from runner.data import image_files, images, sources
+from runner.data.image_files import look_into
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def check(house: House, code: int = 0) -> list[str]:
 
 
 def without_heif(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(picturefiles, "find_spec", lambda name: None)
+    monkeypatch.setattr(image_files, "find_spec", lambda name: None)
 
 
 SHOWN = "note: a.toml:5: data.source: training pictures: {} at 64x64; 6 steps show each {} times"
@@ -107,7 +107,7 @@ def test_formats_that_are_read(house: House, pics: Path) -> None:
         "pictures of their own",
         SHOWN.format(6, 1),
     ]
-    found = {one.name: data.decode(one) for one in sources.read_folder(pics, "image", None, "a").items}
+    found = {one.name: images.decode(one) for one in sources.read_folder(pics, "image", None, "a").items}
     assert found["moving.gif"].getpixel((5, 5)) == (255, 0, 0)
     with Image.open(pics / "still.gif") as still:
         assert np.array_equal(np.asarray(found["still.gif"]), np.asarray(still.convert("RGB")))
@@ -121,9 +121,9 @@ def test_heic_with_the_extra(house: House, pics: Path, monkeypatch: pytest.Monke
     assert check(house)[-1] == SHOWN.format(4, 1.5)
     found = {one.name: one for one in sources.read_folder(pics, "image", None, "a").items}
     for name in ("photo.heic", "renamed.jpg"):
-        red, green, blue = np.asarray(data.decode(found[name])).reshape(-1, 3).mean(0)
+        red, green, blue = np.asarray(images.decode(found[name])).reshape(-1, 3).mean(0)
         assert abs(red - 200) + abs(green - 40) + abs(blue - 40) < 12, name
-        assert data.measure(found[name]) == (64, 64)
+        assert images.measure(found[name]) == (64, 64)
     without_heif(monkeypatch)
     assert check(house, 2)[0] == (
         "error: a.toml:5: data.source: pics/renamed.jpg: not a readable image (HEIC, which needs pillow-heif; pip install "
@@ -214,8 +214,7 @@ def test_class_images_are_chosen_alike(house: House, pics: Path) -> None:
 
 def test_a_folder_without_such_files_keeps_its_fingerprint(tmp_path: Path) -> None:
     """By the formula of the first versions: names, captions and bytes of what is read, whatever else lies there."""
-    from runner.digest import key_of
-    from runner.files import sha256_file
+    from runner.core.hashing import key_of, sha256_file
 
     shutil.copytree(PICTURES, tmp_path / "pics")
     (tmp_path / "pics" / "notes.md").write_text("nothing")
@@ -350,7 +349,7 @@ def test_copies_are_a_line_a_group(house: House, pics: Path) -> None:
 def test_a_thousand_copies_take_no_time() -> None:
     from time import process_time
 
-    from runner.looking import Look, alike
+    from runner.preflight.fingerprints import Look, alike
 
     thumb = np.zeros((16, 16, 3), np.int16)
     began = process_time()
@@ -408,11 +407,11 @@ def test_the_largest_picture_that_is_read(pics: Path) -> None:
         assert opened.size == (16384, 16384)
 
 
-@pytest.mark.parametrize("ending", sorted(picturefiles.READ))
+@pytest.mark.parametrize("ending", sorted(image_files.READ))
 def test_every_ending_that_is_read_is_of_a_decoder_that_is_named(pics: Path, ending: str) -> None:
-    path = drawn(pics / f"x{ending}", 3, format=picturefiles.READ[ending])
+    path = drawn(pics / f"x{ending}", 3, format=image_files.READ[ending])
     assert path in look_into(pics).pictures
-    assert data.decode(data.Picture("x", str(path), "a", sources.opener(path))).size == (96, 96)
+    assert images.decode(images.Picture("x", str(path), "a", sources.opener(path))).size == (96, 96)
 
 
 def test_a_name_that_is_no_text_is_told(house: House) -> None:

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 from conftest import PROJECT, House
 
-from runner import plan as planning
-from runner.basefiles import FLUX1
-from runner.plan import Facts, make_plan
-from runner.spec import Spec
-from runner.specload import load
+from runner.base.layers import FLUX1
+from runner.plan import description
+from runner.plan.build import make_plan
+from runner.plan.phases import Facts
+from runner.spec.loader import load
+from runner.spec.schema import Spec
 
 FACTS = Facts(("a TOK",), 8, "data", "base", None)
 
@@ -29,7 +30,7 @@ def spec_of(tmp_path: Path, extra: str = "") -> Spec:
 
 
 def phases(spec: Spec) -> list[tuple[str, int, int, list[str], list[str]]]:
-    described = [planning.describe(phase) for phase in make_plan(spec, FACTS).phases]
+    described = [description.describe(phase) for phase in make_plan(spec, FACTS).phases]
     return [
         (facts["kind"], facts["start"], facts["stop"], [part["what"] for part in facts["trains"]], facts["resident"])
         for facts in described

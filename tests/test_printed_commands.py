@@ -71,7 +71,7 @@ def test_every_command_in_a_message_parses(tmp_path: Path) -> None:
     for file in SOURCES:
         for line, text in texts(file):
             for words in spans(text):
-                if words == ["X"]:  # made by runner.commandline; what it makes is typed below
+                if words == ["X"]:  # made by runner.core.command_line; what it makes is typed below
                     continue
                 seen.append(words[0])
                 assert (wrong := refusal(words, tmp_path)) is None, f"{file.name}:{line}: {shlex.join(words)}: {wrong}"

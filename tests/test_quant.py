@@ -13,12 +13,15 @@ from conftest import House, desk_of, export_bytes, stopping_after
 from test_objective import jolt, objective_of, spec_of
 from torch import nn
 
-from runner import device, flux, quant, schemes
-from runner.basefiles import linear_layers
-from runner.checkpoint import Weights, read
-from runner.encode import LiveEncoder
-from runner.errors import FluxrunError
-from runner.quant import QuantLinear
+from runner.base import quantized_size
+from runner.base.layers import linear_layers
+from runner.checkpoint.storage import Weights, read
+from runner.core.errors import FluxrunError
+from runner.model import device, quantization
+from runner.model.base import Base
+from runner.model.flux1 import loading
+from runner.model.quantization import QuantLinear
+from runner.training.encoders import LiveEncoder
 
 # how far the trained loss of a pivotal run on the tiny base may lie from the plain base's, as a part of it
 NEAR = {"int8": 0.02, "fp8": 0.03, "nf4": 0.15}
@@ -117,8 +120,8 @@ def test_a_row_of_zeros_and_odd_widths_come_back() -> None:
     weight = torch.randn(10, 96)
     weight[3] = 0
     for scheme, near in {"int8": 0.01, "fp8": 0.03, "nf4": 0.11}.items():
-        codes, scale = quant.quantize(weight, scheme)
-        back = quant.dequantize(codes, scale, scheme, (10, 96), torch.float32)
+        codes, scale = quantization.quantize(weight, scheme)
+        back = quantization.dequantize(codes, scale, scheme, (10, 96), torch.float32)
         assert (back - weight).norm() < near * weight.norm()
         assert not back[3].any()
 
@@ -143,7 +146,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_quantising_takes_the_memory_of_the_quantised_model_and_happens_once(
     large: Path, tmp_path: Path, scheme: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base = flux.Base(large, None, CPU, torch.float32, scheme, tmp_path)
+    base = Base(large, None, CPU, torch.float32, scheme, tmp_path)
     if not device.CLEAR_REFS.exists():
         pytest.skip("the kernel tells no peak memory")
 
@@ -151,21 +154,21 @@ def test_quantising_takes_the_memory_of_the_quantised_model_and_happens_once(
         device.release(CPU)
         device.reset_peak(CPU)
         before = device.peak_memory(CPU)
-        made = flux.load_transformer(base)
+        made = loading.load_transformer(base)
         return made, device.peak_memory(CPU) - before
 
-    flux.load_transformer(flux.Base(large, None, CPU, torch.float32, scheme))  # what is imported only once
+    loading.load_transformer(Base(large, None, CPU, torch.float32, scheme))  # what is imported only once
     first, peak = load()
     config = json.loads((large / "transformer" / "config.json").read_text())
     numbers = sum(
-        value.numel() for value in flux.load_transformer(flux.Base(large, None, CPU, torch.float32)).parameters()
+        value.numel() for value in loading.load_transformer(Base(large, None, CPU, torch.float32)).parameters()
     )
     size = sum(value.numel() * value.element_size() for value in first.state_dict().values())
-    told = schemes.held(numbers, schemes.in_blocks(linear_layers(config)), scheme, 4)
+    told = quantized_size.held(numbers, quantized_size.in_blocks(linear_layers(config)), scheme, 4)
     assert told == pytest.approx(size, rel=0.01)
     one = 448 * 5 * 448 * 4  # bytes of the largest weight, plain
     assert peak < 1.2 * size + 12 * one  # bitsandbytes has several copies of a weight at once; the plain model is 30
-    monkeypatch.setattr(quant, "quantize", None)  # the second time nothing is quantised
+    monkeypatch.setattr(quantization, "quantize", None)  # the second time nothing is quantised
     second, peak = load()
     assert peak < 1.2 * size + 12 * one  # bitsandbytes has several copies of a weight at once; the plain model is 30
     assert same(first, second)
@@ -203,9 +206,9 @@ def test_a_file_that_lacks_a_tensor_is_refused(house: House) -> None:
     found = load_file(path)
     found.pop("transformer_blocks.0.attn.to_q.weight")
     save_file(found, path)
-    base = flux.Base(house.folder / "base", None, CPU, torch.float32, "int8")
+    base = Base(house.folder / "base", None, CPU, torch.float32, "int8")
     with pytest.raises(FluxrunError, match=r"no file has transformer_blocks\.0\.attn\.to_q\.codes \(2 tensors"):
-        flux.load_transformer(base)
+        loading.load_transformer(base)
 
 
 def test_what_a_run_needs_at_least_is_told_by_its_scheme(tmp_path: Path) -> None:
@@ -213,8 +216,9 @@ def test_what_a_run_needs_at_least_is_told_by_its_scheme(tmp_path: Path) -> None
     from test_plan import FACTS
     from test_plan import spec_of as planned
 
-    from runner.checkhere import needed, numbers_of
-    from runner.plan import make_plan
+    from runner.base.param_counts import numbers_of
+    from runner.plan.build import make_plan
+    from runner.preflight.devices import needed
 
     numbers = numbers_of("black-forest-labs/FLUX.1-dev", {})
     found = {}

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from conftest import House
 
-from runner.basefiles import BUILTIN, file_digests, fingerprint
-from runner.plan import make_plan
-from runner.prepare import prepare
-from runner.spans import advice
+from runner.base.files import BUILTIN, file_digests, fingerprint
+from runner.jobs.prepare import prepare
+from runner.plan.build import make_plan
+from runner.runs.resume_advice import advice
 
 WAYS_OUT = "give this spec another `name`, undo the change, or queue it with --fresh, which moves the old folder aside"
 
@@ -180,8 +180,10 @@ def test_a_run_of_other_phases_goes_on_with_the_keys_that_are_named(copied: Hous
 def test_advice_on_phases_is_right_wherever_it_is_given(house: House) -> None:
     """For many pairs of specs: what is advised keeps every step trained so far, which is asked of the plans' own keys."""
     [job] = prepare([house.spec()], house.folder / "runs", fetch=True, fresh=False)
-    from runner.plan import Facts, as_json
-    from runner.prepare import Bases, _facts
+    from runner.jobs.bases import Bases
+    from runner.jobs.prepare import _facts
+    from runner.plan.description import as_json
+    from runner.plan.phases import Facts
 
     facts: Facts = _facts(job.spec, job.pictures, Bases().of(job.spec))
 

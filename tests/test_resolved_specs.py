@@ -16,8 +16,9 @@ import pytest
 from conftest import PROJECT, House, stopping_after
 from test_printed_commands import refusal
 
-from runner.prepare import Job, prepare
-from runner.rundir import find_runs
+from runner.jobs.job import Job
+from runner.jobs.prepare import prepare
+from runner.runs.run import find_runs
 
 WHOLE = """
 [model]

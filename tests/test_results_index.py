@@ -12,7 +12,7 @@ import pytest
 from conftest import House
 from nights import write_run
 
-from runner.index import Record, write_index
+from runner.runs.index import Record, write_index
 
 # Every column: its value in three runs, smallest first. `state` and `name` are their folders' own, `spec` is not sorted by.
 COLUMNS: dict[str, tuple[Any, Any, Any]] = {

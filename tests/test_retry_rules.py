@@ -13,9 +13,9 @@ import pytest
 from conftest import House, Said
 from trainers import Attempt, trainers
 
-from runner import files
-from runner.engine import local
-from runner.errors import Code
+from runner.core import files
+from runner.core.errors import Code
+from runner.engine import supervisor
 
 CRASH = Attempt(Code.CRASHED, "RuntimeError: a cosmic ray")
 AGAIN = "the same command tries again from the last checkpoint"
@@ -199,7 +199,7 @@ def test_how_long_a_trainer_may_be_silent_between_steps(
     house: House, monkeypatch: pytest.MonkeyPatch, steps: tuple[float, ...], silence: int
 ) -> None:
     """Ten minutes, or fifty of its slowest steps."""
-    monkeypatch.setattr(local, "time", Clock())
+    monkeypatch.setattr(supervisor, "time", Clock())
     with trainers({"a": [Attempt(None, steps=steps)]}) as told:
         said = queue(house, "a")
     assert (said.code, told) == (0, ["a begins", "a killed", "a begins"])
@@ -213,7 +213,7 @@ def test_before_its_first_step_a_trainer_may_take_as_long_as_it_likes(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock()
-    monkeypatch.setattr(local, "time", clock)
+    monkeypatch.setattr(supervisor, "time", clock)
 
     def loads_for_a_day() -> None:
         clock.now += 86400.0

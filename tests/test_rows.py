@@ -7,8 +7,8 @@ import torch
 from conftest import House, desk_of
 from test_objective import objective_of, spec_of
 
-from runner.checkpoint import Weights
-from runner.encode import LiveEncoder
+from runner.checkpoint.storage import Weights
+from runner.training.encoders import LiveEncoder
 
 
 def test_after_a_step_the_rows_are_pulled_back_to_the_tables_size(house: House) -> None:

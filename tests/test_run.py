@@ -13,7 +13,7 @@ import torch
 from conftest import House, export_bytes
 from safetensors.torch import load_file
 
-from runner import checkpoint
+from runner.checkpoint import storage
 
 
 def test_a_pivotal_run_leaves_what_the_contract_names(done: House) -> None:
@@ -57,7 +57,7 @@ def test_a_pivotal_run_leaves_what_the_contract_names(done: House) -> None:
 
 def test_rows_and_lora_learn_in_their_phases_only(done: House) -> None:
     folder = done.folder / "runs" / "a" / "checkpoints"
-    at = {step: checkpoint.read(folder / checkpoint.file_name(step)) for step in (2, 3, 4, 6)}
+    at = {step: storage.read(folder / storage.file_name(step)) for step in (2, 3, 4, 6)}
     for encoder, width in (("clip", 64), ("t5", 96)):
         rows = {step: at[step].weights.rows[encoder] for step in at}
         assert rows[2].shape == (2, width)
@@ -73,7 +73,7 @@ def test_rows_and_lora_learn_in_their_phases_only(done: House) -> None:
 
 def test_exports_hold_the_trained_values(done: House) -> None:
     run = done.folder / "runs" / "a"
-    trained = checkpoint.read(run / "checkpoints" / "step-000006.safetensors").weights
+    trained = storage.read(run / "checkpoints" / "step-000006.safetensors").weights
     lora = load_file(run / "export" / "pytorch_lora_weights.safetensors")
     assert lora.keys() == {f"transformer.{name}" for name in trained.lora}
     assert all(torch.equal(lora[f"transformer.{name}"], value.bfloat16()) for name, value in trained.lora.items())
@@ -116,7 +116,7 @@ def test_every_kind_of_run(house: House, changes: dict[str, str], kinds: list[st
     plan = json.loads((run / "plan.json").read_text())
     assert [phase["name"] for phase in plan["phases"]] == kinds
     assert {path.name for path in run.glob("export/*.safetensors")} == files
-    last = checkpoint.read(max(run.glob("checkpoints/*")))
+    last = storage.read(max(run.glob("checkpoints/*")))
     assert last.step == 6
     if "b_emb.safetensors" in files:
         rows = load_file(run / "export" / "b_emb.safetensors")

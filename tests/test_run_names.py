@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from conftest import House, export_bytes
 
-from runner import runnames
-from runner.engine import local
-from runner.rundir import Run
+from runner.engine import supervisor
+from runner.runs.run import Run
+from runner.spec import run_names
 
 LORA = """
 [model]
@@ -85,9 +85,9 @@ def test_every_file_of_a_run_is_a_name_behind_no_slash(done: House) -> None:
     called = {path.name for path in vars(run).values() if isinstance(path, Path) and path.parent == run.folder}
     names = {name for name in made | called if not name.startswith(".")}
     assert len(names) > 10
-    assert [name for name in sorted(names) if runnames.reserved(f"b/{name}") is None] == []
+    assert [name for name in sorted(names) if run_names.reserved(f"b/{name}") is None] == []
     here = {path.name for path in run.runs.iterdir() if path.name != "a" and not path.name.startswith(".")}
-    assert here == set(runnames.IN_RUNS_FOLDER)
+    assert here == set(run_names.IN_RUNS_FOLDER)
 
 
 @pytest.mark.parametrize("name", ["a b", "a/b/c", ".hidden", "-x", "über"])
@@ -118,7 +118,7 @@ def test_a_bad_name_hides_no_other_fault(house: House) -> None:
 def test_a_long_name_is_told_with_its_length(house: House) -> None:
     said = house.fluxrun("plan", named(house, "a", "n" * 201).name)
     assert said.err.startswith("a.toml:1: name: expected at most 200 characters, got 201 (")
-    assert runnames.longest_file_name("a=" * 100) <= 255
+    assert run_names.longest_file_name("a=" * 100) <= 255
     assert house.fluxrun("plan", named(house, "a", "n" * 200).name).code == 0
 
 
@@ -302,27 +302,27 @@ def test_a_runs_folder_that_vanishes_ends_the_queue_in_one_line(house: House) ->
 def test_a_run_whose_folder_vanishes_is_told_and_the_next_goes_on(
     house: House, monkeypatch: pytest.MonkeyPatch, phase: str
 ) -> None:
-    from runner import clerk
+    from runner.training import recorder
 
     house.write("a.toml", LORA), house.write("b.toml", LORA)
-    begin, step = clerk.Clerk.begin, clerk.Clerk.step
+    begin, step = recorder.Clerk.begin, recorder.Clerk.step
 
-    def remove(self: clerk.Clerk) -> None:
+    def remove(self: recorder.Clerk) -> None:
         if self.run.name == "a":
             shutil.rmtree(self.run.folder)
 
-    def beginning(self: clerk.Clerk, *rest: object) -> None:
+    def beginning(self: recorder.Clerk, *rest: object) -> None:
         begin(self, *rest)  # type: ignore[arg-type]
         if phase == "encode":
             remove(self)
 
-    def stepping(self: clerk.Clerk, one: clerk.Step) -> None:
+    def stepping(self: recorder.Clerk, one: recorder.Step) -> None:
         if phase == "step" and one.number == 2:
             remove(self)
         step(self, one)
 
-    monkeypatch.setattr(clerk.Clerk, "begin", beginning)
-    monkeypatch.setattr(clerk.Clerk, "step", stepping)
+    monkeypatch.setattr(recorder.Clerk, "begin", beginning)
+    monkeypatch.setattr(recorder.Clerk, "step", stepping)
     said = house.fluxrun("queue", "a.toml", "b.toml", "--no-check")
     assert said.code == 3
     assert (
@@ -337,13 +337,13 @@ def test_a_run_whose_folder_vanishes_is_told_and_the_next_goes_on(
 def test_a_trainer_killed_with_its_folder_gone_is_not_tried_again(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Killed(local.Trainer):  # what stands in for a trainer here, in this process
+    class Killed(supervisor.Trainer):  # what stands in for a trainer here, in this process
         def poll(self) -> list[Any]:
             shutil.rmtree(self.told[0])
             self.code = -9
             return []
 
-    monkeypatch.setattr(local, "Trainer", Killed)
+    monkeypatch.setattr(supervisor, "Trainer", Killed)
     house.write("a.toml", LORA)
     said = house.fluxrun("queue", "a.toml", "--no-check")
     assert said.code == 3
@@ -358,7 +358,7 @@ def test_a_runs_folder_that_cannot_be_read_is_one_line(house: House, monkeypatch
     def refused(runs: Path) -> None:
         raise PermissionError(13, "Permission denied", str(runs))
 
-    monkeypatch.setattr(runnames, "find_runs", refused)
+    monkeypatch.setattr(run_names, "find_runs", refused)
     said = house.fluxrun("plan", named(house, "a").name)
     assert (said.code, said.err) == (
         3, "fluxrun: runs: Permission denied; the same command goes on once that is mended\n",

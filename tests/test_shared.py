@@ -10,12 +10,15 @@ import pytest
 import torch
 from conftest import House, desk_of
 
-from runner import flux, learn, lora, sources
-from runner.checkpoint import Weights
-from runner.desk import Desk
-from runner.encode import LiveEncoder
-from runner.shelf import Shelf
-from runner.views import View
+from runner.checkpoint.storage import Weights
+from runner.data import sources
+from runner.data.buckets import View
+from runner.model import lora
+from runner.model.base import Base
+from runner.model.flux1 import latents, loading, transformer
+from runner.training.context import Desk
+from runner.training.encoders import LiveEncoder
+from runner.training.model_pool import Shelf
 
 PROMPTS = 'prompts = ["a red heart"]'
 
@@ -38,8 +41,8 @@ def exports(house: House, run: str) -> dict[str, bytes]:
 def loads(monkeypatch: pytest.MonkeyPatch, name: str) -> list[Any]:
     """Every base that `flux.NAME` loads a part of from now on."""
     seen: list[Any] = []
-    real = getattr(flux, name)
-    monkeypatch.setattr(flux, name, lambda base: (seen.append(base), real(base))[1])
+    real = getattr(loading, name)
+    monkeypatch.setattr(loading, name, lambda base: (seen.append(base), real(base))[1])
     return seen
 
 
@@ -59,10 +62,10 @@ def test_a_warm_trainer_leaves_no_trace_of_the_run_before(house: House, monkeypa
 
 def test_an_adapter_that_was_taken_out_leaves_the_very_layers_that_were_there(house: House) -> None:
     desk = desk_of(plain(house, "a"))
-    model = flux.load_transformer(desk.base)
+    model = loading.load_transformer(desk.base)
     before, attributes = list(model.named_modules()), set(vars(model))
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    adapter = lora.attach_lora(model, learn.lora_shape(desk.spec, desk.base), 0)
+    adapter = lora.attach_lora(model, lora.lora_shape(desk.spec, desk.base), 0)
     assert [name for name, _ in model.named_modules()] != [name for name, _ in before]
     lora.detach_lora(model)
     assert all(one is other for (_, one), (_, other) in zip(model.named_modules(), before, strict=True))
@@ -70,7 +73,7 @@ def test_an_adapter_that_was_taken_out_leaves_the_very_layers_that_were_there(ho
     after = model.state_dict()
     assert state.keys() == after.keys()
     assert all(torch.equal(state[name], after[name]) for name in state)
-    lora.attach_lora(model, learn.lora_shape(desk.spec, desk.base), 0)  # and there is room for the next one
+    lora.attach_lora(model, lora.lora_shape(desk.spec, desk.base), 0)  # and there is room for the next one
     assert adapter.keys() == lora.adapter_parameters(model).keys()
 
 
@@ -85,7 +88,7 @@ def test_another_base_or_dtype_is_another_transformer(house: House, monkeypatch:
     assert shelf.bytes == 0  # lent, and so gone if it does not come back
     assert shelf.take(desk.base) is not one
     shelf.put(desk.base, own, one)
-    half = flux.Base(desk.base.folder, None, desk.base.device, torch.bfloat16)
+    half = Base(desk.base.folder, None, desk.base.device, torch.bfloat16)
     assert next(shelf.take(half).parameters()).dtype == torch.bfloat16
     assert shelf.bytes == 0
     assert len(loaded) == 3
@@ -176,9 +179,9 @@ def test_a_kept_transformer_makes_room_for_an_encoder(house: House, monkeypatch:
     take = Shelf.take
     monkeypatch.setattr(Shelf, "take", lambda self, *what: (shelves.append(self), take(self, *what))[1])
     for name in ("load_t5", "load_vae"):
-        real = getattr(flux, name)
+        real = getattr(loading, name)
         monkeypatch.setattr(
-            flux, name, lambda base, real=real: (held.append(sum(shelf.bytes for shelf in shelves)), real(base))[1]
+            loading, name, lambda base, real=real: (held.append(sum(shelf.bytes for shelf in shelves)), real(base))[1]
         )
     plain(house, "a")
     plain(house, "b", resolution="resolution = 96")
@@ -199,10 +202,10 @@ def test_the_encoders_read_the_same_alone_and_for_others(house: House) -> None:
 
 
 def test_a_trainer_whose_memory_did_not_come_back_is_replaced(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    from runner import device
-    from runner.engine import trainer
+    from runner.engine import worker_main
+    from runner.model import device
 
-    warm = trainer.Warm()
+    warm = worker_main.Warm()
     levels = iter([500 << 20, 600 << 20, 900 << 20])
     monkeypatch.setattr(device, "memory_in_use", lambda where: next(levels))
     assert [warm.worn("cpu") for _ in range(3)] == [False, False, True]
@@ -270,15 +273,15 @@ def test_an_encoder_that_learned_on_is_not_taken_for_an_older_one(house: House) 
 
 
 def test_rotary_tables_are_kept_only_while_the_shape_is_told(house: House) -> None:
-    model = flux.load_transformer(desk_of(house.spec("a")).base)
-    small, large = (flux.image_ids(side, side, torch.device("cpu"), torch.float32) for side in (4, 8))
-    with flux.rotary_of(model, (0, 4, 4)):
+    model = loading.load_transformer(desk_of(house.spec("a")).base)
+    small, large = (latents.image_ids(side, side, torch.device("cpu"), torch.float32) for side in (4, 8))
+    with transformer.rotary_of(model, (0, 4, 4)):
         first = model.pos_embed(small)
         assert model.pos_embed(small) is first
     assert all(torch.equal(*pair) for pair in zip(model.pos_embed(small), first, strict=True))
     assert model.pos_embed(large)[0].shape[0] == 16  # stock diffusers, at another size
-    flux.forget_shapes(model)
-    with flux.rotary_of(model, (0, 4, 4)):
+    transformer.forget_shapes(model)
+    with transformer.rotary_of(model, (0, 4, 4)):
         assert model.pos_embed(small) is not first
 
 
@@ -288,10 +291,10 @@ def test_encoders_that_learned_to_the_end_are_gone_when_the_export_loads_its_own
     """Where the rows learn to the last step, no encode phase comes between; two T5s would not fit beside the transformer."""
     shelves: list[Shelf] = []
     held: list[int] = []
-    take, load = Shelf.take, flux.load_t5
+    take, load = Shelf.take, loading.load_t5
     monkeypatch.setattr(Shelf, "take", lambda self, *what: (shelves.append(self), take(self, *what))[1])
     monkeypatch.setattr(
-        flux, "load_t5", lambda base: (held.append(sum(len(one.live) for one in shelves)), load(base))[1]
+        loading, "load_t5", lambda base: (held.append(sum(len(one.live) for one in shelves)), load(base))[1]
     )
     spec = house.spec("a", lr="lr = 1e-2\nuntil = 1.0")
     assert house.fluxrun("queue", spec).code == 0

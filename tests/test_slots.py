@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 from conftest import PROJECT, House
 
-from runner.engine import local, slots
-from runner.engine.process import Trainer
-from runner.engine.trainer import sender
-from runner.errors import Code
-from runner.rundir import Run
-from runner.screen import Screen
+from runner.core import hardware
+from runner.core.errors import Code
+from runner.engine import slots, supervisor
+from runner.engine.progress import Screen
+from runner.engine.worker import Trainer
+from runner.engine.worker_main import sender
+from runner.runs.run import Run
 
 
 @pytest.mark.parametrize(
@@ -33,7 +34,7 @@ from runner.screen import Screen
 def test_the_slots_of_a_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: str | None, count: int, most: int, wanted: list[str | None]
 ) -> None:
-    monkeypatch.setattr(slots, "visible_gpus", lambda: 0)
+    monkeypatch.setattr(hardware, "visible_gpus", lambda: 0)
     assert [slot.gpus for slot in slots.make_slots(gpus, count, most, tmp_path)] == wanted
 
 
@@ -43,7 +44,7 @@ def test_every_visible_gpu_is_a_slot_by_default(tmp_path: Path, monkeypatch: pyt
     assert [slot.gpus for slot in made] == ["0", "1"]
     assert [lock.name for slot in made for lock in slot.locks] == ["4", "7"]  # the card's own, whoever counts how
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert slots.visible_gpus() == 0
+    assert hardware.visible_gpus() == 0
 
 
 @pytest.mark.parametrize(
@@ -61,8 +62,8 @@ def test_what_is_no_gpu_is_refused(house: House, gpus: str, options: list[str], 
     assert not (house.folder / "runs").exists()
 
 
-HOLD = "import sys, time\nfrom runner import files\nfrom pathlib import Path\n" \
-    "handle = files.take_lock(Path(sys.argv[1]))\nprint(handle, flush=True)\ntime.sleep(60)"  # fmt: skip
+HOLD = "import sys, time\nfrom runner.core import locks\nfrom pathlib import Path\n" \
+    "handle = locks.take_lock(Path(sys.argv[1]))\nprint(handle, flush=True)\ntime.sleep(60)"  # fmt: skip
 
 
 def test_a_slot_that_another_queue_has_is_waited_for(house: House) -> None:
@@ -92,7 +93,8 @@ def test_a_slot_that_another_queue_has_is_waited_for(house: House) -> None:
 
 def test_the_queue_itself_imports_no_torch() -> None:
     """It is there all night beside the trainers, and need not hold their memory."""
-    code = "import sys; from runner.engine import local, process, slots; from runner import prepare, check, morning, screen; " \
+    code = "import sys; from runner.engine import supervisor, worker, slots, progress; " \
+        "from runner.jobs import prepare; from runner.preflight import check; from runner.report import publish; " \
         "print('torch' in sys.modules, 'diffusers' in sys.modules)"  # fmt: skip
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PROJECT)
     assert said.stdout == "False False\n"
@@ -145,9 +147,9 @@ def test_what_it_said_is_in_no_log_once_it_has_begun(tmp_path: Path, monkeypatch
 def test_trainers_that_get_no_run_are_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One for each run, as far as there are slots, whose locks they leave alone; what was taken out is the queue's."""
     starting(monkeypatch, "import time; time.sleep(600)")
-    monkeypatch.setattr(local, "Trainer", Trainer)
+    monkeypatch.setattr(supervisor, "Trainer", Trainer)
     own = slots.make_slots("cpu", 4, 1, tmp_path / "runs")
-    with local.warmed(own, 2) as warm:
+    with supervisor.warmed(own, 2) as warm:
         assert [*warm] == [0, 1]
         kept, gone = warm.pop(0), warm[1]
         assert kept.lives
@@ -185,9 +187,9 @@ def test_stop_where_nothing_works(house: House) -> None:
 
 def test_a_run_that_waits_is_not_begun(house: House) -> None:
     """Told while the run before it trains; the queue goes on with the one behind it."""
-    from runner import clerk
+    from runner.training import recorder
 
-    begin = clerk.Clerk.begin
+    begin = recorder.Clerk.begin
     told: list[str] = []
 
     def beginning(self: Any, phase: Any, progress: Any) -> None:
@@ -197,7 +199,7 @@ def test_a_run_that_waits_is_not_begun(house: House) -> None:
 
     specs = [house.spec(name, steps="steps = 1", prompts="prompts = []") for name in "abc"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(clerk.Clerk, "begin", beginning)
+        patch.setattr(recorder.Clerk, "begin", beginning)
         assert house.fluxrun("queue", *specs).code == 3
     assert told == ["b: will not be begun\n"]
     states = {row["name"]: row["state"] for row in json.loads(house.fluxrun("status", "--json").out)}

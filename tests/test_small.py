@@ -15,12 +15,15 @@ from conftest import House, desk_of, export_bytes, stopping_after
 from test_objective import jolt, objective_of, spec_of
 from torch import Tensor, nn
 
-from runner import attention, device, flux, offload
-from runner.checkpoint import Weights
-from runner.device import Arriving, Lane
-from runner.encode import LiveEncoder
-from runner.errors import FluxrunError
-from runner.learn import load_encoders, load_transformer
+from runner.checkpoint.storage import Weights
+from runner.core.errors import FluxrunError
+from runner.model import device, offload
+from runner.model.device import Arriving, Lane
+from runner.model.flux1 import loading
+from runner.model.flux1.transformer import blocks_of, set_attention
+from runner.spec import attention
+from runner.training.encoders import LiveEncoder
+from runner.training.phases.train import load_encoders, load_transformer
 
 
 def with_model(house: House, lines: str, **changes: str) -> Path:
@@ -95,7 +98,7 @@ def test_blocks_are_recomputed_by_inversions_key_while_rows_learn(
     for phase, count in zip(desk.plan.training, (joint, alone), strict=True):
         desk.shelf.clear(desk.base)
         transformer, _ = load_transformer(desk, phase, Weights())
-        blocks: list[Any] = flux.blocks_of(transformer)
+        blocks: list[Any] = blocks_of(transformer)
         assert sum(block.plain for block in blocks) == max(count, 0)
         assert sum(block.again for block in blocks) == max(-count, 0)
         assert transformer.gradient_checkpointing is (count > 0)
@@ -137,9 +140,9 @@ def test_every_attention_of_a_cpu_trains(house: House, backend: str) -> None:
 
 @pytest.mark.parametrize("backend", attention.ON_A_GPU)
 def test_attention_that_is_not_here_is_refused_when_it_is_loaded(house: House, backend: str) -> None:
-    transformer = flux.load_transformer(desk_of(spec_of(house)).base)
+    transformer = loading.load_transformer(desk_of(spec_of(house)).base)
     with pytest.raises(FluxrunError, match=f"model.attention: {backend} needs an NVIDIA GPU"):
-        flux.set_attention(transformer, backend)
+        set_attention(transformer, backend)
 
 
 def test_half_attention_and_fp32_do_not_go_together(house: House) -> None:
@@ -335,12 +338,12 @@ def test_compiled_blocks_train_close_to_the_plain_ones(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_part_read_straight_to_its_device_is_what_the_libraries_read(dtype: torch.dtype) -> None:
     """The way to a GPU, here to the CPU: every tensor, its dtype (T5 keeps some in fp32), and what comes out."""
-    base = flux.open_base("builtin:tiny", None, None, torch.device("cpu"), dtype)
+    base = loading.open_base("builtin:tiny", None, None, torch.device("cpu"), dtype)
     for part, empty, load in (
-        ("transformer", flux.empty_transformer, flux.load_transformer),
-        ("text_encoder_2", flux.empty_t5, flux.load_t5),
+        ("transformer", loading.empty_transformer, loading.load_transformer),
+        ("text_encoder_2", loading.empty_t5, loading.load_t5),
     ):
-        theirs, ours = load(base), flux.filled(empty, base, part)
+        theirs, ours = load(base), loading.filled(empty, base, part)
         told, made = theirs.state_dict(), ours.state_dict()
         assert told.keys() == made.keys()
         for name, tensor in told.items():
@@ -356,7 +359,7 @@ def test_a_part_read_straight_to_its_device_is_what_the_libraries_read(dtype: to
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="asks Linux what is mapped")
 def test_the_vae_is_in_memory_once() -> None:
     """Its convolutions are copied into another order; the file they come from is let go."""
-    base = flux.open_base("builtin:tiny", None, None, torch.device("cpu"), torch.float16)  # as its file has it
-    vae = flux.load_vae(base)
+    base = loading.open_base("builtin:tiny", None, None, torch.device("cpu"), torch.float16)  # as its file has it
+    vae = loading.load_vae(base)
     assert str(base.folder / "vae") not in Path("/proc/self/maps").read_text()
     assert all(one.is_contiguous(memory_format=torch.channels_last) for one in vae.parameters() if one.dim() == 4)

@@ -17,11 +17,12 @@ from test_exports import card_of
 from test_layouts import ABOUT
 
 import runner
-from runner import verify
-from runner.basefiles import BUILTIN
-from runner.card import model_card
-from runner.checkpoint import Weights
-from runner.export import LORA_FILE, About
+from runner.base.files import BUILTIN
+from runner.checkpoint.storage import Weights
+from runner.export import verify
+from runner.export.about import About
+from runner.export.formats import LORA_FILE
+from runner.export.model_card import model_card
 
 
 def run(code: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:

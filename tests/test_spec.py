@@ -15,11 +15,11 @@ import tomli_w
 from conftest import PROJECT, House
 from pydantic import BaseModel
 
-from runner.errors import SpecError
-from runner.spec import Spec, dump, json_schema
-from runner.speckeys import all_keys
-from runner.specload import load
-from runner.tomllines import key_lines, line_of
+from runner.core.errors import SpecError
+from runner.spec.keys import all_keys
+from runner.spec.loader import load
+from runner.spec.schema import Spec, dump, json_schema
+from runner.spec.toml_lines import key_lines, line_of
 
 BROKEN = PROJECT / "tests" / "broken"
 LEAST = '[model]\nbase = "builtin:tiny"\n[data]\nsource = "x"\n[train]\nsteps = 10\n'

@@ -13,12 +13,13 @@ import pytest
 import tomli_w
 from conftest import House
 
-from runner.plan import Facts, Plan, make_plan
-from runner.rundir import Run, Verdict
-from runner.spec import Spec, dump
-from runner.speckeys import all_keys
-from runner.specload import load
-from runner.stepfiles import file_name
+from runner.plan.build import make_plan
+from runner.plan.phases import Facts, Plan
+from runner.runs.checkpoint_files import file_name
+from runner.runs.run import Run, Verdict
+from runner.spec.keys import all_keys
+from runner.spec.loader import load
+from runner.spec.schema import Spec, dump
 
 LEAST: dict[str, Any] = {
     "name": "a", "model": {"base": "builtin:tiny"}, "data": {"source": "pictures"}, "train": {"steps": 8},
@@ -260,7 +261,7 @@ def test_a_changed_value_is_refused_before_anything_starts(house: House) -> None
     text = spec.read_text()
     plan = json.loads(house.fluxrun("plan", spec, "--json").out)["runs"][0]
     assert plan["state"] == "new"
-    from runner.prepare import prepare
+    from runner.jobs.prepare import prepare
 
     [job] = prepare([spec], house.folder / "runs", fetch=False, fresh=False)
     job.run.enlist(job.spec, job.plan, "0")

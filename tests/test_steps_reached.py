@@ -13,8 +13,8 @@ from safetensors import safe_open
 from test_morning import loaded
 
 import runner
-from runner.report import render
-from runner.series import read_history
+from runner.report.page import render
+from runner.tracking.history import read_history
 
 
 def trained(house: House, more: str) -> Path:
@@ -72,7 +72,7 @@ def test_an_early_stop(house: House) -> None:
 def test_export_best(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     """The losses of the looks are given: the one at step 4 is the lowest."""
     losses = iter([2.0, 1.0, 3.0])
-    monkeypatch.setattr("runner.objective.FlowObjective.evaluate", lambda _: {0.5: next(losses)})
+    monkeypatch.setattr("runner.training.objective.FlowObjective.evaluate", lambda _: {0.5: next(losses)})
     run = trained(house, "[export]\nbest = true\n")
     best = 4
     assert picture_steps(run) == {2, 4}  # drawn while it trained, and from the exports; none at 6
@@ -89,7 +89,7 @@ def test_wandb_gets_an_earlier_steps_pictures_where_it_takes_them() -> None:
     """W&B ignores what is logged behind the newest step."""
     from PIL import Image
 
-    from runner.track import Wandb
+    from runner.tracking.trackers import Wandb
 
     class Run:
         def log(self, values: dict[str, Any], step: int) -> None:
@@ -110,8 +110,8 @@ def test_wandb_gets_an_earlier_steps_pictures_where_it_takes_them() -> None:
 
 def test_a_run_that_ended_early_has_no_steps_left(house: House) -> None:
     """Its export was interrupted: a plan does not count the steps that will not be trained."""
-    from runner.pace import steps_left
-    from runner.prepare import prepare
+    from runner.jobs.prepare import prepare
+    from runner.jobs.timing import steps_left
 
     runs = house.folder / "runs"
     [job] = prepare([house.spec("a")], runs, fetch=False, fresh=False)
@@ -141,7 +141,7 @@ def test_the_rates_of_groups_and_prodigys_own() -> None:
     import torch
     from torch import nn
 
-    from runner.optim import Adam, Group, Optimizer, ProdigyNumbers
+    from runner.training.optimizers import Adam, Group, Optimizer, ProdigyNumbers
 
     def groups(lr: float, text_lr: float) -> list[Group]:
         weights = [nn.Parameter(torch.ones(2)) for _ in range(3)]

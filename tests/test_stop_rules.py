@@ -15,12 +15,12 @@ from conftest import House
 from test_loop import Line, run
 from trainers import Attempt, trainers
 
-from runner import stop
-from runner.errors import Interrupted
-from runner.optim import Adam, Group, Optimizer
-from runner.ranks import Ranks
-from runner.stop import StopRequest, next_time
-from runner.train import CURVE_POINTS, SMOOTHING, Early, Loop, Meters, looked, train
+from runner.core import signals
+from runner.core.errors import Interrupted
+from runner.core.signals import StopRequest, next_time
+from runner.training.distributed import Ranks
+from runner.training.loop import CURVE_POINTS, SMOOTHING, Early, Loop, Meters, looked, train
+from runner.training.optimizers import Adam, Group, Optimizer
 
 # ---- --stop-at -----------------------------------------------------------------------------------------------------
 
@@ -32,7 +32,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     fake = SimpleNamespace(
         datetime=SimpleNamespace(now=lambda: shown.now), time=datetime.time, timedelta=datetime.timedelta
     )
-    monkeypatch.setattr(stop, "datetime", fake)
+    monkeypatch.setattr(signals, "datetime", fake)
     return shown
 
 
@@ -244,7 +244,8 @@ def test_the_best_step_outlives_the_newest_ones(house: House, monkeypatch: pytes
     exports are its own."""
     from safetensors.torch import load_file
 
-    from runner import checkpoint, objective
+    from runner.checkpoint import storage
+    from runner.training import objective
 
     losses = iter([1.0, 2.0, 3.0, 4.0, 5.0])
     monkeypatch.setattr(objective.FlowObjective, "evaluate", lambda self: {0.5: next(losses)})
@@ -258,7 +259,7 @@ def test_the_best_step_outlives_the_newest_ones(house: House, monkeypatch: pytes
         "step-000005.safetensors",
     ]
     assert "a: export: step 1, whose eval loss is the lowest\n" in said.err
-    trained = checkpoint.read(run / "checkpoints" / "step-000001.safetensors").weights.lora
+    trained = storage.read(run / "checkpoints" / "step-000001.safetensors").weights.lora
     exported = load_file(run / "export" / "pytorch_lora_weights.safetensors")
     assert all(torch.equal(exported[f"transformer.{name}"], value) for name, value in trained.items())
 

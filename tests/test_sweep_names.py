@@ -11,8 +11,10 @@ import pytest
 import tomli_w
 from conftest import PROJECT, House
 
-from runner import basefiles, inherit, prepare, specload, sweeps, tomllines
-from runner.specload import load
+from runner.base import files, layers
+from runner.jobs import prepare
+from runner.spec import extends, loader, sweeps, toml_lines
+from runner.spec.loader import load
 
 
 def swept(house: House, file: str = "s", /, head: str = "", **lists: list[Any]) -> Path:
@@ -243,7 +245,7 @@ class Counted:
 
 
 def test_too_many_runs_are_refused_before_one_is_made(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = Counted(monkeypatch, specload, "_with")
+    made = Counted(monkeypatch, loader, "_with")
     path = swept(house, lora__rank=[*range(1, 101)], seed=[*range(100)], train__batch_size=[*range(1, 101)])
     line = path.read_text().splitlines().index("[sweep]") + 1
     said = house.fluxrun("queue", path.name)
@@ -256,7 +258,7 @@ def test_too_many_runs_are_refused_before_one_is_made(house: House, monkeypatch:
 
 
 def test_specs_together_are_counted_too(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = Counted(monkeypatch, specload, "_with")
+    made = Counted(monkeypatch, loader, "_with")
     for name in ("x", "y", "z"):
         swept(house, name, seed=[*range(100)], lora__rank=[*range(1, 41)])
     said = house.fluxrun("check", "x.toml", "y.toml", "z.toml")
@@ -273,18 +275,19 @@ def test_specs_together_are_counted_too(house: House, monkeypatch: pytest.Monkey
 
 def test_a_sweep_reads_and_plans_once_what_its_runs_share(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     """A hundred runs read the base, the pictures and the file as often as four do."""
-    from runner import estimate, fitting, forecast, sources
+    from runner.data import sources
+    from runner.jobs import cache_hits, card_fit, memory
 
     counts = []
     for rates in (2, 50):
         with monkeypatch.context() as patch:
             watched = [
-                Counted(patch, prepare, "fingerprint"), Counted(patch, forecast, "fingerprint"), Counted(patch, sources, "read"),
-                Counted(patch, prepare, "transformer_config"), Counted(patch, inherit, "read_toml"), Counted(patch, fitting, "read_shapes"),
-                Counted(patch, estimate, "estimate"), Counted(patch, basefiles, "linear_layers"),
+                Counted(patch, prepare, "fingerprint"), Counted(patch, cache_hits, "fingerprint"), Counted(patch, sources, "read"),
+                Counted(patch, prepare, "transformer_config"), Counted(patch, extends, "read_toml"), Counted(patch, card_fit, "read_shapes"),
+                Counted(patch, memory, "estimate"), Counted(patch, files, "linear_layers"),
             ]  # fmt: skip
             path = swept(house, train__lr=[round(1e-4 * n, 6) for n in range(1, rates + 1)], lora__rank=[2, 4])
-            basefiles._adapted_layers.cache_clear()
+            layers._adapted_layers.cache_clear()
             assert len(json.loads(house.fluxrun("plan", path.name, "--json").out)["runs"]) == 2 * rates
             counts.append([one.calls for one in watched])
     assert all(counts[0])
@@ -296,7 +299,7 @@ def test_a_base_that_many_extend_is_read_once(house: House, monkeypatch: pytest.
     (house.folder / "night").mkdir()
     for number in range(20):
         house.write(f"night/{number}.toml", f'extends = "../base.toml"\nseed = {number}\n')
-    read = Counted(monkeypatch, inherit, "read_toml")
+    read = Counted(monkeypatch, extends, "read_toml")
     assert len(load([house.folder / "night"])) == 20
     assert read.calls == 21
 
@@ -320,7 +323,7 @@ def test_lines_are_found_in_one_pass(line: str) -> None:
     looked = []
     for count in (200, 2000):
         text, Text.looked = "".join(line.format(f"{n:04}") for n in range(count)), 0
-        found = list(tomllines._statements(Text(text)))
+        found = list(toml_lines._statements(Text(text)))
         assert sum(statement.count("\n") + 1 for _, statement in found) == text.count("\n") + 1
         assert [number for number, _ in found] == [*range(1, text.count("\n") + 2)]
         looked.append(Text.looked)

@@ -13,11 +13,11 @@ from nights import write_run
 from test_morning import hparams, with_events
 
 import runner
-from runner.board import write_board
-from runner.index import telling
-from runner.prepare import prepare
-from runner.report import render
-from runner.specrules import FOLLOWED, fill_defaults
+from runner.jobs.prepare import prepare
+from runner.report.page import render
+from runner.runs.index import telling
+from runner.spec.rules import FOLLOWED, fill_defaults
+from runner.tracking.hparams import write_board
 
 SWEEP = '\n[sweep]\n"train.lr" = [1e-4, 4e-4]\n'
 

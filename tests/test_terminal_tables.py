@@ -17,12 +17,12 @@ from nights import write_run
 from rich.cells import cell_len
 from rich.console import Console
 
-from runner import nightplan
-from runner.origins import annotated
-from runner.pace import Time
-from runner.prepare import prepare
-from runner.report import write_report
-from runner.shortnames import shortened
+from runner.cli import plan_view
+from runner.jobs.prepare import prepare
+from runner.jobs.timing import Time
+from runner.report.page import write_report
+from runner.runs.short_names import shortened
+from runner.spec.origins import annotated
 
 WIDTHS = [60, 80, 100, 120]
 REASON = "no finite loss or gradient in 5 steps in a row (loss nan, gradient norm nan); lower train.lr, or use bf16"
@@ -135,11 +135,11 @@ def test_status_fits_the_terminal(wide: House, monkeypatch: pytest.MonkeyPatch, 
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_watching_fits_the_terminal(wide: House, width: int) -> None:
-    from runner import watching
+    from runner.cli import watch
 
     console = Console(width=width)
     with console.capture() as shown:
-        console.print(watching.view(wide.folder / "runs", (), width))
+        console.print(watch.view(wide.folder / "runs", (), width))
     rows = [line for line in shown.get().splitlines() if "100/100" in line]
     assert len(rows) == 8
     assert all(any(state in row for state in ("done", "failed", "stopped")) for row in rows)
@@ -171,7 +171,7 @@ def test_the_picture_of_the_night_fits_the_terminal(tmp_path: Path, width: int) 
     jobs = prepare([spec], tmp_path / "runs", fetch=False, fresh=False)
     console = Console(width=width)
     with console.capture() as shown:
-        nightplan.draw(console, jobs, [Time(6, 3500.0, 21000.0, 3 << 30, False)] * 8, {}, time.time())
+        plan_view.draw(console, jobs, [Time(6, 3500.0, 21000.0, 3 << 30, False)] * 8, {}, time.time())
     lines = shown.get().splitlines()
     head, rule, *rows = lines[: next(at for at, line in enumerate(lines) if line.startswith("sweep of "))]
     assert max(map(cell_len, (head, rule, *rows))) <= width

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import House
 
-from runner.tomlfaults import toml_faults
+from runner.spec.toml_errors import toml_faults
 
 SPEC = """\
 seed = 1
@@ -275,6 +275,6 @@ def test_a_spec_that_cannot_be_opened(house: House, monkeypatch: pytest.MonkeyPa
     def closed(_: Path) -> str:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("runner.inherit.read_user_text", closed)
+    monkeypatch.setattr("runner.spec.extends.read_user_text", closed)
     said = house.fluxrun("plan", "a.toml")
     assert said.err.startswith("a.toml:1: cannot be read (Permission denied); name a TOML file that you may read")

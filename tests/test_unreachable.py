@@ -13,7 +13,7 @@ from conftest import House, Said
 from hub import Hub, hub
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-from runner import hub as ours
+from runner.core import hub as ours
 
 AWAY = "is not on this disk, and whether it can be fetched is unknown: the hub does not answer"
 REST = "the run fails if it cannot, and the others go on"
@@ -133,8 +133,8 @@ def test_a_check_that_fails_itself_ends_neither_check_nor_queue(house: House, mo
     def broken(*_: object) -> None:
         raise TypeError("nobody foresaw this")
 
-    monkeypatch.setattr("runner.check.check_text", broken)
-    monkeypatch.setattr("runner.check.check_disk", broken)
+    monkeypatch.setattr("runner.preflight.check.check_text", broken)
+    monkeypatch.setattr("runner.preflight.check.check_disk", broken)
     spec = house.spec(steps="steps = 2", prompts="prompts = []")
     said = house.fluxrun("check", spec)
     kept = house.folder / "user-cache" / "fluxrun" / "errors.log"
@@ -149,7 +149,7 @@ def test_a_run_that_cannot_be_looked_at_is_told_with_the_others(house: House, mo
     def unreadable(*_: object) -> None:
         raise PermissionError(13, "Permission denied", "base/vae")
 
-    monkeypatch.setattr("runner.prepare.fingerprint", unreadable)
+    monkeypatch.setattr("runner.jobs.prepare.fingerprint", unreadable)
     spec, other = house.spec(), house.spec("b", name='name = "SKS"', base='base = "some/model"')
     said = house.fluxrun("plan", spec, other)
     assert said.code == 2

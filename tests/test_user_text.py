@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from runner.usertext import NotUTF8, decode_user_text, read_user_text
+from runner.core.user_text import NotUTF8, decode_user_text, read_user_text
 
 WESTERN = (
     'not UTF-8 but probably Windows-1252 or Latin-1 (found byte 0xfc on line 2, there "ü"); save the file as UTF-8'

@@ -11,7 +11,8 @@ import pytest
 from conftest import House
 from rich.console import Console
 
-from runner import files, watching
+from runner.cli import watch
+from runner.core import locks
 
 
 def run_folder(runs: Path, name: str, **state: object) -> Path:
@@ -24,7 +25,7 @@ def run_folder(runs: Path, name: str, **state: object) -> Path:
 
 def shown(runs: Path, *names: str) -> str:
     out = io.StringIO()
-    Console(file=out, width=240).print(watching.view(runs, names, 240))
+    Console(file=out, width=240).print(watch.view(runs, names, 240))
     return out.getvalue()
 
 
@@ -37,7 +38,7 @@ def test_what_runs_comes_first_with_its_curve_time_and_picture(tmp_path: Path) -
         (going / "samples" / name).write_bytes(b"")
     run_folder(tmp_path, "a", state="done", step=10, steps=10, train_loss=0.5)
     run_folder(tmp_path, "c", state="failed", step=3, steps=10, error="[bold]the disk[/bold] said no")
-    with files.locked(going / ".lock"):
+    with locks.locked(going / ".lock"):
         lines = [line.strip() for line in shown(tmp_path).splitlines() if line.strip()]
     assert lines[0] == "1 running, 1 failed, 1 done; all done in about 3:20"
     rows = [line for line in lines if line.split()[0] in ("a", "b", "c")]
@@ -51,24 +52,24 @@ def test_what_runs_comes_first_with_its_curve_time_and_picture(tmp_path: Path) -
 def test_waiting_runs_are_shared_among_the_running_ones() -> None:
     running = {"state": "running", "step": 0, "steps": 100, "s_per_step": 1.0}
     waiting = {"state": "waiting", "steps": 200}
-    assert watching.time_left([running]) == 100
-    assert watching.time_left([running, waiting]) == 300
-    assert watching.time_left([running, running, waiting]) == 200
-    assert watching.time_left([waiting]) is None
+    assert watch.time_left([running]) == 100
+    assert watch.time_left([running, waiting]) == 300
+    assert watch.time_left([running, running, waiting]) == 200
+    assert watch.time_left([waiting]) is None
 
 
 @pytest.mark.parametrize(
     ("values", "wanted"), [([], ""), ([1.0], "▁"), ([1.0, 8.0], "▁█"), ([3.0, 3.0], "▁▁"), (list(range(8)), "▁▂▃▄▅▆▇█")]
 )
 def test_spark_lines(values: list[float], wanted: str) -> None:
-    assert watching.spark(values) == wanted
+    assert watch.spark(values) == wanted
 
 
 def test_slots_that_are_taken_are_named(tmp_path: Path) -> None:
     (tmp_path / ".slots").mkdir()
-    with files.locked(tmp_path / ".slots" / "cpu-0"):
-        assert watching.headline(tmp_path, []) == f"no runs yet; slots: cpu-0 (process {os.getpid()})"
-    assert watching.headline(tmp_path, []) == "no runs yet"
+    with locks.locked(tmp_path / ".slots" / "cpu-0"):
+        assert watch.headline(tmp_path, []) == f"no runs yet; slots: cpu-0 (process {os.getpid()})"
+    assert watch.headline(tmp_path, []) == "no runs yet"
 
 
 def test_watch_draws_until_it_is_interrupted(house: House, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from runner.engine import local
-from runner.errors import Code
-from runner.files import make_folder
-from runner.rundir import Run
-from runner.stepfiles import file_name
+from runner.core.errors import Code
+from runner.core.files import make_folder
+from runner.engine import supervisor
+from runner.runs.checkpoint_files import file_name
+from runner.runs.run import Run
 
 PATIENCE = 5000  # looks at a trainer that nobody ends
 
@@ -89,8 +89,8 @@ def trainers(script: Mapping[str, Sequence[Attempt]]) -> Iterator[list[str]]:
             self.lives = False
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(local, "Trainer", Scripted)
-        patch.setattr(local, "TICK", 0.0)
-        patch.setattr(local, "prepare_morning", lambda *_: None)  # the page of nights without numbers
-        patch.setattr(local, "read_ahead", nothing)
+        patch.setattr(supervisor, "Trainer", Scripted)
+        patch.setattr(supervisor, "TICK", 0.0)
+        patch.setattr(supervisor, "prepare_morning", lambda *_: None)  # the page of nights without numbers
+        patch.setattr(supervisor, "read_ahead", nothing)
         yield told

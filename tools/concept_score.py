@@ -84,18 +84,21 @@ def score_run(folder: Path, steps: int) -> dict[str, float]:
     """The untuned base, the run's exports, blank pictures, the VAE's versions; and the part of the gap closed."""
     import torch
 
-    from runner import export, flux, sample, tokens
-    from runner.basefiles import BUILTIN
-    from runner.rundir import read_spec
+    from runner.base.files import BUILTIN
+    from runner.data import tokens
+    from runner.export import formats, pipeline
+    from runner.model.base import Base
+    from runner.model.flux1 import loading
+    from runner.runs.run import read_spec
 
-    flux.quiet()
+    loading.quiet()
     spec = read_spec(folder / "spec.toml")
-    base = flux.Base(BUILTIN["builtin:tiny"], None, torch.device("cpu"), torch.float32)
+    base = Base(BUILTIN["builtin:tiny"], None, torch.device("cpu"), torch.float32)
     known = tokens.placeholders(spec.tokens)
     shots = [(prompt, 1000 + index) for index, prompt in enumerate(prompts("TOK"))]
     made = {}
-    for name, exported in (("untuned", None), ("trained", export.exported_files(folder / "export", spec.name, known))):
-        images = sample.sample(base, exported, shots, length=32, steps=steps, size=64)
+    for name, exported in (("untuned", None), ("trained", formats.exported_files(folder / "export", spec.name, known))):
+        images = pipeline.sample(base, exported, shots, length=32, steps=steps, size=64)
         made[name] = score([np.asarray(image) for image in images])
     made |= {"blank": score(blank()), "vae": score(reconstructions(base.folder))}
     start = max(made["untuned"], made["blank"])

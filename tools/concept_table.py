@@ -61,10 +61,10 @@ def write_spec(folder: Path, name: str, changes: dict[str, Any]) -> Path:
 
 def own_words(base: Any, exported: Any, scenes: Sequence[world.Scene]) -> float:
     """Share of the captions that are drawn right in all four things."""
-    from runner import sample
+    from runner.export import pipeline
 
     shots = [(scene.caption(index), index) for index, scene in enumerate(scenes)]
-    images = sample.sample(base, exported, shots, length=32, steps=20, size=64)
+    images = pipeline.sample(base, exported, shots, length=32, steps=20, size=64)
     return check.shares([np.asarray(image) for image in images], scenes)["all"]
 
 
@@ -98,12 +98,15 @@ def main() -> None:
 
     import torch
 
-    from runner import export, flux, tokens
-    from runner.basefiles import BUILTIN
-    from runner.rundir import Run, read_spec
+    from runner.base.files import BUILTIN
+    from runner.data import tokens
+    from runner.export import formats
+    from runner.model.base import Base
+    from runner.model.flux1 import loading
+    from runner.runs.run import Run, read_spec
 
-    flux.quiet()
-    base = flux.Base(BUILTIN["builtin:tiny"], None, torch.device("cpu"), torch.float32)
+    loading.quiet()
+    base = Base(BUILTIN["builtin:tiny"], None, torch.device("cpu"), torch.float32)
     held, round_ones = check.held_out_scenes(64), circles(32)
     print("| trained | score | of the gap | kept | circles |\n|---|---|---|---|---|", flush=True)
     print(
@@ -113,7 +116,7 @@ def main() -> None:
         run = Run(given.runs, path.stem)
         spec = read_spec(run.spec_file)
         known = tokens.placeholders(spec.tokens)
-        exported = export.exported_files(run.export, spec.name, known)
+        exported = formats.exported_files(run.export, spec.name, known)
         found = concept_score.score_run(run.folder, 20)
         print(
             f"| {name} | {found['trained']:.2f} | {found['gap_closed']:.0%} | {own_words(base, exported, held):.2f} "

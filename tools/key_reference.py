@@ -12,13 +12,13 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from runner.spec import Spec
+from runner.spec.schema import Spec
 
 PAGE = Path(__file__).parent.parent / "docs" / "keys.md"
 HEAD = """\
 # Every key of a spec
 
-Written by `python tools/key_reference.py` from the models in `runner/spec.py`, so do not edit it by hand. How specs are
+Written by `python tools/key_reference.py` from the models in `runner/spec/schema.py`, so do not edit it by hand. How specs are
 put together is told in [writing-specs.md](writing-specs.md).
 
 *Default* is the value of a key that is left out: "required" where there is none, "not set" where the key then has no

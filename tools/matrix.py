@@ -63,13 +63,13 @@ def fault(run: Path, record: dict[str, Any]) -> str | None:
     """What is wrong with a run."""
     import torch
 
-    from runner import checkpoint
+    from runner.checkpoint import storage
 
     if record["state"] != "done":
         return str(record["error"])
     if not math.isfinite(record["eval_loss"]):
         return f"eval loss {record['eval_loss']}"
-    last = checkpoint.read(max((run / "checkpoints").glob("*.safetensors")))
+    last = storage.read(max((run / "checkpoints").glob("*.safetensors")))
     named = {**last.weights.lora, **last.weights.rows, **last.weights.text_lora}
     if not all(torch.isfinite(tensor).all() for tensor in named.values()):
         return "weights are not finite"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from runner import files
-
-NVIDIA = Path("/proc/driver/nvidia/gpus")
+from runner.core import files
+from runner.core.hardware import seen, visible_gpus
+from runner.core.locks import lock_holder, take_lock
 
 
 @dataclass
@@ -26,7 +27,7 @@ class Slot:
             return True
         for lock in self.locks:
             files.make_folder(lock.parent)
-            if (handle := files.take_lock(lock)) is None:
+            if (handle := take_lock(lock)) is None:
                 self.release()
                 return False
             self.held.append(handle)
@@ -38,7 +39,7 @@ class Slot:
 
     def user(self) -> int | None:
         """The process that has it, if not this one."""
-        return next((pid for lock in self.locks if (pid := files.lock_holder(lock)) not in (None, os.getpid())), None)
+        return next((pid for lock in self.locks if (pid := lock_holder(lock)) not in (None, os.getpid())), None)
 
     @property
     def title(self) -> str:
@@ -65,14 +66,5 @@ def make_slots(gpus: str | None, count: int, most_gpus: int, runs: Path) -> list
     return [Slot(gpus, tuple(locks.values()))] if most_gpus > 1 else [Slot(name, (locks[name],)) for name in names]
 
 
-def seen(number: str) -> str:
-    """A GPU's own number or id, where the user lets only some be seen (CUDA_VISIBLE_DEVICES)."""
-    names = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    return names[int(number)] if int(number) < len(names) and names[int(number)] else number
-
-
-def visible_gpus() -> int:
-    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if shown is not None:
-        return len([name for name in shown.split(",") if name and name != "-1"])
-    return len(list(NVIDIA.iterdir())) if NVIDIA.is_dir() else 0
+def on_gpus(places: Iterable[Slot]) -> bool:
+    return any(place.gpus not in (None, "cpu") for place in places)

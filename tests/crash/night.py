@@ -46,7 +46,7 @@ def lora(house: House, name: str = "a", **changes: str) -> Path:
 @contextmanager
 def failing(error: Callable[[], BaseException], when: Moment, times: int = 10**6) -> Iterator[list[int]]:
     """The objective raises `error()` where `when` says so, at most so many times; the steps where it did."""
-    from runner.objective import FlowObjective
+    from runner.training.objective import FlowObjective
 
     loss, failed = FlowObjective.loss, list[int]()
 

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-from runner import files
-from runner.checkpoint import Checkpoint, Weights, named
-from runner.execute import newest_checkpoint
-from runner.rundir import Run
-from runner.say import Say
-from runner.writer import Writer
+from runner.checkpoint.storage import Checkpoint, Weights, named
+from runner.checkpoint.writer import Writer
+from runner.core import files
+from runner.core.events import Say
+from runner.runs.run import Run
+from runner.training.run import newest_checkpoint
 
 STEPS = (10, 20, 30, 40, 50)
 PIVOTS = (20,)  # kept always, as the end of a phase is
@@ -90,7 +90,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 def encoded(checkpoint: Checkpoint) -> bytes:
     """Its file."""
-    from runner.checkpoint import file_name, write
+    from runner.checkpoint.storage import file_name, write
 
     with tempfile.TemporaryDirectory(dir=memory()) as folder:
         path = Path(folder) / file_name(checkpoint.step)

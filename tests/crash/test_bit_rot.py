@@ -15,14 +15,16 @@ from conftest import House, desk_of
 from safetensors.torch import load_file
 from saves import Run, content, encoded, made, new_run, newest, whole
 
-from runner import checkpoint, tensors
-from runner.cache import Cache
-from runner.checkpoint import Weights, file_name, named
-from runner.desk import Desk
-from runner.encode import CachedEncoder, encode
-from runner.errors import BadFile
-from runner.objective import _moments
-from runner.plan import Encode
+from runner.cache.store import Cache
+from runner.checkpoint import storage
+from runner.checkpoint.storage import Weights, file_name, named
+from runner.core.errors import BadFile
+from runner.model import tensors
+from runner.plan.phases import Encode
+from runner.training.context import Desk
+from runner.training.encoders import CachedEncoder
+from runner.training.objective import _moments
+from runner.training.phases.encode import encode
 
 SIZE = 12_000  # 48 KB
 GOOD, OLDER, OTHER = encoded(made(40, SIZE)), encoded(made(30, SIZE)), encoded(made(50, SIZE))
@@ -124,7 +126,7 @@ def test_what_was_verified_no_longer_depends_on_its_file() -> None:
     """safetensors' own tensors are views of the file: a byte changed after the check would reach the training."""
     run = damaged_run(GOOD)
     path = run.checkpoints / file_name(40)
-    ours, theirs = checkpoint.read(path), load_file(path)
+    ours, theirs = storage.read(path), load_file(path)
     with path.open("r+b") as file:
         file.seek(-4, 2)
         file.write(b"\xff\xff\xff\xff")

@@ -17,12 +17,12 @@ from conftest import House, export_bytes
 from saves import STEPS, made, new_run, newest, writer
 from torch import Tensor, nn
 
-from runner import train as loop
-from runner.checkpoint import file_name
-from runner.optim import Adam, Group, Optimizer
-from runner.ranks import Ranks
-from runner.stepfiles import steps_in
-from runner.train import Loop, Meters
+from runner.checkpoint.storage import file_name
+from runner.runs.checkpoint_files import steps_in
+from runner.training import loop
+from runner.training.distributed import Ranks
+from runner.training.loop import Loop, Meters
+from runner.training.optimizers import Adam, Group, Optimizer
 
 DAY, YEAR = 86_400.0, 31_556_952.0
 
@@ -99,9 +99,9 @@ def test_a_run_whose_clock_jumps(house: House, done: House, monkeypatch: pytest.
 
     spec = house.spec("a")
     monkeypatch.setattr(time, "time", clock)
-    monkeypatch.setattr("runner.writer.SPARE", 1 << 60)  # no room for the first checkpoint: the run pauses
+    monkeypatch.setattr("runner.checkpoint.writer.SPARE", 1 << 60)  # no room for the first checkpoint: the run pauses
     assert house.fluxrun("queue", spec).code == 3
-    monkeypatch.setattr("runner.writer.SPARE", 0)
+    monkeypatch.setattr("runner.checkpoint.writer.SPARE", 0)
     began = time.monotonic()
     said = house.fluxrun("queue", spec)
     lasted = time.monotonic() - began

@@ -23,10 +23,10 @@ from saves import Roomy, Run, acknowledged, content, made, new_run, newest, whol
 from test_kill_save import Deadly
 from test_power_cut import tried
 
-from runner import files
-from runner.engine.trainer import verdict
-from runner.errors import Code, Paused
-from runner.writer import Writer
+from runner.checkpoint.writer import Writer
+from runner.core import files
+from runner.core.errors import Code, Paused
+from runner.engine.worker_main import verdict
 
 ERRORS = [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS]
 

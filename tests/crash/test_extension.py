@@ -60,9 +60,9 @@ def test_control_a_schedule_that_asks_how_long_the_run_is_would_differ(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The refusal of cosine is needed: let through, it ends with other bytes."""
-    from runner import plan
+    from runner.plan import keys
 
-    monkeypatch.setattr(plan, "OPEN_ENDED", ("constant", "cosine"))
+    monkeypatch.setattr(keys, "OPEN_ENDED", ("constant", "cosine"))
     go_on(house, spec_of(house, "lora", 4, schedule="cosine"))
     longer = spec_of(house, "lora", 8, schedule="cosine")
     go_on(house, longer)

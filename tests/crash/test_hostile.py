@@ -14,8 +14,8 @@ from conftest import PROJECT, House, stopping_after
 from night import go_on, lora
 from PIL import Image
 
-from runner import checkpoint
-from runner.errors import BadFile
+from runner.checkpoint import storage
+from runner.core.errors import BadFile
 
 BANNED = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
 CALLS = {"torch.load", "torch.save", "yaml.load", "os.system", "eval", "exec", "compile", "__import__"}
@@ -58,7 +58,7 @@ def test_control_the_walk_finds_what_it_looks_for(line: str) -> None:
 
 
 def test_a_base_of_pickles_is_refused(house: House) -> None:
-    from runner.basefiles import BUILTIN
+    from runner.base.files import BUILTIN
 
     base = house.folder / "base"
     shutil.copytree(BUILTIN["builtin:tiny"], base)
@@ -134,7 +134,7 @@ def again(stopped: House, tmp_path: Path) -> House:
 
 
 def damage(house: House, name: str, kind: str) -> None:
-    from runner.processes import Process
+    from runner.core.process_identity import Process
 
     own = Process.own()
     text = GARBAGE[kind].replace(b"HOST", own.host.encode()).replace(b"BOOT", own.boot.encode())
@@ -222,7 +222,7 @@ def test_a_hostile_header_is_a_bad_file(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "step-000002.safetensors"
     path.write_bytes(HEADERS[kind])
     with pytest.raises(BadFile, match="step-000002"):
-        checkpoint.read(path)
+        storage.read(path)
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -274,7 +274,7 @@ def test_a_picture_that_is_none_of_ours_is_refused_by_name(
     def started(*_: object, **__: object) -> None:
         raise AssertionError("a program was started")
 
-    from runner import data, sources
+    from runner.data import images, sources
 
     path = house.folder / "pictures" / "9.png"
     path.write_bytes(picture(kind))
@@ -284,10 +284,10 @@ def test_a_picture_that_is_none_of_ours_is_refused_by_name(
     [bad] = [
         one for one in sources.read_folder(house.folder / "pictures", "image", None, None).items if one.name == "9.png"
     ]
-    from runner.errors import FluxrunError
+    from runner.core.errors import FluxrunError
 
     with pytest.raises(FluxrunError, match=r"pictures/9\.png: not a readable image"):
-        data.decode(bad)
+        images.decode(bad)
     if kind == "EPS":
         said = house.fluxrun("queue", lora(house), "--no-check")
         assert said.code == 1
@@ -297,11 +297,11 @@ def test_a_picture_that_is_none_of_ours_is_refused_by_name(
 def test_class_images_and_columns_are_opened_as_narrowly(tmp_path: Path) -> None:
     from datasets import Dataset
 
-    from runner import classfolder, data, sources
-    from runner.errors import FluxrunError
+    from runner.core.errors import FluxrunError
+    from runner.data import class_images, images, sources
 
     (tmp_path / "1.png").write_bytes(picture("EPS"))
-    [one] = classfolder.pictures(tmp_path, 1, "a thing")
+    [one] = class_images.pictures(tmp_path, 1, "a thing")
     (tmp_path / "rows").mkdir()
     rows = {"image": [{"bytes": picture("EPS"), "path": "1.png"}], "text": ["a thing"]}
     Dataset.from_dict(rows).to_parquet(tmp_path / "rows" / "0.parquet")
@@ -309,7 +309,7 @@ def test_class_images_and_columns_are_opened_as_narrowly(tmp_path: Path) -> None
     [two] = sources.read(source).items
     for bad in (one, two):
         with pytest.raises(FluxrunError, match="not a readable image"):
-            data.decode(bad)
+            images.decode(bad)
 
 
 BOOK = {"user-cache/fluxrun/pace.json", "user-cache/fluxrun/.pace.lock"}  # what a step took on this machine

@@ -24,11 +24,11 @@ from conftest import PROJECT
 from saves import STEPS, Run, acknowledged, made, new_run, newest, whole, writer
 from torch import set_num_threads
 
-from runner import files
-from runner.checkpoint import Checkpoint, file_name
-from runner.errors import BadFile
-from runner.stepfiles import steps_in
-from runner.writer import Writer
+from runner.checkpoint.storage import Checkpoint, file_name
+from runner.checkpoint.writer import Writer
+from runner.core import files
+from runner.core.errors import BadFile
+from runner.runs.checkpoint_files import steps_in
 
 WRITER = Path(__file__).parent / "torchless.py"
 

@@ -11,8 +11,8 @@ from conftest import PROJECT, House
 from night import go_on, index
 from safetensors.torch import load_file
 
-from runner import checkpoint
-from runner.rundir import FORMAT
+from runner.checkpoint import storage
+from runner.runs.run import FORMAT
 
 OLD = PROJECT / "tests" / "old-runs"
 FORMATS = sorted(path.name for path in OLD.glob("v*"))
@@ -33,7 +33,7 @@ every_format = pytest.mark.parametrize("old", FORMATS, indirect=True)
 
 def test_there_is_one_of_this_format() -> None:
     assert f"v{FORMAT}" in FORMATS
-    assert checkpoint.FORMAT == FORMAT
+    assert storage.FORMAT == FORMAT
     assert not [path for path in OLD.rglob("*") if path.is_file() and path.stat().st_size > 20_000]
 
 
@@ -47,7 +47,7 @@ def test_it_is_read(old: House) -> None:
     assert table.code == 0
     assert "half" in table.out
     for path in sorted(old.folder.glob("runs/*/checkpoints/*.safetensors")):
-        found = checkpoint.read(path)
+        found = storage.read(path)
         assert found.weights.lora.keys() == {
             f"transformer_blocks.0.attn.to_q.lora_{part}.weight" for part in ("A", "B")
         }

@@ -20,10 +20,10 @@ import unsafe
 from saves import MEMORY, STEPS, Roomy, Run, acknowledged, made, new_run, newest, whole, writer
 from test_kill_save import Deadly
 
-from runner import files
-from runner.checkpoint import Checkpoint
-from runner.engine.trainer import verdict
-from runner.errors import Code, Paused
+from runner.checkpoint.storage import Checkpoint
+from runner.core import files
+from runner.core.errors import Code, Paused
+from runner.engine.worker_main import verdict
 
 EXT4_IOC_SHUTDOWN = 2 << 30 | 4 << 16 | ord("X") << 8 | 125  # _IOR('X', 125, __u32)
 NO_LOG_FLUSH = struct.pack("I", 2)

@@ -19,10 +19,10 @@ import pytest
 import unsafe
 from saves import STEPS, Run, acknowledged, made, new_run, newest, whole, writer
 
-from runner import files
-from runner.checkpoint import Checkpoint
-from runner.errors import BadFile
-from runner.writer import Writer
+from runner.checkpoint.storage import Checkpoint
+from runner.checkpoint.writer import Writer
+from runner.core import files
+from runner.core.errors import BadFile
 
 SECTOR = 512
 ENOUGH = 50_000  # states, which a writer that syncs does not reach

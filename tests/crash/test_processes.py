@@ -14,14 +14,14 @@ import pytest
 from conftest import PROJECT, House
 from night import assert_same, go_on, lora, state, unbroken
 
-from runner.rundir import Run
+from runner.runs.run import Run
 
 LONG = "steps = 40"
-HASTY = "import sys; from runner.engine import local; local.HANG_FLOOR = 3.0; local.HANG_STEPS = 1; "
+HASTY = "import sys; from runner.engine import supervisor; supervisor.HANG_FLOOR = 3.0; supervisor.HANG_STEPS = 1; "
 # For the control: no death signal (prctl refuses 0), and a trainer that does not notice its broken pipe either.
 ORPHAN = (
-    "import sys; from runner import processes; processes.PR_SET_PDEATHSIG = 0; "
-    "from runner.engine import trainer; trainer.sender = lambda pipe: lambda event: None; "
+    "import sys; from runner.core import process_identity; process_identity.PR_SET_PDEATHSIG = 0; "
+    "from runner.engine import worker_main; worker_main.sender = lambda pipe: lambda event: None; "
 )
 CLI = "from runner.cli import main; main()"
 

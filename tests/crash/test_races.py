@@ -14,11 +14,13 @@ import pytest
 from conftest import House
 from night import assert_same, failing, go_on, lora, unbroken
 
-from runner import files, rundir
-from runner.errors import FluxrunError, Held
-from runner.prepare import Job, prepare
-from runner.processes import Process
-from runner.rundir import FORMAT, Run
+from runner.core import files
+from runner.core.errors import FluxrunError, Held
+from runner.core.process_identity import Process
+from runner.jobs.job import Job
+from runner.jobs.prepare import prepare
+from runner.runs import run as run_module
+from runner.runs.run import FORMAT, Run
 
 RACERS = 50
 
@@ -132,9 +134,9 @@ def test_a_process_on_another_host_is_believed_while_the_state_changes(
     with pytest.raises(Held, match="process 7 on elsewhere is working on"):
         job.run.enlist(job.spec, job.plan, "0")
     now = time.time()
-    monkeypatch.setattr(rundir.time, "time", lambda: now + rundir.FOREIGN_PATIENCE - 5)
+    monkeypatch.setattr(run_module.time, "time", lambda: now + run_module.FOREIGN_PATIENCE - 5)
     assert job.run.holder() is not None
-    monkeypatch.setattr(rundir.time, "time", lambda: now + rundir.FOREIGN_PATIENCE + 5)
+    monkeypatch.setattr(run_module.time, "time", lambda: now + run_module.FOREIGN_PATIENCE + 5)
     assert job.run.holder() is None
     assert job.run.enlist(job.spec, job.plan, "0") == 4
 
@@ -187,9 +189,9 @@ def overtaken(then: Any, at: int) -> Any:
 
 
 def test_an_attempt_that_is_over_before_it_begins(house: House) -> None:
-    from runner.engine.trainer import Told, Warm, train_run
-    from runner.errors import Code
-    from runner.stop import StopRequest
+    from runner.core.errors import Code
+    from runner.core.signals import StopRequest
+    from runner.engine.worker_main import Told, Warm, train_run
 
     job = job_of(house)
     job.run.enlist(job.spec, job.plan, "0")

@@ -61,9 +61,9 @@ MOMENTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "at an epoch's edge": lambda: stopping_after(EPOCH),
     "at the pivot": lambda: stopping_after(PIVOT),
     "in the first step after the pivot": lambda: at_micro(PIVOT, 1),
-    "in encode": lambda: cut("runner.execute", "encode"),
-    "in export": lambda: cut("runner.deliver", "_verified_pictures"),
-    "after the export, before done": lambda: cut("runner.execute", "deliver"),
+    "in encode": lambda: cut("runner.training.run", "encode"),
+    "in export": lambda: cut("runner.training.phases.export", "_verified_pictures"),
+    "after the export, before done": lambda: cut("runner.training.run", "deliver"),
     "at the last step": lambda: stopping_after(STEPS),
 }
 FAST = [
@@ -145,11 +145,11 @@ def test_control_a_resume_that_forgets_something_is_seen(
     shutil.copytree(whole("adamw") / "cache", house.folder / "runs" / "cache")
     stopped_at(house, spec, ("after step 1",))
     if forgotten == "optimizer":
-        from runner.optim import Optimizer
+        from runner.training.optimizers import Optimizer
 
         monkeypatch.setattr(Optimizer, "restore", lambda *_: None)
     else:
-        from runner.objective import FlowObjective
+        from runner.training.objective import FlowObjective
 
         loss = FlowObjective.loss
         monkeypatch.setattr(FlowObjective, "loss", lambda self, step, micro: loss(self, step - 1, micro))

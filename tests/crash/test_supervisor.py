@@ -15,7 +15,7 @@ from conftest import House, export_bytes, stopping_after
 from night import assert_same, failing, go_on, index, log, lora, state, unbroken
 from safetensors.torch import load_file
 
-from runner.errors import Code, NonFinite
+from runner.core.errors import Code, NonFinite
 
 SPACING = 2.0**-15  # of exported bf16 numbers between 2**-8 and 2**-7: the same weights but for a last bit
 
@@ -46,7 +46,7 @@ def test_a_crash_is_tried_again_from_the_last_checkpoint(house: House, whole: Pa
 def test_control_a_resume_that_forgets_the_optimizer_is_seen(
     house: House, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from runner.optim import Optimizer
+    from runner.training.optimizers import Optimizer
 
     monkeypatch.setattr(Optimizer, "restore", lambda *_: None)
     with failing(ray, lambda _, step, *__: step == 3, times=1):
@@ -80,18 +80,18 @@ def test_two_signals_stop_at_once(house: House, whole: Path) -> None:
 
 
 def test_two_signals_during_a_save_leave_it_whole(house: House, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from runner import checkpoint
+    from runner.checkpoint import storage
 
-    write = checkpoint.write
+    write = storage.write
 
-    def asked(path: Path, made: checkpoint.Checkpoint, **named: Any) -> None:
+    def asked(path: Path, made: storage.Checkpoint, **named: Any) -> None:
         time.sleep(0.2)  # so that training is back at its steps
         twice()
         time.sleep(0.3)
         write(path, made, **named)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "write", asked)
+        patch.setattr(storage, "write", asked)
         assert house.fluxrun("queue", lora(house)).code == 3
     folder = house.folder / "runs" / "a"
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-000002.safetensors"]
@@ -172,7 +172,7 @@ def test_control_half_the_batch_without_twice_the_accumulation_is_seen(
     house: House, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A split that only ever looks at a batch's first half."""
-    from runner.train import Loop
+    from runner.training.loop import Loop
 
     made = Loop.__init__
     monkeypatch.setattr(Loop, "__init__", lambda self, *a: made(self, *a[:3], 1, *a[4:]))
@@ -216,7 +216,7 @@ def test_trouble_with_the_disk_pauses_the_run_and_the_next_goes_on(house: House,
 
 @pytest.mark.parametrize("name", ["ENOSPC", "EDQUOT", "EIO", "EROFS", "EFBIG", "ENOENT", "EMFILE"])
 def test_which_errors_are_the_disks(name: str) -> None:
-    from runner.engine.trainer import verdict
+    from runner.engine.worker_main import verdict
 
     code, _ = verdict(OSError(getattr(errno, name), "x"))
     assert code == (Code.CRASHED if name in ("ENOENT", "EMFILE") else Code.DISK)

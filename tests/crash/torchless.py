@@ -10,8 +10,8 @@ import struct
 import sys
 from pathlib import Path
 
-from runner import files
-from runner.stepfiles import file_name, steps_in
+from runner.core import files, safetensors
+from runner.runs.checkpoint_files import file_name, steps_in
 
 STEPS, PIVOT, KEEP, LENGTH = (10, 20, 30, 40, 50), 20, 1, 300
 
@@ -23,9 +23,9 @@ class Telling(files.Disk):
         return super().__getattribute__(name)
 
 
-def rounded(values: list[float]) -> files.Raw:
+def rounded(values: list[float]) -> safetensors.Raw:
     data = struct.pack(f"<{len(values)}f", *values)
-    return files.Raw("F32", (len(values),), memoryview(data))
+    return safetensors.Raw("F32", (len(values),), memoryview(data))
 
 
 def save(folder: Path, step: int, disk: files.Disk, speak_first: bool) -> None:
@@ -41,8 +41,8 @@ def save(folder: Path, step: int, disk: files.Disk, speak_first: bool) -> None:
     }  # fmt: skip
     if speak_first:
         print(f"checkpoint at step {step}", flush=True)
-    digest = files.tensors_digest(tensors, header)
-    files.write_tensors(folder / file_name(step), tensors, {**header, "sha256": digest}, disk=disk)
+    digest = safetensors.tensors_digest(tensors, header)
+    safetensors.write_tensors(folder / file_name(step), tensors, {**header, "sha256": digest}, disk=disk)
     there = [(number, path) for number, path in steps_in(folder) if number <= step and number != PIVOT]
     for _, path in there[KEEP:]:
         disk.unlink(path)

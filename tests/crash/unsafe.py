@@ -10,10 +10,11 @@ from pathlib import Path
 from safetensors import SafetensorError
 from saves import Run
 
-from runner import checkpoint, files
-from runner.checkpoint import Checkpoint, file_name
-from runner.stepfiles import steps_in
-from runner.writer import Writer
+from runner.checkpoint import storage
+from runner.checkpoint.storage import Checkpoint, file_name
+from runner.checkpoint.writer import Writer
+from runner.core import files, safetensors
+from runner.runs.checkpoint_files import steps_in
 
 
 class Around(files.Disk):
@@ -93,7 +94,7 @@ class PrunesFirst(Writer):
     def write(self, made: Checkpoint) -> None:
         for _, path in steps_in(self.folder)[max(0, self.keep - 1) :]:
             self.disk.unlink(path)
-        checkpoint.write(self.folder / file_name(made.step), made, disk=self.disk)
+        storage.write(self.folder / file_name(made.step), made, disk=self.disk)
         self.log(f"checkpoint at step {made.step}")
 
 
@@ -102,7 +103,7 @@ class SpeaksFirst(Writer):
 
     def write(self, made: Checkpoint) -> None:
         self.log(f"checkpoint at step {made.step}")
-        checkpoint.write(self.folder / file_name(made.step), made, disk=self.disk)
+        storage.write(self.folder / file_name(made.step), made, disk=self.disk)
         self._prune(made.step)
 
 
@@ -111,7 +112,7 @@ class PrunesTooEarly(Writer):
     so: what it says holds, but what it said before is broken meanwhile."""
 
     def write(self, made: Checkpoint) -> None:
-        checkpoint.write(self.folder / file_name(made.step), made, disk=NoFolderSync(self.disk))
+        storage.write(self.folder / file_name(made.step), made, disk=NoFolderSync(self.disk))
         self._prune(made.step)
         self.disk.sync_folder(self.folder)
         self.log(f"checkpoint at step {made.step}")
@@ -129,5 +130,5 @@ def highest(run: Run) -> Checkpoint | None:
         found = load_file(path)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: {error}") from error
-    header = files.read_metadata(path)
-    return checkpoint._built("joint", "key", step, found, {"d": float(header["scalars"].strip("}").split(":")[1])})
+    header = safetensors.read_metadata(path)
+    return storage._built("joint", "key", step, found, {"d": float(header["scalars"].strip("}").split(":")[1])})

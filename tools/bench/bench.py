@@ -1,7 +1,7 @@
 """What the benchmarks share: the spec they train, a run in this process that stops for another's turn, how figures are told.
 
 The one place that knows fluxrun from inside: it writes spec files, has them planned, and trains with the function that the
-trainer process calls (`runner.engine.trainer.train_run`), with everything around a step that a night has around it.
+trainer process calls (`runner.engine.worker_main.train_run`), with everything around a step that a night has around it.
 """
 
 from __future__ import annotations
@@ -127,10 +127,10 @@ class Turns:
 def train_here(asked: Asked, folder: Path, heard: Callable[[int], bool]) -> Path:
     """Train as a trainer process does, but in this one. `heard(step)` is called at the end of every step, and stops the
     run by True. The folder of the run."""
-    from runner import device
-    from runner.engine.trainer import Told, Warm, train_run
-    from runner.errors import Code
-    from runner.prepare import prepare
+    from runner.core.errors import Code
+    from runner.engine.worker_main import Told, Warm, train_run
+    from runner.jobs.prepare import prepare
+    from runner.model import device
 
     file = folder / "bench.toml"
     file.write_text(asked.text)
@@ -176,13 +176,13 @@ def take_turns(asked: Asked, folder: Path, steps: int, rounds: int, other: Calla
 
 def steps_of(run: Path) -> int:
     """The last step that the run of this folder has written down, 0 before the first."""
-    from runner.series import read_history
+    from runner.tracking.history import read_history
 
     return max(read_history(run / "history.jsonl").get("train/loss", {0: 0.0}))
 
 
 def state_of(run: Path) -> dict[str, Any]:
-    from runner.statefile import read_json
+    from runner.core.files import read_json
 
     return read_json(run / "state.json")
 
@@ -193,19 +193,19 @@ def newest_checkpoint(run: Path) -> Path:
 
 def write_in_the_foreground(file: Path) -> float:
     """Seconds that writing the same checkpoint again takes."""
-    from runner import checkpoint
+    from runner.checkpoint import storage
 
-    made = checkpoint.read(file)
+    made = storage.read(file)
     began = time.perf_counter()
-    checkpoint.write(file.with_name("again"), made)
+    storage.write(file.with_name("again"), made)
     return time.perf_counter() - began
 
 
 def trained_numbers(file: Path) -> int:
     """How many numbers of a checkpoint are the run's own, without the optimizer's."""
-    from runner import checkpoint
+    from runner.checkpoint import storage
 
-    weights = checkpoint.read(file).weights
+    weights = storage.read(file).weights
     return sum(tensor.numel() for kind in (weights.lora, weights.rows) for tensor in kind.values())
 
 

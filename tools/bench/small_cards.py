@@ -17,19 +17,22 @@ from pathlib import Path
 
 import torch
 
-from runner import device, flux, lora, quant
-from runner.basefiles import linear_layers, lora_layers
+from runner.base.layers import linear_layers, lora_layers
+from runner.model import device, flow_matching, lora, quantization
+from runner.model.base import Base
+from runner.model.flux1 import loading
+from runner.model.flux1.transformer import Text, predictor, recompute, run_twice
 
 CPU = torch.device("cpu")
 SIDE, WORDS = 32, 64  # latent side (a picture of 256 pixels) and tokens of text
 
 
-def load(base: flux.Base) -> tuple[float, int]:
+def load(base: Base) -> tuple[float, int]:
     """(seconds, most bytes while the transformer was loaded beyond those before) of this process' first."""
     device.settle_libraries()
     device.reset_peak(base.device)
     before, started = device.peak_memory(base.device), time.perf_counter()
-    flux.load_transformer(base)
+    loading.load_transformer(base)
     return time.perf_counter() - started, device.peak_memory(base.device) - before
 
 
@@ -39,17 +42,17 @@ def in_a_process(model: Path, scheme: str, cache: str) -> tuple[float, float]:
     return float(seconds), int(most) / 2**20
 
 
-def step(transformer: torch.nn.Module, base: flux.Base, count: int) -> tuple[float, int, float]:
+def step(transformer: torch.nn.Module, base: Base, count: int) -> tuple[float, int, float]:
     """(seconds, bytes that the graph holds beside the weights as they are kept, loss)."""
     config = transformer.config
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(1, 16, SIDE, SIDE, generator=generator)
-    noised = flux.mix(latents, torch.tensor([0.5]), torch.tensor([0.5]), generator)
-    text = flux.Text(
+    noised = flow_matching.mix(latents, torch.tensor([0.5]), torch.tensor([0.5]), generator)
+    text = Text(
         torch.randn(1, WORDS, config.joint_attention_dim, generator=generator).to(base.dtype),
         torch.randn(1, config.pooled_projection_dim, generator=generator).to(base.dtype),
     )
-    predict = flux.predictor(transformer, 3.5, base.device, base.dtype)
+    predict = predictor(transformer, 3.5, base.device, base.dtype)
     own = {tensor.untyped_storage().data_ptr() for tensor in (*transformer.parameters(), *transformer.buffers())}
     held: dict[int, int] = {}
 
@@ -75,16 +78,16 @@ def main() -> None:
     parser.add_argument("--load", help=argparse.SUPPRESS)  # only load this scheme, once
     parser.add_argument("--cache", type=Path, help=argparse.SUPPRESS)
     asked = parser.parse_args()
-    flux.quiet()
+    loading.quiet()
     if asked.load:
-        print(*load(flux.Base(asked.model, None, CPU, torch.float32, asked.load, asked.cache)))
+        print(*load(Base(asked.model, None, CPU, torch.float32, asked.load, asked.cache)))
         return
     print("scheme  keys        weights   load, peak       again, peak      step    graph    loss")
     with tempfile.TemporaryDirectory() as name:
-        for scheme in ("none", *quant.CODES, "nf4"):
+        for scheme in ("none", *quantization.CODES, "nf4"):
             (first, most), (again, most_again) = (in_a_process(asked.model, scheme, name) for _ in range(2))
-            base = flux.Base(asked.model, None, CPU, torch.float32, scheme, Path(name))
-            made = flux.load_transformer(base)
+            base = Base(asked.model, None, CPU, torch.float32, scheme, Path(name))
+            made = loading.load_transformer(base)
             size = sum(tensor.numel() * tensor.element_size() for tensor in (*made.parameters(), *made.buffers()))
             for keys in ("", "recompute 1", "recompute 2"):
                 config = dict(made.config)
@@ -92,7 +95,7 @@ def main() -> None:
                 if not keys:
                     lora.attach_lora(made, lora.LoraShape(16, 16.0, 0.0, layers), 0)
                 else:
-                    flux.recompute(made, flux.run_twice(made, int(keys.split()[1])))
+                    recompute(made, run_twice(made, int(keys.split()[1])))
                 seconds, held, loss = step(made.train(), base, asked.steps)
                 print(
                     f"{scheme:7} {keys:11} {size / 2**20:4.0f} MiB {first:5.2f} s {most:4.0f} MiB {again:5.2f} s "

@@ -1,0 +1,166 @@
+"""What can be known of a base model from its files alone: where it is, which it is, how its layers are shaped. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from runner.base.layers import CLIP_L, KNOWN, NEEDED
+from runner.core.hashing import key_of
+
+PARTS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "vae")
+BUILTIN = {"builtin:tiny": Path(__file__).parents[1] / "bases" / "tiny"}
+SAMPLE = 1 << 16
+# As their hub pages state it, for bases whose README is not on this disk.
+DEV_LICENCE = {
+    "license": "other",
+    "license_name": "flux-1-dev-non-commercial-license",
+    "license_link": "https://huggingface.co/black-forest-labs/FLUX.1-dev/blob/main/LICENSE.md",
+}
+LICENCES = {
+    "black-forest-labs/FLUX.1-dev": DEV_LICENCE,
+    "black-forest-labs/FLUX.1-Krea-dev": DEV_LICENCE,
+    "black-forest-labs/FLUX.1-schnell": {"license": "apache-2.0"},
+}
+
+
+def licence(text: str, folder: Path) -> dict[str, str]:
+    """The base's licence as the front matter of its README has it (`license`, `license_name`, `license_link`); {} where
+    nothing is known. A link into the base's own repository is made whole."""
+    readme = folder / "README.md"
+    lines = readme.read_text(encoding="utf-8").splitlines() if readme.is_file() else []
+    found: dict[str, str] = {}
+    if lines[:1] == ["---"] and "---" in lines[1:]:
+        for line in lines[1 : lines.index("---", 1)]:
+            key, colon, value = line.partition(":")
+            if colon and key in ("license", "license_name", "license_link"):
+                found[key] = value.strip().strip("\"'")
+    link = found.get("license_link", "")
+    if link and "://" not in link:
+        found.pop("license_link")
+        if local_folder(text) is None:
+            found["license_link"] = f"https://huggingface.co/{text}/blob/main/{link}"
+    return found or dict(LICENCES.get(text, {}))
+
+
+def local_folder(text: str) -> Path | None:
+    """The base's folder on this disk (specs' paths have been made absolute), or None for a hub id."""
+    if text in BUILTIN:
+        return BUILTIN[text]
+    folder = Path(text)
+    return folder if folder.is_absolute() and folder.is_dir() else None
+
+
+def fingerprint(folder: Path) -> str:
+    """Which model a folder holds, without reading its gigabytes.
+
+    Hashes every config, and of every weight file the name, the size and three 64 KiB samples (start, middle, end):
+    another fine-tune of the same shape differs in the samples; a copy on another machine does not.
+    """
+    digest = hashlib.sha256()
+    for name, sampled in _sampled(folder):
+        digest.update(name)
+        for sample in sampled:
+            digest.update(sample)
+    return digest.hexdigest()
+
+
+def file_digests(folder: Path) -> dict[str, str]:
+    """The same of each file, by its name inside the folder."""
+    return {json.loads(name)[0]: hashlib.sha256(b"".join((name, *each))).hexdigest() for name, each in _sampled(folder)}
+
+
+def _sampled(folder: Path) -> Iterator[tuple[bytes, list[bytes]]]:
+    """(name and size as JSON, the samples) of each file."""
+    for path in sorted(folder.rglob("*")):
+        if not path.is_file() or path.suffix not in {".json", ".txt", ".safetensors", ".model"}:
+            continue
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            samples = []
+            for start in (0, size // 2, size - SAMPLE):
+                file.seek(max(0, start))
+                samples.append(file.read(SAMPLE))
+        yield json.dumps([path.relative_to(folder).as_posix(), size]).encode(), samples
+
+
+def cached_base(base: str, revision: str | None) -> Path | None:
+    """The base's folder on this disk: its own, or where the hub's client keeps it (its name is the commit there)."""
+    if (folder := local_folder(base)) is not None:
+        return folder
+    if base in BUILTIN or "/" not in base:
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(base, "model_index.json", revision=revision)
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def parts_fingerprint(folder: Path) -> str:
+    """Of the parts that a run uses, so that other files beside them do not count."""
+    return key_of("base", *(fingerprint(folder / part) for part in PARTS))
+
+
+@dataclass(frozen=True)
+class BaseIdentity:
+    """Which base it is. `revision`: the commit where it is known; `fingerprint`: `parts_fingerprint`, None before a hub
+    base is here whole."""
+
+    name: str
+    revision: str | None
+    fingerprint: str | None
+
+    def differs_from(self, other: BaseIdentity) -> bool:
+        if self.fingerprint and other.fingerprint:
+            return self.fingerprint != other.fingerprint
+        if self.name != other.name:
+            return True
+        return None not in (self.revision, other.revision) and self.revision != other.revision
+
+    def __str__(self) -> str:
+        return self.name + (f" at revision {self.revision}" if self.revision else "")
+
+
+def identity_of(name: str, revision: str | None) -> BaseIdentity:
+    """As far as this disk can tell, without the hub."""
+    if folder := local_folder(name):
+        return BaseIdentity(name, None, parts_fingerprint(folder))
+    folder = cached_base(name, revision)
+    return BaseIdentity(name, folder.name if folder else revision, None)
+
+
+def transformer_config(text: str, folder: Path | None) -> Mapping[str, Any] | None:
+    """The transformer's config, or None for a hub model that is not on this disk."""
+    if folder is None:
+        return KNOWN.get(text)
+    path = folder / "transformer" / "config.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def clip_config(folder: Path | None) -> Mapping[str, Any] | None:
+    """The CLIP encoder's config, or None for a hub model that is not on this disk."""
+    path = folder / "text_encoder" / "config.json" if folder else None
+    return json.loads(path.read_text()) if path and path.is_file() else None
+
+
+def broken_configs(folder: Path) -> list[str]:
+    """What is wrong with the two configs that a plan reads, where they are there."""
+    wanted = {"transformer": NEEDED, "text_encoder": tuple(CLIP_L)}
+    told = []
+    for part, keys in wanted.items():
+        path = folder / part / "config.json"
+        if not path.is_file():
+            continue
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            told.append(f"{path} is not JSON ({error}); fetch it again")
+            continue
+        missing = [key for key in keys if not (isinstance(found, dict) and isinstance(found.get(key), int))]
+        if missing:
+            told.append(f"{path} does not say {', '.join(missing)}; it should be the config of a FLUX.1 model's {part}")
+    return told

@@ -1,0 +1,1 @@
+"""Files, locks, hashing, errors and terminal output. Knows nothing of FLUX and needs no torch."""

@@ -1,0 +1,113 @@
+"""Every way fluxrun can refuse or fail: the exit code of the command, and of the worker process (`ExitCode`) that met it.
+
+    FluxrunError                 1  FAILED     a run failed; the message says what to do next
+    ├── SpecError                2  BAD_SPEC   faults of specs or of the command line; nothing was started
+    ├── InterruptedRunError      3  STOPPED    asked to stop (signal, deadline); the same command goes on
+    ├── DiskError                3  DISK       the disk is full or failing; the same command goes on once it is not
+    ├── LockHeldError            3  HELD       another process works on the run; it is untouched
+    ├── UnreachableError         1  UNREACHABLE  the hub does not answer; worth another try, later
+    ├── RunMismatchError         1  FAILED     the run folder is another run's; it is untouched
+    ├── NonFiniteError           1  NOT_FINITE the loss or the gradients left the numbers, as they would again
+    └── BadFileError             1  FAILED     a checkpoint, cache entry or export that does not verify
+    torch's and Python's own     1  MEMORY     the device's memory or the machine's did not suffice
+    anything else                1  CRASHED    not foreseen, so worth another try
+
+Raised anywhere, printed in one place (`runner.cli`).
+"""
+
+from __future__ import annotations
+
+import errno
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+
+
+class Code(IntEnum):
+    """How a trainer process ends; what is done about it is the supervisor's. Numbers as in sysexits.h where it has one."""
+
+    DONE = 0
+    CRASHED = 1
+    UNREACHABLE = 68
+    FAILED = 69  # for a known reason, which another try would meet again
+    HELD = 70
+    MEMORY = 71
+    DISK = 74
+    STOPPED = 75
+    NOT_FINITE = 65
+    BAD_SPEC = 78
+
+
+class FluxrunError(Exception):
+    exit_code = 1
+    code = Code.FAILED
+
+
+@dataclass(frozen=True, order=True)
+class Fault:
+    """One thing wrong with one key of one file; prints as `FILE:LINE: KEY: message`."""
+
+    file: Path
+    line: int
+    key: str
+    message: str
+
+    def __str__(self) -> str:
+        key = f"{self.key}: " if self.key else ""
+        text = f"{self.file}:{self.line}: {key}{self.message}"
+        return "".join(
+            c if c.isprintable() else c.encode("unicode_escape").decode() for c in text
+        )  # keys are the user's
+
+
+class SpecError(FluxrunError):
+    """All faults of all specs, found before anything starts."""
+
+    exit_code = 2
+    code = Code.BAD_SPEC
+
+    def __init__(self, faults: list[Fault] | tuple[Fault, ...]) -> None:
+        self.faults = tuple(sorted(faults))
+        super().__init__("\n".join(map(str, self.faults)))
+
+
+class Interrupted(FluxrunError):
+    exit_code = 3
+    code = Code.STOPPED
+
+
+class Paused(FluxrunError):
+    exit_code = 3
+    code = Code.DISK
+
+
+class Held(FluxrunError):
+    exit_code = 3
+    code = Code.HELD
+
+
+class Unreachable(FluxrunError):
+    code = Code.UNREACHABLE
+
+
+class Refused(FluxrunError):
+    pass
+
+
+class NonFinite(FluxrunError):
+    code = Code.NOT_FINITE
+
+
+class BadFile(FluxrunError):
+    pass
+
+
+DISK_TROUBLE = {
+    errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM, errno.ESTALE,
+    errno.ENOTCONN, errno.ENODEV, errno.ENXIO,
+}  # fmt: skip
+
+
+def disk_trouble(error: BaseException) -> bool:
+    """Whether it is the disk that has no room or no health, and not the run that is wrong."""
+    return isinstance(error, OSError) and error.errno in DISK_TROUBLE

@@ -1,0 +1,89 @@
+"""safetensors files as bytes: written in a fixed order, with a digest of the data; headers read without the data."""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from runner.core.errors import BadFile
+from runner.core.files import DISK, Disk, write_bytes
+from runner.core.hashing import sha256
+
+MAX_HEADER = 100_000_000  # bytes; the format's own limit
+
+
+class Raw(NamedTuple):
+    """One tensor as stored: safetensors dtype name ("F32", "BF16", ...), shape, little-endian bytes."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: memoryview
+
+
+def tensors_digest(tensors: Mapping[str, Raw], metadata: Mapping[str, str]) -> str:
+    """SHA-256 over the metadata and all names, dtypes, shapes and bytes, in the order of names."""
+
+    def chunks() -> Iterator[bytes | memoryview]:
+        yield digest_head(metadata)
+        for name in sorted(tensors):
+            yield from digest_chunks(name, tensors[name])
+
+    return sha256(chunks())
+
+
+def digest_head(metadata: Mapping[str, str]) -> bytes:
+    return json.dumps(sorted(metadata.items())).encode()
+
+
+def digest_chunks(name: str, raw: Raw) -> Iterator[bytes | memoryview]:
+    yield json.dumps([name, raw.dtype, list(raw.shape), raw.data.nbytes]).encode()
+    yield raw.data
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Raw], metadata: Mapping[str, str], *, disk: Disk = DISK) -> None:
+    """Write a safetensors file; equal content gives equal bytes.
+
+    The library's own writer orders the metadata by a random hash, which would make two equal exports differ.
+    Format: https://github.com/huggingface/safetensors#format (8 bytes length, JSON header padded to 8, data).
+    """
+    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
+    names = _order(tensors)
+    offset = 0
+    for name in names:
+        raw = tensors[name]
+        header[name] = {"dtype": raw.dtype, "shape": raw.shape, "data_offsets": [offset, offset + raw.data.nbytes]}
+        offset += raw.data.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    write_bytes(path, [struct.pack("<Q", len(text)), text, *(tensors[name].data for name in names)], disk=disk)
+
+
+def data_digest(tensors: Mapping[str, Raw]) -> str:
+    """SHA-256 of what `write_tensors` writes behind the header: the hash that WebUIs know a LoRA by."""
+    return sha256(tensors[name].data for name in _order(tensors))
+
+
+def _order(tensors: Mapping[str, Raw]) -> list[str]:
+    return sorted(tensors, key=lambda name: (-_width(tensors[name].dtype), name))  # wide first keeps all aligned
+
+
+def _width(dtype: str) -> int:
+    bits = re.search(r"\d+", dtype)  # F8_E4M3 has more digits
+    return int(bits[0]) if bits else 8
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file, without its tensors. Raises BadFile."""
+    try:
+        with path.open("rb") as file:
+            length = struct.unpack("<Q", file.read(8))[0]
+            if length > min(path.stat().st_size, MAX_HEADER):
+                raise ValueError("header longer than the file, or than any that is written")
+            metadata = json.loads(file.read(length))["__metadata__"]
+            return {str(key): str(value) for key, value in metadata.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
+        raise BadFile(f"{path}: no readable safetensors header ({error})") from error

@@ -1,0 +1,1 @@
+"""Images, captions, placeholders and aspect-ratio buckets. Needs no torch."""

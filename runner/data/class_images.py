@@ -1,0 +1,118 @@
+"""A folder of class images for prior preservation: shared by runs, filled up by the base, its prompt remembered. No torch."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from runner.base.files import BaseIdentity, identity_of
+from runner.core import files, hashing
+from runner.core.hashing import key_of
+from runner.data.image_files import PictureFolder, look_into
+from runner.data.images import Picture
+from runner.data.sources import opener
+
+NOTE = "fluxrun-prior.json"
+
+
+def contents(folder: Path) -> PictureFolder:
+    """Its images, by name, a user's own as well as made ones; and what else lies there."""
+    return look_into(folder, deep=False) if folder.is_dir() else PictureFolder(folder, ())
+
+
+def paths(folder: Path) -> list[Path]:
+    return list(contents(folder).pictures)
+
+
+def pictures(folder: Path, count: int, prompt: str) -> tuple[Picture, ...]:
+    """The first `count` images, all with the class prompt."""
+
+    return tuple(Picture(f"class/{path.name}", str(path), prompt, opener(path)) for path in paths(folder)[:count])
+
+
+def fingerprint(chosen: Sequence[Picture]) -> str:
+    """Of the images themselves: which they are cannot be in a plan's key, since they may not exist yet."""
+    return key_of("class images", *(hashing.sha256_file(Path(picture.where)) for picture in chosen))
+
+
+def misplaced(folder: Path, count: int, runs: Path) -> str | None:
+    """Why no class images can be made there, or None. Whoever has enough of them already has none made."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir():
+        return f"{there} is a file (found {str(folder)!r}); name a folder"
+    if not needs_filling(folder, count):
+        return None
+    if not os.access(there, os.W_OK | os.X_OK):
+        return f"class images cannot be made in {folder}: {there} may not be written to; name another folder"
+    if folder.resolve() == runs.resolve():
+        return f"it is the runs folder {runs}; name a folder of its own"
+    for path in (folder, *folder.parents):
+        if (path / "plan.json").is_file() and (path / "spec.toml").is_file():
+            return f"it is, or lies in, the folder of a run ({path}); name a folder elsewhere"
+    return None
+
+
+def disagreement(folder: Path, prompt: str, base: BaseIdentity) -> tuple[str, str] | None:
+    """(key of the spec, message) where the folder was filled for another prompt, or by another base."""
+    note = _note(folder)
+    there = note.get("prompt")
+    if there is not None and there != prompt:
+        return "prior.prompt", (
+            f"{folder} holds images of another prompt (found {prompt!r}, there {there!r}); use another folder, "
+            "or the same prompt"
+        )
+    maker = _maker(folder, note)
+    if maker is None or not base.differs_from(maker):
+        return None
+    found = f"found {base}, there {maker}" if str(base) != str(maker) else f"{base} has other files since"
+    return "prior.images", (
+        f"{folder} holds images made by another base ({found}); use another folder, or the same base"
+    )
+
+
+def remember(folder: Path, prompt: str, base: BaseIdentity) -> None:
+    """Whose images are about to be made there; an older note is kept."""
+    if not _note(folder):
+        made_by = {"base": base.name, "revision": base.revision, "fingerprint": base.fingerprint}
+        files.write_json(folder / NOTE, {"prompt": prompt, **made_by})
+
+
+def needs_filling(folder: Path, count: int) -> bool:
+    """Whether the base has yet to make images there."""
+    return len(paths(folder)) < count
+
+
+def is_users_own(folder: Path) -> bool:
+    """Nobody but the user knows of which prompt its images are."""
+    return not _note(folder)
+
+
+def made_path(folder: Path, number: int) -> Path:
+    return folder / f"class-{number:05d}.png"
+
+
+def _maker(folder: Path, note: Mapping[str, Any]) -> BaseIdentity | None:
+    """The base of the note, if that can be compared. Notes of earlier versions name it alone, even where a user had made
+    all the images."""
+    name, revision, fingerprint = (note.get(key) for key in ("base", "revision", "fingerprint"))
+    if not isinstance(name, str):
+        return None
+    if isinstance(fingerprint, str):
+        return BaseIdentity(name, revision if isinstance(revision, str) else None, fingerprint)
+    if not any(folder.glob("class-[0-9]*.png")) or (Path(name).is_absolute() and not Path(name).is_dir()):
+        return None
+    return identity_of(name, None)
+
+
+def _note(folder: Path) -> dict[str, Any]:
+    path = folder / NOTE
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}

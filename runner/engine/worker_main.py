@@ -1,0 +1,218 @@
+"""The trainer process: one run after another on one device, each told by its folder; its exit code says how the last one
+ended (`runner.core.errors.Code`). What it has to tell goes to the queue as JSON lines on stdout, and into the run's log."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from runner.cache.store import Cache
+from runner.core.errors import Code, FluxrunError, Refused, disk_trouble
+from runner.core.events import Event, Say
+from runner.core.signals import StopRequest
+from runner.data import sources
+from runner.data.images import DataError, Pictures
+from runner.data.sources import Source
+from runner.engine.multi_gpu import crew
+from runner.jobs.prepare import data_source, plan_of
+from runner.model import device
+from runner.model.base import Base
+from runner.model.flux1 import loading
+from runner.plan.build import PlanError
+from runner.plan.phases import Plan
+from runner.runs.run import Run, read_spec
+from runner.spec.schema import Spec
+from runner.training.context import Desk, open_cache
+from runner.training.distributed import Ranks
+from runner.training.model_pool import Shelf
+from runner.training.run import execute
+
+LEAK = 256 << 20  # bytes that may stay behind between runs
+SAME_ENCODERS = ("base", "revision", "variant", "dtype", "quantize")
+SHORT = 300
+LONGEST = 4000  # bytes of an event; a write of up to 4,096 to a pipe is all or nothing (pipe(7))
+
+
+@dataclass(frozen=True)
+class Told:
+    """A run to train; `later`: folders of runs that wait for their turn, whose captions may be encoded with its own."""
+
+    folder: Path
+    attempt: int
+    later: tuple[Path, ...] = ()
+
+    @classmethod
+    def read(cls, line: str) -> Told:
+        """As `runner.engine.worker` writes it."""
+        facts = json.loads(line)
+        return cls(Path(facts["folder"]), facts["attempt"], tuple(map(Path, facts["later"])))
+
+
+def main(gpus: str | None, stop: StopRequest) -> Code:
+    """The runs that stdin names, a line each, for as long as all is well."""
+    events = os.dup(sys.stdout.fileno())
+    os.set_blocking(events, False)
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print is for the log
+    device.settle_libraries()
+    loading.quiet()
+    warm, code = Warm(), Code.DONE
+    while code is Code.DONE and (line := sys.stdin.readline()):
+        told = Told.read(line)
+        try:
+            with (told.folder / "run.log").open("a") as log:
+                for stream in (sys.stdout, sys.stderr):
+                    os.dup2(log.fileno(), stream.fileno())
+            code = train_run(told, gpus, sender(events), stop, warm)
+        except OSError as error:  # the folder went before the run began
+            code, reason = verdict(error)
+            sender(events)({"say": "ended", "reason": reason})
+            break
+        if code is Code.DONE:
+            worn = warm.worn(gpus)
+            sender(events)({"say": "done", "worn": worn})
+            if worn:
+                break
+    return code
+
+
+@dataclass
+class Warm:
+    """What a trainer process keeps from run to run. `first`: bytes in use after its first run, less what is kept on
+    purpose; `data`: data sets of runs that come later, read once."""
+
+    shelf: Shelf = field(default_factory=Shelf)
+    first: int | None = None
+    data: dict[Source, Pictures] = field(default_factory=dict)
+
+    def worn(self, gpus: str | None) -> bool:
+        """Whether memory did not come back, so that the next run had better have a process of its own."""
+        where = device.choose(gpus)
+        device.release(where)
+        left = device.memory_in_use(where) - self.shelf.bytes
+        if self.first is None:
+            self.first = left
+        return left - self.first > LEAK
+
+
+def sender(pipe: int) -> Callable[[Event], None]:
+    """Events into a pipe. A reader that is stopped must not stop the training: what does not fit is dropped."""
+
+    def send(event: Event) -> None:
+        line = json.dumps(event)
+        if len(line) > LONGEST:  # of which JSON makes up to six bytes a character
+            line = json.dumps({key: value[:SHORT] if isinstance(value, str) else value for key, value in event.items()})
+        try:
+            os.write(pipe, f"{line}\n".encode())
+        except BlockingIOError:
+            return
+
+    return send
+
+
+def train_run(told: Told, gpus: str | None, send: Callable[[Event], None], stop: StopRequest, warm: Warm) -> Code:
+    """Train a run and write down how it ended: in its log and state, by an event and by the code."""
+    run, attempt = Run.at(told.folder), told.attempt
+    say = Say(send, run.log_file)
+    try:
+        _train(run, told, gpus, say, stop, warm)
+        return Code.DONE
+    except (Exception, KeyboardInterrupt) as error:
+        # Whatever it is, it is this run's alone, and told here.
+        code, reason = (Code.DISK, gone) if (gone := run.gone()) else verdict(error)
+        send({"say": "ended", "reason": reason})
+        if code is not Code.HELD:  # the folder is not ours to write in
+            say.log(reason if code is Code.STOPPED else f"{traceback.format_exc()}{reason}")
+            _write_down(run, attempt, "stopped" if code in (Code.STOPPED, Code.DISK) else "failed", reason)
+        return code
+    finally:
+        torch.cuda.empty_cache()  # does nothing without a GPU
+
+
+def _train(run: Run, told: Told, gpus: str | None, say: Say, stop: StopRequest, warm: Warm) -> None:
+    spec = read_spec(run.spec_file)
+    where = device.choose(gpus)
+    device.prepare(where, tf32=spec.model.tf32)
+    loading.quiet()
+    try:
+        pictures = sources.read(data_source(spec)).hold_out(spec.data.holdout)
+    except DataError as error:
+        raise FluxrunError(f"data.source: {error}") from error
+    try:
+        plan = plan_of(spec, pictures)
+    except PlanError as error:  # of a data set that could not be read when the queue planned the run
+        raise FluxrunError(str(error)) from error
+    _same_as_planned(run, plan)
+    model, split = spec.model, run.split(spec.train.batch_size)
+    cache, dtype = open_cache(run.runs), device.resolve_dtype(model.dtype, where)
+    base = loading.open_base(
+        model.base, model.revision, model.variant, where, dtype, model.quantize, cache.folder, model.offload == "blocks"
+    )
+
+    def beside() -> list[Desk]:
+        return [desk for folder in told.later if (desk := _later(folder, spec, base, cache, say, warm))]
+
+    with crew(spec, plan.key, run.runs, where, split) as ranks:
+        execute(
+            run, spec, plan, pictures, base, cache, say, stop, ranks, attempt=told.attempt, split=split, shelf=warm.shelf,
+            beside=beside,
+        )  # fmt: skip
+
+
+def _later(folder: Path, now: Spec, base: Base, cache: Cache, say: Say, warm: Warm) -> Desk | None:
+    """A run that comes later, if it reads its captions with the encoders of this one. What is wrong with it is its own
+    affair, and will be told when its turn has come."""
+    run = Run.at(folder)
+    try:
+        spec = read_spec(run.spec_file)
+        asked = data_source(spec)
+        if any(getattr(spec.model, name) != getattr(now.model, name) for name in SAME_ENCODERS):
+            return None
+        if asked not in warm.data:
+            warm.data[asked] = sources.read(asked)
+        pictures = warm.data[asked].hold_out(spec.data.holdout)
+        plan = plan_of(spec, pictures)
+    except (DataError, FluxrunError, PlanError, OSError) as error:
+        say.log(f"the captions of {run.name} are not encoded ahead: {error}")
+        return None
+    return Desk(spec, plan, pictures, base, cache, say, Ranks(), lambda: False)
+
+
+def _same_as_planned(run: Run, plan: Plan) -> None:
+    if run.planned_key() != plan.key:
+        raise Refused(
+            f"the data, the base or the spec.toml of {run.folder} is not as it was when the queue planned it; "
+            "the same command plans again"
+        )
+
+
+def verdict(error: BaseException) -> tuple[Code, str]:
+    """What kind of end it is, and how to say it."""
+    if isinstance(error, KeyboardInterrupt):
+        return Code.STOPPED, "stopped at once; the last checkpoint stands"
+    if isinstance(error, FluxrunError):
+        return error.code, str(error)
+    if isinstance(error, OSError) and disk_trouble(error):
+        where = f" ({error.filename})" if error.filename else ""
+        return Code.DISK, f"{os.strerror(error.errno or errno.EIO)}{where}; the checkpoint before it stands"
+    text = str(error)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
+        return Code.MEMORY, f"out of memory ({text.splitlines()[0] if text else type(error).__name__})"
+    return Code.CRASHED, f"{type(error).__name__}: {text}"
+
+
+def _write_down(run: Run, attempt: int, state: str, reason: str) -> None:
+    """Into the state, if the run still is this attempt's and the disk can hold it; it has been said in any case."""
+    try:
+        with run.locked():
+            if run.lease().attempt == attempt:
+                run.end(state, reason)
+    except (FluxrunError, OSError) as error:
+        print(f"the state could not be written: {error}", file=sys.stderr)

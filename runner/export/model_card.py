@@ -1,0 +1,194 @@
+"""README.md of an exported folder: what it holds, and what to type where. No path of this machine."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from runner.data.tokens import expand, named
+from runner.export.about import About
+from runner.export.formats import LORA_FILE
+from runner.export.lora_layouts import AROUND
+from runner.export.webui import webui_words
+from runner.spec.export_names import embeddings_file, file_stem, kohya_file
+
+POOLINGS = {
+    "diffusers": "The rows were trained as diffusers reads them: CLIP's pooled vector at the first new token. ComfyUI reads "
+    "it at the end of the prompt; there they act a little differently (train with `inversion.pooling` eos or both).",
+    "eos": "The rows were trained as ComfyUI reads them: CLIP's pooled vector at the end of the prompt. diffusers reads it "
+    "at the first new token; there they act a little differently (train with `inversion.pooling` diffusers or both).",
+    "both": "The rows were trained for diffusers and ComfyUI alike, which read CLIP's pooled vector at different places.",
+}
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+|builtin:\w+")
+CURVE = "samples/loss.png"
+
+
+def model_card(
+    about: About, errors: Mapping[str, float], pictures: Sequence[tuple[str, str]], guidance: float, repo: str | None,
+    layers: Sequence[str], curve: bool,
+) -> str:  # fmt: skip
+    """errors: of each exported file; pictures: (prompt, file); repo: where it is pushed to; layers: those with LoRA."""
+    lines = [
+        *_front(about, pictures),
+        "",
+        f"# {about.name}",
+        "",
+        f"Trained on `{about.base}` by fluxrun, {about.step} steps.",
+        "",
+        *_shown(pictures),
+        *_words(about),
+        "## Use with diffusers",
+        "",
+        "```python",
+        *_code(about, errors, guidance, repo),
+        "```",
+        "",
+        *_comfyui(about, errors),
+        *_webui(about, errors),
+        *_files(errors, layers),
+    ]
+    if curve:
+        lines += ["## Training", "", f"![The smoothed training loss by step]({CURVE})", ""]
+    lines += ["## Settings", "", "| key | value |", "|---|---|"]
+    lines += [f"| {key} | `{_cell(value)}` |" for key, value in about.settings.items()]
+    return "\n".join([*lines, "", *_licence(about)])
+
+
+def _cell(value: object) -> str:
+    return str(value).replace("|", "\\|").replace("`", "'")
+
+
+def _front(about: About, pictures: Sequence[tuple[str, str]]) -> Iterator[str]:
+    yield "---"
+    if HUB_ID.fullmatch(about.base):  # the hub refuses cards that name anything else
+        yield f"base_model: {about.base}"
+    for key, value in about.licence.items():
+        yield f"{key}: {value}"
+    yield from ("library_name: diffusers", "pipeline_tag: text-to-image", "tags:")
+    yield from (f"- {tag}" for tag in ("text-to-image", "diffusers", "lora", "flux", "fluxrun"))
+    if about.placeholders:
+        yield f"instance_prompt: {json.dumps(' '.join(one.text for one in about.placeholders))}"
+    if pictures:
+        yield "widget:"
+    for prompt, file in pictures:
+        yield from (f"- text: {json.dumps(prompt)}", "  output:", f"    url: {file}")
+    yield "---"
+
+
+def _shown(pictures: Sequence[tuple[str, str]]) -> Iterator[str]:
+    for prompt, file in pictures:
+        yield from (f"![{prompt.replace('<', '&lt;')}]({file})", "")
+
+
+def _words(about: About) -> Iterator[str]:
+    if not about.placeholders:
+        return
+    yield from ("## Trigger words", "")
+    yield from (f"- `{one.text}` is what the training captions call {one.name}" for one in about.placeholders)
+    yield ""
+    if len(about.placeholders) > 1:
+        yield "In the embedding files the rows of all of them follow one another in this order: ComfyUI and WebUI put them"
+        yield from ("into the prompt together, diffusers one by one.", "")
+    yield from (POOLINGS[about.settings["inversion.pooling"]], "")
+
+
+def _code(about: About, errors: Mapping[str, float], guidance: float, repo: str | None) -> Iterator[str]:
+    """Draws the run's own first picture, where it has one: base, size, steps and length are the run's."""
+    embeddings = embeddings_file(about.name)
+    bundled = about.base.startswith("builtin:")
+    yield from ("import torch", "from diffusers import AutoPipelineForText2Image")
+    if repo:
+        yield "from huggingface_hub import snapshot_download"
+    if bundled:
+        yield "from runner import base_folder  # fluxrun, which this base comes with"
+    if embeddings in errors:
+        yield "from safetensors.torch import load_file"
+    yield ""
+    yield f'folder = snapshot_download("{repo}")' if repo else 'folder = "."  # where this README lies'
+    if bundled:
+        yield f'base = base_folder("{about.base}")'
+    else:
+        note = "" if HUB_ID.fullmatch(about.base) else "  # the name of a folder: write where it lies on your disk"
+        yield f'base = "{about.base}"{note}'
+    yield 'device = "cuda" if torch.cuda.is_available() else "cpu"'
+    yield f"dtype = {_dtype(about.settings.get('model.dtype'))}"
+    files = "".join(
+        f", {key}={json.dumps(value)}"
+        for key in ("revision", "variant")
+        if (value := about.settings.get(f"model.{key}")) is not None
+    )
+    yield f"pipe = AutoPipelineForText2Image.from_pretrained(base, torch_dtype=dtype{files}).to(device)"
+    if LORA_FILE in errors:
+        yield f'pipe.load_lora_weights(folder, weight_name="{LORA_FILE}")'
+    if embeddings in errors:
+        yield f'rows = load_file(f"{{folder}}/{embeddings}")'
+        pieces = json.dumps([piece for placeholder in about.placeholders for piece in placeholder.pieces])
+        for key, suffix in (("clip_l", ""), ("t5", "_2")):
+            if key == "clip_l" or "t5" in about.settings["inversion.encoders"]:
+                yield f'pipe.load_textual_inversion(rows["{key}"], token={pieces},'
+                yield f"    text_encoder=pipe.text_encoder{suffix}, tokenizer=pipe.tokenizer{suffix})"
+    yield from _call(about, guidance, LORA_FILE in errors)
+
+
+def _dtype(asked: str | None) -> str:
+    """The run's: without `model.dtype` fluxrun takes bf16 on a GPU and fp32 on a CPU."""
+    names = {"bf16": "torch.bfloat16", "fp16": "torch.float16", "fp32": "torch.float32"}
+    return names[asked] if asked else 'torch.bfloat16 if device == "cuda" else torch.float32'
+
+
+def _call(about: About, guidance: float, with_lora: bool) -> Iterator[str]:
+    own = about.settings
+    first = next(iter(own["validate.prompts"]), own.get("data.prompt", "your prompt"))
+    if about.placeholders and not named(first, about.placeholders):
+        first = f"a {about.placeholders[0].name}"
+    side, told = own["validate.size"], f", guidance_scale={guidance}" if about.guided else ""
+    yield f"image = pipe({json.dumps(expand(first, about.placeholders))}, num_inference_steps={own['validate.steps']}{told},"
+    yield f"    max_sequence_length={own['model.max_sequence_length']}, height={side}, width={side},"
+    scale = ', joint_attention_kwargs={"scale": 1.0}' if with_lora else ""
+    yield f"    generator=torch.Generator().manual_seed({own['seed']}){scale}).images[0]"
+    yield 'image.save("image.png")'
+
+
+def _comfyui(about: About, errors: Mapping[str, float]) -> Iterator[str]:
+    stem = Path(embeddings_file(about.name)).stem
+    yield from ("## Use with ComfyUI", "")
+    if kohya_file(about.name) in errors:
+        yield f"- Put `{kohya_file(about.name)}` into `models/loras` and choose it in a *Load LoRA* node (LoraLoader)"
+        yield "  between the checkpoint and the prompts, with model and clip connected; strength 1.0."
+    if f"{stem}.safetensors" in errors:
+        yield f"- Put `{stem}.safetensors` into `models/embeddings` and write `embedding:{stem}` in the prompt,"
+        yield f"  for example `a embedding:{stem} on a hill`."
+    yield ""
+
+
+def _webui(about: About, errors: Mapping[str, float]) -> Iterator[str]:
+    """Forge and A1111 have the LoRA in the prompt, and call an embedding by its file's name."""
+    words, parts = webui_words(about), []
+    yield from ("## Use with WebUI (Forge, A1111, SD.Next)", "")
+    if about.placeholders:
+        yield f"- Put `{words}.safetensors` into `embeddings` and write `{words}` where the concept shall be."
+        parts.append(f"a {words} on a hill")
+        if "t5" in about.settings["inversion.encoders"]:
+            yield "  It holds CLIP's rows alone; these programs have no way to give T5 any."
+    if kohya_file(about.name) in errors:
+        yield f"- Put `{kohya_file(about.name)}` into `models/Lora` and write `<lora:{file_stem(about.name)}:1>`."
+        parts.append(f"<lora:{file_stem(about.name)}:1>")
+    yield from (f"- For example: `{' '.join(parts)}`", "")
+
+
+def _files(errors: Mapping[str, float], layers: Sequence[str]) -> Iterator[str]:
+    yield from ("## Files", "", "| file | largest difference from what was trained |", "|---|---|")
+    yield from (f"| `{file}` | {error:.2g} |" for file, error in sorted(errors.items()))
+    yield from ("", "Each was read back: the change of every weight for a LoRA, every value for an embedding.", "")
+    if any(layer in AROUND.values() for layer in layers):
+        yield "This LoRA also changes layers around the blocks (embedders, the last layer). diffusers does not read those from"
+        yield from (f"the original layout, so there use `{LORA_FILE}`.", "")
+
+
+def _licence(about: About) -> Iterator[str]:
+    named = about.licence.get("license_name") or about.licence.get("license")
+    if named:
+        link = about.licence.get("license_link")
+        yield from ("## Licence", "", f"That of the base model: {f'[{named}]({link})' if link else named}.", "")

@@ -1,0 +1,91 @@
+"""Metadata and usage hints that WebUI, Forge and ComfyUI show for an exported file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from runner.core import safetensors
+from runner.export.about import About, Shapes
+from runner.model import tensors
+from runner.spec.export_names import embeddings_file, file_stem, webui_file
+
+
+def hashes(named: Mapping[str, Tensor]) -> dict[str, str]:
+    """Of the tensors alone, so that equal LoRAs have equal hashes whatever their metadata says (sd-scripts' rule)."""
+    digest = safetensors.data_digest({name: tensors.raw(value) for name, value in named.items()})
+    return {"sshs_model_hash": digest, "modelspec.hash_sha256": f"0x{digest}"}
+
+
+def webui_metadata(about: About, shapes: Shapes) -> dict[str, str]:
+    """sd-scripts' `ss_*` (its train_network.py) and ModelSpec 1.0.1; strings all, no path, no clock but the run's day."""
+    own, shape, words = about.settings, shapes.lora or shapes.text_lora, webui_words(about)
+    assert shape is not None  # there is an adapter, or no file
+    side = f"{about.resolution}x{about.resolution}"
+    named: dict[str, Any] = {
+        "format": "pt",
+        "ss_output_name": file_stem(about.name),  # A1111 also calls the LoRA by this name
+        "ss_base_model_version": "flux1",
+        "ss_sd_model_name": about.base,
+        "ss_v2": "False",
+        "ss_network_module": "networks.lora_flux",
+        "ss_network_dim": shape.rank,
+        "ss_network_alpha": shape.alpha,
+        "ss_network_dropout": shape.dropout,
+        "ss_network_args": "{}",
+        "ss_steps": about.step,
+        "ss_max_train_steps": about.step,
+        "ss_seed": own["seed"],
+        "ss_resolution": f"({about.resolution}, {about.resolution})",
+        "ss_learning_rate": own["train.lr"],
+        "ss_optimizer": own["optimizer.name"],
+        "ss_lr_scheduler": own["schedule.name"],
+        "ss_batch_size_per_device": own["train.batch_size"],
+        "ss_gradient_accumulation_steps": own["train.accumulate"],
+        "ss_max_grad_norm": own["train.max_grad_norm"],
+        "ss_caption_dropout_rate": own["data.caption_dropout"],
+        "ss_training_comment": f"trained by fluxrun {about.version}",
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": f"flux-1-{'dev' if about.guided else 'schnell'}/lora",
+        "modelspec.implementation": "https://github.com/black-forest-labs/flux",
+        "modelspec.title": about.name,
+        "modelspec.resolution": side,
+        "modelspec.description": f"LoRA of {about.base}, step {about.step}, trained by fluxrun",
+    }
+    if licence := about.licence.get("license_name") or about.licence.get("license"):
+        named["modelspec.license"] = licence
+    if words:
+        named["modelspec.trigger_phrase"] = words
+        named["ss_tag_frequency"] = json.dumps({about.name: {words: 1}})
+    if about.placeholders:
+        named["modelspec.usage_hint"] = usage_hint(about)
+    if about.day:
+        named["modelspec.date"] = about.day
+        midnight = datetime.fromisoformat(about.day).replace(tzinfo=UTC)
+        named["ss_training_started_at"] = int(midnight.timestamp())
+    return {key: str(value) for key, value in named.items()}
+
+
+def webui_words(about: About) -> str | None:
+    """What to write in a WebUI's prompt beside the LoRA: the embedding's name, or what the pictures were called."""
+    if not about.placeholders:
+        return about.settings.get("data.prompt")
+    several = "t5" in about.settings["inversion.encoders"]
+    return Path(webui_file(about.name) if several else embeddings_file(about.name)).stem
+
+
+def usage_hint(about: About) -> str:
+    named = ", ".join(f"{one.name} is {one.text}" for one in about.placeholders)
+    stem = Path(embeddings_file(about.name)).stem
+    return f"diffusers: {named}; ComfyUI: embedding:{stem}; WebUI: {webui_words(about)}"
+
+
+def day_of(seconds: float | None) -> str | None:
+    """The UTC day of a time. A day and no more: exports of equal runs are equal to the byte, and a run that is resumed
+    keeps the day it began."""
+    return None if seconds is None else datetime.fromtimestamp(seconds, UTC).date().isoformat()

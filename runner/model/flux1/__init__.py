@@ -1,0 +1,1 @@
+"""FLUX.1: loading, text encoders, latents, transformer."""

@@ -1,0 +1,1 @@
+"""`fluxrun new`: specs from templates, picture folders, cards and other programs' command lines."""

@@ -1,0 +1,79 @@
+"""`fluxrun new --card`: the settings with which the memory plan says that a run fits. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from runner.base.param_counts import read_shapes
+from runner.core import hardware
+from runner.core.hardware import gpus_here
+from runner.core.humanize import size
+from runner.data.images import Pictures
+from runner.jobs import card_fit, memory
+from runner.jobs.prepare import drafted, plan_of
+from runner.newspec.template import NewError, Values
+from runner.plan.phases import Plan
+from runner.spec.schema import Spec
+
+OPTION = "--card"
+
+
+def card_bytes(asked: str) -> int:
+    """Of "24" (GiB; what is sold as 24 GB), or of the smallest GPU that is here: "auto". Raises NewError."""
+    if asked != "auto":
+        try:
+            gib = float(asked.removesuffix("GiB").removesuffix("GB"))
+        except ValueError:
+            gib = 0.0
+        if not 0 < gib < 10_000:
+            raise NewError(OPTION, f"expected a card's memory in GiB, or auto, got {asked!r}; e.g. --card 24")
+        return int(gib * 2**30)
+    there = gpus_here() or {}
+    usable = [there[name] for number in range(hardware.visible_gpus()) if (name := hardware.seen(str(number))) in there]
+    if not usable:
+        raise NewError(
+            OPTION, "no GPU that nvidia-smi tells of is here; write how much memory it has in GiB, e.g. --card 24"
+        )
+    return min(gpu.total for gpu in usable)
+
+
+def fitting_values(text_with: Callable[[Values], str], file: Path, pictures: Pictures | None, card: int) -> Values:
+    """The values, by dotted key, with which the spec fits a card of so many bytes: none, or the first that suffice of those
+    that `fluxrun plan` names. text_with: the spec's text with given values. Raises NewError, SpecError, PlanError."""
+    spec, plan = _planned(text_with({}), file, pictures)
+    shapes = read_shapes(spec.model.base)
+    if shapes is None:
+        raise NewError(
+            OPTION,
+            f"what {spec.model.base} needs is not known before its configs are on this disk; leave --card out, and see "
+            "`fluxrun plan` when they are",
+        )
+    least, told = _needs(spec, plan), ""
+    if least <= card:
+        return {}
+    for change in card_fit.ways(spec, plan, shapes):
+        values = dict(change.values)
+        if values.get("validate.size") == values.get("data.resolution"):
+            values.pop("validate.size", None)  # its default
+        needs = _needs(*_planned(text_with(values), file, pictures))
+        if needs <= card:
+            return values
+        if needs < least:
+            least, told = needs, f", with {', '.join(change.keys)}"
+    raise NewError(
+        OPTION, f"{size(card)} suffice for no setting: the least that {spec.model.base} needs is {size(least)}{told}"
+    )
+
+
+def _planned(text: str, file: Path, pictures: Pictures | None) -> tuple[Spec, Plan]:
+    spec = drafted(text, file)
+    if spec.train.steps is None:  # memory does not ask how long it is, and epochs would ask for the pictures
+        spec = spec.model_copy(update={"train": spec.train.model_copy(update={"steps": 1000, "epochs": None})})
+    return spec, plan_of(spec, pictures)
+
+
+def _needs(spec: Spec, plan: Plan) -> int:
+    found = memory.most(spec, plan, on_gpu=True)
+    assert found is not None  # its shapes are known
+    return found[0]

@@ -1,0 +1,58 @@
+"""A plan in words and as JSON."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from runner.plan.phases import Encode, Export, Inversion, Joint, Lora, Phase, Plan, Prior, Train
+
+# ---- as a document -------------------------------------------------------------------------------------------------
+
+
+KINDS = {Prior: "prior", Encode: "encode", Joint: "joint", Inversion: "inversion", Lora: "lora", Export: "export"}
+
+
+def describe(phase: Phase) -> dict[str, Any]:
+    """One phase of `fluxrun plan --json`."""
+    parts = phase.trains if isinstance(phase, Train) else ()
+    return {
+        "kind": KINDS[type(phase)],
+        "name": phase.name,
+        "start": phase.start if isinstance(phase, Train) else phase.at,
+        "stop": phase.stop if isinstance(phase, Train) else phase.at,
+        "trains": [
+            {
+                "what": part.what,
+                **({"encoders": list(part.encoders)} if part.encoders else {}),
+                "parameters": part.parameters,
+            }
+            for part in parts
+        ],
+        "resident": list(resident(phase)),
+    }
+
+
+def resident(phase: Phase) -> tuple[str, ...]:
+    """The modules on the device while the phase runs; one after the other in `prior`, `encode` and `export`."""
+    names = {"clip": "text_encoder", "t5": "text_encoder_2"}
+    match phase:
+        case Encode():
+            return (*(names[e] for e in phase.encoders), *(("vae",) if phase.latents else ()))
+        case Joint() | Inversion() | Lora():
+            return ("transformer", *(names[e] for part in phase.trains for e in part.encoders))
+        case Export():
+            return (*(names[e] for e in phase.encoders), "transformer", *(("vae",) if phase.pictures else ()))
+        case Prior():
+            return ("text_encoder", "text_encoder_2", "transformer", "vae")
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    sizes = plan.sizes or {}
+    return {
+        "name": plan.name,
+        "steps": plan.steps,
+        "disk_bytes": plan.disk_bytes,
+        "notes": list(plan.notes),
+        "sizes": [{"width": width, "height": height, "images": count} for (width, height), count in sizes.items()],
+        "phases": [describe(p) for p in plan.phases],
+    }

@@ -1,0 +1,1 @@
+"""`fluxrun check`: everything that can be known before a run starts."""

@@ -1,0 +1,1 @@
+"""The results page, comparisons and tables. Needs no torch."""

@@ -1,0 +1,1 @@
+"""A run's folder: its files, lease, state, index record. Needs no torch."""

@@ -1,0 +1,295 @@
+"""Defaults that depend on other keys, and rules over several keys."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from runner.spec.attention import HALF
+from runner.spec.schema import Inversion, Spec
+from runner.spec.unknown_keys import show
+
+SECRET_KEYS = {
+    "token", "hf_token", "hub_token", "huggingface_token", "access_token", "api_key", "apikey", "wandb_api_key",
+    "password", "secret",
+}  # fmt: skip
+
+
+# Keys whose default is another key's value, as `fill_defaults` says.
+FOLLOWED = {
+    "lora.alpha": "lora.rank",
+    "inversion.lr": "train.lr",
+    "text_lora.alpha": "text_lora.rank",
+    "text_lora.lr": "train.lr",
+    "validate.size": "data.resolution",
+}
+
+
+def follows(key: str, values: Mapping[str, Any]) -> str | None:
+    """The key that `key` has its value from, where nobody set it; `values`: a resolved spec's, by dotted key."""
+    followed = FOLLOWED.get(key, "")
+    return followed if followed in values and values.get(key) == values[followed] else None
+
+
+def fill_defaults(tables: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy with the values that default to another key's. Wrong types are left for the model to refuse."""
+    out = copy.deepcopy(dict(tables))
+
+    def table(name: str) -> dict[str, Any]:
+        inner = out.setdefault(name, {})
+        return inner if isinstance(inner, dict) else {}
+
+    optimizer, train, lora, data = table("optimizer"), table("train"), table("lora"), table("data")
+    optimizer.setdefault("name", "adamw")
+    if isinstance(train.get("weighting"), dict):
+        train["weighting"].setdefault("scheme", "none")
+    train.setdefault("lr", 1.0 if optimizer["name"] == "prodigy" else 1e-4)
+    lora.setdefault("alpha", _float(lora.get("rank", 16)))
+    inversion, validate = table("inversion"), table("validate")
+    if data:
+        drawn = data.get("center_crop") is not True or data.get("random_flip") is True
+        data.setdefault("variants", 4 if drawn else 1)
+    inversion.setdefault("until", 1.0 if lora.get("until") == 0 else 0.5)
+    inversion.setdefault("lr", train["lr"])
+    if isinstance(out.get("text_lora"), dict):
+        text_lora = out["text_lora"]
+        text_lora.setdefault("alpha", _float(text_lora.get("rank", 16)))
+        text_lora.setdefault("lr", train["lr"])
+    if "size" not in validate:
+        resolution = data.get("resolution", 512)
+        validate["size"] = resolution[0] if isinstance(resolution, list) and resolution else resolution
+    for name in ("model", "data", "train"):
+        if not out.get(name) and name not in tables:
+            out.pop(name, None)  # a required table that is not there is one fault, not its keys'
+    return out
+
+
+def drop_unused_inversion(tables: dict[str, Any]) -> None:
+    """Take [inversion] out of a spec that fluxrun wrote where no token learns: a resolved spec states every default, also of
+    what does not apply. Choices that a user made there stay, to be refused; `lr` and `until` were filled in from other keys.
+    """
+    told = tables.get("inversion")
+    if tables.get("tokens") or not isinstance(told, dict):
+        return
+    chosen = {key: value for key, value in told.items() if key not in ("lr", "until")}
+    default = Inversion().model_dump(mode="json", exclude_none=True)
+    if all(default.get(key) == value for key, value in chosen.items()):
+        del tables["inversion"]
+
+
+# Keys whose defaults are other keys' values -> those keys.
+DERIVED: Mapping[str, frozenset[str]] = {
+    "train.lr": frozenset({"optimizer.name"}),
+    "lora.alpha": frozenset({"lora.rank"}),
+    "data.variants": frozenset({"data.center_crop", "data.random_flip"}),
+    "inversion.until": frozenset({"lora.until"}),
+    "inversion.lr": frozenset({"train.lr", "optimizer.name"}),
+    "text_lora.alpha": frozenset({"text_lora.rank"}),
+    "text_lora.lr": frozenset({"train.lr", "optimizer.name"}),
+    "validate.size": frozenset({"data.resolution"}),
+}
+
+
+def is_default(key: str, tables: Mapping[str, Any]) -> bool:
+    """Whether a key of DERIVED has the value that it would have if it were not set."""
+    name, _, last = key.partition(".")
+    own = tables.get(name)
+    if not isinstance(own, Mapping) or last not in own:
+        return True
+    rest = {**tables, name: {other: value for other, value in own.items() if other != last}}
+    return bool(fill_defaults(rest)[name][last] == own[last])
+
+
+def _float(value: Any) -> Any:
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def secrets(tables: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """Keys and values that look like a credential; the value is not shown."""
+    said = "no secret may stand in a spec (not shown); take it out, use the environment variable HF_TOKEN or `hf auth login`"
+    wandb = said.replace("HF_TOKEN or `hf auth login`", "WANDB_API_KEY or `wandb login`")
+    items = tables.items() if isinstance(tables, Mapping) else enumerate(tables) if isinstance(tables, list) else ()
+    for name, value in items:
+        key = f"{path}.{name}" if path else str(name)
+        if (str(name).lower() in SECRET_KEYS and isinstance(value, str)) or (
+            isinstance(value, str) and value.startswith("hf_")
+        ):
+            yield key, wandb if "wandb" in str(name).lower() else said
+        else:
+            yield from secrets(value, key)
+
+
+@dataclass(frozen=True)
+class Broken:
+    """Keys that do not go together. `reads`: all that this was found out from; where one of them is faulty itself,
+    nothing can be said."""
+
+    key: str
+    message: str
+    reads: tuple[str, ...]
+
+
+def broken_rules(spec: Spec, written: Mapping[str, Any]) -> Iterator[Broken]:
+    """`written`: the tables as the user wrote them."""
+    yield from _length(spec)
+    yield from _tokens(spec, written)
+    yield from _evaluation(spec)
+    if spec.model.attention in HALF and spec.model.dtype == "fp32":
+        yield Broken(
+            "model.attention",
+            f'{spec.model.attention} takes bf16 and fp16 alone (model.dtype is fp32); use "native"',
+            ("model.attention", "model.dtype"),
+        )
+    yield from _offload(spec)
+    yield from _selective(spec)
+    yield from _prodigy(spec)
+    yield from _schedule(spec)
+
+
+def _length(spec: Spec) -> Iterator[Broken]:
+    reads = ("train.steps", "train.epochs")
+    if spec.train.steps is None and spec.train.epochs is None:
+        yield Broken("train.steps", "required key is missing; write steps = 1000 (or epochs = 10) below [train]", reads)
+    if spec.train.steps is not None and spec.train.epochs is not None:
+        yield Broken(
+            "train.epochs", f"train.steps is set too (found {spec.train.epochs}); take one of the two out", reads
+        )
+
+
+def _tokens(spec: Spec, written: Mapping[str, Any]) -> Iterator[Broken]:
+    for index, name in _repeated(token.name for token in spec.tokens):
+        key = f"tokens.{index}.name"
+        yield Broken(key, f"another token has this name (found {show(name)}); give each its own", (key,))
+    for index, word in _repeated(token.placeholder for token in spec.tokens):
+        key = f"tokens.{index}.placeholder"
+        said = f"another token has this placeholder (found {show(word)}); give each its own, or take it out of all"
+        yield Broken(key, said, (key,))
+    if not spec.tokens and "inversion" in written:
+        way = "" if spec.text_lora else "add a [[tokens]] table with a name, or "
+        yield Broken("inversion", f"there are no tokens to learn; {way}take [inversion] out", ("inversion", "tokens"))
+    if spec.inversion.encoders not in (("clip",), ("clip", "t5")):
+        yield Broken(
+            "inversion.encoders",
+            f'not a choice of encoders (found {show(list(spec.inversion.encoders))}); allowed are ["clip"] and ["clip", "t5"]',
+            ("inversion.encoders",),
+        )
+    if spec.lora.until == 0 and not spec.tokens and spec.text_lora is None:
+        yield Broken(
+            "lora.until",
+            "nothing is left to train (found 0); raise it, or add a [[tokens]] table for textual inversion",
+            ("lora.until", "tokens", "text_lora"),
+        )
+    if spec.text_lora is not None and spec.tokens:
+        yield Broken(
+            "text_lora",
+            "CLIP cannot learn a LoRA and token rows in one run; take [text_lora] or [[tokens]] out",
+            ("text_lora", "tokens"),
+        )
+
+
+def _repeated(words: Iterable[str | None]) -> Iterator[tuple[int, str]]:
+    """Those that stand further up already, with their positions."""
+    seen: set[str] = set()
+    for index, word in enumerate(words):
+        if word is None:
+            continue
+        if word in seen:
+            yield index, word
+        seen.add(word)
+
+
+def _evaluation(spec: Spec) -> Iterator[Broken]:
+    """What goes by the eval loss wants it to be taken."""
+    ways = []
+    if spec.validation.every is None:
+        ways.append("is only taken every validate.every steps; set that too")
+    if not spec.validation.loss:
+        ways.append("validate.loss = false leaves out; take that out")
+    ruled = [name for name, value in spec.stop.model_dump().items() if value is not None]
+    for key in [f"stop.{name}" for name in ruled] + (["export.best"] if spec.export.best else []):
+        for way in ways:
+            yield Broken(key, f"goes by the eval loss, which {way}", (key, "validate.every", "validate.loss"))
+
+
+def _offload(spec: Spec) -> Iterator[Broken]:
+    own = spec.model
+    if own.offload == "none":
+        return
+    for table, every in (("model", own.gradient_checkpointing), ("inversion", spec.inversion.gradient_checkpointing)):
+        if every == "selective" or (every is not None and every > 1):
+            key = f"{table}.gradient_checkpointing"
+            message = f"blocks that are offloaded are all recomputed (found {show(every)}); take this key out"
+            yield Broken(key, message, (key, "model.offload"))
+    if own.compile:
+        yield Broken(
+            "model.compile",
+            "compiled blocks cannot be offloaded (found true); take this key or model.offload out",
+            ("model.compile", "model.offload"),
+        )
+
+
+def _selective(spec: Spec) -> Iterator[Broken]:
+    for table in ("model", "inversion"):
+        if getattr(spec, table).gradient_checkpointing != "selective":
+            continue
+        key = f"{table}.gradient_checkpointing"
+        if spec.model.compile:
+            yield Broken(
+                key,
+                'compiled blocks are recomputed as a whole (found "selective"); use true, or a number for every n-th',
+                (key, "model.compile"),
+            )
+        if spec.lora.dropout > 0:
+            yield Broken(
+                key,
+                f'dropout would be drawn anew (found "selective", lora.dropout is {spec.lora.dropout:g}); use true, or a number '
+                "for every n-th",
+                (key, "lora.dropout"),
+            )
+
+
+def _prodigy(spec: Spec) -> Iterator[Broken]:
+    if spec.optimizer.name != "prodigy":
+        return
+    own = {
+        "inversion.lr": spec.inversion.lr if spec.tokens else None,
+        "text_lora.lr": spec.text_lora.lr if spec.text_lora else None,
+    }
+    for key, lr in own.items():
+        if lr is not None and lr != spec.train.lr:
+            yield Broken(
+                key,
+                f"Prodigy estimates one step size for everything it trains, so all learning rates are one (found {lr:g}, "
+                f'train.lr is {spec.train.lr:g}); take this key out, or use optimizer.name = "adamw"',
+                (key, "train.lr", "optimizer.name"),
+            )
+
+
+def _schedule(spec: Spec) -> Iterator[Broken]:
+    steps, own = spec.train.steps, spec.schedule
+    if steps is not None and own.warmup > steps:
+        yield Broken(
+            "schedule.warmup",
+            f"longer than the run (found {own.warmup}, train.steps is {steps}); lower it",
+            ("schedule.warmup", "train.steps"),
+        )
+    if own.warmup and own.name == "constant":
+        yield Broken(
+            "schedule.warmup",
+            f'the constant schedule has no warm-up (found {own.warmup}); use schedule.name = "constant_with_warmup"',
+            ("schedule.warmup", "schedule.name"),
+        )
+    if own.cycles != 1 and own.name != "cosine_with_restarts":
+        yield Broken(
+            "schedule.cycles",
+            f'only cosine_with_restarts has cycles (found {own.cycles}); take it out, or use schedule.name = "cosine_with_restarts"',
+            ("schedule.cycles", "schedule.name"),
+        )
+    if own.power != 1 and own.name != "polynomial":
+        yield Broken(
+            "schedule.power",
+            f'only polynomial has a power (found {own.power:g}); take it out, or use schedule.name = "polynomial"',
+            ("schedule.power", "schedule.name"),
+        )

@@ -1,0 +1,194 @@
+"""What a run may be called. A name is the run's folder below the runs folder, NAME, or NAME/VALUES for a run of a sweep; no
+run's folder may hold another's, or be one of the runs folder's own files. No torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from os.path import exists, isfile  # which answer no where a path is too long, and Path's raise
+from pathlib import Path
+
+from runner.core import files
+from runner.spec.export_names import webui_file
+from runner.spec.unknown_keys import show
+
+# What the runs folder and every run's folder hold under fixed names, in lower case: some disks ignore case.
+IN_RUNS_FOLDER = {
+    "cache": "the cache of latents and text embeddings lies there",
+    "index.html": "the results page lies there",
+    "index.jsonl": "the results index lies there",
+}
+IN_RUN_FOLDER = {
+    "spec.toml", "plan.json", "state.json", "lease.json", "pins.json", "inputs.json", "history.jsonl", "run.log", "stop", "checkpoints",
+    "quarantine", "samples", "export",
+}  # fmt: skip
+EVENTS = "events.out."  # TensorBoard's files in a run's folder begin so
+
+OTHER_NAME = "set another `name` in this spec (letters, digits and . _ = , + -)"
+
+# https://learn.microsoft.com/windows/win32/fileio/naming-a-file: device names, with any ending too; no dot at the end
+DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{number}" for port in ("com", "lpt") for number in range(10))}
+
+ASIDE = (
+    len("..") + 7 + len(files.ASIDE)
+)  # bytes of `.FILE.PID.partial` beside the file's own name, a PID of up to 7 digits
+LONGEST_PATH = 4095  # bytes, on Linux
+LONGEST_RUNS_FOLDER = LONGEST_PATH - 255  # with room below it for the cache's files
+
+
+def names_in(runs: Path) -> list[str]:
+    """Names of the runs below a runs folder, sorted (runs of a sweep lie one level deeper)."""
+    found = {*runs.glob("*/spec.toml"), *runs.glob("*/*/spec.toml")}
+    return [path.parent.relative_to(runs).as_posix() for path in sorted(found)]
+
+
+def reserved(name: str) -> str | None:
+    """Why a run of this name would lie among fluxrun's own files, or None."""
+    first, *second = name.lower().split("/")
+    if first in IN_RUNS_FOLDER:
+        return IN_RUNS_FOLDER[first]
+    taken = [part for part in second if part in IN_RUN_FOLDER or part.startswith(EVENTS)]
+    return f"every run's own folder holds {taken[0]!r}" if taken else None
+
+
+def unportable(name: str) -> str | None:
+    """Why Windows could not hold this folder, e.g. when the runs folder is copied there, or None."""
+    for part in name.lower().split("/"):
+        stem = part.partition(".")[0]
+        if stem in DEVICES:
+            return f"Windows keeps {stem!r} for a device"
+        if part.endswith("."):
+            return "Windows drops a . at the end"
+    return None
+
+
+def allowed(text: str) -> str:
+    """The text as one part of a name: what may not stand in one becomes `-`."""
+    found = re.sub(r"[^A-Za-z0-9._=,+-]+", "-", text).lstrip("-.=,+")[:100].rstrip(".-")
+    if not found:
+        return "my-lora"
+    return f"run-{found}" if reserved(found) or unportable(found) else found
+
+
+@dataclass(frozen=True)
+class RunsThere:
+    """The runs below a runs folder. names: by themselves in lower case; inside: one of those that lie in a folder, by that
+    folder's name in lower case; around: the folder of a run that the runs folder itself lies in; file_name_limit: bytes
+    that its disk allows."""
+
+    names: Mapping[str, str]
+    inside: Mapping[str, str]
+    around: Path | None
+    file_name_limit: int
+
+    @classmethod
+    def below(cls, runs: Path) -> RunsThere:
+        names = names_in(runs)
+        inside = {name.partition("/")[0].lower(): name for name in reversed(names) if "/" in name}
+        above = (runs.absolute(), *runs.absolute().parents)
+        around = [path for path in above if all(isfile(path / name) for name in ("plan.json", "spec.toml"))]
+        return cls(
+            {name.lower(): name for name in names}, inside, around[0] if around else None, _file_name_limit(above)
+        )
+
+
+def name_fault(name: str, runs: Path, there: RunsThere, *, swept: bool = False) -> str | None:
+    """Why a run of this name cannot have its folder below `runs`, or None. swept: a sweep gave the name."""
+    outer, _, inner = name.partition("/")
+    found = f"(found {show(f'{outer}/...' if swept else name)})"
+    own = there.names.get(name.lower())
+    way_out = _moving(runs, name) if own == name else OTHER_NAME
+    if why := reserved(name) or (None if own == name else unportable(name)):
+        return f"not a name for a run {found}: {why}; {way_out}"
+    if inner and outer.lower() in there.names:
+        return f"its folder would lie inside that of the run {there.names[outer.lower()]!r} {found}; {way_out}"
+    if not inner and (held := there.inside.get(outer.lower())):
+        return f"its folder holds another run, {held!r} {found}; {OTHER_NAME}, or {_moving(runs, held)}"
+    if own is not None and own != name:
+        return f"the name of the run {own!r} differs in case alone {found}, and some disks ignore case; {way_out}"
+    if there.around:
+        return f"the runs folder {runs} lies inside that of a run, {there.around}; name another one with --runs"
+    return _path_fault(name, runs, there, found)
+
+
+def _moving(runs: Path, name: str) -> str:
+    """How a run that an earlier fluxrun made under this name is kept."""
+    other = allowed(name.replace("/", "-"))
+    return (
+        f"move the run that is there (mv {runs / name} {runs / other}) and set name = {json.dumps(other)} in its spec"
+    )
+
+
+def _file_name_limit(folders: Sequence[Path]) -> int:
+    """Of the disk that the first folder lies on, or will lie on: 255 nearly everywhere, 143 on an encrypted one."""
+    with suppress(OSError):
+        return os.pathconf(next(folder for folder in folders if exists(folder)), "PC_NAME_MAX")
+    return 255
+
+
+def longest_file_name(name: str) -> int:
+    """Bytes of the longest of a run's files, while it is written."""
+    return len(webui_file(name)) + ASIDE
+
+
+def _path_fault(name: str, runs: Path, there: RunsThere, found: str) -> str | None:
+    folder = runs / name
+    if (wanted := longest_file_name(name)) > there.file_name_limit:
+        return (
+            f"its files would have names of {wanted} bytes {found}, and the disk of {runs} allows {there.file_name_limit}; "
+            f"set a shorter `name`, or a runs folder elsewhere with --runs"
+        )
+    length = len(str(folder.absolute()).encode()) + len("/checkpoints/") + max(wanted, 50)  # 50: a checkpoint's name
+    if length > LONGEST_PATH:
+        return (
+            f"the paths of its files would have {length} bytes {found}, and {LONGEST_PATH} are allowed; "
+            "give it a shorter `name`, or a runs folder nearer to the root with --runs"
+        )
+    for path in (folder, folder.parent):
+        if path != runs and exists(path) and not path.is_dir():
+            return f"{path} is a file, where the run's folder would be {found}; {OTHER_NAME}"
+    return None
+
+
+def clashes(named: Sequence[tuple[str, Path, bool]]) -> Iterator[tuple[int, str]]:
+    """(position, message) for runs of one command whose folders would meet. named: name, spec file, and whether a sweep
+    gave the name."""
+    seen: dict[str, tuple[str, Path]] = {}
+    holders: dict[str, tuple[str, Path]] = {}  # folders of two-part names
+    for position, (name, file, swept) in enumerate(named):
+        outer, _, inner = name.partition("/")
+        if inner:
+            holders.setdefault(outer.lower(), (name, file))
+        if name.lower() not in seen:
+            seen[name.lower()] = name, file
+            continue
+        first, where = seen[name.lower()]
+        if swept:
+            yield (
+                position,
+                f"a sweep has this name (found {show(outer)}, also in {where}); give one of the two another `name`",
+            )
+        elif first != name:
+            yield (
+                position,
+                (
+                    f"two names differ in case alone (found {show(name)}, {show(first)} in {where}), and some disks ignore case; "
+                    "give one of them another `name`"
+                ),
+            )
+        else:
+            yield position, f"two runs have this name (found {show(name)}, also in {where}); give each its own"
+    for position, (name, _, _) in enumerate(named):
+        if name.lower() in holders:
+            inside, where = holders[name.lower()]
+            yield (
+                position,
+                (
+                    f"its folder would hold another run's (found {show(name)}, and {show(inside)} in {where}); give one of the two "
+                    "another `name`"
+                ),
+            )

@@ -1,0 +1,70 @@
+"""Where a spec's values were written: file, line and key, through `extends` and `[sweep]`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from runner.core.errors import Fault
+from runner.spec.extends import Places, place_of
+from runner.spec.keys import Where
+from runner.spec.origins import DEFAULT
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a spec came from, so that later checks can point at a line. `places`: of its keys, in the file itself or in
+    one that it extends; `swept`: what [sweep] set; `written`: every dotted key that stands somewhere; `origins`: of a run
+    folder's own spec, what it says of where each value came from."""
+
+    file: Path
+    places: Places
+    swept: Mapping[str, Any] = field(default_factory=dict)
+    written: frozenset[str] = frozenset()
+    origins: Mapping[str, str] = field(default_factory=dict)
+
+    def place(self, key: str) -> tuple[Path, int]:
+        if key in self.swept:
+            where: Where = ("sweep", key) if ("sweep", key) in self.places else ("sweep", *key.split("."))
+        else:
+            where = tuple(int(part) if part.isdigit() else part for part in key.split(".") if part)
+        return place_of(self.places, where) or (self.file, 1)
+
+    def fault(self, key: str, message: str) -> Fault:
+        return Fault(*self.place(key), key, self.relative(key, message))
+
+    def relative(self, key: str, message: str) -> str:
+        """A message about a key that holds a path, with paths as they could stand there."""
+        if key.partition(".")[0] not in ("data", "model", "prior"):
+            return message
+        folder = re.escape(str(self.place(key)[0].parent.resolve()))
+        return re.sub(rf"(?<![\w/.-]){folder}/(?=[\w.])", "", message)
+
+    def origin(self, key: str) -> str:
+        """Where a resolved spec's value came from, in words."""
+        if swept := next((one for one, value in self.swept.items() if key in dotted_keys(value, one)), None):
+            return f"sweep in {self.place(swept)[0]}"
+        if key == "name" and self.swept:
+            return f"sweep in {self.file}"
+        if key in self.origins:
+            return self.origins[key]
+        if key not in self.written:
+            return DEFAULT
+        file, _ = self.place(key)
+        return f"set in {file}" if file == self.file else f"extended from {file}"
+
+
+def dotted_keys(value: Any, prefix: str = "") -> Iterator[str]:
+    """Every key of nested tables and arrays of tables: "lora.rank", "tokens.0.name"."""
+    items: Iterable[tuple[Any, Any]] = ()
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list) and value and all(isinstance(one, dict) for one in value):
+        items = enumerate(value)
+    if prefix:
+        yield prefix
+    for key, inner in items:
+        yield from dotted_keys(inner, f"{prefix}.{key}" if prefix else str(key))

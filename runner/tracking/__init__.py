@@ -1,0 +1,1 @@
+"""Numbers of a run by step: history, TensorBoard, Weights & Biases."""

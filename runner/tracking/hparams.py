@@ -1,0 +1,166 @@
+"""What TensorBoard needs beside the numbers: HParams sessions, the layout of custom scalars, the spec as text. No torch.
+
+All of it stands in one small event file per run, `events.out.tfevents.0.fluxrun`, which is derived from the run folders
+and rewritten whole: so a resume doubles nothing, and a run that failed last night and is done now is shown as done. Its
+name sorts before those of the trainers' own event files, behind whose last one TensorBoard watches for news.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from runner.core import files
+from runner.runs.index import Record, record_of, short_labels, telling
+from runner.runs.run import Run, find_runs
+from runner.runs.state import is_number
+
+FILE = "events.out.tfevents.0.fluxrun"
+FEW = 12  # distinct values that are offered as check boxes
+
+METRICS = (
+    ("eval/loss", "eval loss"),
+    ("run/train_loss", "train loss"),
+    ("run/s_per_step", "s/step"),
+    ("run/peak_memory_GiB", "peak memory, GiB"),
+)
+LAYOUT: Mapping[str, Mapping[str, Sequence[str]]] = {
+    "Losses": {"eval loss": ["eval/loss"], "train loss": ["train/loss"]},
+    "Held-out loss by timestep": {f"sigma 0.{k}": [rf"eval/sigma 0\.{k}"] for k in (1, 3, 5, 7, 9)},
+    "Token rows": {
+        f"{what}, {encoder}": [f"rows/{what} .* {encoder}"] for encoder in ("clip", "t5") for what in ("norm", "drift")
+    },
+    "Going": {
+        "s/step": ["train/step_seconds"],
+        "learning rate": ["lr/.*", "train/lr"],  # the latter by earlier versions: the largest one
+        "gradient norm": ["train/grad_norm"],
+    },
+}
+
+
+def write_board(runs: Path) -> None:
+    """For every run that TensorBoard has something of."""
+    records = _records(runs)
+    keys = telling(records.values())
+    for run in find_runs(runs):
+        if any(path.name != FILE for path in run.folder.glob("events.out.tfevents.*")):
+            _write(run, records, keys)
+
+
+def write_session(run: Run) -> None:
+    """For one run, as it begins; the keys that differ are those of all runs that are there."""
+    records = _records(run.runs)
+    _write(run, records, telling(records.values()))
+
+
+def _records(runs: Path) -> dict[str, Record]:
+    return {run.name: record_of(run) for run in find_runs(runs)}
+
+
+def _write(run: Run, records: Mapping[str, Record], keys: Sequence[str]) -> None:
+    specs = {name: record.spec for name, record in records.items()}
+    content, path = _content(run, specs, keys), run.folder / FILE
+    if not path.is_file() or path.read_bytes() != content:
+        files.write_bytes(path, [content], durable=False)
+
+
+def _content(run: Run, specs: Mapping[str, Mapping[str, Any]], keys: Sequence[str]) -> bytes:
+    from tensorboard.compat.proto import event_pb2
+    from tensorboard.plugins.custom_scalar import metadata as custom_scalar
+    from tensorboard.plugins.hparams import summary_v2 as hp
+    from tensorboard.plugins.text import metadata as text
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    state = run.state()
+    label = dict(zip(specs, short_labels(list(specs)), strict=True))[run.name]
+    began = state.get("started")
+    time = float(began) if isinstance(began, int | float) else 0.0
+    session = {key: _simple(value) for key, value in specs[run.name].items()}
+    buffer = io.BytesIO()
+    writer = RecordWriter(buffer)  # type: ignore[no-untyped-call]
+    writer.write(event_pb2.Event(wall_time=time, file_version="brain.Event:2").SerializeToString())  # type: ignore[no-untyped-call]
+    for summary in (
+        hp.hparams_config_pb(
+            hparams=[hp.HParam(key, _domain(values)) for key, values in _values(specs, keys)],
+            metrics=[hp.Metric(tag, display_name=title) for tag, title in METRICS],
+            time_created_secs=time,
+        ),
+        hp.hparams_pb(session, trial_id=label, start_time_secs=time),
+        *_end(state),
+        _text(custom_scalar.CONFIG_SUMMARY_TAG, custom_scalar.create_summary_metadata(), _layout().SerializeToString()),  # type: ignore[no-untyped-call]
+        _text("spec", text.create_summary_metadata("spec", ""), _as_code(run.spec_file).encode()),  # type: ignore[no-untyped-call]
+    ):
+        event = event_pb2.Event(wall_time=time, step=0, summary=summary)
+        writer.write(event.SerializeToString())  # type: ignore[no-untyped-call]
+    return buffer.getvalue()
+
+
+def _text(tag: str, about: Any, value: bytes) -> Any:
+    """The plugins' own `summary` modules would want TensorFlow."""
+    from tensorboard.compat.proto import summary_pb2, tensor_pb2, types_pb2
+
+    tensor = tensor_pb2.TensorProto(dtype=types_pb2.DT_STRING, string_val=[value])
+    return summary_pb2.Summary(value=[summary_pb2.Summary.Value(tag=tag, metadata=about, tensor=tensor)])
+
+
+def _end(state: Mapping[str, Any]) -> Iterator[Any]:
+    """A run that has not ended has no end; one that is stopped goes on."""
+    from tensorboard.compat.proto import summary_pb2
+    from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
+
+    ends = {"done": api_pb2.STATUS_SUCCESS, "failed": api_pb2.STATUS_FAILURE}
+    if state["state"] in ends:
+        at = state.get("finished", state.get("updated"))
+        info = plugin_data_pb2.SessionEndInfo(
+            status=ends[state["state"]], end_time_secs=float(at) if isinstance(at, int | float) else 0.0
+        )
+        about = metadata.create_summary_metadata(plugin_data_pb2.HParamsPluginData(session_end_info=info))  # type: ignore[no-untyped-call]
+        value = summary_pb2.Summary.Value(
+            tag=metadata.SESSION_END_INFO_TAG, metadata=about, tensor=metadata.NULL_TENSOR
+        )
+        yield summary_pb2.Summary(value=[value])
+
+
+def _values(specs: Mapping[str, Mapping[str, Any]], keys: Sequence[str]) -> Iterator[tuple[str, list[Any]]]:
+    for key in keys:
+        found = [_simple(spec[key]) for spec in specs.values() if key in spec]
+        yield key, sorted(set(found), key=lambda value: (str(type(value)), value))
+
+
+def _domain(values: Sequence[Any]) -> Any:
+    """Check boxes for a few values of one type; None lets TensorBoard ask for an interval or a pattern."""
+    from tensorboard.plugins.hparams import summary_v2 as hp
+
+    same = len({type(value) for value in values}) == 1
+    return hp.Discrete(values) if same and len(values) <= FEW else None
+
+
+def _simple(value: Any) -> bool | float | str:
+    """HParams knows these three."""
+    if isinstance(value, bool | str):
+        return value
+    return float(value) if is_number(value) else str(value)
+
+
+def _layout() -> Any:
+    from tensorboard.plugins.custom_scalar import layout_pb2
+
+    return layout_pb2.Layout(
+        category=[
+            layout_pb2.Category(
+                title=title,
+                chart=[
+                    layout_pb2.Chart(title=name, multiline=layout_pb2.MultilineChartContent(tag=tags))
+                    for name, tags in charts.items()
+                ],
+            )
+            for title, charts in LAYOUT.items()
+        ]
+    )
+
+
+def _as_code(path: Path) -> str:
+    """Markdown that shows a file as it is."""
+    return "".join(f"    {line}\n" for line in path.read_text(encoding="utf-8", errors="replace").splitlines())

@@ -1,0 +1,1 @@
+"""One run, whole: phases, step loop, recorder."""

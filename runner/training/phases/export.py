@@ -1,0 +1,232 @@
+"""The export phase: write the files, read every one back, draw the pictures with stock diffusers, then put all in place."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from runner.base.files import licence, transformer_config
+from runner.cache.store import Cache
+from runner.checkpoint.storage import Checkpoint, Weights
+from runner.core import contact_sheet, files, hub
+from runner.core.command_line import command
+from runner.core.errors import Interrupted
+from runner.core.events import Say
+from runner.data import tokens
+from runner.data.tokens import Placeholder, expand
+from runner.export import formats, pipeline, verify, webui
+from runner.export.about import About, Shapes
+from runner.export.loss_curve import draw_curve
+from runner.export.model_card import CURVE, model_card
+from runner.export.pipeline import Exported
+from runner.model.base import Base
+from runner.model.device import DTYPES, release
+from runner.model.lora import lora_shape, text_lora_shape
+from runner.runs import sample_files
+from runner.runs.run import Run
+from runner.spec import export_names
+from runner.spec.schema import Spec, dump, flat
+from runner.training.encoders import frozen_t5
+from runner.training.model_pool import Shelf
+
+
+@dataclass(frozen=True)
+class Order:
+    """What an export needs to know; the training data is not among it."""
+
+    run: Run
+    spec: Spec
+    base: Base
+    say: Say
+    stop_requested: Callable[[], bool]
+    cache: Cache
+    shelf: Shelf
+
+    @property
+    def placeholders(self) -> tuple[Placeholder, ...]:
+        return tokens.placeholders(self.spec.tokens)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.spec.export.dtype]
+
+
+@dataclass(frozen=True)
+class Delivered:
+    """step: the checkpoint's; errors: of each weight file, the largest; pictures: (prompt, picture)."""
+
+    step: int
+    errors: Mapping[str, float]
+    pictures: Sequence[tuple[str, Image.Image]]
+
+
+def deliver(order: Order, made: Checkpoint | None) -> Delivered:
+    """Make `export/` and `samples/` from a checkpoint; the files in `export/` are the old ones or the new, never mixed.
+
+    Raises BadFile where a file does not give back what was trained; the run is then not done.
+    """
+    run, spec, step = order.run, order.spec, made.step if made else 0
+    weights = made.weights if made else Weights()
+    run.fence()
+    aside = run.export.with_name(f".export{files.ASIDE}")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    shapes = Shapes(
+        lora_shape(spec, order.base) if weights.lora else None,
+        text_lora_shape(spec, order.base) if weights.text_lora else None,
+    )
+    about = _about(order, step)
+    errors = _written(aside, weights, shapes, about, order.dtype)
+    pictures = _verified_pictures(order, step, *_stored(weights, shapes, order.dtype), aside)
+    shown = []
+    for index, (prompt, _) in enumerate(pictures):
+        name = f"samples/{index}.png"
+        files.make_folder(aside / "samples")
+        shutil.copyfile(sample_file(run, step, index), aside / name)
+        shown.append((expand(prompt, order.placeholders), name))
+    points = made.scalars["meters"].get("curve") if made else None
+    if points:
+        files.make_folder(aside / "samples")
+        files.write_png(aside / CURVE, draw_curve(points, f"{spec.name}: training loss, smoothed"))
+    layers = shapes.lora.layers if shapes.lora else ()
+    repo = spec.hub.repo if spec.hub.push and spec.hub.repo and "/" in spec.hub.repo else None
+    card = model_card(about, errors, shown, pipeline.GUIDANCE, repo, layers, bool(points))
+    files.write_text(aside / "README.md", card)
+    run.fence()
+    files.replace_folder(aside, run.export)
+    return Delivered(step, errors, pictures)
+
+
+def sample_file(run: Run, step: int, index: int) -> Path:
+    return run.samples / f"step-{step:06d}-{index}.png"
+
+
+def _about(order: Order, step: int) -> About:
+    own = order.spec.model.base
+    settings = {
+        key: value
+        for key, value in flat(dump(order.spec)).items()
+        if not key.startswith(("data.source", "model.base", "prior.images", "hub", "notify"))
+    }
+    config = transformer_config(own, order.base.folder) or {}
+    return About(
+        order.spec.name, Path(own).name if Path(own).is_dir() else own, step, order.placeholders, settings,
+        licence(own, order.base.folder), export_day(order.run), bool(config.get("guidance_embeds")),
+        version("fluxrun"),
+    )  # fmt: skip
+
+
+def export_day(run: Run) -> str | None:
+    """The day that the files tell: when the run began, or SOURCE_DATE_EPOCH, the convention of repeatable builds."""
+    fixed = os.environ.get("SOURCE_DATE_EPOCH")
+    return webui.day_of(float(fixed) if fixed else run.began())
+
+
+def _stored(weights: Weights, shapes: Shapes, dtype: torch.dtype) -> tuple[Weights, Shapes]:
+    """What diffusers loads of the files."""
+    folded, its_shapes = formats.folded(weights, shapes)
+    return formats.rounded(folded, dtype), its_shapes
+
+
+def _written(folder: Path, weights: Weights, shapes: Shapes, about: About, dtype: torch.dtype) -> dict[str, float]:
+    """Write every weight file and read it back; the largest error of each. Raises BadFile with the layer."""
+    stored, errors = formats.rounded(weights, dtype), {}
+    if weights.lora or weights.text_lora:
+        trained = formats.adapter(formats.rounded(weights, torch.float32), shapes)
+        path, original = folder / formats.LORA_FILE, folder / export_names.kohya_file(about.name)
+        formats.write_lora(path, *_stored(weights, shapes, dtype))
+        errors[path.name] = verify.lora_file(path, trained, dtype)
+        formats.write_kohya(original, stored, shapes, about)
+        errors[original.name] = verify.kohya_file(original, trained, dtype)
+    if weights.rows:
+        formats.write_embeddings(folder, stored, about.name)
+        for path in (folder / export_names.embeddings_file(about.name), folder / export_names.webui_file(about.name)):
+            if path.is_file():
+                errors[path.name] = verify.embeddings(path, weights, dtype)
+    return errors
+
+
+def _verified_pictures(
+    order: Order, step: int, stored: Weights, shapes: Shapes, folder: Path
+) -> list[tuple[str, Image.Image]]:
+    """Load the files as their users will, compare, and draw with what was loaded: before (the base) and after."""
+    own, placeholders, run = order.spec.validation, order.placeholders, order.run
+    shots = sample_files.shots(own.prompts, own.count, order.spec.seed)
+    exported = formats.exported_files(folder, order.spec.name, placeholders)
+    order.say.line("export: reading the files back with diffusers")
+    plain, learned = _read_prompts(order, stored, shapes, exported, [prompt for prompt, _ in shots])
+    transformer = order.shelf.take(order.base)
+    pipe = pipeline.image_pipeline(order.base, transformer, with_vae=bool(shots))
+    size = pipeline.size_of(order.spec)
+    order.say.begin_phase("pictures", 0, 2 * len(shots), "pictures")
+    columns: list[list[Image.Image]] = []
+    for at, reads in ((0, plain), (step, learned)):
+        if columns and exported.lora:
+            pipeline.load_lora(pipe, exported.lora)
+            if shapes.lora:
+                verify.loaded_lora(pipe.transformer, stored.lora, shapes.lora)
+        column = []
+        for index, (read, (_, seed)) in enumerate(zip(reads, shots, strict=True)):
+            column.append(pipeline.draw(pipe, read, seed, steps=own.steps, size=size))
+            run.fence()
+            files.write_png(sample_file(run, at, index), column[-1])
+            order.say.progress(len(columns) * len(shots) + index + 1, 2 * len(shots), "pictures")
+            if order.stop_requested():
+                raise Interrupted("stopped before the exports were complete; the same command goes on")
+        columns.append(column)
+    order.shelf.put(order.base, order.spec.model, transformer)
+    order.say.end_phase()
+    if shots:
+        rows = [(prompt, [before, after]) for (prompt, _), before, after in zip(shots, *columns, strict=True)]
+        run.fence()
+        files.write_png(run.samples / "before-after.png", contact_sheet.sheet(rows, ("before", "after")))
+    return [(prompt, picture) for (prompt, _), picture in zip(shots, columns[1], strict=True)]
+
+
+def _read_prompts(
+    order: Order, stored: Weights, shapes: Shapes, exported: Exported, prompts: Sequence[str]
+) -> tuple[list[pipeline.Read], list[pipeline.Read]]:
+    """The prompts as the base reads them, and with what was learned in the text encoders; that is compared on the way."""
+    length = order.spec.model.max_sequence_length
+    written = [expand(prompt, order.placeholders) for prompt in prompts]
+    live = "t5" in stored.rows  # else T5 reads what it read before the training, and the cache has that
+    pipe = pipeline.text_pipeline(order.base, None, with_t5=live)
+    read = functools.partial(frozen_t5, order.base, order.cache, order.shelf, order.spec)
+    plain = pipeline.read_prompts(pipe, prompts, length, texts=None if live else read(prompts))
+    if exported.embeddings:
+        pipeline.load_embeddings(pipe, exported.embeddings, order.placeholders)
+    verify.loaded_embeddings(pipe, stored, [piece for one in order.placeholders for piece in one.pieces])
+    if exported.lora:
+        pipeline.load_text_lora(pipe, exported.lora)
+    if shapes.text_lora:
+        verify.loaded_lora(pipe.text_encoder, stored.text_lora, shapes.text_lora)
+    learned = pipeline.read_prompts(pipe, written, length, texts=None if live else read(written))
+    del pipe
+    release(order.base.device)
+    return plain, learned
+
+
+def push(order: Order) -> None:
+    """Upload the export folder. What goes wrong is told in the log and in the state, and ends nothing."""
+    own, repo = order.spec.hub, hub.repository(order.spec.hub.repo, order.spec.name)
+    order.say.line(f"export: pushing to {repo}")
+    try:
+        wrong = hub.push(order.run.export, repo, own.private, f"{order.spec.name}, by fluxrun", order.stop_requested)
+    except KeyboardInterrupt:
+        wrong = "interrupted"
+    order.run.fence()
+    if wrong is None:
+        order.run.amend(warning=None)
+        return
+    again = command("export", order.spec.name, "--push", runs=order.run.runs)
+    warning = f"not pushed to {repo} ({wrong}); `{again}` tries again"
+    order.say.line(f"warning: {warning}")
+    order.run.amend(warning=warning)
