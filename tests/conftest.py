@@ -22,7 +22,7 @@ from click.testing import CliRunner
 from runner.engine import supervisor
 
 if TYPE_CHECKING:
-    from runner.training.context import Desk
+    from runner.training.context import RunContext
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tiny base gains nothing from a second thread; the workers need it
@@ -87,12 +87,12 @@ class Inline:
 
     def poll(self) -> list[Any]:
         from runner.core.signals import StopRequest
-        from runner.engine.worker_main import Told, Warm, train_run
+        from runner.engine.worker_main import TrainRequest, WorkerState, train_run
 
-        self.warm = self.warm or Warm()
+        self.warm = self.warm or WorkerState()
         events: list[Any] = []
         with StopRequest() as stop:
-            self.code = train_run(Told(*self.told), self.gpus, events.append, stop, self.warm)
+            self.code = train_run(TrainRequest(*self.told), self.gpus, events.append, stop, self.warm)
         return events
 
     lives = True
@@ -153,20 +153,20 @@ class House:
         )
 
 
-def desk_of(spec: Path) -> Desk:
+def desk_of(spec: Path) -> RunContext:
     """What `fluxrun queue` would set up for this one spec, before the first phase."""
     import torch
 
     from runner.cache.store import Cache
-    from runner.core.events import Say
-    from runner.jobs.prepare import prepare
+    from runner.core.events import EventLog
+    from runner.jobs.prepare import prepare_jobs
     from runner.model import device
     from runner.model.flux1 import loading
-    from runner.training.context import Desk
+    from runner.training.context import RunContext
     from runner.training.distributed import Ranks
 
     loading.quiet()
-    [job] = prepare([spec], spec.parent / "runs", fetch=True, fresh=False)
+    [job] = prepare_jobs([spec], spec.parent / "runs", fetch=True, fresh=False)
     cpu, model = torch.device("cpu"), job.spec.model
     cache, dtype = Cache(spec.parent / "runs" / "cache"), device.resolve_dtype(model.dtype, cpu)
     base = loading.open_base(
@@ -174,7 +174,7 @@ def desk_of(spec: Path) -> Desk:
     )
     assert job.pictures is not None
     (spec.parent / "runs").mkdir(exist_ok=True)  # as the queue does
-    return Desk(job.spec, job.plan, job.pictures, base, cache, Say(), Ranks(), lambda: False)
+    return RunContext(job.spec, job.plan, job.pictures, base, cache, EventLog(), Ranks(), lambda: False)
 
 
 @pytest.fixture(autouse=True)
@@ -218,13 +218,13 @@ def stopping_after(step: int) -> Iterator[None]:
     from runner.training import recorder
 
     reached: list[int] = []
-    report, asked = recorder.Clerk.step, signals.StopRequest.__call__
+    report, asked = recorder.RunRecorder.step, signals.StopRequest.__call__
 
     def reporting(self: Any, one: Any) -> None:
         reached.append(one.number)
         report(self, one)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recorder.Clerk, "step", reporting)
+        patch.setattr(recorder.RunRecorder, "step", reporting)
         patch.setattr(signals.StopRequest, "__call__", lambda self: asked(self) or step in reached)
         yield

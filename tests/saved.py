@@ -14,7 +14,7 @@ from transformers import T5EncoderModel
 
 from runner.model import flow_matching, fused_lora, lora, recomputation
 from runner.model.flux1 import latents, recompute, recompute_t5, text_encoders
-from runner.model.flux1.transformer import Text, predictor
+from runner.model.flux1.transformer import PromptEmbeds, predictor
 
 
 def counted(modules: list[Any], forward: Callable[[], Tensor]) -> int:
@@ -32,7 +32,7 @@ def counted(modules: list[Any], forward: Callable[[], Tensor]) -> int:
             seen[storage._cdata] = storage.nbytes()
         return tensor
 
-    real, init = torch.autograd.graph.saved_tensors_hooks, recomputation.Remade.__init__
+    real, init = torch.autograd.graph.saved_tensors_hooks, recomputation.RecomputedTensor.__init__
 
     def lean_hooks(own_pack: Callable[[Tensor], Any], unpack: Callable[[Any], Tensor]) -> Any:
         def both(tensor: Tensor) -> Any:
@@ -41,7 +41,7 @@ def counted(modules: list[Any], forward: Callable[[], Tensor]) -> int:
 
         return real(both, unpack)
 
-    def remade(self: recomputation.Remade, recipe: recomputation.Recipe, inputs: Sequence[Any]) -> None:
+    def remade(self: recomputation.RecomputedTensor, recipe: recomputation.RecomputeOp, inputs: Sequence[Any]) -> None:
         init(self, recipe, inputs)
         for one in self._inputs:
             if isinstance(one, Tensor):
@@ -49,7 +49,7 @@ def counted(modules: list[Any], forward: Callable[[], Tensor]) -> int:
 
     with pytest.MonkeyPatch.context() as patch, real(pack, lambda tensor: tensor):
         patch.setattr(torch.autograd.graph, "saved_tensors_hooks", lean_hooks)
-        patch.setattr(recomputation.Remade, "__init__", remade)
+        patch.setattr(recomputation.RecomputedTensor, "__init__", remade)
         forward()
     return sum(seen.values())
 
@@ -96,15 +96,15 @@ def transformer(
         with default_dtype(dtype):
             model = FluxTransformer2DModel(**config).requires_grad_(False)
         model.add_adapter(LoraConfig(r=rank, target_modules=layers, init_lora_weights=False), adapter_name=lora.ADAPTER)
-        lora.spare_casts(model, 0.0)
-        fused_lora.fuse(model)
+        lora.skip_dtype_casts(model, 0.0)
+        fused_lora.fuse_linears(model)
         if spared:
-            recompute.spare(model, again=again)
+            recompute.enable_recompute(model, again=again)
         assert {parameter.dtype for parameter in lora.adapter_parameters(model).values()} == {torch.float32}
         predict = predictor(model.train(), 3.5, cpu, dtype)
         noise = torch.randn(images, img, config["in_channels"])
-        noised = flow_matching.Noised(noise, noise, torch.ones(images, 1, 1), torch.ones(images))
-        read = Text(
+        noised = flow_matching.NoisyBatch(noise, noise, torch.ones(images, 1, 1), torch.ones(images))
+        read = PromptEmbeds(
             torch.randn(images, txt, config["joint_attention_dim"], dtype=dtype, requires_grad=states),
             torch.randn(images, config["pooled_projection_dim"], dtype=dtype, requires_grad=pooled),
         )
@@ -124,8 +124,8 @@ def encoder(kind: Any, config: Any, dtype: torch.dtype, captions: int, tokens: i
             model = kind(config).requires_grad_(False).eval()
         table = model.get_input_embeddings()
         rows = torch.nn.Parameter(torch.zeros(2, table.weight.shape[1]))
-        model.set_input_embeddings(text_encoders.Rows(table, table.weight.shape[0] - 2, rows))
+        model.set_input_embeddings(text_encoders.TokenRows(table, table.weight.shape[0] - 2, rows))
         ids = torch.zeros(captions, tokens, dtype=torch.long)
         if kind is T5EncoderModel:
-            recompute_t5.spare(model, plain=False, again=again)
+            recompute_t5.enable_recompute(model, plain=False, again=again)
         return counted([model], lambda: model(ids)[0])

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from runner.base.files import BUILTIN
 from runner.checkpoint import storage
-from runner.jobs.prepare import prepare
+from runner.jobs.prepare import prepare_jobs
 from runner.model.base import Base
 from runner.model.flux1 import loading, text_encoders
 from runner.tracking.history import read_history
@@ -72,7 +72,7 @@ def test_pictures_that_fail_are_told_and_cost_nothing_else(house: House, monkeyp
     def broken(*_: object) -> Any:
         raise torch.cuda.OutOfMemoryError("no memory left")
 
-    monkeypatch.setattr(validation, "draw", broken)
+    monkeypatch.setattr(validation, "draw_samples", broken)
     said = house.fluxrun("queue", house.spec(prompts='prompts = ["a TOK"]\nevery = 2'))
     assert said.code == 0
     assert "a: no pictures at step 2: OutOfMemoryError: no memory left" in said.err
@@ -300,7 +300,7 @@ def test_several_tokens_learn_side_by_side(house: House) -> None:
     assert "- `<s0><s1><s2>` is what the training captions call TOK2" in card
     assert "- `<s3><s4>` is what the training captions call TOK" in card
     assert "trained as diffusers reads them" in card
-    [job] = prepare([spec], house.folder / "runs", fetch=False, fresh=False)
+    [job] = prepare_jobs([spec], house.folder / "runs", fetch=False, fresh=False)
     early = storage.read(house.folder / "runs" / "a" / "checkpoints" / "step-000002.safetensors").weights.rows
     for name in ("clip", "t5"):
         tokenizer, encoder = loading.load_tokenizer(BASE, name), loading.load_encoder(BASE, name)

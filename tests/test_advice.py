@@ -12,10 +12,10 @@ import pytest
 from conftest import House
 from test_check import bare_machine, report
 
-from runner.core.errors import NonFinite
+from runner.core.errors import NonFiniteError
 from runner.engine import supervisor
 from runner.jobs.card_fit import less_memory
-from runner.jobs.prepare import prepare
+from runner.jobs.prepare import prepare_jobs
 from runner.spec.keys import all_keys, models_in
 from runner.spec.loader import load
 from runner.spec.other_trainers import NO_KEY, PROGRAMS
@@ -397,7 +397,7 @@ def test_a_stand_in_base_refuses_no_layers(house: House) -> None:
 def test_less_memory_names_only_what_is_not_set_and_can_be(house: House, model: str, on_gpu: bool) -> None:
     """Each line that it names is set, alone; where the run is said to go on, its training key stays."""
     text = LEAST.replace('tiny"\n', f'tiny"\n{model}')
-    [job] = prepare([house.write("a.toml", text)], house.folder / "runs", fetch=False, fresh=False)
+    [job] = prepare_jobs([house.write("a.toml", text)], house.folder / "runs", fetch=False, fresh=False)
     advice = less_memory(job.spec, on_gpu=on_gpu)
     keeps, _, anew = advice.rpartition("give it another `name` and ")
     lines = [
@@ -413,7 +413,7 @@ def test_less_memory_names_only_what_is_not_set_and_can_be(house: House, model: 
             rest = "\n".join(one for one in rest.split("\n") if not one.startswith("gradient_checkpointing"))
         mended = rest.replace('tiny"\n', f'tiny"\n{name} = {value}\n')
         assert mended != text
-        [other] = prepare(
+        [other] = prepare_jobs(
             [house.write("b.toml", f'name = "a"\n{mended}')], house.folder / "runs", fetch=False, fresh=False
         )
         assert getattr(other.spec.model, name) != getattr(job.spec.model, name)
@@ -488,7 +488,7 @@ def test_a_run_whose_loss_is_no_number_says_what_to_change_and_does_so(house: Ho
 
 
 def test_what_a_failed_run_is_told_to_do_next() -> None:
-    assert NonFinite.code in supervisor.NEXT
+    assert NonFiniteError.code in supervisor.NEXT
     assert "tries again" not in "".join(supervisor.NEXT.values()), "a known failure is met again"
 
 
@@ -518,11 +518,11 @@ class Terminal(io.StringIO):
 
 def test_check_shows_the_line_with_a_caret_on_a_terminal(house: House, monkeypatch: Patch) -> None:
     from runner import cli
-    from runner.jobs.prepare import survey
+    from runner.jobs.prepare import inspect_specs
     from runner.preflight.check import check
 
     spec = house.spec(rank="rnk = 4", resolution="resolution = 992")
-    seen, faults = survey([spec], house.folder / "runs", fetch=True, fresh=False)
+    seen, faults = inspect_specs([spec], house.folder / "runs", fetch=True, fresh=False)
     found = [one for one in check(seen, faults, house.folder / "runs", "cpu") if one.level != "note"]
     for shown in (True, False):
         monkeypatch.setattr("sys.stdout", screen := Terminal() if shown else io.StringIO())

@@ -22,9 +22,9 @@ from runner.model import quantization
 from runner.model.base import Base
 from runner.model.flux1 import loading
 from runner.spec.schema import Data, Spec
-from runner.training import context as desks
+from runner.training import context as contexts
 from runner.training import model_pool
-from runner.training.context import Desk
+from runner.training.context import RunContext
 
 TINY = BUILTIN["builtin:tiny"]
 CPU = torch.device("cpu")
@@ -76,7 +76,7 @@ def test_every_part_of_a_text_key(encoder: str) -> None:
     assert {field.name for field in fields(Entry)} == {"written", "pooling", "length"}
 
 
-def tuned(house: House, **more: str) -> Desk:
+def tuned(house: House, **more: str) -> RunContext:
     return desk_of(house.spec("a", **more))
 
 
@@ -87,8 +87,8 @@ def test_a_run_puts_all_of_them_into_its_text_keys(house: House) -> None:
     lora = {"x.lora_A.weight": torch.ones(2, 2)}
     caption = "a TOK on a hill"
 
-    def key(desk: Desk, encoder: str, weights: Weights | None = None, pooling: str = "diffusers") -> str:
-        return desk.text_key(encoder, caption, pooling, weights or Weights())
+    def key(context: RunContext, encoder: str, weights: Weights | None = None, pooling: str = "diffusers") -> str:
+        return context.text_key(encoder, caption, pooling, weights or Weights())
 
     half = replace(plain, base=replace(plain.base, dtype=torch.bfloat16))
     held = replace(plain, base=replace(plain.base, quantize="int8"))
@@ -130,26 +130,26 @@ def with_length(spec: Spec, length: int) -> Spec:
 
 def test_every_part_of_a_latents_key(house: House) -> None:
     """Pixels, their shape, the VAE, and the dtype that it encodes in: fp32 also where the base is fp16."""
-    desk = tuned(house)
+    context = tuned(house)
     pixels = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
     changed = pixels.copy()
     changed[3, 5, 2] += 1
 
-    def with_dtype(dtype: torch.dtype) -> Desk:
-        return replace(desk, base=replace(desk.base, dtype=dtype))
+    def with_dtype(dtype: torch.dtype) -> RunContext:
+        return replace(context, base=replace(context.base, dtype=dtype))
 
     distinct(
         {
-            "as it is": desk._latent_key(pixels),
-            "one pixel": desk._latent_key(changed),
-            "turned": desk._latent_key(pixels.reshape(6, 4, 3)),
-            "another VAE": replace(desk, prints={"vae": "x"})._latent_key(pixels),
+            "as it is": context._latent_key(pixels),
+            "one pixel": context._latent_key(changed),
+            "turned": context._latent_key(pixels.reshape(6, 4, 3)),
+            "another VAE": replace(context, prints={"vae": "x"})._latent_key(pixels),
             "another dtype": with_dtype(torch.bfloat16)._latent_key(pixels),
         }
     )
-    assert with_dtype(torch.float16)._latent_key(pixels) == desk._latent_key(pixels)
+    assert with_dtype(torch.float16)._latent_key(pixels) == context._latent_key(pixels)
     others = {part: "x" for part in PARTS if part != "vae"}
-    assert replace(desk, prints=others)._latent_key(pixels) == desk._latent_key(pixels)
+    assert replace(context, prints=others)._latent_key(pixels) == context._latent_key(pixels)
 
 
 # ---- the list of a data set's latents ------------------------------------------------------------------------------
@@ -221,7 +221,7 @@ def test_a_data_set_that_only_has_a_name_is_listed_anew(house: House) -> None:
 def test_every_part_of_a_quantised_models_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = Base(TINY, None, CPU, torch.float32, "int8", tmp_path, False)
     monkeypatch.setattr(loading, "weight_files", lambda *_: {})
-    monkeypatch.setattr(quantization, "fill", lambda *told: told[-1])
+    monkeypatch.setattr(quantization, "load_quantized", lambda *told: told[-1])
 
     def kept(base: Base, part: str = "transformer") -> Any:
         return loading.filled(loading.empty_transformer if part == "transformer" else loading.empty_t5, base, part)
@@ -244,7 +244,7 @@ def test_every_part_of_a_quantised_models_key(tmp_path: Path, monkeypatch: pytes
     assert all(path.parent.parent == tmp_path / "quantized" for path in made.values())
     monkeypatch.undo()
     monkeypatch.setattr(loading, "weight_files", lambda *_: {})
-    monkeypatch.setattr(quantization, "fill", lambda *told: told[-1])
+    monkeypatch.setattr(quantization, "load_quantized", lambda *told: told[-1])
     assert kept(replace(base, offload=True)) == kept(base) == made["as it is"]
     assert kept(replace(base, quantize="none")) is None
     assert kept(replace(base, cache=None)) is None
@@ -310,8 +310,8 @@ def test_a_fingerprint_follows_every_file_and_both_its_ends(tmp_path: Path) -> N
 
 
 def test_a_base_is_all_of_its_parts(house: House) -> None:
-    desk = tuned(house)
-    made = {"as it is": desk.base_print}
-    made |= {part: replace(desk, prints={part: "x"}).base_print for part in PARTS}
+    context = tuned(house)
+    made = {"as it is": context.base_print}
+    made |= {part: replace(context, prints={part: "x"}).base_print for part in PARTS}
     distinct(made)
-    assert desks.PARTS_OF_BASE == PARTS
+    assert contexts.PARTS_OF_BASE == PARTS

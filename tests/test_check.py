@@ -135,9 +135,9 @@ def two_unreadable(house: House, _: Patch) -> Path:
 
 def held_out_copy(house: House, _: Patch) -> Path:
     path = house.spec(source='source = "pictures"\nholdout = 1')
-    from runner.jobs.prepare import prepare
+    from runner.jobs.prepare import prepare_jobs
 
-    [job] = prepare([path], house.folder / "runs", fetch=False, fresh=False)
+    [job] = prepare_jobs([path], house.folder / "runs", fetch=False, fresh=False)
     assert job.pictures is not None
     [held] = job.pictures.held
     shutil.copy(held.where, house.folder / "pictures" / "copy.png")
@@ -165,9 +165,9 @@ def other_class(house: House, patch: Patch) -> Path:
 
 def another_run(house: House, _: Patch) -> Path:
     path = house.spec(rank="rank = 8")
-    from runner.jobs.prepare import prepare
+    from runner.jobs.prepare import prepare_jobs
 
-    [job] = prepare([path], house.folder / "runs", fetch=False, fresh=False)
+    [job] = prepare_jobs([path], house.folder / "runs", fetch=False, fresh=False)
     job.run.enlist(job.spec, job.plan, "0.1.0", job.source.origin)
     job.run.give_up()
     return house.spec()
@@ -414,9 +414,9 @@ def test_copies_are_found_by_what_they_show(own_pictures: House) -> None:
 
 def test_a_held_out_picture_that_is_nearly_trained_on(own_pictures: House) -> None:
     path = own_pictures.spec(source='source = "pictures"\nholdout = 1')
-    from runner.jobs.prepare import prepare
+    from runner.jobs.prepare import prepare_jobs
 
-    [job] = prepare([path], own_pictures.folder / "runs", fetch=False, fresh=False)
+    [job] = prepare_jobs([path], own_pictures.folder / "runs", fetch=False, fresh=False)
     assert job.pictures is not None
     [held] = job.pictures.held
     with Image.open(held.where) as image:
@@ -620,7 +620,7 @@ def test_captions_are_counted_as_the_encoders_read_them(tmp_path: Path) -> None:
     """CLIP's vocabulary and merges alone, as FLUX.1-dev has them, and both tokenizer.json, against transformers' own."""
     from transformers import AutoTokenizer
 
-    from runner.preflight.tokenizers import FOLDERS, Reader
+    from runner.preflight.tokenizers import FOLDERS, CaptionReader
 
     tiny = BUILTIN["builtin:tiny"]
     model = json.loads((tiny / "tokenizer" / "tokenizer.json").read_text())["model"]
@@ -633,7 +633,7 @@ def test_captions_are_counted_as_the_encoders_read_them(tmp_path: Path) -> None:
     for folder, encoder in ((tiny, "clip"), (tiny, "t5"), (tmp_path, "clip")):
         theirs = AutoTokenizer.from_pretrained(tiny, subfolder=FOLDERS[encoder])
         theirs.add_tokens(pieces)
-        ours = Reader(folder, encoder)
+        ours = CaptionReader(folder, encoder)
         for caption in captions:
             read = ours.read(caption, pieces, 20)
             ids = theirs(caption).input_ids

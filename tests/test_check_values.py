@@ -231,10 +231,10 @@ def test_a_runs_folder_that_cannot_be_made(house: House) -> None:
 
 
 def test_a_run_that_another_queue_has(house: House) -> None:
-    from runner.jobs.prepare import prepare
+    from runner.jobs.prepare import prepare_jobs
 
     spec = house.spec()
-    [job] = prepare([spec], house.folder / "runs", fetch=False, fresh=False)
+    [job] = prepare_jobs([spec], house.folder / "runs", fetch=False, fresh=False)
     job.run.enlist(job.spec, job.plan, "0", job.source.origin)
     [(level, _, key, message)] = told(house, spec)
     assert (level, key) == ("warning", "name")

@@ -13,16 +13,16 @@ from runner.checkpoint import storage
 from runner.checkpoint.storage import Checkpoint, Weights
 from runner.checkpoint.writer import SPARE, Writer
 from runner.core import files
-from runner.core.errors import Held, Paused
-from runner.core.events import Say
+from runner.core.errors import DiskError, LockHeldError
+from runner.core.events import EventLog
 from runner.plan.build import make_plan
 from runner.plan.phases import Plan
-from runner.runs.checkpoint_files import file_name, steps_in
+from runner.runs.checkpoint_files import checkpoint_name, checkpoint_steps
 from runner.runs.run import Run
 from runner.training.run import best_of, done_already, newest_checkpoint
 
 
-class Heard(Say):
+class Heard(EventLog):
     def __init__(self) -> None:
         super().__init__()
         self.lines: list[str] = []
@@ -37,7 +37,7 @@ def made(step: int, key: str = "key", **meters: object) -> Checkpoint:
 
 def put(run: Run, one: Checkpoint) -> Path:
     files.make_folder(run.checkpoints)
-    path = run.checkpoints / file_name(one.step)
+    path = run.checkpoints / checkpoint_name(one.step)
     storage.write(path, one)
     return path
 
@@ -140,18 +140,18 @@ def test_the_newest_the_best_and_the_ends_of_phases_are_kept(
     for step in range(1, 6):
         own.write(made(step, best_step=1))
     own.close()
-    assert sorted(step for step, _ in steps_in(own.folder)) == wanted
+    assert sorted(step for step, _ in checkpoint_steps(own.folder)) == wanted
 
 
 def test_checkpoints_of_later_steps_are_left_alone(tmp_path: Path) -> None:
     """They are another plan's."""
     own = writer(tmp_path / "checkpoints", 1)
     for step in (8, 9):
-        storage.write(own.folder / file_name(step), made(step))
+        storage.write(own.folder / checkpoint_name(step), made(step))
     for step in (1, 2):
         own.write(made(step))
     own.close()
-    assert sorted(step for step, _ in steps_in(own.folder)) == [2, 8, 9]
+    assert sorted(step for step, _ in checkpoint_steps(own.folder)) == [2, 8, 9]
 
 
 def test_room_for_a_checkpoint_is_its_size_and_something_to_spare(tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_room_for_a_checkpoint_is_its_size_and_something_to_spare(tmp_path: Path
 
     disk = Disk()
     own = writer(tmp_path / "checkpoints", 1, disk=disk)
-    with pytest.raises(Paused, match="no room for the checkpoint of step 1"):
+    with pytest.raises(DiskError, match="no room for the checkpoint of step 1"):
         own.write(made(1))
     assert not list(own.folder.iterdir())
     disk.there += 1
@@ -180,11 +180,11 @@ def test_a_lost_run_gets_no_checkpoint_and_loses_none(tmp_path: Path, at: int) -
     def fence() -> None:
         calls.append(1)
         if len(calls) > 2 + at:
-            raise Held("another's")
+            raise LockHeldError("another's")
 
     own = Writer(files.make_folder(tmp_path / "c"), 1, (), fence, lambda _: None)
     own.write(made(1))
-    with pytest.raises(Held):
+    with pytest.raises(LockHeldError):
         own.write(made(2))
     own.close()
-    assert sorted(step for step, _ in steps_in(own.folder)) == ([1] if at == 0 else [1, 2])
+    assert sorted(step for step, _ in checkpoint_steps(own.folder)) == ([1] if at == 0 else [1, 2])

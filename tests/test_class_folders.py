@@ -18,7 +18,7 @@ from runner.base.files import BUILTIN, identity_of
 from runner.core import locks
 from runner.core.errors import FluxrunError
 from runner.data import class_images
-from runner.training.phases.prior import fill_classes
+from runner.training.phases.prior import prior_phase
 
 PRIOR = '[prior]\nimages = "{images}"\nprompt = "{prompt}"\ncount = {count}\n'
 
@@ -118,7 +118,7 @@ def test_a_folder_that_the_user_filled_serves_every_prompt(house: House) -> None
     specs = spec(house, "a", "a dog"), spec(house, "b", "a photo of a dog")
     assert house.fluxrun("plan", *specs).code == 0
     for path in specs:  # one after the other, neither of which makes any
-        fill_classes(desk_of(path))
+        prior_phase(desk_of(path))
     assert sorted(path.name for path in folder.iterdir()) == [".lock", "dog0.png", "dog1.png"]
     spec(house, "b", "a photo of a dog", count=3)  # this one makes one
     assert house.fluxrun("plan", *specs).code == 2
@@ -177,7 +177,7 @@ def test_a_run_that_finds_the_folder_filled_for_another_prompt_fails(
 ) -> None:
     """By another queue, after this one has looked."""
     path, folder = spec(house, "a", "a circle"), house.folder / "classes"
-    lock = locks.locked
+    lock = locks.hold_lock
 
     @contextmanager
     def late(path: Path, **more: Any) -> Iterator[None]:
@@ -199,7 +199,7 @@ def test_a_run_that_finds_the_folder_filled_for_another_prompt_fails(
 def test_the_first_to_lock_the_folder_has_it(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("runner.training.phases.prior.STEPS", 2)
     first, second = (desk_of(spec(house, name, prompt)) for name, prompt in (("a", "a circle"), ("b", "a star")))
-    fill_classes(first)
+    prior_phase(first)
     note = json.loads((house.folder / "classes" / "fluxrun-prior.json").read_text())
     assert note == {
         "prompt": "a circle", "base": "builtin:tiny", "revision": None,
@@ -207,7 +207,7 @@ def test_the_first_to_lock_the_folder_has_it(house: House, monkeypatch: pytest.M
     }  # fmt: skip
     before = {path.name: path.read_bytes() for path in (house.folder / "classes").iterdir()}
     with pytest.raises(FluxrunError, match="found 'a star', there 'a circle'"):
-        fill_classes(second)
+        prior_phase(second)
     assert {path.name: path.read_bytes() for path in (house.folder / "classes").iterdir()} == before
 
 
@@ -235,7 +235,7 @@ def test_class_images_exchanged_before_they_are_read_are_noticed(house: House, m
         0,
         "a: skipped, done (same spec, data and base; its exports are there)",
     )
-    assert class_images.disagreement(folder, "a dog", identity_of("builtin:tiny", None)) is not None
+    assert class_images.prompt_disagreement(folder, "a dog", identity_of("builtin:tiny", None)) is not None
 
 
 def test_a_place_where_no_class_images_can_be_made_is_told(house: House) -> None:

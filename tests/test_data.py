@@ -16,7 +16,7 @@ from PIL import Image
 from runner.core.errors import FluxrunError
 from runner.data import buckets, sources
 from runner.data.images import DataError, Picture, Pictures, decode, measure, pixels
-from runner.data.sources import Source
+from runner.data.sources import DatasetSource
 
 
 def folder(tmp_path: Path) -> Path:
@@ -31,7 +31,7 @@ def read(text: Path, **more: str | None) -> Pictures:
     facts: dict[str, str | None] = {
         "config": None, "split": "train", "image_column": "image", "caption_column": None, "prompt": None, **more,
     }  # fmt: skip
-    return sources.read(Source(str(text), **facts))  # type: ignore[arg-type]
+    return sources.read_source(DatasetSource(str(text), **facts))  # type: ignore[arg-type]
 
 
 def pairs(found: Pictures) -> list[tuple[str, str]]:
@@ -343,14 +343,14 @@ def test_buckets_are_those_of_diffusers(side: int) -> None:
     for _ in range(300):
         width, height = (int(length) for length in draw.integers(100, 4000, 2))
         at = find_nearest_bucket(height, width, theirs)
-        assert buckets.nearest((width, height), ours) == ours[at]
+        assert buckets.nearest_bucket((width, height), ours) == ours[at]
 
 
 def test_groups_hold_every_picture_once_per_resolution() -> None:
     sizes = [(640, 480), (480, 640), (500, 500), (1000, 100)]
-    assert buckets.group(sizes, (64,), buckets=False) == {(64, 64): (0, 1, 2, 3)}
-    assert buckets.group(sizes, (64, 32), buckets=False) == {(32, 32): (0, 1, 2, 3), (64, 64): (0, 1, 2, 3)}
-    bucketed = buckets.group(sizes, (512,), buckets=True)
+    assert buckets.group_by_bucket(sizes, (64,), buckets=False) == {(64, 64): (0, 1, 2, 3)}
+    assert buckets.group_by_bucket(sizes, (64, 32), buckets=False) == {(32, 32): (0, 1, 2, 3), (64, 64): (0, 1, 2, 3)}
+    bucketed = buckets.group_by_bucket(sizes, (512,), buckets=True)
     assert bucketed == {(448, 592): (1,), (512, 512): (2,), (592, 448): (0,), (720, 368): (3,)}
 
 
@@ -362,7 +362,7 @@ def test_batches_show_every_view_equally_often_and_never_mix_sizes() -> None:
     epochs: dict[tuple[buckets.Size, int], list[int]] = {}
     for step in range(24):  # three cycles of eight, of three pictures each
         for micro in range(2):
-            size, shown = buckets.batch(0, step, micro, images=3, accumulate=2, counts=COUNTS)
+            size, shown = buckets.draw_batch(0, step, micro, images=3, accumulate=2, counts=COUNTS)
             assert len(shown) == 3
             for index, epoch in shown:
                 assert 0 <= index < COUNTS[size]
@@ -376,14 +376,16 @@ def test_batches_show_every_view_equally_often_and_never_mix_sizes() -> None:
 def test_one_size_is_shuffled_epochs_laid_end_to_end() -> None:
     counts = {(64, 64): 9}
     drawn = [
-        buckets.batch(0, step, micro, images=3, accumulate=2, counts=counts) for step in range(21) for micro in range(2)
+        buckets.draw_batch(0, step, micro, images=3, accumulate=2, counts=counts)
+        for step in range(21)
+        for micro in range(2)
     ]
     shown = [index for _, batch in drawn for index, _ in batch]
     epochs = [shown[start : start + 9] for start in range(0, 126, 9)]
     assert all(sorted(epoch) == list(range(9)) for epoch in epochs)
     assert epochs[0] != epochs[1]
-    assert buckets.batch(1, 0, 0, images=9, accumulate=1, counts=counts)[1] != [(index, 0) for index in epochs[0]]
-    other = buckets.batch(0, 0, 0, images=9, accumulate=1, counts=counts, what="class")[1]
+    assert buckets.draw_batch(1, 0, 0, images=9, accumulate=1, counts=counts)[1] != [(index, 0) for index in epochs[0]]
+    other = buckets.draw_batch(0, 0, 0, images=9, accumulate=1, counts=counts, what="class")[1]
     assert other != [(index, 0) for index in epochs[0]]
 
 

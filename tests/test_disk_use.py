@@ -10,9 +10,9 @@ import pytest
 from conftest import House
 
 from runner.core import files
-from runner.core.humanize import size
-from runner.jobs.cache_hits import night_bytes
-from runner.jobs.prepare import prepare
+from runner.core.humanize import format_bytes
+from runner.jobs.cache_hits import queue_bytes
+from runner.jobs.prepare import prepare_jobs
 from runner.plan import disk
 
 MOST = 2  # times what a run leaves: the factor of runner/plan/disk.py
@@ -38,8 +38,8 @@ def test_the_estimate_is_not_below_what_a_run_leaves_and_not_far_above(done: Hou
 
 def test_what_goes_into_the_cache(done: House) -> None:
     left = disk.bytes_in(done.folder / "runs" / "cache")
-    jobs = prepare([done.folder / "a.toml"], done.folder / "other-runs", fetch=False, fresh=False)
-    _, cached = night_bytes(jobs, on_gpu=False)
+    jobs = prepare_jobs([done.folder / "a.toml"], done.folder / "other-runs", fetch=False, fresh=False)
+    _, cached = queue_bytes(jobs, on_gpu=False)
     assert left <= cached <= MOST * left
 
 
@@ -71,13 +71,16 @@ def test_plan_check_and_queue_say_the_same(house: House, monkeypatch: pytest.Mon
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9, free))
     [error] = notes(house, spec)
     assert error.startswith("disk: the night wants about ")
-    assert f"({size(wanted)} in 1 run folder, " in error
+    assert f"({format_bytes(wanted)} in 1 run folder, " in error
     assert "16 MiB to spare beside a checkpoint), and runs has room for" in error
 
     monkeypatch.setattr(type(files.DISK), "free", lambda *_: wanted + disk.SPARE // 2)
     said = house.fluxrun("queue", spec, "--no-check")
     assert said.code == 3
-    assert f"a: paused: the run wants about {size(free)}, 16 MiB of them to spare, and runs/a has room for" in said.err
+    assert (
+        f"a: paused: the run wants about {format_bytes(free)}, 16 MiB of them to spare, and runs/a has room for"
+        in said.err
+    )
 
 
 def test_quantised_weights_are_kept_in_the_cache(house: House) -> None:

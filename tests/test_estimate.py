@@ -18,11 +18,11 @@ from test_check import gpu
 from runner.base import param_counts
 from runner.base.files import BUILTIN
 from runner.base.layers import FLUX1, linear_layers, lora_layers
-from runner.base.param_counts import CLIP, T5, read_shapes
+from runner.base.param_counts import CLIP, T5, read_base_configs
 from runner.core import hardware, humanize
 from runner.jobs import activation_memory, card_fit, memory, timing, timing_store
-from runner.jobs.activation_memory import Batch, Learning, Width
-from runner.jobs.prepare import prepare
+from runner.jobs.activation_memory import BatchShape, ByteWidths, TrainableLayers
+from runner.jobs.prepare import prepare_jobs
 from runner.plan.phases import Plan
 from runner.preflight.base_files import check_base
 from runner.spec.schema import Spec
@@ -38,7 +38,7 @@ WIDE: dict[str, Any] = {**FLUX1, "num_layers": 2, "num_single_layers": 3, "guida
 def planned(house: House, base: str = DEV, more: str = "", **changes: str) -> tuple[Spec, Plan]:
     path = house.spec(base=f'base = "{base}"', **changes)
     path.write_text(path.read_text() + more)
-    [job] = prepare([path], house.folder / "runs", fetch=False, fresh=False)
+    [job] = prepare_jobs([path], house.folder / "runs", fetch=False, fresh=False)
     return job.spec, job.plan
 
 
@@ -46,7 +46,7 @@ def planned(house: House, base: str = DEV, more: str = "", **changes: str) -> tu
 
 
 def test_the_parts_hold_as_many_numbers_as_their_files() -> None:
-    shapes = read_shapes("builtin:tiny")
+    shapes = read_base_configs("builtin:tiny")
     assert shapes is not None
     told, counted = check_base(BUILTIN["builtin:tiny"], None)
     assert not told
@@ -54,11 +54,11 @@ def test_the_parts_hold_as_many_numbers_as_their_files() -> None:
 
 
 def test_flux_holds_as_many_as_its_published_files() -> None:
-    shapes = read_shapes(DEV)
+    shapes = read_base_configs(DEV)
     assert shapes is not None
     found = {part: sum(numbers) for part, numbers in shapes.numbers.items()}
     assert found == {**param_counts.FLUX1_PARTS, "transformer": 11_901_408_320}
-    assert read_shapes("some/model") is None
+    assert read_base_configs("some/model") is None
 
 
 # ---- activations -----------------------------------------------------------------------------------------------------
@@ -80,15 +80,15 @@ def test_the_transformer_saves_what_the_formula_says(
     config: dict[str, Any], dtype: torch.dtype, images: int, img: int, txt: int, rank: int, layers: str
 ) -> None:
     chosen = lora_layers(linear_layers(config), layers)
-    width = Width(4, 4) if dtype == torch.float32 else Width(2, 4)
+    width = ByteWidths(4, 4) if dtype == torch.float32 else ByteWidths(2, 4)
     ways = (
         (False, False),
         (True, False),
         (True, True),
     )  # of blocks: diffusers', lean, lean that make projections again
     for pooled, states, (lean, again) in itertools.product((False, True), (False, True), ways):
-        what = Learning(chosen, rank, False, pooled, states)
-        batch = Batch(images, img, txt)
+        what = TrainableLayers(chosen, rank, False, pooled, states)
+        batch = BatchShape(images, img, txt)
         told = activation_memory.transformer_saved(config, batch, width, what, (), lean=lean, selective=again)
         real = transformer(
             config, list(chosen), rank, dtype, images, img, txt, pooled=pooled, states=states, spared=lean, again=again
@@ -98,13 +98,13 @@ def test_the_transformer_saves_what_the_formula_says(
 
 def test_nothing_is_saved_before_the_first_thing_that_learns() -> None:
     last = {"single_transformer_blocks.5.attn.to_q": (512, 512)}
-    batch, width = Batch(1, 256, 128), Width(4, 4)
+    batch, width = BatchShape(1, 256, 128), ByteWidths(4, 4)
     told = activation_memory.transformer_saved(
-        NARROW, batch, width, Learning(last, 4, False, False, False), (), lean=False
+        NARROW, batch, width, TrainableLayers(last, 4, False, False, False), (), lean=False
     )
     real = transformer(NARROW, list(last), 4, torch.float32, 1, 256, 128, pooled=False, states=False)
     every = activation_memory.transformer_saved(
-        NARROW, batch, width, Learning(lora_layers(linear_layers(NARROW), "attention"), 4, False, False, False), (),
+        NARROW, batch, width, TrainableLayers(lora_layers(linear_layers(NARROW), "attention"), 4, False, False, False), (),
         lean=False,
     )  # fmt: skip
     assert told == pytest.approx(real, rel=0.05)
@@ -113,8 +113,8 @@ def test_nothing_is_saved_before_the_first_thing_that_learns() -> None:
 
 def test_checkpointing_keeps_the_blocks_inputs_and_one_block() -> None:
     chosen = lora_layers(linear_layers(FLUX1), "attention")
-    what = Learning(chosen, 16, False, False, False)
-    batch, width = Batch(1, 4096, 512), Width(2, 4)
+    what = TrainableLayers(chosen, 16, False, False, False)
+    batch, width = BatchShape(1, 4096, 512), ByteWidths(2, 4)
     whole = activation_memory.transformer_saved(FLUX1, batch, width, what, (), lean=False)
     kept = activation_memory.transformer_saved(FLUX1, batch, width, what, range(56), lean=False)
     inputs = 57 * 4608 * 3072 * 2
@@ -335,12 +335,15 @@ def test_too_little_for_the_estimate_is_a_warning_with_a_way_out(house: House, m
 def test_a_change_that_suffices_is_named(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     changes = {"batch_size": "batch_size = 64", "resolution": "resolution = 512"}
     spec, plan = planned(house, "builtin:tiny", **changes)
-    shapes = read_shapes("builtin:tiny")
+    shapes = read_base_configs("builtin:tiny")
     assert shapes is not None
     first = next(card_fit.ways(spec, plan, shapes))
     free = first.needs // 2**20 + 1
     [one] = told(house, monkeypatch, free, card=free + 100, **changes)
-    assert f"set train.batch_size = 1, train.accumulate = 64 ({humanize.size(first.needs)}); `fluxrun" in one["message"]
+    assert (
+        f"set train.batch_size = 1, train.accumulate = 64 ({humanize.format_bytes(first.needs)}); `fluxrun"
+        in one["message"]
+    )
 
 
 def test_enough_is_not_worth_a_word(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -352,7 +355,7 @@ def test_enough_is_not_worth_a_word(house: House, monkeypatch: pytest.MonkeyPatc
 
 def test_a_new_runs_folder_knows_what_this_machine_took(house: House) -> None:
     assert house.fluxrun("queue", house.spec("a"), "--gpus", "cpu").code == 0
-    assert timing_store.book() == Path(os.environ["XDG_CACHE_HOME"]) / "fluxrun" / "pace.json"
+    assert timing_store.store_path() == Path(os.environ["XDG_CACHE_HOME"]) / "fluxrun" / "pace.json"
     elsewhere = house.folder / "other-runs"
     path, larger = house.spec("b"), house.spec("c", batch_size="batch_size = 4")
     once, twice = (
@@ -368,41 +371,41 @@ def test_a_new_runs_folder_knows_what_this_machine_took(house: House) -> None:
 def test_check_step_is_remembered(house: House) -> None:
     path = house.spec()
     assert house.fluxrun("check", path, "--step", "--gpus", "cpu").code == 0
-    [job] = prepare([path], house.folder / "runs", fetch=False, fresh=False)
-    [own] = timing.times([job], house.folder / "runs", on_gpu=False)
+    [job] = prepare_jobs([path], house.folder / "runs", fetch=False, fresh=False)
+    [own] = timing.estimate_times([job], house.folder / "runs", on_gpu=False)
     assert own.s_per_step
     assert own.peak
-    [own] = timing.times([job], house.folder / "runs", on_gpu=True)  # another device
+    [own] = timing.estimate_times([job], house.folder / "runs", on_gpu=True)  # another device
     assert own.s_per_step is None
 
 
 def test_several_resolutions_take_turns(house: House) -> None:
     for side, seconds in ((64, 1.0), (128, 4.0)):
-        [job] = prepare(
+        [job] = prepare_jobs(
             [house.spec("a", resolution=f"resolution = {side}")], house.folder / "runs", fetch=False, fresh=False
         )
         tables = timing.dump(job.spec)
         device, base = hardware.device_name(on_gpu=False), timing_store.base_name("builtin:tiny")
-        timing_store.keep(
+        timing_store.store(
             {timing.book_key(device, base, tables, side): {"images": 2, "s_per_step": seconds, "beside": 1.0}}
         )
-    jobs = prepare(
+    jobs = prepare_jobs(
         [house.spec("b", resolution="resolution = [64, 128]")], house.folder / "runs", fetch=False, fresh=False
     )
-    [own] = timing.times(jobs, house.folder / "runs", on_gpu=False)
+    [own] = timing.estimate_times(jobs, house.folder / "runs", on_gpu=False)
     assert own.s_per_step == 2.5
 
 
 @pytest.mark.parametrize("content", ["{", '{"format": 1, "entries": {"x": [{"images": 1}]}}', '{"format": 9}', "[]"])
 def test_a_book_that_is_none_is_done_without(house: House, content: str) -> None:
-    timing_store.book().parent.mkdir(parents=True)
-    timing_store.book().write_text(content)
-    assert not any(timing_store.read().values())
-    timing_store.keep({"key": {"images": 1, "s_per_step": 1.0, "beside": 0.0}})
-    assert timing_store.read()["key"][0]["s_per_step"] == 1.0
+    timing_store.store_path().parent.mkdir(parents=True)
+    timing_store.store_path().write_text(content)
+    assert not any(timing_store.read_entries().values())
+    timing_store.store({"key": {"images": 1, "s_per_step": 1.0, "beside": 0.0}})
+    assert timing_store.read_entries()["key"][0]["s_per_step"] == 1.0
 
 
 def test_a_folder_that_cannot_be_written_is_no_fault(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(house.write("a-file", "")))
-    timing_store.keep({"key": {"images": 1, "s_per_step": 1.0, "beside": 0.0}})
-    assert timing_store.read() == {}
+    timing_store.store({"key": {"images": 1, "s_per_step": 1.0, "beside": 0.0}})
+    assert timing_store.read_entries() == {}

@@ -191,4 +191,4 @@ def test_a_placeholder_that_the_base_has_already(house: House) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(base, subfolder="tokenizer")
     with pytest.raises(FluxrunError, match=r"has <s1> already, .* give the token another tokens.placeholder"):
-        text_encoders.attach_rows(None, tokenizer, ["<s0>", "<s1>"], torch.nn.Parameter(torch.zeros(2, 8)))
+        text_encoders.attach_token_rows(None, tokenizer, ["<s0>", "<s1>"], torch.nn.Parameter(torch.zeros(2, 8)))

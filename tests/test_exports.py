@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from runner.base.files import BUILTIN, licence
 from runner.checkpoint.storage import Weights, read
 from runner.core import locks, safetensors
-from runner.core.errors import BadFile
+from runner.core.errors import BadFileError
 from runner.data import tokens
 from runner.export import formats, pipeline, verify
 from runner.model import base, tensors
@@ -104,12 +104,12 @@ def test_a_wrong_value_in_the_lora_file_is_found_by_its_layer(done: House, train
     pipe = pipeline.image_pipeline(BASE, loading.load_transformer(BASE))
     pipeline.load_lora(pipe, file)
     verify.loaded_lora(pipe.transformer, stored.lora, shape)  # as it is, it passes
-    with pytest.raises(BadFile, match="reads back with scale 1.0, trained was 2.0"):
+    with pytest.raises(BadFileError, match="reads back with scale 1.0, trained was 2.0"):
         verify.loaded_lora(pipe.transformer, stored.lora, LoraShape(4, 8.0, 0.0, shape.layers))
     changed = dict(stored.lora)
     name = next(iter(changed))
     changed[name] = changed[name] * (1 + 2**-7)  # the last bit of bf16
-    with pytest.raises(BadFile, match=name.replace(".", r"\.")):
+    with pytest.raises(BadFileError, match=name.replace(".", r"\.")):
         verify.loaded_lora(pipe.transformer, changed, shape)
 
 
@@ -119,10 +119,10 @@ def test_a_wrong_row_is_found_by_its_encoder(done: House, trained: Weights, tmp_
     rows = load_file(done.folder / "runs" / "a" / "export" / "a_emb.safetensors")
     rows["t5"][1, 3] *= 1 + 2**-7
     tensors.save(tmp_path / "bad.safetensors", rows, {})
-    pipe = pipeline.text_pipeline(BASE, pipeline.Exported(None, tmp_path / "bad.safetensors", known))
-    with pytest.raises(BadFile, match="t5 embeddings read back in diffusers with other values"):
+    pipe = pipeline.text_pipeline(BASE, pipeline.ExportedFiles(None, tmp_path / "bad.safetensors", known))
+    with pytest.raises(BadFileError, match="t5 embeddings read back in diffusers with other values"):
         verify.loaded_embeddings(pipe, stored, ["<s0>", "<s1>"])
-    with pytest.raises(BadFile, match=r"bad.safetensors: t5 holds other rows than were learned"):
+    with pytest.raises(BadFileError, match=r"bad.safetensors: t5 holds other rows than were learned"):
         verify.embeddings(tmp_path / "bad.safetensors", trained, torch.bfloat16)
 
 
@@ -171,9 +171,9 @@ def test_the_original_layout_draws_the_runs_picture(done: House, monkeypatch: py
     diffusers_reads_kohya(monkeypatch, 128)
     run = done.folder / "runs" / "a"
     known = tokens.placeholders([Token(name="TOK")])
-    exported = pipeline.Exported(run / "export" / "a.safetensors", run / "export" / "a_emb.safetensors", known)
+    exported = pipeline.ExportedFiles(run / "export" / "a.safetensors", run / "export" / "a_emb.safetensors", known)
     shots = [("a TOK on a white background", 0)]
-    [picture] = pipeline.sample(BASE, exported, shots, length=32, steps=2, size=64)
+    [picture] = pipeline.draw_samples(BASE, exported, shots, length=32, steps=2, size=64)
     with Image.open(run / "samples" / "step-000006-0.png") as own:
         assert np.abs(np.asarray(own).astype(int) - np.asarray(picture)).max() <= 1
 
@@ -288,7 +288,7 @@ def test_export_tells_what_is_missing(mine: House) -> None:
     shutil.rmtree(mine.folder / "runs" / "a" / "checkpoints")
     said = mine.fluxrun("export", "a")
     assert "runs/a/checkpoints: no checkpoint to export" in said.err
-    with locks.locked(mine.folder / "runs" / "a" / ".lock"):
+    with locks.hold_lock(mine.folder / "runs" / "a" / ".lock"):
         said = mine.fluxrun("export", "a")
     assert f"process {os.getpid()} is working on it; wait for it, or stop it" in said.err
 

@@ -10,7 +10,7 @@ from conftest import PICTURES, House
 
 from runner.cli.excerpts import excerpts
 from runner.core.errors import Fault, SpecError
-from runner.jobs.prepare import prepare
+from runner.jobs.prepare import prepare_jobs
 from runner.runs.run import read_spec
 from runner.spec.loader import Loaded, load
 from runner.spec.schema import dump
@@ -94,11 +94,11 @@ def test_an_inherited_sweep_points_at_its_file_too(tmp_path: Path) -> None:
 def test_an_inherited_path_is_relative_to_where_it_is_written(tmp_path: Path) -> None:
     path = files(tmp_path, OWN.replace("ABC", "TOK"))
     (tmp_path / "shared" / "pictures").symlink_to(PICTURES)
-    [job] = prepare([path], tmp_path / "runs", fetch=False, fresh=False)
+    [job] = prepare_jobs([path], tmp_path / "runs", fetch=False, fresh=False)
     assert job.spec.data.source == str(PICTURES)
     own = path.read_text() + '[data]\nsource = "shared/pictures"\n'
     path.write_text(own)
-    [job] = prepare([path], tmp_path / "runs", fetch=False, fresh=False)
+    [job] = prepare_jobs([path], tmp_path / "runs", fetch=False, fresh=False)
     assert job.spec.data.source == str(PICTURES)
 
 
@@ -142,7 +142,7 @@ def test_the_resolved_spec_tells_where_each_value_came_from(tmp_path: Path) -> N
     own = OWN.replace("ABC", "TOK") + '[validate]\nprompts = ["a # TOK"]\n[sweep]\n"train.lr" = [0.5]\n'
     path = files(tmp_path, own)
     (tmp_path / "shared" / "pictures").symlink_to(PICTURES)
-    [job] = prepare([path], tmp_path / "runs", fetch=False, fresh=False)
+    [job] = prepare_jobs([path], tmp_path / "runs", fetch=False, fresh=False)
     job.run.enlist(job.spec, job.plan, "0.1.0", job.source.origin)
     text = job.run.spec_file.read_text()
     assert read_spec(job.run.spec_file) == job.spec

@@ -16,7 +16,7 @@ from conftest import House, export_bytes
 from trainers import Attempt, trainers
 
 from runner.core import files
-from runner.core.errors import Code
+from runner.core.errors import ExitCode
 from runner.core.process_identity import Process
 from runner.runs.run import FORMAT, Run
 
@@ -154,16 +154,16 @@ def before_it_is_done(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def during_a_look(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from runner.training.validation import Look
+    from runner.training.validation import Validator
 
-    real = Look.at.__func__  # type: ignore[attr-defined]
+    real = Validator.at.__func__  # type: ignore[attr-defined]
 
     def at(cls: Any, *arguments: Any) -> Any:
         found = real(cls, *arguments)
         taken(run)
         return found
 
-    monkeypatch.setattr(Look, "at", classmethod(at))
+    monkeypatch.setattr(Validator, "at", classmethod(at))
 
 
 def while_a_checkpoint_is_read_back(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,7 +213,9 @@ def test_a_run_that_is_taken_over_is_left_as_it_is(
     assert set(seen[0]) <= set(after)
 
 
-@pytest.mark.parametrize("code", [Code.CRASHED, Code.FAILED, Code.MEMORY, Code.DISK, Code.STOPPED, -9])
+@pytest.mark.parametrize(
+    "code", [ExitCode.CRASHED, ExitCode.FAILED, ExitCode.MEMORY, ExitCode.DISK, ExitCode.STOPPED, -9]
+)
 def test_a_queue_writes_nothing_into_a_run_that_another_has(house: House, code: int) -> None:
     """Its trainer ends, however it does, after another host took the run: no state, no lease, no other attempt."""
     run = Run(house.folder / "runs", "a")
@@ -243,7 +245,7 @@ def test_a_run_that_waits_and_is_taken_by_another_is_left_alone(house: House) ->
         at.append(contents(run))
 
     specs = [house.spec(name) for name in "ab"]
-    with trainers({"a": [Attempt(Code.FAILED, "why", then=then)]}) as told:
+    with trainers({"a": [Attempt(ExitCode.FAILED, "why", then=then)]}) as told:
         assert house.fluxrun("queue", *specs, "--no-check", "--gpus", "cpu", "--fail-fast").code == 1
     assert told == ["a begins"]
     assert contents(run) == at[0]

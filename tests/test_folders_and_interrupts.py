@@ -23,8 +23,8 @@ from runner import cli
 from runner.cli import main
 from runner.core import files
 from runner.core.process_identity import Process, _boot, _started
-from runner.jobs.prepare import prepare
-from runner.jobs.timing import times
+from runner.jobs.prepare import prepare_jobs
+from runner.jobs.timing import estimate_times
 
 READERS = (
     ["status"], ["status", "--watch"], ["status", "--json"], ["results"], ["results", "--csv"], ["compare", "a", "b"],
@@ -99,7 +99,7 @@ def queue() -> Iterator[Process]:
 def held(house: House, queue: Process, state: str, **facts: Any) -> Path:
     """A spec whose run this queue has."""
     spec = house.spec("a")
-    [job] = prepare([spec], house.folder / "runs", fetch=False, fresh=False)
+    [job] = prepare_jobs([spec], house.folder / "runs", fetch=False, fresh=False)
     job.run.enlist(job.spec, job.plan, "0", job.source.origin)
     job.run.write_state(state, **facts)
     files.write_json(job.run.lease_file, {"format": 1, "attempt": 1, "holder": queue.as_json()})
@@ -113,8 +113,8 @@ def test_the_plan_of_a_run_that_is_running(house: House, queue: Process) -> None
     assert house.fluxrun("plan", spec).out.splitlines()[0] == f"a  ({spec})  running: {reason}"
     [run] = json.loads(house.fluxrun("plan", spec, "--json").out)["runs"]
     assert (run["state"], run["reason"]) == ("running", reason)
-    [job] = prepare([spec], house.folder / "runs", fetch=False, fresh=False)
-    assert times([job], house.folder / "runs")[0].left == 3
+    [job] = prepare_jobs([spec], house.folder / "runs", fetch=False, fresh=False)
+    assert estimate_times([job], house.folder / "runs")[0].left == 3
 
 
 def test_the_plan_of_a_run_that_waits_in_a_queue(house: House, queue: Process) -> None:
@@ -127,10 +127,10 @@ def test_the_picture_of_a_night_that_goes_on(house: House, queue: Process) -> No
     from runner.cli import plan_view
 
     spec = held(house, queue, "running", step=3)
-    jobs = prepare([spec], house.folder / "runs", fetch=False, fresh=False)
+    jobs = prepare_jobs([spec], house.folder / "runs", fetch=False, fresh=False)
     console = Console(width=120)
     with console.capture() as shown:
-        plan_view.draw(console, jobs, times(jobs, house.folder / "runs"), {}, time.time())
+        plan_view.draw(console, jobs, estimate_times(jobs, house.folder / "runs"), {}, time.time())
     assert f"running: process {queue.pid}" in shown.get()
     assert "3 of 6" in shown.get()
 

@@ -17,7 +17,7 @@ from safetensors.torch import save_file as save
 from test_layouts import CONFIG, differs
 from torch import Tensor
 
-from runner.core.errors import BadFile
+from runner.core.errors import BadFileError
 from runner.export import convert
 from runner.export.lora_layouts import Adapter
 
@@ -364,5 +364,5 @@ def test_nothing_of_a_lora_goes_unread(tmp_path: Path) -> None:
     """Were a key passed over, the change would be another one: every key of a file is read, or told."""
     tensors, _ = LAYOUTS["OneTrainer"]
     save_file({**tensors, "what.is.this": torch.ones(1)}, tmp_path / "x.safetensors")
-    with pytest.raises(BadFile, match=r"no layer of FLUX.1 \(1 key: what.is.this\)"):
+    with pytest.raises(BadFileError, match=r"no layer of FLUX.1 \(1 key: what.is.this\)"):
         convert.convert(tmp_path / "x.safetensors", "kohya", None)

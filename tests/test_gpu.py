@@ -10,16 +10,16 @@ from conftest import House
 
 from runner.cache.store import Cache
 from runner.checkpoint.storage import Weights
-from runner.core.events import Say
-from runner.jobs.prepare import prepare
+from runner.core.events import EventLog
+from runner.jobs.prepare import prepare_jobs
 from runner.model import device
 from runner.model.flux1 import loading
 from runner.plan.phases import Encode
-from runner.training.context import Desk
+from runner.training.context import RunContext
 from runner.training.distributed import Ranks
 from runner.training.objective import FlowObjective
 from runner.training.phases import train
-from runner.training.phases.encode import encode
+from runner.training.phases.encode import encode_phase
 
 pytestmark = [
     pytest.mark.gpu,
@@ -27,14 +27,16 @@ pytestmark = [
 ]
 
 
-def desk_on_gpu(spec: Path) -> Desk:
+def desk_on_gpu(spec: Path) -> RunContext:
     loading.quiet()
-    [job] = prepare([spec], spec.parent / "runs", fetch=True, fresh=False)
-    where, own = device.choose("0"), job.spec.model
-    device.prepare(where, tf32=own.tf32)
+    [job] = prepare_jobs([spec], spec.parent / "runs", fetch=True, fresh=False)
+    where, own = device.choose_device("0"), job.spec.model
+    device.prepare_device(where, tf32=own.tf32)
     base = loading.open_base(own.base, own.revision, own.variant, where, device.resolve_dtype(own.dtype, where))
     assert job.pictures is not None
-    return Desk(job.spec, job.plan, job.pictures, base, Cache(spec.parent / "cache"), Say(), Ranks(), lambda: False)
+    return RunContext(
+        job.spec, job.plan, job.pictures, base, Cache(spec.parent / "cache"), EventLog(), Ranks(), lambda: False
+    )
 
 
 def exports(house: House, runs: str) -> dict[str, bytes]:
@@ -45,15 +47,15 @@ def exports(house: House, runs: str) -> dict[str, bytes]:
 @pytest.mark.parametrize("phase_name", ["joint", "lora"])
 def test_a_step_waits_for_the_device_only_where_its_numbers_are_read(house: House, phase_name: str) -> None:
     """Forward, backward, clip and optimizer step run without a single host-device synchronisation."""
-    desk = desk_on_gpu(house.spec("a"))
-    for phase in desk.plan.phases:
+    context = desk_on_gpu(house.spec("a"))
+    for phase in context.plan.phases:
         if isinstance(phase, Encode) and phase.at == 0:
-            encode(desk, phase, Weights())
-    [phase] = [one for one in desk.plan.training if one.name == phase_name]
-    transformer, adapter = train.load_transformer(desk, phase, Weights())
-    encoders = train.load_encoders(desk, phase, Weights())
-    optimizer = train.build_optimizer(desk.spec, train.trainable(phase, adapter, encoders))
-    objective = FlowObjective(desk, transformer, encoders)
+            encode_phase(context, phase, Weights())
+    [phase] = [one for one in context.plan.training if one.name == phase_name]
+    transformer, adapter = train.load_transformer(context, phase, Weights())
+    encoders = train.load_encoders(context, phase, Weights())
+    optimizer = train.build_optimizer(context.spec, train.trainable(phase, adapter, encoders))
+    objective = FlowObjective(context, transformer, encoders)
     try:
         for step in range(4):
             if step == 2:  # kernels are loaded and tables made
@@ -69,23 +71,27 @@ def test_a_step_waits_for_the_device_only_where_its_numbers_are_read(house: Hous
 
 
 def test_memory_is_back_between_runs(house: House) -> None:
-    from runner.core.errors import Code
+    from runner.core.errors import ExitCode
     from runner.core.signals import StopRequest
-    from runner.engine.worker_main import Told, Warm, train_run
+    from runner.engine.worker_main import TrainRequest, WorkerState, train_run
 
     house.spec("a")
     house.spec("b", rank="rank = 16")
-    jobs = prepare([house.folder / "a.toml", house.folder / "b.toml"], house.folder / "runs", fetch=True, fresh=False)
-    warm = Warm()
+    jobs = prepare_jobs(
+        [house.folder / "a.toml", house.folder / "b.toml"], house.folder / "runs", fetch=True, fresh=False
+    )
+    warm = WorkerState()
     left = []
     for job in jobs:
         attempt = job.run.enlist(job.spec, job.plan, "test", job.source.origin)
-        assert train_run(Told(job.run.folder, attempt), "0", lambda _: None, StopRequest(), warm) == Code.DONE
+        assert (
+            train_run(TrainRequest(job.run.folder, attempt), "0", lambda _: None, StopRequest(), warm) == ExitCode.DONE
+        )
         device.release(torch.device("cuda"))
-        left.append(torch.cuda.memory_allocated() - warm.shelf.bytes)
+        left.append(torch.cuda.memory_allocated() - warm.model_pool.bytes)
         assert not warm.worn("0")
     assert left[1] - left[0] < 8 << 20
-    assert warm.shelf.bytes > 0
+    assert warm.model_pool.bytes > 0
 
 
 def test_two_trainings_and_a_resumed_one_end_with_the_same_bytes(house: House) -> None:

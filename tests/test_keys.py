@@ -17,14 +17,14 @@ from test_objective import jolt, objective_of
 
 from runner.base.files import BUILTIN
 from runner.data import tokens
-from runner.jobs.prepare import prepare
+from runner.jobs.prepare import prepare_jobs
 from runner.model import device
 from runner.model.flux1 import loading, transformer
 from runner.model.lora import lora_shape
-from runner.plan.phases import learning, trains_lora
+from runner.plan.phases import learned_parts, trains_lora
 from runner.spec.keys import all_keys
 from runner.spec.schema import Spec
-from runner.training.context import Desk
+from runner.training.context import RunContext
 from runner.training.encoders import LiveEncoder
 from runner.training.phases.train import build_optimizer, build_schedule, load_transformer
 
@@ -53,19 +53,19 @@ def write(house: House, **values: Any) -> Path:
     return house.write("a.toml", tomli_w.dumps(tables))
 
 
-Probe = Callable[[Desk], Any]
+Probe = Callable[[RunContext], Any]
 
 
-def step_loss(desk: Desk) -> float:
+def step_loss(context: RunContext) -> float:
     """The loss at one drawn batch, with an adapter that has some effect."""
-    objective, kinds = objective_of(desk)
+    objective, kinds = objective_of(context)
     jolt(kinds)
     return float(objective.loss(2, 0).detach())
 
 
-def transformer_of(desk: Desk) -> Any:
-    phase = desk.plan.training[0]
-    return load_transformer(desk, phase, past())[0]
+def transformer_of(context: RunContext) -> Any:
+    phase = context.plan.training[0]
+    return load_transformer(context, phase, past())[0]
 
 
 def past() -> Any:
@@ -74,34 +74,34 @@ def past() -> Any:
     return Weights()
 
 
-def settings(desk: Desk, kind: str, name: str) -> Any:
+def settings(context: RunContext, kind: str, name: str) -> Any:
     """What the torch optimizer was built with, for one group."""
-    _, kinds = objective_of(desk)
-    built = build_optimizer(desk.spec, kinds)
+    _, kinds = objective_of(context)
+    built = build_optimizer(context.spec, kinds)
     at = [index for index, group in enumerate(built.groups) if next(iter(group.parameters)).startswith(f"{kind}/")]
     return built.torch.param_groups[at[0]][name]
 
 
 def optimizer(name: str, index: int | None = None) -> Probe:
-    return lambda desk: settings(desk, "lora", name) if index is None else settings(desk, "lora", name)[index]
+    return lambda context: settings(context, "lora", name) if index is None else settings(context, "lora", name)[index]
 
 
-def factor(desk: Desk) -> list[float]:
-    schedule = build_schedule(desk)
+def factor(context: RunContext) -> list[float]:
+    schedule = build_schedule(context)
     return [round(schedule(step), 6) for step in range(8)]
 
 
-def first_rows(desk: Desk) -> Any:
-    objective, _ = objective_of(desk)
+def first_rows(context: RunContext) -> Any:
+    objective, _ = objective_of(context)
     live = objective.encoders["clip"]
     assert isinstance(live, LiveEncoder)
     assert live.rows is not None
     return live.rows.detach().clone()
 
 
-def shown(desk: Desk) -> list[Any]:
+def shown(context: RunContext) -> list[Any]:
     """What training sees in its first steps."""
-    objective, _ = objective_of(desk)
+    objective, _ = objective_of(context)
     return [
         (view.picture.name, view.size, view.variant, caption)
         for step in range(12)
@@ -109,30 +109,30 @@ def shown(desk: Desk) -> list[Any]:
     ]
 
 
-def class_images(desk: Desk) -> list[bytes]:
-    from runner.training.phases.prior import fill_classes
+def class_images(context: RunContext) -> list[bytes]:
+    from runner.training.phases.prior import prior_phase
 
-    fill_classes(desk)
-    assert desk.spec.prior is not None
-    return [path.read_bytes() for path in sorted(Path(desk.spec.prior.images).glob("*.png"))]
-
-
-def with_class_images(desk: Desk) -> float:
-    class_images(desk)
-    return step_loss(desk)
+    prior_phase(context)
+    assert context.spec.prior is not None
+    return [path.read_bytes() for path in sorted(Path(context.spec.prior.images).glob("*.png"))]
 
 
-def pixels(desk: Desk) -> list[bytes]:
-    return [found.tobytes() for _, found in desk.pixels(desk.views)]
+def with_class_images(context: RunContext) -> float:
+    class_images(context)
+    return step_loss(context)
 
 
-def spans(desk: Desk) -> list[tuple[str, int, int]]:
-    return [(phase.name, phase.start, phase.stop) for phase in desk.plan.training]
+def pixels(context: RunContext) -> list[bytes]:
+    return [found.tobytes() for _, found in context.pixels(context.views)]
 
 
-def note(desk: Desk, key: str) -> Any:
+def spans(context: RunContext) -> list[tuple[str, int, int]]:
+    return [(phase.name, phase.start, phase.stop) for phase in context.plan.training]
+
+
+def note(context: RunContext, key: str) -> Any:
     """Where a value that only a whole run or another machine shows is tested."""
-    del desk
+    del context
     return ELSEWHERE[key]
 
 
@@ -158,7 +158,7 @@ TABLE: dict[str, tuple[Any, Probe, Any, dict[str, Any]]] = {
     ),
     "model.tf32": (
         False,
-        lambda d: (device.prepare(torch.device("cpu"), tf32=d.spec.model.tf32), torch.backends.cuda.matmul.allow_tf32)[1],
+        lambda d: (device.prepare_device(torch.device("cpu"), tf32=d.spec.model.tf32), torch.backends.cuda.matmul.allow_tf32)[1],
         False, {},
     ),
     "model.max_sequence_length": (
@@ -184,12 +184,12 @@ TABLE: dict[str, tuple[Any, Probe, Any, dict[str, Any]]] = {
     "prior.count": (3, lambda d: len(class_images(d)), 3, PRIOR),
     "prior.weight": (0.25, with_class_images, NOW, PRIOR),
     "prior.dtype": ("bf16", class_images, NOW, PRIOR),
-    "tokens.name": ("creature", lambda d: tokens.expand(d.captions[0], d.plan.placeholders),
+    "tokens.name": ("creature", lambda d: tokens.expand_placeholders(d.captions[0], d.plan.placeholders),
         "a TOK and a <s0><s1>", {"data__source": "named", **TOKENS}),
     "tokens.vectors": (3, lambda d: d.pieces, ["<s0>", "<s1>", "<s2>"], TOKENS),
     "tokens.initializer": ("red heart", first_rows, NOW, TOKENS),
     "tokens.placeholder": ("bird", lambda d: d.pieces, ["<bird0>", "<bird1>"], TOKENS),
-    "inversion.encoders": (["clip", "t5"], lambda d: learning(d.plan.training[0], "token rows"), ("clip", "t5"), TOKENS),
+    "inversion.encoders": (["clip", "t5"], lambda d: learned_parts(d.plan.training[0], "token rows"), ("clip", "t5"), TOKENS),
     "inversion.until": (0.25, spans, [("joint", 0, 2), ("lora", 2, 8)], TOKENS),
     "inversion.lr": (0.5, lambda d: settings(d, "rows", "lr"), 0.5, TOKENS),
     "inversion.weight_decay": (0.5, lambda d: settings(d, "rows", "weight_decay"), 0.5, TOKENS),
@@ -268,16 +268,16 @@ ELSEWHERE = {
 }
 
 
-def _optimizer(desk: Desk) -> Any:
-    _, kinds = objective_of(desk)
-    return build_optimizer(desk.spec, kinds)
+def _optimizer(context: RunContext) -> Any:
+    _, kinds = objective_of(context)
+    return build_optimizer(context.spec, kinds)
 
 
-def _epochs(desk: Desk) -> list[tuple[int, int]]:
+def _epochs(context: RunContext) -> list[tuple[int, int]]:
     from runner.data import buckets
 
-    objective, _ = objective_of(desk)
-    drawn = [buckets.batch(0, step, 0, images=2, accumulate=1, counts=objective.counts)[1] for step in range(15)]
+    objective, _ = objective_of(context)
+    drawn = [buckets.draw_batch(0, step, 0, images=2, accumulate=1, counts=objective.counts)[1] for step in range(15)]
     return [pair for batch in drawn for pair in batch]
 
 
@@ -415,12 +415,12 @@ def test_class_images_come_in_batches(stocked: House, monkeypatch: pytest.Monkey
         return real(pipe, read, seeds, **more)
 
     monkeypatch.setattr(pipeline, "draw_batch", counted)
-    desk = desk_of(write(stocked, **{**PRIOR, "prior__count": 5, "prior__batch_size": 2}))
-    assert len(class_images(desk)) == 5
+    context = desk_of(write(stocked, **{**PRIOR, "prior__count": 5, "prior__batch_size": 2}))
+    assert len(class_images(context)) == 5
     assert sizes == [2, 2, 1]
     # topped up, by whatever run comes next
     (stocked.folder / "classes" / "class-00001.png").unlink()
-    assert len(class_images(desk)) == 5
+    assert len(class_images(context)) == 5
     assert sizes == [2, 2, 1, 1]
 
 
@@ -431,8 +431,8 @@ def test_class_images_are_as_large_as_training_whatever_validation_looks_at(stoc
     made = []
     for size, steps in ((16, 1), (48, 3)):
         shutil.rmtree(stocked.folder / "classes", ignore_errors=True)
-        desk = desk_of(write(stocked, **{**more, "validate__size": size, "validate__steps": steps}))
-        made += class_images(desk)
+        context = desk_of(write(stocked, **{**more, "validate__size": size, "validate__steps": steps}))
+        made += class_images(context)
         with Image.open(stocked.folder / "classes" / "class-00000.png") as image:
             assert image.size == (64, 64)
     assert made[0] == made[1]
@@ -462,10 +462,10 @@ def test_the_phases_of_every_combination(stocked: House) -> None:
         "prior, pivotal": {**PRIOR, **TOKENS},
         "inversion goes on": {**TOKENS, "lora__until": 0.5, "inversion__until": 1.0},
     }.items():
-        [job] = prepare([write(stocked, **more)], stocked.folder / "runs", fetch=True, fresh=False)
+        [job] = prepare_jobs([write(stocked, **more)], stocked.folder / "runs", fetch=True, fresh=False)
         found[name] = [phase.name for phase in job.plan.phases]
         assert all(
-            trains_lora(phase) or learning(phase, "token rows") or learning(phase, "text lora")
+            trains_lora(phase) or learned_parts(phase, "token rows") or learned_parts(phase, "text lora")
             for phase in job.plan.training
         )
     assert found == {

@@ -314,7 +314,7 @@ SIZES = st.tuples(st.integers(64, 4000), st.integers(64, 4000))
 def test_every_picture_is_in_the_bucket_of_its_shape(sizes: list[tuple[int, int]], sides: list[int]) -> None:
     """Once per resolution; sides are multiples of 16 and the area about that of the square; a picture twice as large is in the
     same bucket."""
-    found = buckets.group(sizes, tuple(sides), buckets=True)
+    found = buckets.group_by_bucket(sizes, tuple(sides), buckets=True)
     assert Counter(index for chosen in found.values() for index in chosen) == dict.fromkeys(
         range(len(sizes)), len(sides)
     )
@@ -327,11 +327,11 @@ def test_every_picture_is_in_the_bucket_of_its_shape(sizes: list[tuple[int, int]
             assert wide % 16 == high % 16 == 0
             assert abs(wide * high - side * side) <= 16 * (wide + high) / 2 + 64
         for width, height in sizes:
-            chosen = buckets.nearest((width, height), ladder)
+            chosen = buckets.nearest_bucket((width, height), ladder)
             measures = [abs(height * wide - width * high) for wide, high in ladder]
             assert abs(height * chosen[0] - width * chosen[1]) == min(measures)
-            assert buckets.nearest((2 * width, 2 * height), ladder) == chosen
-    squares = buckets.group(sizes, tuple(sides), buckets=False)
+            assert buckets.nearest_bucket((2 * width, 2 * height), ladder) == chosen
+    squares = buckets.group_by_bucket(sizes, tuple(sides), buckets=False)
     assert squares == {(side, side): tuple(range(len(sizes))) for side in sorted(sides)}
 
 
@@ -348,7 +348,7 @@ def test_a_cycle_of_batches_shows_every_view_equally_often(
     seen: Counter[tuple[tuple[int, int], int]] = Counter()
     for number in range(cycle * accumulate):
         step, micro = divmod(number, accumulate)
-        size, shown = buckets.batch(seed, step, micro, images=images, accumulate=accumulate, counts=counts)
+        size, shown = buckets.draw_batch(seed, step, micro, images=images, accumulate=accumulate, counts=counts)
         assert len(shown) == images
         for index, epoch in shown:
             assert epoch == seen[size, index]

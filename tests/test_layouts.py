@@ -18,9 +18,9 @@ from torch import Tensor
 from runner.base.files import BUILTIN
 from runner.base.layers import KNOWN, clip_layers, linear_layers, lora_layers
 from runner.checkpoint.storage import Weights
-from runner.core.errors import BadFile
+from runner.core.errors import BadFileError
 from runner.export import foreign_layouts, formats, lora_layouts, verify
-from runner.export.about import About, Shapes
+from runner.export.about import AdapterShapes, ExportInfo
 from runner.export.lora_layouts import Adapter, Factors
 from runner.model.base import Base
 from runner.model.flux1 import loading
@@ -57,20 +57,20 @@ def random_lora(layers: Mapping[str, tuple[int, int]], rank: int, seed: int, siz
     return out
 
 
-def made(case: tuple[Any, int, float, bool]) -> tuple[Weights, Shapes]:
+def made(case: tuple[Any, int, float, bool]) -> tuple[Weights, AdapterShapes]:
     wanted, rank, alpha, clip = case
     layers = lora_layers(LINEAR, wanted) if wanted else {}
     text = clip_layers(CLIP) if clip else {}
     return (
         Weights(random_lora(layers, rank, 1), {}, random_lora(text, rank, 2, 0.3)),
-        Shapes(
+        AdapterShapes(
             LoraShape(rank, alpha, 0.0, tuple(layers)) if layers else None,
             LoraShape(rank, alpha, 0.0, tuple(text)) if text else None,
         ),
     )
 
 
-def wanted_changes(weights: Weights, shapes: Shapes) -> dict[str, Tensor]:
+def wanted_changes(weights: Weights, shapes: AdapterShapes) -> dict[str, Tensor]:
     """By the definition of LoRA alone."""
     out = {}
     for prefix, lora, shape in (
@@ -89,7 +89,7 @@ def change(factors: Factors) -> Tensor:
     return factors.alpha / factors.down.shape[0] * (factors.up.float() @ factors.down.float())
 
 
-ABOUT = About(
+ABOUT = ExportInfo(
     "a", "builtin:tiny", 6, (),
     {"seed": 0, "data.resolution": 64, "data.prompt": "a thing", "data.caption_dropout": 0.0, "train.lr": 1e-3,
      "train.batch_size": 2, "train.accumulate": 1, "train.max_grad_norm": 1.0, "optimizer.name": "adamw",
@@ -98,7 +98,7 @@ ABOUT = About(
 )  # fmt: skip
 
 
-def written(folder: Path, weights: Weights, shapes: Shapes, dtype: torch.dtype) -> tuple[Path, Path]:
+def written(folder: Path, weights: Weights, shapes: AdapterShapes, dtype: torch.dtype) -> tuple[Path, Path]:
     diffusers, kohya = folder / formats.LORA_FILE, folder / "a.safetensors"
     folded, its_shapes = formats.folded(weights, shapes)
     formats.write_lora(diffusers, formats.rounded(folded, dtype), its_shapes)
@@ -312,7 +312,9 @@ def test_one_wrong_value_is_found_with_its_layer(layout: str, tmp_path: Path) ->
         changed = {key: value.clone() for key, value in getattr(weights, kind).items()}
         changed[f"{name}.lora_B.weight"][5, 1] += 1e-3
         other = Weights(**{"lora": weights.lora, "text_lora": weights.text_lora, kind: changed})
-        with pytest.raises(BadFile, match=f"{files[layout].name}: {name} changes its layer otherwise than was trained"):
+        with pytest.raises(
+            BadFileError, match=f"{files[layout].name}: {name} changes its layer otherwise than was trained"
+        ):
             read(files[layout], formats.adapter(other, shapes), torch.bfloat16)
 
 
@@ -320,13 +322,13 @@ def test_a_lost_alpha_a_lost_layer_and_an_extra_one_are_found(tmp_path: Path) ->
     weights, shapes = made(CASES["attention+mlp, alpha"])
     adapter = formats.adapter(weights, shapes)
     rank4 = {name: Factors(part.down, part.up, 4.0) for name, part in adapter.transformer.items()}
-    with pytest.raises(BadFile, match="otherwise than was trained"):
+    with pytest.raises(BadFileError, match="otherwise than was trained"):
         verify.compare("f", adapter, Adapter(rank4, adapter.text), torch.float32)
     name = "single_transformer_blocks.3.attn.to_v"
     less = {one: part for one, part in adapter.transformer.items() if one != name}
-    with pytest.raises(BadFile, match=f"f: {name} was trained and is not in it"):
+    with pytest.raises(BadFileError, match=f"f: {name} was trained and is not in it"):
         verify.compare("f", adapter, Adapter(less, adapter.text), torch.float32)
-    with pytest.raises(BadFile, match=f"f: {name} changes its layer otherwise"):
+    with pytest.raises(BadFileError, match=f"f: {name} changes its layer otherwise"):
         verify.compare("f", Adapter(less, adapter.text), adapter, torch.float32)
 
 
@@ -334,11 +336,11 @@ def test_a_value_too_large_for_fp16_is_no_export(tmp_path: Path) -> None:
     weights, shapes = made(CASES["one q"])
     weights.lora["transformer_blocks.0.attn.to_q.lora_B.weight"][0, 0] = 1e5
     diffusers, _ = written(tmp_path, weights, shapes, torch.float16)
-    with pytest.raises(BadFile, match=r"transformer_blocks.0.attn.to_q changes its layer otherwise"):
+    with pytest.raises(BadFileError, match=r"transformer_blocks.0.attn.to_q changes its layer otherwise"):
         verify.lora_file(diffusers, formats.adapter(weights, shapes), torch.float16)
     rows = Weights(rows={"clip": torch.full((2, 64), 1e5)})
     formats.write_embeddings(tmp_path, formats.rounded(rows, torch.float16), "a")
-    with pytest.raises(BadFile, match=r"a_emb.safetensors: clip_l has values that torch.float16 cannot hold"):
+    with pytest.raises(BadFileError, match=r"a_emb.safetensors: clip_l has values that torch.float16 cannot hold"):
         verify.embeddings(tmp_path / "a_emb.safetensors", rows, torch.float16)
 
 

@@ -45,7 +45,7 @@ def made(
         noise = torch.randn(parameter.shape, generator=generator) * 0.2
         parameter.data = noise if ".lora_" in name else (parameter.data + noise).to(dtype)
     if spared:
-        recompute.spare(model, plain=transformer.run_twice(model, every), again=again)
+        recompute.enable_recompute(model, plain=transformer.run_twice(model, every), again=again)
     return model.train()
 
 
@@ -57,10 +57,10 @@ def run(
     noise = torch.randn(images, 6, CONFIG["in_channels"], generator=generator)
     txt = torch.randn(images, 5, CONFIG["joint_attention_dim"], generator=generator).requires_grad_(learns)
     vec = torch.randn(images, CONFIG["pooled_projection_dim"], generator=generator).requires_grad_(learns)
-    noised = flow_matching.Noised(noise, noise, torch.ones(images, 1, 1), torch.linspace(0.2, 0.9, images))
+    noised = flow_matching.NoisyBatch(noise, noise, torch.ones(images, 1, 1), torch.linspace(0.2, 0.9, images))
     predict = transformer.predictor(model, 3.5, torch.device("cpu"), dtype)
     with autocast(torch.device("cpu"), dtype):
-        out = predict(noised, transformer.Text(txt, vec), 4, 6)
+        out = predict(noised, transformer.PromptEmbeds(txt, vec), 4, 6)
     if not back:
         return {"out": out}
     found = {"out": out.detach()}
@@ -91,9 +91,9 @@ def test_adapted_layers_that_read_the_same_are_one_step() -> None:
     from test_lowrank import graph
 
     model = made(spared=True)
-    noised = flow_matching.Noised(torch.randn(1, 6, 8), torch.zeros(1, 6, 8), torch.ones(1, 1, 1), torch.ones(1))
+    noised = flow_matching.NoisyBatch(torch.randn(1, 6, 8), torch.zeros(1, 6, 8), torch.ones(1, 1, 1), torch.ones(1))
     predict = transformer.predictor(model, 3.5, torch.device("cpu"), torch.float32)
-    out = predict(noised, transformer.Text(torch.randn(1, 5, 24), torch.randn(1, 12)), 4, 6)
+    out = predict(noised, transformer.PromptEmbeds(torch.randn(1, 5, 24), torch.randn(1, 12)), 4, 6)
     steps = [node.name() for node in graph(out.grad_fn)]
     assert steps.count("_AdaptedBackward") == 2 * (2 + 6) + 1 + 2
 
@@ -130,10 +130,10 @@ def test_checkpointed_blocks_compute_the_same_bits_and_all_come_back(every: int)
     plain = {1: [True, True, True, False], 2: [True, False, True, False], 3: [True, False, False, False]}
     assert [block.plain for block in blocks] == plain[every]
     assert [getattr(block, "last", False) for block in blocks] == [False, False, False, True]
-    transformer.recompute(model, transformer.run_twice(model, every))
+    transformer.enable_gradient_checkpointing(model, transformer.run_twice(model, every))
     ours, theirs = run(model, 2, True), run(made(spared=True), 2, True)
     assert all(torch.equal(ours[name], value) for name, value in theirs.items())
-    recompute.unspare(model)
+    recompute.disable_recompute(model)
     assert all(type(block) in STOCK and not {"plain", "last"} & vars(block).keys() for block in blocks)
 
 
@@ -170,22 +170,22 @@ def test_without_gradients_they_are_diffusers_to_the_bit() -> None:
 @pytest.mark.parametrize(("again", "count"), [(False, 2 * 9 + 2 * 4), (True, 2 * 13 + 5 + 4)])
 def test_nothing_of_a_step_outlives_it(monkeypatch: pytest.MonkeyPatch, again: bool, count: int) -> None:
     """Neither what was kept, nor what was made again: both are dropped during the backward pass, block by block."""
-    known: list[weakref.ref[recomputation.Remade]] = []
-    init = recomputation.Remade.__init__
+    known: list[weakref.ref[recomputation.RecomputedTensor]] = []
+    init = recomputation.RecomputedTensor.__init__
     most = [0]
 
-    def watched(self: recomputation.Remade, *rest: Any) -> None:
+    def watched(self: recomputation.RecomputedTensor, *rest: Any) -> None:
         init(self, *rest)
         known.append(weakref.ref(self))
 
-    def making(self: recomputation.Remade) -> tuple[Tensor, ...]:
+    def making(self: recomputation.RecomputedTensor) -> tuple[Tensor, ...]:
         found = real(self)
         most[0] = max(most[0], sum(bool(one and one._made) for one in (ref() for ref in known)))
         return found
 
-    real = recomputation.Remade.again
-    monkeypatch.setattr(recomputation.Remade, "__init__", watched)
-    monkeypatch.setattr(recomputation.Remade, "again", making)
+    real = recomputation.RecomputedTensor.again
+    monkeypatch.setattr(recomputation.RecomputedTensor, "__init__", watched)
+    monkeypatch.setattr(recomputation.RecomputedTensor, "again", making)
     gc.disable()
     try:
         run(made(spared=True, again=again), 2, True)
@@ -199,7 +199,7 @@ def test_nothing_of_a_step_outlives_it(monkeypatch: pytest.MonkeyPatch, again: b
 def test_a_tensor_is_made_again_once_for_all_its_readers() -> None:
     calls = []
 
-    class Doubled(recomputation.Recipe):
+    class Doubled(recomputation.RecomputeOp):
         def make(self, *inputs: Tensor) -> tuple[Tensor, ...]:
             calls.append(1)
             return (2 * inputs[0],)
@@ -208,8 +208,8 @@ def test_a_tensor_is_made_again_once_for_all_its_readers() -> None:
             return (2 * grad,)
 
     x, weight = torch.randn(3, 4, requires_grad=True), torch.randn(4, 4, requires_grad=True)
-    read = recomputation.remade(Doubled(), x, plain=False)
-    with recomputation.not_kept(read):
+    read = recomputation.recompute(Doubled(), x, plain=False)
+    with recomputation.recompute_on_backward(read):
         out = (read[0] @ weight).sum() + (read[0][1:].t() @ read[0][1:]).sum()
     out.backward()  # type: ignore[no-untyped-call]
     assert len(calls) == 2
@@ -228,7 +228,7 @@ def t5_with_rows(dtype: torch.dtype = torch.float32) -> LiveEncoder:
     model, tokenizer = loading.load_t5(base), loading.load_tokenizer(base, "t5")
     live = LiveEncoder("t5", model, tokenizer, text_encoders.table_std(model))
     live.rows = torch.nn.Parameter(text_encoders.initial_rows(model, tokenizer, [(2, None)], 0, "t5"))
-    text_encoders.attach_rows(model, tokenizer, ["<s0>", "<s1>"], live.rows)
+    text_encoders.attach_token_rows(model, tokenizer, ["<s0>", "<s1>"], live.rows)
     live.ids |= {one: live._ids(one, 32) for one in ("a <s0><s1>", "b")}
     return live
 
@@ -248,7 +248,7 @@ def test_a_t5_that_learns_is_transformers_but_for_rounding_and_keeps_half() -> N
         live = t5_with_rows()
         if way != "stock":
             live.again = way == "again"
-            recompute_t5.spare(live.model, plain=live.again, again=way == "selective")
+            recompute_t5.enable_recompute(live.model, plain=live.again, again=way == "selective")
         kept.append(counted([live.model], lambda live=live: live.embed(["a <s0><s1>", "b"], "diffusers")))  # type: ignore[misc]
         found.append(t5_run(live))
     stock, lean, *others = found
@@ -262,7 +262,7 @@ def test_a_t5_that_learns_is_transformers_but_for_rounding_and_keeps_half() -> N
 def test_a_t5_that_learns_in_16_bits_is_about_as_near_to_full_precision(dtype: torch.dtype) -> None:
     """As a median over rows: of a single gradient in bf16, a fifth is rounding."""
     full, stock, lean = t5_with_rows(), t5_with_rows(dtype), t5_with_rows(dtype)
-    recompute_t5.spare(lean.model, plain=False)
+    recompute_t5.enable_recompute(lean.model, plain=False)
     found: dict[str, list[float]] = {"states": [], "rows": []}
     for seed in range(20):
         for live in (full, stock, lean):
@@ -284,12 +284,14 @@ def test_a_t5_that_learns_in_16_bits_is_about_as_near_to_full_precision(dtype: t
 )
 def test_a_run_s_t5_has_lean_blocks_where_it_learns(tmp_path: Path, model: str, plain: bool, again: bool) -> None:
     """Plain ones where checkpointing, of all of it or block by block, sees to what is kept."""
-    desk = desk_of(House(tmp_path).spec(base=f'base = "builtin:tiny"\n{model}'))
-    live = LiveEncoder.load(desk, "t5", Weights(), learn_rows=True)
-    assert [(type(block), block.plain) for block in live.model.encoder.block] == [(recompute_t5.LeanT5Block, plain)] * 2  # type: ignore[union-attr]
+    context = desk_of(House(tmp_path).spec(base=f'base = "builtin:tiny"\n{model}'))
+    live = LiveEncoder.load(context, "t5", Weights(), learn_rows=True)
+    assert [(type(block), block.plain) for block in live.model.encoder.block] == [
+        (recompute_t5.RecomputeT5Block, plain)
+    ] * 2  # type: ignore[union-attr]
     assert live.again is again
-    live = LiveEncoder.load(desk, "t5", Weights())
-    assert not any(isinstance(block, recompute_t5.LeanT5Block) for block in live.model.encoder.block)  # type: ignore[union-attr]
+    live = LiveEncoder.load(context, "t5", Weights())
+    assert not any(isinstance(block, recompute_t5.RecomputeT5Block) for block in live.model.encoder.block)  # type: ignore[union-attr]
 
 
 def test_what_overflows_in_16_bits_is_clamped_as_transformers_do() -> None:
@@ -303,7 +305,7 @@ def test_a_t5_that_learns_nothing_now_is_transformers_to_the_bit() -> None:
     for spared in (True, False):
         live = t5_with_rows()
         if spared:
-            recompute_t5.spare(live.model, plain=False)
+            recompute_t5.enable_recompute(live.model, plain=False)
         with torch.no_grad():
             found.append(live.embed(["a <s0><s1>"], "diffusers"))
     assert torch.equal(*found)

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from runner.core.errors import NonFinite
+from runner.core.errors import NonFiniteError
 from runner.training.distributed import Ranks
-from runner.training.loop import BAD_STEPS, Early, Loop, Meters, Step, train
-from runner.training.optimizers import Adam, Adam8bit, Group, Optimizer
-from runner.training.prefetch import Ahead
+from runner.training.loop import BAD_STEPS, EarlyStopping, LoopConfig, Step, TrainState, train
+from runner.training.optimizers import Adam, Adam8bit, Optimizer, ParameterGroup
+from runner.training.prefetch import Prefetcher
 
 
 class Line:
@@ -36,16 +36,16 @@ def run(
     line: Line,
     stop: int = 8,
     *,
-    meters: Meters | None = None,
+    meters: TrainState | None = None,
     start: int = 0,
     max_grad_norm: float = 1e9,
     fp16: bool = False,
-) -> tuple[list[Step], list[tuple[int, Meters, Tensor]]]:
-    optimizer = Optimizer([Group({"lora/w": line.weight}, 0.1, 0.0)], Adam(0.9, 0.999, 1e-8))
+) -> tuple[list[Step], list[tuple[int, TrainState, Tensor]]]:
+    optimizer = Optimizer([ParameterGroup({"lora/w": line.weight}, 0.1, 0.0)], Adam(0.9, 0.999, 1e-8))
     steps: list[Step] = []
-    saved: list[tuple[int, Meters, Tensor]] = []
+    saved: list[tuple[int, TrainState, Tensor]] = []
     train(
-        line, optimizer, lambda _: 1.0, Loop(start, stop, stop, 1, max_grad_norm, 2, None, None), meters or Meters(), Ranks(),
+        line, optimizer, lambda _: 1.0, LoopConfig(start, stop, stop, 1, max_grad_norm, 2, None, None), meters or TrainState(), Ranks(),
         torch.amp.GradScaler("cpu", enabled=fp16),
         save=lambda step, now: saved.append((step, now, line.weight.detach().clone())), report=steps.append,
         look=lambda step: float(step), stop_requested=lambda: False,
@@ -66,7 +66,7 @@ def test_a_step_without_a_number_is_skipped_and_counted() -> None:
 
 def test_five_in_a_row_end_the_run_with_the_weights_as_they_were() -> None:
     line = Line(bad=tuple(range(3, 99)))
-    with pytest.raises(NonFinite, match=f"step 8: no finite loss or gradient in {BAD_STEPS} steps in a row"):
+    with pytest.raises(NonFiniteError, match=f"step 8: no finite loss or gradient in {BAD_STEPS} steps in a row"):
         run(line, 50)
     unharmed = Line()
     run(unharmed, 3)
@@ -75,14 +75,14 @@ def test_five_in_a_row_end_the_run_with_the_weights_as_they_were() -> None:
 
 def test_the_count_of_bad_steps_crosses_a_checkpoint() -> None:
     line = Line(bad=tuple(range(99)))
-    with pytest.raises(NonFinite, match="step 7"):
-        run(line, 50, start=5, meters=Meters(skipped=3, in_row=3))
+    with pytest.raises(NonFiniteError, match="step 7"):
+        run(line, 50, start=5, meters=TrainState(skipped=3, in_row=3))
 
 
 def test_gradients_are_clipped_over_what_is_trained() -> None:
     free, clipped = Line(), Line()
     assert run(free, 1)[0][0].grad_norm == pytest.approx(10.0)
-    optimizer = Optimizer([Group({"lora/w": clipped.weight}, 0.1, 0.0)], Adam(0.0, 0.0, 1.0))
+    optimizer = Optimizer([ParameterGroup({"lora/w": clipped.weight}, 0.1, 0.0)], Adam(0.0, 0.0, 1.0))
     seen: list[Tensor] = []
     real = optimizer.step
 
@@ -93,7 +93,7 @@ def test_gradients_are_clipped_over_what_is_trained() -> None:
 
     optimizer.step = step  # type: ignore[method-assign]
     train(
-        clipped, optimizer, lambda _: 1.0, Loop(0, 1, 1, 1, 0.5, 2, None, None), Meters(), Ranks(),
+        clipped, optimizer, lambda _: 1.0, LoopConfig(0, 1, 1, 1, 0.5, 2, None, None), TrainState(), Ranks(),
         torch.amp.GradScaler("cpu", enabled=False),
         save=lambda *_: None, report=lambda _: None, look=lambda _: 0.0, stop_requested=lambda: False,
     )  # fmt: skip
@@ -116,10 +116,10 @@ def test_a_scaler_finds_its_scale_without_being_taken_for_a_failure() -> None:
 def test_accumulation_is_the_mean() -> None:
     """Two half losses give the gradient of one whole."""
     line = Line()
-    optimizer = Optimizer([Group({"lora/w": line.weight}, 0.1, 0.0)], Adam(0.9, 0.999, 1e-8))
+    optimizer = Optimizer([ParameterGroup({"lora/w": line.weight}, 0.1, 0.0)], Adam(0.9, 0.999, 1e-8))
     steps: list[Step] = []
     train(
-        line, optimizer, lambda _: 1.0, Loop(0, 3, 3, 4, 1e9, 2, None, None), Meters(), Ranks(),
+        line, optimizer, lambda _: 1.0, LoopConfig(0, 3, 3, 4, 1e9, 2, None, None), TrainState(), Ranks(),
         torch.amp.GradScaler("cpu", enabled=False),
         save=lambda *_: None, report=steps.append, look=lambda _: 0.0, stop_requested=lambda: False,
     )  # fmt: skip
@@ -131,7 +131,7 @@ def test_accumulation_is_the_mean() -> None:
 def test_eight_bits_follow_thirty_two_closely_and_resume_exactly() -> None:
     def built(numbers: Adam | Adam8bit) -> tuple[nn.Parameter, Optimizer]:
         weight = nn.Parameter(torch.randn(64, 128, generator=torch.Generator().manual_seed(0)))
-        return weight, Optimizer([Group({"lora/w": weight}, 1e-2, 0.01)], numbers)
+        return weight, Optimizer([ParameterGroup({"lora/w": weight}, 1e-2, 0.01)], numbers)
 
     def advance(weight: nn.Parameter, optimizer: Optimizer, steps: range) -> None:
         for step in steps:
@@ -164,10 +164,10 @@ def test_a_checkpoint_is_also_due_by_the_clock(monkeypatch: pytest.MonkeyPatch) 
     ticks = itertools.count(step=5)
     monkeypatch.setattr(loop.time, "monotonic", lambda: float(next(ticks)))
     line = Line()
-    optimizer = Optimizer([Group({"lora/w": line.weight}, 0.1, 0.0)], Adam(0.9, 0.999, 1e-8))
+    optimizer = Optimizer([ParameterGroup({"lora/w": line.weight}, 0.1, 0.0)], Adam(0.9, 0.999, 1e-8))
     saved: list[int] = []
     train(
-        line, optimizer, lambda _: 1.0, Loop(0, 8, 8, 1, 1.0, 100, 12.0, None), Meters(), Ranks(),
+        line, optimizer, lambda _: 1.0, LoopConfig(0, 8, 8, 1, 1.0, 100, 12.0, None), TrainState(), Ranks(),
         torch.amp.GradScaler("cpu", enabled=False),
         save=lambda step, _: saved.append(step), report=lambda _: None, look=lambda _: 0.0, stop_requested=lambda: False,
     )  # fmt: skip
@@ -177,19 +177,29 @@ def test_a_checkpoint_is_also_due_by_the_clock(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("early", "losses", "last", "why"),
     [
-        (Early(no_better_for=4), [5, 4, 3, 3.5, 3.2, 2], 10, "no eval loss below 3.00000 of step 6 for 4 steps"),
-        (Early(loss_above=4.5), [4, 4.2, 4.6, 1], 6, "eval loss 4.60000 at step 6 is above stop.loss_above (4.5)"),
-        (Early(at=2.5), [5, 3, 2.5, 1], 6, "eval loss 2.50000 at step 6 has come down to stop.at (2.5)"),
-        (Early(), [5, 6, 7, 8, 9, 10], 12, ""),
+        (
+            EarlyStopping(no_better_for=4),
+            [5, 4, 3, 3.5, 3.2, 2],
+            10,
+            "no eval loss below 3.00000 of step 6 for 4 steps",
+        ),
+        (
+            EarlyStopping(loss_above=4.5),
+            [4, 4.2, 4.6, 1],
+            6,
+            "eval loss 4.60000 at step 6 is above stop.loss_above (4.5)",
+        ),
+        (EarlyStopping(at=2.5), [5, 3, 2.5, 1], 6, "eval loss 2.50000 at step 6 has come down to stop.at (2.5)"),
+        (EarlyStopping(), [5, 6, 7, 8, 9, 10], 12, ""),
     ],
 )
-def test_training_ends_early_by_rule(early: Early, losses: list[float], last: int, why: str) -> None:
+def test_training_ends_early_by_rule(early: EarlyStopping, losses: list[float], last: int, why: str) -> None:
     """A look every two steps."""
     line = Line()
-    optimizer = Optimizer([Group({"lora/w": line.weight}, 0.1, 0.0)], Adam(0.9, 0.999, 1e-8))
-    saved: list[tuple[int, Meters]] = []
+    optimizer = Optimizer([ParameterGroup({"lora/w": line.weight}, 0.1, 0.0)], Adam(0.9, 0.999, 1e-8))
+    saved: list[tuple[int, TrainState]] = []
     train(
-        line, optimizer, lambda _: 1.0, Loop(0, 12, 12, 1, 1.0, 100, None, 2, early), Meters(), Ranks(),
+        line, optimizer, lambda _: 1.0, LoopConfig(0, 12, 12, 1, 1.0, 100, None, 2, early), TrainState(), Ranks(),
         torch.amp.GradScaler("cpu", enabled=False),
         save=lambda step, now: saved.append((step, now)), report=lambda _: None,
         look=lambda step: losses[step // 2 - 1], stop_requested=lambda: False,
@@ -201,11 +211,11 @@ def test_training_ends_early_by_rule(early: Early, losses: list[float], last: in
 
 def test_the_best_step_is_saved_when_it_is_found() -> None:
     line = Line()
-    optimizer = Optimizer([Group({"lora/w": line.weight}, 0.1, 0.0)], Adam(0.9, 0.999, 1e-8))
+    optimizer = Optimizer([ParameterGroup({"lora/w": line.weight}, 0.1, 0.0)], Adam(0.9, 0.999, 1e-8))
     saved: list[tuple[int, int | None]] = []
     losses = [5.0, 3.0, 4.0, 2.0, 6.0]
     train(
-        line, optimizer, lambda _: 1.0, Loop(0, 10, 10, 1, 1.0, 100, None, 2, Early(keep_best=True)), Meters(), Ranks(),
+        line, optimizer, lambda _: 1.0, LoopConfig(0, 10, 10, 1, 1.0, 100, None, 2, EarlyStopping(keep_best=True)), TrainState(), Ranks(),
         torch.amp.GradScaler("cpu", enabled=False),
         save=lambda step, now: saved.append((step, now.best_step)), report=lambda _: None,
         look=lambda step: losses[step // 2 - 1], stop_requested=lambda: False,
@@ -224,7 +234,7 @@ def test_what_is_made_ahead_is_what_is_asked_for() -> None:
 
     for beside in (True, False):
         made: list[tuple[int, int]] = []
-        ahead = Ahead(make, beside=beside)
+        ahead = Prefetcher(make, beside=beside)
         asked = [(0, 0), (0, 1), (1, 0), (5, 0), (6, 0)]
         assert [
             ahead.get(place, then=(place[0] + 1, 0) if place[1] or place[0] else (0, 1)) for place in asked

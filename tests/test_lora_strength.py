@@ -19,9 +19,9 @@ from test_snippets import run as snippet
 
 from runner.checkpoint.storage import Weights, read
 from runner.core import safetensors
-from runner.core.errors import BadFile
+from runner.core.errors import BadFileError
 from runner.export import formats, verify
-from runner.export.about import Shapes
+from runner.export.about import AdapterShapes
 
 __all__ = ["stock"]  # a fixture
 
@@ -69,11 +69,11 @@ def test_an_alpha_that_is_the_rank_leaves_the_weights_alone(tmp_path: Path) -> N
 def test_a_file_that_needs_its_alpha_is_no_export(tmp_path: Path) -> None:
     weights, shapes = made(CASES["attention+mlp, alpha"])
     formats.write_lora(tmp_path / "f.safetensors", weights, shapes)  # not folded
-    with pytest.raises(BadFile, match=r"f.safetensors: .* has alpha 2 where its rank is 4"):
+    with pytest.raises(BadFileError, match=r"f.safetensors: .* has alpha 2 where its rank is 4"):
         verify.lora_file(tmp_path / "f.safetensors", formats.adapter(weights, shapes), torch.float32)
     unscaled, its_shapes = Weights(weights.lora, {}, weights.text_lora), formats.folded(weights, shapes)[1]
     formats.write_lora(tmp_path / "f.safetensors", unscaled, its_shapes)  # alpha = rank, and no scale in the weights
-    with pytest.raises(BadFile, match="changes its layer otherwise than was trained"):
+    with pytest.raises(BadFileError, match="changes its layer otherwise than was trained"):
         verify.lora_file(tmp_path / "f.safetensors", formats.adapter(weights, shapes), torch.float32)
 
 
@@ -150,5 +150,5 @@ def test_shapes_of_one_adapter_alone() -> None:
     assert its_shapes.lora is None
     assert its_shapes.text_lora is not None
     assert its_shapes.text_lora.alpha == its_shapes.text_lora.rank == 4
-    assert isinstance(its_shapes, Shapes)
+    assert isinstance(its_shapes, AdapterShapes)
     assert folded.lora == {}

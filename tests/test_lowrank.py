@@ -11,7 +11,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 
-from runner.model.fused_lora import FusedLinear, fuse, together
+from runner.model.fused_lora import FusedLinear, fuse_linears, fused_forward
 
 
 class Two(nn.Module):
@@ -41,7 +41,7 @@ def inject(config: LoraConfig, model: nn.Module, fused: bool) -> None:
         if ".lora_" in name:
             parameter.data = torch.randn(parameter.shape) / 3
     if fused:
-        fuse(model)
+        fuse_linears(model)
 
 
 def learned(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
@@ -79,7 +79,7 @@ class Three(nn.Module):
             setattr(self, name, nn.Linear(12, 5 + place, bias=name != "two"))
 
     def forward(self, x: Tensor) -> Tensor:
-        outs = together(x, self.one, self.lone, self.two, self.three)
+        outs = fused_forward(x, self.one, self.lone, self.two, self.three)
         return torch.cat(outs, -1)
 
 
@@ -186,7 +186,7 @@ def test_nothing_but_plain_layers_is_fused() -> None:
 
     model = nn.ModuleDict({"one": Quantised(4, 4), "two": nn.Linear(4, 4)})
     inject_adapter_in_model(LoraConfig(r=2, target_modules=["one", "two"]), model)
-    fuse(model)
+    fuse_linears(model)
     assert [type(model[name]) for name in ("one", "two")] == [PeftLinear, FusedLinear]
 
 

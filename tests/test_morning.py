@@ -20,7 +20,7 @@ from PIL import Image
 
 import runner
 from runner.report.thumbnails import Thumbs, evenly
-from runner.runs.sample_files import shot_tag
+from runner.runs.sample_files import sample_tag
 from runner.spec.schema import Token
 from runner.tracking.history import History, read_history
 from runner.tracking.hparams import FILE, write_board
@@ -97,17 +97,17 @@ def test_norm_and_drift_are_a_tokens_own_and_a_mean_over_its_vectors() -> None:
     encoder = LiveEncoder("clip", torch.nn.Identity(), None, 1.0)
     encoder.first_rows = torch.tensor([[4.0, 0.0], [0.0, 4.0], [2.0, 0.0]])
     encoder.rows = torch.nn.Parameter(torch.tensor([[4.0, 3.0], [0.0, 5.0], [2.0, 0.0]]))
-    desk: Any = SimpleNamespace(
+    context: Any = SimpleNamespace(
         plan=SimpleNamespace(placeholders=placeholders([Token(name="CAT"), Token(name="DOG", vectors=1)]))
     )
-    assert row_sizes(desk, {"clip": encoder}) == {
+    assert row_sizes(context, {"clip": encoder}) == {
         "rows/norm CAT clip": 5.0,
         "rows/drift CAT clip": 0.5,  # 3 and 1, of a length of 4
         "rows/norm DOG clip": 2.0,
         "rows/drift DOG clip": 0.0,
     }
     encoder.rows.requires_grad_(False)
-    assert row_sizes(desk, {"clip": encoder}) == {}
+    assert row_sizes(context, {"clip": encoder}) == {}
 
 
 # ---- TensorBoard ---------------------------------------------------------------------------------------------------
@@ -211,8 +211,8 @@ def test_a_real_run_and_its_resume_are_one_session(house: House, monkeypatch: py
 
 
 def test_the_same_prompt_and_seed_have_the_same_tag() -> None:
-    assert shot_tag("a TOK on snow", 3) == "samples/a-TOK-on-snow/3"
-    others = [shot_tag(prompt, 3) for prompt in ("a TOK, on snow", "a TOK on snow!", "雪", "x" * 50, "x" * 60, "")]
+    assert sample_tag("a TOK on snow", 3) == "samples/a-TOK-on-snow/3"
+    others = [sample_tag(prompt, 3) for prompt in ("a TOK, on snow", "a TOK on snow!", "雪", "x" * 50, "x" * 60, "")]
     assert len(set(others)) == 6
     assert all(tag.count("/") == 2 for tag in others)
 
@@ -321,7 +321,7 @@ def test_importing_runner_and_reading_results_is_cheap(night: House) -> None:
         "runner.Record; records = runner.results('other'); runner.history('other', 'a')\n"
         "import runner.report.publish, runner.report.compare\n"
         "from pathlib import Path\n"
-        "runner.report.publish.prepare_morning(Path('other'), print)\n"
+        "runner.report.publish.publish(Path('other'), print)\n"
         "runner.report.compare.write_sheet(Path('other'), ['a', 'b'], Path('sheet.png'))\n"
         "list(runner.report.compare.as_tables(runner.report.compare.compare(Path('other'), ['a', 'b']), 80))\n"
         "assert {'torch', 'diffusers', 'transformers', 'pandas'}.isdisjoint(sys.modules), 'heavy'\n"

@@ -19,13 +19,13 @@ from runner.cli import plan_view
 from runner.core.files import make_folder
 from runner.jobs import timing
 from runner.jobs.job import Job
-from runner.jobs.prepare import prepare
+from runner.jobs.prepare import prepare_jobs
 
 NOW = time.mktime((2026, 7, 1, 22, 0, 0, 0, 0, -1))
 
 
 def jobs_of(house: House, *specs: Path, fresh: bool = False) -> list[Job]:
-    return prepare(list(specs), house.folder / "runs", fetch=False, fresh=fresh)
+    return prepare_jobs(list(specs), house.folder / "runs", fetch=False, fresh=fresh)
 
 
 def begun(job: Job, **state: Any) -> None:
@@ -51,7 +51,7 @@ def checkpoint_at(job: Job, step: int) -> None:
 
 def picture(house: House, jobs: list[Job], width: int = 130) -> list[str]:
     console = Console(record=True, width=width, file=open(os.devnull, "w"))  # noqa: SIM115
-    plan_view.draw(console, jobs, timing.times(jobs, house.folder / "runs"), {}, NOW)
+    plan_view.draw(console, jobs, timing.estimate_times(jobs, house.folder / "runs"), {}, NOW)
     text = console.export_text().replace(f"{house.folder}/", "")
     return [line.rstrip() for line in text.splitlines() if line.strip()]
 
@@ -102,7 +102,7 @@ def test_times_that_nobody_knows_are_said_to_be_unknown(house: House) -> None:
 def test_another_batch_is_reckoned_with(house: House) -> None:
     [a] = jobs_of(house, house.spec("a"))
     exported(a, s_per_step=10.0, wall_s=60.0, peak_memory_bytes=1 << 30)
-    [own] = timing.times(jobs_of(house, house.spec("b", batch_size="batch_size = 4")), house.folder / "runs")
+    [own] = timing.estimate_times(jobs_of(house, house.spec("b", batch_size="batch_size = 4")), house.folder / "runs")
     assert (own.s_per_step, own.seconds, own.peak, own.about) == (20.0, 120.0, None, True)
     said = picture(house, jobs_of(house, house.folder / "b.toml"))
     assert "~20" in said[2]
@@ -113,7 +113,7 @@ def test_the_newest_run_tells_the_pace(house: House) -> None:
     for name, pace_then, updated in (("a", 10.0, 5.0), ("b", 20.0, 9.0), ("c", 30.0, 1.0)):
         [job] = jobs_of(house, house.spec(name))
         exported(job, s_per_step=pace_then, wall_s=0.0, updated=updated)
-    [own] = timing.times(jobs_of(house, house.spec("d")), house.folder / "runs")
+    [own] = timing.estimate_times(jobs_of(house, house.spec("d")), house.folder / "runs")
     assert own.s_per_step == 20.0
 
 

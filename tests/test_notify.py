@@ -108,14 +108,14 @@ def test_an_address_that_cannot_work_is_told_before_the_night(
 def test_an_address_that_can_work_is_taken(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOOK", "https://example.org")
     monkeypatch.setenv("NAME", "example.org")
-    assert list(notify.refusals(Target(url, None), allow_commands=False)) == []
+    assert list(notify.target_faults(Target(url, None), allow_commands=False)) == []
 
 
 def test_nobody_listening_is_told_without_the_address() -> None:
     complaints: list[str] = []
-    notify.tell(Target("http://127.0.0.1:9/secret", None), "run done", "a", "a: done", complaints.append)
-    notify.tell(Target("file:///etc/passwd", None), "run done", "a", "a: done", complaints.append)
-    notify.tell(Target(None, "false"), "run done", "a", "a: done", complaints.append)
+    notify.send(Target("http://127.0.0.1:9/secret", None), "run done", "a", "a: done", complaints.append)
+    notify.send(Target("file:///etc/passwd", None), "run done", "a", "a: done", complaints.append)
+    notify.send(Target(None, "false"), "run done", "a", "a: done", complaints.append)
     assert complaints == [
         "notify.url: run done could not be told (URLError)",
         "notify.url: run done could not be told (ValueError)",

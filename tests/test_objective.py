@@ -18,15 +18,15 @@ from runner.checkpoint.storage import Weights
 from runner.core.errors import FluxrunError
 from runner.core.seeds import derive
 from runner.data import images, tokens
-from runner.data.buckets import View
+from runner.data.buckets import CropView
 from runner.model import flow_matching
 from runner.model.flux1 import loading, text_encoders
 from runner.model.flux1.latents import LatentScale, encode_image, pack
 from runner.plan.phases import Encode
-from runner.training.context import EVAL_SIGMAS, Desk
+from runner.training.context import EVAL_SIGMAS, RunContext
 from runner.training.encoders import CachedEncoder, LiveEncoder, encode_texts
 from runner.training.objective import FlowObjective
-from runner.training.phases.encode import encode
+from runner.training.phases.encode import encode_phase
 from runner.training.phases.train import load_encoders, load_transformer, trainable
 
 KINDS = {
@@ -50,14 +50,16 @@ def spec_of(house: House, **changes: str) -> Path:
     return spec
 
 
-def objective_of(desk: Desk, past: Weights | None = None) -> tuple[FlowObjective, dict[str, dict[str, nn.Parameter]]]:
+def objective_of(
+    context: RunContext, past: Weights | None = None
+) -> tuple[FlowObjective, dict[str, dict[str, nn.Parameter]]]:
     """The first training phase's, with its caches filled."""
-    encoding = next(phase for phase in desk.plan.phases if isinstance(phase, Encode))
-    phase, past = desk.plan.training[0], past or Weights()
-    encode(desk, encoding, past)
-    transformer, adapter = load_transformer(desk, phase, past)
-    encoders = load_encoders(desk, phase, past)
-    return FlowObjective(desk, transformer, encoders), trainable(phase, adapter, encoders)
+    encoding = next(phase for phase in context.plan.phases if isinstance(phase, Encode))
+    phase, past = context.plan.training[0], past or Weights()
+    encode_phase(context, encoding, past)
+    transformer, adapter = load_transformer(context, phase, past)
+    encoders = load_encoders(context, phase, past)
+    return FlowObjective(context, transformer, encoders), trainable(phase, adapter, encoders)
 
 
 def jolt(kinds: Mapping[str, Mapping[str, nn.Parameter]]) -> None:
@@ -68,12 +70,12 @@ def jolt(kinds: Mapping[str, Mapping[str, nn.Parameter]]) -> None:
             parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
 
 
-def draws(desk: Desk, micro: int, place: int, moments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def draws(context: RunContext, micro: int, place: int, moments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(latents, sigma, noise) of one picture, drawn as the design says: posterior, timestep, noise, from one generator."""
-    generator = torch.Generator().manual_seed(derive(desk.spec.seed, "noise", 3, micro * 2 + place))
+    generator = torch.Generator().manual_seed(derive(context.spec.seed, "noise", 3, micro * 2 + place))
     mean, logvar = moments.chunk(2)
     posterior = torch.randn((1, *mean.shape), generator=generator)
-    config = json.loads((desk.base.folder / "vae" / "config.json").read_text())
+    config = json.loads((context.base.folder / "vae" / "config.json").read_text())
     z = (mean + (0.5 * logvar).exp() * posterior[0] - config["shift_factor"]) * config["scaling_factor"]
     u = torch.rand(1, generator=generator)
     sigma = 1 - (u * 1000).long() / 1000  # the schedule is 1000, 999, ... 1 of 1000
@@ -89,18 +91,18 @@ def patches(latents: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_loss_is_the_references_and_gradients_reach_what_the_plan_says(house: House, kind: str) -> None:
-    desk = desk_of(spec_of(house, **KINDS[kind]))
-    objective, kinds = objective_of(desk)
+    context = desk_of(spec_of(house, **KINDS[kind]))
+    objective, kinds = objective_of(context)
     jolt(kinds)
     shown = objective.batch(3, 0)
     loss = objective.loss(3, 0)
 
-    parts = [draws(desk, 0, place, objective.moments[view]) for place, (view, _) in enumerate(shown)]
+    parts = [draws(context, 0, place, objective.moments[view]) for place, (view, _) in enumerate(shown)]
     z, sigma, eps = (torch.stack(list(column)) for column in zip(*parts, strict=True))
     x = (1 - sigma.view(-1, 1, 1, 1)) * z + sigma.view(-1, 1, 1, 1) * eps
     captions = [caption for _, caption in shown]
     with torch.no_grad():
-        txt, vec = plain_embeddings(desk, captions, objective)
+        txt, vec = plain_embeddings(context, captions, objective)
         predicted = objective.transformer(
             hidden_states=torch.stack([patches(one) for one in x]), timestep=sigma.flatten(), guidance=torch.full((2,), 3.5),
             pooled_projections=vec, encoder_hidden_states=txt, txt_ids=torch.zeros(32, 3),
@@ -118,25 +120,25 @@ def test_the_loss_is_the_references_and_gradients_reach_what_the_plan_says(house
     ]
     reached = {id(p) for module in modules for p in module.parameters() if p.grad is not None and p.grad.any()}
     assert reached == learning
-    told = {part.what: part.parameters for part in desk.plan.training[0].trains}
+    told = {part.what: part.parameters for part in context.plan.training[0].trains}
     names = {"lora": "lora", "rows": "token rows", "text_lora": "text lora"}
     counted = {names[k]: sum(p.numel() for p in group.values()) for k, group in kinds.items() if group}
     assert counted == told
 
 
-def plain_embeddings(desk: Desk, captions: list[str], objective: FlowObjective) -> tuple[Tensor, Tensor]:
+def plain_embeddings(context: RunContext, captions: list[str], objective: FlowObjective) -> tuple[Tensor, Tensor]:
     """By the stock pipeline, with the same rows or adapter put in."""
     from diffusers import FluxPipeline
 
-    pipe = FluxPipeline.from_pretrained(desk.base.folder, transformer=None, vae=None, dtype=torch.float32)
+    pipe = FluxPipeline.from_pretrained(context.base.folder, transformer=None, vae=None, dtype=torch.float32)
     clip, t5 = objective.encoders["clip"], objective.encoders["t5"]
     for live, encoder, tokenizer in ((clip, "text_encoder", "tokenizer"), (t5, "text_encoder_2", "tokenizer_2")):
         if isinstance(live, LiveEncoder) and live.rows is not None:
             where = {"text_encoder": getattr(pipe, encoder), "tokenizer": getattr(pipe, tokenizer)}
-            pipe.load_textual_inversion(live.rows.detach(), token=desk.pieces, **where)
+            pipe.load_textual_inversion(live.rows.detach(), token=context.pieces, **where)
         if isinstance(live, LiveEncoder) and live.adapter:
             pipe.text_encoder = live.model
-    written = [tokens.expand(caption, desk.plan.placeholders) for caption in captions]
+    written = [tokens.expand_placeholders(caption, context.plan.placeholders) for caption in captions]
     txt, vec, _ = pipe.encode_prompt(written, None, max_sequence_length=32)
     return txt, vec
 
@@ -175,11 +177,11 @@ def test_two_micro_batches_are_one_large_batch(house: House) -> None:
     small = desk_of(spec_of(house, batch_size="batch_size = 2\naccumulate = 2"))
     large = desk_of(spec_of(house, batch_size="batch_size = 4"))
     gradients = []
-    for desk in (small, large):
-        objective, kinds = objective_of(desk)
+    for context in (small, large):
+        objective, kinds = objective_of(context)
         jolt(kinds)
-        for micro in range(desk.spec.train.accumulate):
-            (objective.loss(5, micro) / desk.spec.train.accumulate).backward()
+        for micro in range(context.spec.train.accumulate):
+            (objective.loss(5, micro) / context.spec.train.accumulate).backward()
         gradients.append({name: p.grad for group in kinds.values() for name, p in group.items()})
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
@@ -197,10 +199,10 @@ def test_picture_and_caption_never_part(house: House) -> None:
         path = house.folder / "pictures" / f"{index:02d}.png"
         Image.open(path).resize(side).save(path)
     spec = spec_of(house, center_crop="random_flip = true\nbuckets = true\nvariants = 3")
-    desk = desk_of(spec)
-    objective, _ = objective_of(desk)
+    context = desk_of(spec)
+    objective, _ = objective_of(context)
     beside = {path.stem: path.read_text().strip() for path in (house.folder / "pictures").glob("*.txt")}
-    vae = loading.load_vae(desk.base)
+    vae = loading.load_vae(context.base)
     seen = set()
     for step in range(30):
         for view, caption in objective.batch(step, 0):
@@ -208,7 +210,7 @@ def test_picture_and_caption_never_part(house: House) -> None:
             if view in seen:
                 continue
             seen.add(view)
-            [(_, pixels)] = desk.pixels([view])
+            [(_, pixels)] = context.pixels([view])
             moments = encode_image(vae, torch.from_numpy(pixels.copy()).permute(2, 0, 1))
             assert torch.equal(objective.moments[view], moments)
             assert moments.shape[1:] == (view.size[1] // 8, view.size[0] // 8)
@@ -232,10 +234,10 @@ def test_a_token_behind_what_the_encoder_reads_is_told(house: House) -> None:
     with pytest.raises(FluxrunError, match="TOK lies behind the 77 tokens that clip reads in 10 of the 10 captions"):
         objective_of(desk_of(spec_of(house)))
     (house.folder / "pictures" / "01.txt").write_text("a TOK")
-    desk = desk_of(spec_of(house))
+    context = desk_of(spec_of(house))
     told: list[str] = []
-    object.__setattr__(desk.say, "line", told.append)
-    objective_of(desk)
+    object.__setattr__(context.event_log, "line", told.append)
+    objective_of(context)
     assert [line.split(" that name it")[0] for line in told if "lies behind" in line] == [
         f"TOK lies behind the {length} tokens that {encoder} reads in 9 of the 10 captions"
         for encoder, length in (("clip", 77), ("t5", 32))
@@ -243,10 +245,10 @@ def test_a_token_behind_what_the_encoder_reads_is_told(house: House) -> None:
 
 
 def test_an_initializer_longer_than_its_vectors_is_told(house: House) -> None:
-    desk = desk_of(spec_of(house, name='name = "TOK"\ninitializer = "a red heart"'))
+    context = desk_of(spec_of(house, name='name = "TOK"\ninitializer = "a red heart"'))
     told: list[str] = []
-    object.__setattr__(desk.say, "line", told.append)
-    objective_of(desk)
+    object.__setattr__(context.event_log, "line", told.append)
+    objective_of(context)
     assert [line for line in told if "initializer" in line] == [
         f"tokens.initializer 'a red heart' has 3 pieces in {encoder}: its first 2 are used; tokens.vectors = 3 would use all"
         for encoder in ("clip", "t5")
@@ -254,31 +256,31 @@ def test_an_initializer_longer_than_its_vectors_is_told(house: House) -> None:
 
 
 def test_a_live_encoder_is_never_replaced_by_the_cache(house: House) -> None:
-    desk = desk_of(spec_of(house, encoders='encoders = ["clip"]'))
-    objective, _ = objective_of(desk)
+    context = desk_of(spec_of(house, encoders='encoders = ["clip"]'))
+    objective, _ = objective_of(context)
     assert isinstance(objective.encoders["clip"], LiveEncoder)
     assert isinstance(objective.encoders["t5"], CachedEncoder)
-    assert not (desk.cache.folder / "clip").exists()
+    assert not (context.cache.folder / "clip").exists()
     texts = (
-        len(desk.pictures.captions) + 2
+        len(context.pictures.captions) + 2
     )  # the prompt as it stands, for the untuned base, and with its token written out
-    assert len(list((desk.cache.folder / "t5").rglob("*.safetensors"))) == texts == 12
+    assert len(list((context.cache.folder / "t5").rglob("*.safetensors"))) == texts == 12
 
 
 def test_rows_learned_otherwise_are_another_cache_entry(house: House) -> None:
-    desk = desk_of(spec_of(house))
+    context = desk_of(spec_of(house))
     keys = {
-        desk.text_key("clip", "a TOK", "diffusers", Weights(rows={"clip": torch.full((2, 64), value)}))
+        context.text_key("clip", "a TOK", "diffusers", Weights(rows={"clip": torch.full((2, 64), value)}))
         for value in (1.0, 2.0)
     }
-    keys.add(desk.text_key("clip", "a TOK", "eos", Weights(rows={"clip": torch.full((2, 64), 1.0)})))
-    keys.add(desk.text_key("clip", "a TOK", "diffusers", Weights()))
+    keys.add(context.text_key("clip", "a TOK", "eos", Weights(rows={"clip": torch.full((2, 64), 1.0)})))
+    keys.add(context.text_key("clip", "a TOK", "diffusers", Weights()))
     assert len(keys) == 4
 
 
 def test_a_dropped_caption_is_the_empty_one_in_its_share(house: House) -> None:
-    desk = desk_of(spec_of(house, center_crop="center_crop = true\ncaption_dropout = 0.25"))
-    objective, _ = objective_of(desk)
+    context = desk_of(spec_of(house, center_crop="center_crop = true\ncaption_dropout = 0.25"))
+    objective, _ = objective_of(context)
     captions = [caption for step in range(500) for _, caption in objective.batch(step, 0)]
     assert 0.2 < captions.count("") / len(captions) < 0.3
     again = [caption for step in range(500) for _, caption in objective.batch(step, 0)]
@@ -303,13 +305,13 @@ def legacy_base(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("pooling", ["diffusers", "eos", "both"])
 def test_where_clip_is_pooled_is_as_the_spec_says(house: House, legacy_base: Path, pooling: str) -> None:
     spec = spec_of(house, base=f'base = "{legacy_base}"', encoders=f'encoders = ["clip"]\npooling = "{pooling}"')
-    desk = desk_of(spec)
-    objective, _ = objective_of(desk)
+    context = desk_of(spec)
+    objective, _ = objective_of(context)
     live = objective.encoders["clip"]
     assert isinstance(live, LiveEncoder)
     first, second = "a TOK on a white background in the middle", "a TOK on a black background at the top"
     live.ids |= {
-        caption: text_encoders.clip_ids(live.tokenizer, tokens.expand(caption, desk.plan.placeholders))
+        caption: text_encoders.clip_ids(live.tokenizer, tokens.expand_placeholders(caption, context.plan.placeholders))
         for caption in (first, second)
     }
     with torch.no_grad():
@@ -335,11 +337,11 @@ def test_where_clip_is_pooled_is_as_the_spec_says(house: House, legacy_base: Pat
             assert torch.equal(vec, live.embed([caption for _, caption in objective.batch(step, 0)], way))
     assert losses
     past = Weights(rows={"clip": live.rows.detach()} if live.rows is not None else {})
-    encode_texts(desk, "clip", past, desk.entries("clip", past))
-    cached = CachedEncoder(desk, "clip", past)
-    for way in keys.poolings(desk.spec):
+    encode_texts(context, "clip", past, context.entries("clip", past))
+    cached = CachedEncoder(context, "clip", past)
+    for way in keys.poolings(context.spec):
         with torch.no_grad():
-            caption = desk.captions[0]
+            caption = context.captions[0]
             assert torch.equal(cached.embed([caption], way), live.embed([caption], way))
 
 
@@ -352,26 +354,26 @@ PRIOR = '[prior]\nimages = "classes"\nprompt = "a red circle"\ncount = 3\nweight
 @pytest.mark.parametrize("kind", ["pivotal", "lora"])
 @pytest.mark.parametrize("buckets", [False, True])
 def test_class_images_share_the_batch_and_are_weighed(house: House, kind: str, buckets: bool) -> None:
-    from runner.training.phases.prior import fill_classes
+    from runner.training.phases.prior import prior_phase
 
     changes = {**KINDS[kind], "add": PRIOR}
     if buckets:
         changes["center_crop"] = "center_crop = true\nbuckets = true"
-    desk = desk_of(spec_of(house, **changes))
-    fill_classes(desk)
-    objective, kinds = objective_of(desk)
+    context = desk_of(spec_of(house, **changes))
+    prior_phase(context)
+    objective, kinds = objective_of(context)
     jolt(kinds)
     shown = objective.batch(0, 0)
     assert [caption == "a red circle" for _, caption in shown] == [False, False, True, True]
     assert all(view.picture.name.startswith("class/") == (caption == "a red circle") for view, caption in shown)
     assert len({view.size for view, _ in shown}) == 1
     both = objective.loss(0, 0)
-    assert desk.spec.prior is not None
-    alone = desk.spec.model_copy(update={"prior": desk.spec.prior.model_copy(update={"weight": 0.0})})
-    object.__setattr__(desk, "spec", alone)
+    assert context.spec.prior is not None
+    alone = context.spec.model_copy(update={"prior": context.spec.prior.model_copy(update={"weight": 0.0})})
+    object.__setattr__(context, "spec", alone)
     instance = objective.loss(0, 0)
-    bare = desk.spec.model_copy(update={"prior": None})
-    object.__setattr__(desk, "spec", bare)
+    bare = context.spec.model_copy(update={"prior": None})
+    object.__setattr__(context, "spec", bare)
     assert torch.isclose(objective.loss(0, 0), instance, rtol=1e-5)
     assert both > instance
 
@@ -380,35 +382,35 @@ def test_class_images_share_the_batch_and_are_weighed(house: House, kind: str, b
 
 
 def test_the_eval_loss_is_fixed_by_the_pictures_alone(house: House) -> None:
-    def evaluated(seed: int = 0, **changes: str) -> tuple[Desk, dict[float, float]]:
+    def evaluated(seed: int = 0, **changes: str) -> tuple[RunContext, dict[float, float]]:
         spec = spec_of(house, drop="tokens", **changes)
         spec.write_text(f"seed = {seed}\n{spec.read_text()}")
-        desk = desk_of(spec)
-        return desk, objective_of(desk)[0].evaluate()
+        context = desk_of(spec)
+        return context, objective_of(context)[0].evaluate()
 
     held = "center_crop = true\nholdout = 3"
-    desk, first = evaluated(center_crop=held)
+    context, first = evaluated(center_crop=held)
     assert tuple(first) == EVAL_SIGMAS
-    assert len(desk.eval_views) == 3
-    objective, _ = objective_of(desk)
+    assert len(context.eval_views) == 3
+    objective, _ = objective_of(context)
     trained = {view.picture.name for step in range(40) for view, _ in objective.batch(step, 0)}
     assert len(trained) == 7
-    assert trained.isdisjoint(view.picture.name for view in desk.eval_views)
+    assert trained.isdisjoint(view.picture.name for view in context.eval_views)
     # neither seed nor batch size nor weighting move it: an untrained LoRA is the base
     _, second = evaluated(center_crop=held, batch_size='batch_size = 5\nweighting.scheme = "cosmap"')
     assert first == pytest.approx(second, rel=1e-5)
     _, seeded = evaluated(7, center_crop="random_flip = true\nholdout = 3", steps="steps = 9")
     assert first == pytest.approx(seeded, rel=1e-5)
 
-    view = desk.eval_views[1]
-    object.__setattr__(desk, "eval_views", (view,))
-    scale = LatentScale.of(desk.base)
+    view = context.eval_views[1]
+    object.__setattr__(context, "eval_views", (view,))
+    scale = LatentScale.of(context.base)
     z = (objective.moments[view].chunk(2)[0][None] - scale.shift) * scale.scaling
     generator = torch.Generator().manual_seed(derive(0, "eval", view.picture.name, "0.3"))
     eps = torch.randn(z.shape, generator=generator)
     with torch.no_grad():
         read = objective.read([view.picture.caption], "diffusers")
-        noised = flow_matching.Noised(
+        noised = flow_matching.NoisyBatch(
             pack(0.7 * z + 0.3 * eps), pack(eps - z), torch.tensor([[[0.3]]]), torch.tensor([0.3])
         )
         wanted = (objective.predict(noised, read, 8, 8) - noised.target).square().mean()
@@ -416,14 +418,14 @@ def test_the_eval_loss_is_fixed_by_the_pictures_alone(house: House) -> None:
 
 
 def test_with_nothing_held_out_some_training_pictures_are_looked_at(house: House) -> None:
-    desk = desk_of(spec_of(house))
-    assert [view.picture.name for view in desk.eval_views] == [f"{index:02d}.png" for index in range(1, 10)]
-    assert [sigmas for _, sigmas in desk.eval_points] == [
+    context = desk_of(spec_of(house))
+    assert [view.picture.name for view in context.eval_views] == [f"{index:02d}.png" for index in range(1, 10)]
+    assert [sigmas for _, sigmas in context.eval_points] == [
         (sigma,) for sigma in EVAL_SIGMAS
     ]  # a look costs nine forwards
-    assert all(view.variant is None for view in desk.eval_views)
-    assert isinstance(desk.eval_views[0], View)
-    assert isinstance(desk.pictures, images.Pictures)
+    assert all(view.variant is None for view in context.eval_views)
+    assert isinstance(context.eval_views[0], CropView)
+    assert isinstance(context.pictures, images.Pictures)
 
 
 def test_batches_made_ahead_are_the_same_batches(house: House) -> None:

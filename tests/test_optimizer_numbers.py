@@ -103,9 +103,9 @@ def test_the_rate_that_is_told_is_each_kinds_own() -> None:
 def test_every_number_of_a_schedule_reaches_it() -> None:
     """The run's steps, not those of a phase or of the spec."""
     own = Schedule(name="polynomial", warmup=2, power=2.0)
-    desk: Any = SimpleNamespace(spec=SimpleNamespace(schedule=own), plan=SimpleNamespace(steps=10))
-    factor = build_schedule(desk)
+    context: Any = SimpleNamespace(spec=SimpleNamespace(schedule=own), plan=SimpleNamespace(steps=10))
+    factor = build_schedule(context)
     assert [factor(step) for step in (0, 1, 2, 6)] == pytest.approx([0, 0.5, 1, 0.25], abs=1e-6)
-    desk.spec.schedule = Schedule(name="cosine_with_restarts", cycles=2)
-    assert build_schedule(desk)(5) == pytest.approx(1.0)  # the second one begins
+    context.spec.schedule = Schedule(name="cosine_with_restarts", cycles=2)
+    assert build_schedule(context)(5) == pytest.approx(1.0)  # the second one begins
     assert set(Schedule.model_fields) == {"name", "warmup", "cycles", "power"}

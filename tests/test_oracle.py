@@ -200,13 +200,13 @@ def test_a_halved_micro_batch_is_the_same_batch(house: House, monkeypatch: pytes
 
 def test_a_look_changes_nothing_of_what_follows(house: House) -> None:
     """Dropout goes on after the eval loss was taken: the same loss, to the bit, before and after."""
-    desk = desk_of(write_spec(house, {"lora.dropout": 0.5}))
-    [phase] = desk.plan.training
-    transformer, adapter = load_transformer(desk, phase, Weights())
+    context = desk_of(write_spec(house, {"lora.dropout": 0.5}))
+    [phase] = context.plan.training
+    transformer, adapter = load_transformer(context, phase, Weights())
     with torch.no_grad():
         for parameter in adapter.values():  # B is zero at first, and hides what dropout does
             parameter += 0.1
-    objective = FlowObjective(desk, transformer, load_encoders(desk, phase, Weights()))
+    objective = FlowObjective(context, transformer, load_encoders(context, phase, Weights()))
     before = objective.loss(0, 0)
     first = objective.evaluate()
     assert torch.equal(objective.loss(0, 0), before)

@@ -129,14 +129,14 @@ def page_data(runs: Path) -> Any:
 
 
 def test_a_page_that_cannot_be_written_fails_no_queue(done: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    from runner.report.publish import prepare_morning
+    from runner.report.publish import publish
 
     def broken(runs: Path) -> Path:
         raise ValueError("no")
 
     told: list[str] = []
     monkeypatch.setattr("runner.report.page.write_report", broken)
-    prepare_morning(done.folder / "runs", told.append)
+    publish(done.folder / "runs", told.append)
     assert told == ["broken: ValueError: no; the runs are not touched by that"]
 
 

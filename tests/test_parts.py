@@ -22,13 +22,13 @@ from runner.base.layers import FLUX1, linear_layers, lora_layers
 from runner.checkpoint import storage
 from runner.checkpoint.storage import Checkpoint, Weights
 from runner.core import files, locks
-from runner.core.errors import BadFile, Held
+from runner.core.errors import BadFileError, LockHeldError
 from runner.core.seeds import derive
 from runner.data import tokens
 from runner.model import base, flow_matching, lora, tensors
 from runner.model.flux1 import loading, text_encoders
 from runner.model.flux1.latents import LatentScale, draw_latents, image_ids, pack
-from runner.model.flux1.transformer import Text, predictor
+from runner.model.flux1.transformer import PromptEmbeds, predictor
 from runner.spec.schema import Token
 from runner.training import optimizers
 
@@ -72,11 +72,11 @@ def test_every_flipped_bit_is_noticed(tmp_path: Path) -> None:
         damaged = bytearray(whole)
         damaged[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
         path.write_bytes(damaged)
-        with pytest.raises(BadFile):
+        with pytest.raises(BadFileError):
             storage.read(path)
     for cut in (0, 1, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:cut])
-        with pytest.raises(BadFile):
+        with pytest.raises(BadFileError):
             storage.read(path)
 
 
@@ -84,7 +84,7 @@ def test_a_checkpoint_under_another_name_is_refused(tmp_path: Path) -> None:
     path = tmp_path / storage.file_name(7)
     storage.write(path, Checkpoint("lora", "key", 7, Weights(), {}, {}))
     path.rename(tmp_path / storage.file_name(8))
-    with pytest.raises(BadFile, match="the header says step 7"):
+    with pytest.raises(BadFileError, match="the header says step 7"):
         storage.read(tmp_path / storage.file_name(8))
 
 
@@ -102,7 +102,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     for stale in (".state.json.7.partial", ".export.partial/x"):  # of a process that was killed
         (tmp_path / stale).parent.mkdir(exist_ok=True)
         (tmp_path / stale).write_text("half")
-    files.sweep_aside(tmp_path)
+    files.remove_partial_files(tmp_path)
     assert [entry.name for entry in tmp_path.iterdir()] == ["state.json"]
 
 
@@ -118,12 +118,15 @@ def test_a_lock_has_one_holder_and_dies_with_it(tmp_path: Path) -> None:
     assert holder.stdout is not None
     holder.stdout.readline()
     assert locks.is_locked(lock)
-    with pytest.raises(Held, match=f"process {holder.pid} is working on it"), locks.locked(lock, patience=0):
+    with (
+        pytest.raises(LockHeldError, match=f"process {holder.pid} is working on it"),
+        locks.hold_lock(lock, patience=0),
+    ):
         pass
     holder.kill()
     holder.wait()
     assert not locks.is_locked(lock)
-    with locks.locked(lock, patience=0):
+    with locks.hold_lock(lock, patience=0):
         pass
 
 
@@ -132,9 +135,11 @@ def test_a_lock_has_one_holder_and_dies_with_it(tmp_path: Path) -> None:
 
 def test_tokens_are_replaced_as_whole_words_longest_first() -> None:
     known = tokens.placeholders([Token(name="TOK"), Token(name="TOK2", vectors=1)])
-    assert tokens.expand("a TOK, TOK2's TOKYO and (TOK)", known) == "a <s0><s1>, <s2>'s TOKYO and (<s0><s1>)"
-    assert tokens.named("TOKYO and TOK2", known) == {"TOK2"}
-    assert tokens.expand("a TOK", ()) == "a TOK"
+    assert (
+        tokens.expand_placeholders("a TOK, TOK2's TOKYO and (TOK)", known) == "a <s0><s1>, <s2>'s TOKYO and (<s0><s1>)"
+    )
+    assert tokens.tokens_in_caption("TOKYO and TOK2", known) == {"TOK2"}
+    assert tokens.expand_placeholders("a TOK", ()) == "a TOK"
 
 
 def encoders() -> list[tuple[str, nn.Module, object]]:
@@ -158,7 +163,7 @@ def test_our_embeddings_are_the_pipelines_to_the_bit(learned: tuple[str, ...], p
         if name in learned:
             width = model.get_input_embeddings().weight.shape[1]
             rows = torch.randn(2, width, generator=generator)
-            text_encoders.attach_rows(model, tokenizer, ["<s0>", "<s1>"], nn.Parameter(rows))
+            text_encoders.attach_token_rows(model, tokenizer, ["<s0>", "<s1>"], nn.Parameter(rows))
             parts = (pipe.text_encoder, pipe.tokenizer) if name == "clip" else (pipe.text_encoder_2, pipe.tokenizer_2)
             pipe.load_textual_inversion(rows, token=["<s0>", "<s1>"], text_encoder=parts[0], tokenizer=parts[1])
         with torch.no_grad():
@@ -176,7 +181,7 @@ def test_only_the_rows_get_a_gradient() -> None:
     for _, model, tokenizer in encoders():
         model.requires_grad_(False)
         rows = nn.Parameter(torch.randn(2, model.get_input_embeddings().weight.shape[1]))
-        text_encoders.attach_rows(model, tokenizer, ["<s0>", "<s1>"], rows)
+        text_encoders.attach_token_rows(model, tokenizer, ["<s0>", "<s1>"], rows)
         ids = text_encoders.t5_ids(tokenizer, "a <s0>", 16)
         model(ids[None])[0].square().sum().backward()
         assert [name for name, parameter in model.named_parameters() if parameter.grad is not None] == [
@@ -229,7 +234,7 @@ def test_the_loss_is_the_references_formula(scheme: str) -> None:
     noised = flow.noise(latents, indices, torch.Generator().manual_seed(5))
     eps = torch.randn(latents.shape, generator=torch.Generator().manual_seed(5))
     transformer = loading.load_transformer(BASE)
-    read = Text(torch.randn(3, 16, 96), torch.randn(3, 64))
+    read = PromptEmbeds(torch.randn(3, 16, 96), torch.randn(3, 64))
     with torch.no_grad():
         predicted = predictor(transformer, 3.5, BASE.device, BASE.dtype)(noised, read, 8, 8)
         loss = flow.errors(predicted, noised).mean()
@@ -351,8 +356,8 @@ def test_an_optimizer_goes_on_as_if_never_stopped(
             "rows/t5": nn.Parameter(torch.randn(4)),
         }
         groups = [
-            optimizers.Group({name: named[name] for name in ("lora/a", "lora/b")}, lr, 0.01),
-            optimizers.Group({"rows/t5": named["rows/t5"]}, lr, 0.1),
+            optimizers.ParameterGroup({name: named[name] for name in ("lora/a", "lora/b")}, lr, 0.01),
+            optimizers.ParameterGroup({"rows/t5": named["rows/t5"]}, lr, 0.1),
         ]
         return named, optimizers.Optimizer(groups, numbers)
 
@@ -437,8 +442,8 @@ def test_a_checkpoint_at_t5_xxls_size_holds_rows_not_tables(name: str, tmp_path:
     table = nn.Embedding(32128, 4096, dtype=torch.bfloat16, _weight=torch.zeros(32128, 4096, dtype=torch.bfloat16))
     table.requires_grad_(False)
     rows = nn.Parameter(torch.randn(2, 4096))
-    embedding = text_encoders.Rows(table, 32100, rows)
-    optimizer = optimizers.Optimizer([optimizers.Group({"rows/t5": rows}, 1e-2, 0.0)], numbers)
+    embedding = text_encoders.TokenRows(table, 32100, rows)
+    optimizer = optimizers.Optimizer([optimizers.ParameterGroup({"rows/t5": rows}, 1e-2, 0.0)], numbers)
     for _ in range(2):
         embedding(torch.tensor([[5, 32100, 32101, 1]])).float().square().sum().backward()
         optimizer.step(1.0)

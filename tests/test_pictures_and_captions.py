@@ -17,7 +17,7 @@ from conftest import PICTURES, PROJECT, House
 from PIL import Image
 
 from runner.data import image_files, images, sources
-from runner.data.image_files import look_into
+from runner.data.image_files import scan_folder
 
 
 @pytest.fixture
@@ -185,11 +185,11 @@ def test_a_preview_beside_parquet_files_does_not_hide_them(
         path.unlink()
     Dataset.from_dict(rows).to_parquet(pics / "0.parquet")
     drawn(pics / "preview.gif", 3)
-    source = sources.Source(str(pics), None, "train", "image", "text", None)
-    assert [one.name for one in sources.read(source).items] == ["000000"]
+    source = sources.DatasetSource(str(pics), None, "train", "image", "text", None)
+    assert [one.name for one in sources.read_source(source).items] == ["000000"]
     drawn(pics / "p0.png", 4)
-    source = sources.Source(str(pics), None, "train", "image", None, "a TOK")
-    assert [one.name for one in sources.read(source).items] == ["p0.png", "preview.gif"]
+    source = sources.DatasetSource(str(pics), None, "train", "image", None, "a TOK")
+    assert [one.name for one in sources.read_source(source).items] == ["p0.png", "preview.gif"]
 
 
 def test_class_images_are_chosen_alike(house: House, pics: Path) -> None:
@@ -214,7 +214,7 @@ def test_class_images_are_chosen_alike(house: House, pics: Path) -> None:
 
 def test_a_folder_without_such_files_keeps_its_fingerprint(tmp_path: Path) -> None:
     """By the formula of the first versions: names, captions and bytes of what is read, whatever else lies there."""
-    from runner.core.hashing import key_of, sha256_file
+    from runner.core.hashing import content_key, sha256_file
 
     shutil.copytree(PICTURES, tmp_path / "pics")
     (tmp_path / "pics" / "notes.md").write_text("nothing")
@@ -226,7 +226,7 @@ def test_a_folder_without_such_files_keeps_its_fingerprint(tmp_path: Path) -> No
         for name in names
     ]
     found = sources.read_folder(tmp_path / "pics", "image", None, None)
-    assert found.fingerprint == key_of("folder", json.dumps(facts))
+    assert found.fingerprint == content_key("folder", json.dumps(facts))
 
 
 # ---- captions ------------------------------------------------------------------------------------------------------
@@ -349,11 +349,11 @@ def test_copies_are_a_line_a_group(house: House, pics: Path) -> None:
 def test_a_thousand_copies_take_no_time() -> None:
     from time import process_time
 
-    from runner.preflight.fingerprints import Look, alike
+    from runner.preflight.fingerprints import ImageFingerprint, duplicates
 
     thumb = np.zeros((16, 16, 3), np.int16)
     began = process_time()
-    [group] = alike([Look((64, 64), "the same", 5, thumb)] * 3000)
+    [group] = duplicates([ImageFingerprint((64, 64), "the same", 5, thumb)] * 3000)
     assert len(group.members) == 3000
     assert process_time() - began < 1
 
@@ -410,7 +410,7 @@ def test_the_largest_picture_that_is_read(pics: Path) -> None:
 @pytest.mark.parametrize("ending", sorted(image_files.READ))
 def test_every_ending_that_is_read_is_of_a_decoder_that_is_named(pics: Path, ending: str) -> None:
     path = drawn(pics / f"x{ending}", 3, format=image_files.READ[ending])
-    assert path in look_into(pics).pictures
+    assert path in scan_folder(pics).pictures
     assert images.decode(images.Picture("x", str(path), "a", sources.opener(path))).size == (96, 96)
 
 

@@ -190,12 +190,15 @@ def same(one: nn.Module, other: nn.Module) -> bool:
 
 
 def test_captions_are_kept_apart_by_how_t5_reads_them(house: House) -> None:
-    desks = [desk_of(spec_of(house)), *(desk_of(quantised(house, scheme)) for scheme in NEAR)]
-    keys = [[desk.text_key(encoder, "a TOK", "diffusers", Weights()) for encoder in ("clip", "t5")] for desk in desks]
+    contexts = [desk_of(spec_of(house)), *(desk_of(quantised(house, scheme)) for scheme in NEAR)]
+    keys = [
+        [context.text_key(encoder, "a TOK", "diffusers", Weights()) for encoder in ("clip", "t5")]
+        for context in contexts
+    ]
     assert len({clip for clip, _ in keys}) == 1
     assert len({t5 for _, t5 in keys}) == 4
-    assert len({tuple(desk.latent_keys.values()) for desk in desks}) == 1
-    assert len({desk.plan.training[0].key for desk in desks}) == 4
+    assert len({tuple(context.latent_keys.values()) for context in contexts}) == 1
+    assert len({context.plan.training[0].key for context in contexts}) == 4
 
 
 def test_a_file_that_lacks_a_tensor_is_refused(house: House) -> None:
@@ -218,13 +221,13 @@ def test_what_a_run_needs_at_least_is_told_by_its_scheme(tmp_path: Path) -> None
 
     from runner.base.param_counts import numbers_of
     from runner.plan.build import make_plan
-    from runner.preflight.devices import needed
+    from runner.preflight.devices import memory_floor
 
     numbers = numbers_of("black-forest-labs/FLUX.1-dev", {})
     found = {}
     for lines in ("", 'quantize = "int8"\n', 'quantize = "nf4"\n', 'offload = "blocks"\n'):
         spec = planned(tmp_path, f"[model]\n{lines}")
-        need = needed(spec, make_plan(spec, FACTS), numbers, on_gpu=True)
+        need = memory_floor(spec, make_plan(spec, FACTS), numbers, on_gpu=True)
         found[lines.partition("=")[2].strip().strip('"')] = need.least
     assert found[""] > 22e9
     assert 11e9 < found["int8"] < 13e9

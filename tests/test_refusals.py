@@ -9,9 +9,9 @@ import pytest
 from conftest import House
 
 from runner.base.files import BUILTIN, file_digests, fingerprint
-from runner.jobs.prepare import prepare
+from runner.jobs.prepare import prepare_jobs
 from runner.plan.build import make_plan
-from runner.runs.resume_advice import advice
+from runner.runs.resume_advice import resume_advice
 
 WAYS_OUT = "give this spec another `name`, undo the change, or queue it with --fresh, which moves the old folder aside"
 
@@ -129,7 +129,7 @@ def test_only_keys_that_were_set_are_told(copied: House) -> None:
 def test_a_rate_that_follows_another_is_not_told_again(house: House) -> None:
     rates = {"drop": "[inversion]"}
     text = house.spec("a", **rates).read_text()
-    [job] = prepare([house.write("a.toml", text)], house.folder / "runs", fetch=True, fresh=False)
+    [job] = prepare_jobs([house.write("a.toml", text)], house.folder / "runs", fetch=True, fresh=False)
     job.run.enlist(job.spec, job.plan, "0.1.0", job.source.origin)
     job.run.give_up()
     assert refusal(house, house.write("a.toml", text.replace("lr = 1e-3", "lr = 1e-4"))) == "train.lr: 0.001 -> 0.0001"
@@ -179,13 +179,13 @@ def test_a_run_of_other_phases_goes_on_with_the_keys_that_are_named(copied: Hous
 
 def test_advice_on_phases_is_right_wherever_it_is_given(house: House) -> None:
     """For many pairs of specs: what is advised keeps every step trained so far, which is asked of the plans' own keys."""
-    [job] = prepare([house.spec()], house.folder / "runs", fetch=True, fresh=False)
-    from runner.jobs.bases import Bases
+    [job] = prepare_jobs([house.spec()], house.folder / "runs", fetch=True, fresh=False)
+    from runner.jobs.bases import BaseRegistry
     from runner.jobs.prepare import _facts
     from runner.plan.description import as_json
     from runner.plan.phases import Facts
 
-    facts: Facts = _facts(job.spec, job.pictures, Bases().of(job.spec))
+    facts: Facts = _facts(job.spec, job.pictures, BaseRegistry().of(job.spec))
 
     def planned(steps: int, text: float, lora: float):  # type: ignore[no-untyped-def]
         spec = job.spec.model_copy(
@@ -206,7 +206,7 @@ def test_advice_on_phases_is_right_wherever_it_is_given(house: House) -> None:
                 step = phase.stop
                 if step <= {one.key: one.stop for one in new.training}.get(phase.key, -1):
                     continue
-                told = list(advice(as_json(old), spec, new, step))
+                told = list(resume_advice(as_json(old), spec, new, step))
                 line = next((one for one in told if one.startswith("set ")), None)
                 if line is None:
                     continue

@@ -10,7 +10,7 @@ from nights import write_run
 
 from runner.report import page
 from runner.report.page import POINTS
-from runner.runs.index import Record, comparable, short_labels, telling
+from runner.runs.index import Record, comparable_key, distinguishing_keys, short_labels
 
 
 @pytest.fixture
@@ -55,9 +55,9 @@ def test_a_long_curve_is_thinned_to_means() -> None:
 
 def test_losses_are_compared_where_they_are_of_the_same_pictures() -> None:
     one = {"data.source": "x", "data.holdout": 2, "lora.rank": 4}
-    assert comparable([one, {**one, "lora.rank": 8}])
+    assert comparable_key([one, {**one, "lora.rank": 8}])
     for key in ("model.base", "data.source", "data.holdout", "data.resolution", "data.prompt", "train.guidance"):
-        assert not comparable([one, {**one, key: "other"}]), key
+        assert not comparable_key([one, {**one, key: "other"}]), key
 
 
 def test_what_tells_runs_apart() -> None:
@@ -65,12 +65,12 @@ def test_what_tells_runs_apart() -> None:
         origins = {"lora.rank": "set in a.toml", typed: "set in a.toml"}
         return Record("a", "done", spec={"seed": 0, "lora.rank": rank, "lora.alpha": alpha}, origins=origins)
 
-    assert telling([record(4, 4.0), record(8, 8.0)]) == ["lora.rank"]  # alpha follows from it
-    assert telling([record(4, 4.0, typed="lora.alpha"), record(8, 1.0, typed="lora.alpha")]) == [
+    assert distinguishing_keys([record(4, 4.0), record(8, 8.0)]) == ["lora.rank"]  # alpha follows from it
+    assert distinguishing_keys([record(4, 4.0, typed="lora.alpha"), record(8, 1.0, typed="lora.alpha")]) == [
         "lora.rank",
         "lora.alpha",
     ]
-    assert telling([record(4, 4.0), record(4, 8.0)]) == ["lora.alpha"]  # of another fluxrun's defaults
+    assert distinguishing_keys([record(4, 4.0), record(4, 8.0)]) == ["lora.alpha"]  # of another fluxrun's defaults
     assert short_labels(["s/lora.rank=4,train.lr=1", "s/lora.rank=8,train.lr=1"]) == ["rank=4, lr=1", "rank=8, lr=1"]
     assert short_labels(["s/lora.rank=4", "t/lora.rank=4"]) == ["s: rank=4", "t: rank=4"]
     assert short_labels(["s/a.x=1", "s/b.x=1"]) == ["a.x=1", "b.x=1"]  # alike without their tables

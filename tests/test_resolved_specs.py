@@ -17,7 +17,7 @@ from conftest import PROJECT, House, stopping_after
 from test_printed_commands import refusal
 
 from runner.jobs.job import Job
-from runner.jobs.prepare import prepare
+from runner.jobs.prepare import prepare_jobs
 from runner.runs.run import find_runs
 
 WHOLE = """
@@ -65,7 +65,7 @@ def claimed(house: House, *specs: Path, runs: Path = Path("runs")) -> list[Job]:
     """What `queue` does before anything trains: the run folders are there, with their resolved specs."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(house.folder)
-        jobs = prepare(specs, runs, fetch=True, fresh=False)
+        jobs = prepare_jobs(specs, runs, fetch=True, fresh=False)
         for job in jobs:
             job.run.enlist(job.spec, job.plan, "0.1.0", job.source.origin)
             job.run.give_up()

@@ -14,10 +14,10 @@ from conftest import House, Said
 from trainers import Attempt, trainers
 
 from runner.core import files
-from runner.core.errors import Code
+from runner.core.errors import ExitCode
 from runner.engine import supervisor
 
-CRASH = Attempt(Code.CRASHED, "RuntimeError: a cosmic ray")
+CRASH = Attempt(ExitCode.CRASHED, "RuntimeError: a cosmic ray")
 AGAIN = "the same command tries again from the last checkpoint"
 
 
@@ -42,7 +42,7 @@ def states(house: House) -> dict[str, tuple[str, str]]:
 @pytest.mark.parametrize(("options", "tries"), [((), 3), (("--retries", "0"), 1), (("--retries", "5"), 6)])
 def test_a_crash_is_tried_again_as_often_as_retries_says(house: House, options: tuple[str, ...], tries: int) -> None:
     """Each attempt saves a step, so that nothing else ends it."""
-    attempts = [Attempt(Code.CRASHED, "a cosmic ray", saves=step) for step in range(1, 9)]
+    attempts = [Attempt(ExitCode.CRASHED, "a cosmic ray", saves=step) for step in range(1, 9)]
     with trainers({"a": attempts}) as told:
         said = queue(house, "a", *options)
     assert said.code == 1
@@ -54,7 +54,7 @@ def test_a_crash_is_tried_again_as_often_as_retries_says(house: House, options: 
 
 def test_three_attempts_in_a_row_without_a_new_step_are_the_last(house: House) -> None:
     """However many retries are left; one that saves a step begins the count again."""
-    saved = Attempt(Code.CRASHED, "a cosmic ray", saves=2)
+    saved = Attempt(ExitCode.CRASHED, "a cosmic ray", saves=2)
     with trainers({"a": [CRASH, CRASH, saved, CRASH, CRASH, CRASH, CRASH]}) as told:
         said = queue(house, "a", "--retries", "9")
     assert said.code == 1
@@ -73,18 +73,18 @@ def test_a_run_that_crashed_goes_on_before_the_next_begins(house: House) -> None
     [
         (-signal.SIGKILL, "failed: the trainer was killed by SIGKILL (attempt 1 of this queue; ", "failed", 1),
         (5, "failed: the trainer ended with code 5; runs/a/run.log may say why (attempt 1", "failed", 1),
-        (Code.FAILED, "failed: why", "failed", 1),
-        (Code.BAD_SPEC, "failed: why", "failed", 1),
-        (Code.DISK, "paused: why\n", "stopped", 3),
-        (Code.STOPPED, "why\n", "stopped", 3),
-        (Code.HELD, "not run: why\n", "stopped", 3),
+        (ExitCode.FAILED, "failed: why", "failed", 1),
+        (ExitCode.BAD_SPEC, "failed: why", "failed", 1),
+        (ExitCode.DISK, "paused: why\n", "stopped", 3),
+        (ExitCode.STOPPED, "why\n", "stopped", 3),
+        (ExitCode.HELD, "not run: why\n", "stopped", 3),
         (-signal.SIGTERM, "stopped before it began\n", "stopped", 3),
         (-signal.SIGINT, "stopped before it began\n", "stopped", 3),
     ],
 )
 def test_how_each_end_of_a_trainer_is_told(house: House, code: int, told: str, state: str, exit_code: int) -> None:
     """And the next run begins, whatever it was."""
-    reason = "why" if code in set(Code) else ""
+    reason = "why" if code in set(ExitCode) else ""
     with trainers({"a": [Attempt(code, reason)]}) as done:
         said = queue(house, "ab", "--retries", "0")
     assert (said.code, done) == (exit_code, ["a begins", "b begins"])
@@ -109,7 +109,7 @@ def test_how_each_end_of_a_trainer_is_told(house: House, code: int, told: str, s
 def test_out_of_memory_cuts_the_micro_batch(house: House, batch: int, told: str) -> None:
     """In two, or into single pictures where it is odd; what was found out is there for the next command."""
     house.spec("a", batch_size=f"batch_size = {batch}")
-    with trainers({"a": [Attempt(Code.MEMORY, "out of memory")]}) as began:
+    with trainers({"a": [Attempt(ExitCode.MEMORY, "out of memory")]}) as began:
         said = queue(house, "a", "--retries", "0")  # it is no crash
     assert (said.code, began) == (0, ["a begins", "a begins"])
     assert said.err == f"a: out of memory; trying again with {told} to a step\n"
@@ -120,7 +120,7 @@ def test_out_of_memory_cuts_the_micro_batch(house: House, batch: int, told: str)
 @pytest.mark.parametrize(("batch", "tries"), [(1, 1), (8, 2)])
 def test_out_of_memory_is_met_once(house: House, batch: int, tries: int) -> None:
     house.spec("a", batch_size=f"batch_size = {batch}")
-    with trainers({"a": [Attempt(Code.MEMORY, "out of memory")] * 3}) as began:
+    with trainers({"a": [Attempt(ExitCode.MEMORY, "out of memory")] * 3}) as began:
         said = queue(house, "a")
     assert (said.code, len(began)) == (1, tries)
     assert "a: failed: out of memory; set model.gradient_checkpointing = true and queue it again, " in said.err
@@ -130,14 +130,14 @@ def test_out_of_memory_is_met_once(house: House, batch: int, tries: int) -> None
 
 
 def off_the_bus(device: int) -> Attempt:
-    return Attempt(Code.FAILED, f"device {device} fell off the bus")
+    return Attempt(ExitCode.FAILED, f"device {device} fell off the bus")
 
 
 def test_three_in_a_row_that_fail_alike_stop_the_queue(house: House) -> None:
     """Numbers, the run's folder and its name, as a word, may differ; two are not enough."""
     reasons = ["b: device 0 of runs/b fell off", "c: device 12 of runs/c fell off", "d: device 7 of runs/d fell off"]
-    first = {name: [Attempt(Code.FAILED, reason)] for name, reason in zip("bcd", reasons, strict=True)}
-    with trainers({"a": [Attempt(Code.FAILED, "the fan sings")], **first}) as told:
+    first = {name: [Attempt(ExitCode.FAILED, reason)] for name, reason in zip("bcd", reasons, strict=True)}
+    with trainers({"a": [Attempt(ExitCode.FAILED, "the fan sings")], **first}) as told:
         said = queue(house, "abcde")
     assert said.code == 1
     assert told == [f"{name} begins" for name in "abcd"]
@@ -158,7 +158,7 @@ def test_a_done_run_between_them_begins_the_count_again(house: House) -> None:
 def test_another_reason_between_them_begins_the_count_again(house: House) -> None:
     script = {
         "a": [off_the_bus(0)],
-        "b": [Attempt(Code.FAILED, "the fan sings")],
+        "b": [Attempt(ExitCode.FAILED, "the fan sings")],
         "c": [off_the_bus(2)],
         "d": [off_the_bus(3)],
     }
@@ -218,7 +218,7 @@ def test_before_its_first_step_a_trainer_may_take_as_long_as_it_likes(
     def loads_for_a_day() -> None:
         clock.now += 86400.0
 
-    with trainers({"a": [Attempt(Code.DONE, then=loads_for_a_day)]}) as told:
+    with trainers({"a": [Attempt(ExitCode.DONE, then=loads_for_a_day)]}) as told:
         assert queue(house, "a").code == 0
     assert told == ["a begins"]
 
@@ -254,7 +254,7 @@ def test_a_run_that_the_disk_has_no_room_for_is_not_begun(house: House, monkeypa
 
 def test_fail_fast_asks_the_others_once_and_begins_nothing(house: House) -> None:
     """Two slots: b trains while a fails."""
-    with trainers({"a": [Attempt(Code.FAILED, "why")], "b": [Attempt(None)]}) as told:
+    with trainers({"a": [Attempt(ExitCode.FAILED, "why")], "b": [Attempt(None)]}) as told:
         said = queue(house, "abc", "--slots", "2", "--fail-fast")
     assert said.code == 1
     assert told == ["a begins", "b begins", "b asked"]

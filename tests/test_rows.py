@@ -13,8 +13,8 @@ from runner.training.encoders import LiveEncoder
 
 def test_after_a_step_the_rows_are_pulled_back_to_the_tables_size(house: House) -> None:
     """A tenth of the way, in logarithm, in both encoders; rows that are only read stay as they are."""
-    desk = desk_of(spec_of(house))
-    objective, _ = objective_of(desk)
+    context = desk_of(spec_of(house))
+    objective, _ = objective_of(context)
     before = {}
     for name in ("clip", "t5"):
         live = objective.encoders[name]
@@ -32,7 +32,7 @@ def test_after_a_step_the_rows_are_pulled_back_to_the_tables_size(house: House) 
         wanted = rows * (table / rows.std()) ** 0.1
         assert float((wanted - rows).abs().max()) > 0.1 * float(rows.abs().max())
         assert torch.allclose(live.rows, wanted, rtol=1e-6, atol=0)
-    fixed = LiveEncoder.load(desk, "clip", Weights(rows={"clip": before["clip"]}))
+    fixed = LiveEncoder.load(context, "clip", Weights(rows={"clip": before["clip"]}))
     assert fixed.rows is not None
     fixed.settle()
     assert torch.equal(fixed.rows, before["clip"])
@@ -50,10 +50,10 @@ def test_a_step_settles_the_rows_once(house: House) -> None:
 @pytest.mark.parametrize("encoder", ["clip", "t5"])
 def test_the_first_rows_are_told_from_what_they_became(house: House, encoder: str) -> None:
     """Drift is measured from where the rows began, also where they go on from a checkpoint."""
-    desk = desk_of(spec_of(house))
+    context = desk_of(spec_of(house))
     width = {"clip": 64, "t5": 96}[encoder]
-    fresh = LiveEncoder.load(desk, encoder, Weights(), learn_rows=True)
-    later = LiveEncoder.load(desk, encoder, Weights(rows={encoder: torch.ones(2, width)}), learn_rows=True)
+    fresh = LiveEncoder.load(context, encoder, Weights(), learn_rows=True)
+    later = LiveEncoder.load(context, encoder, Weights(rows={encoder: torch.ones(2, width)}), learn_rows=True)
     assert fresh.rows is not None
     assert fresh.first_rows is not None
     assert later.rows is not None

@@ -305,24 +305,24 @@ def test_a_run_whose_folder_vanishes_is_told_and_the_next_goes_on(
     from runner.training import recorder
 
     house.write("a.toml", LORA), house.write("b.toml", LORA)
-    begin, step = recorder.Clerk.begin, recorder.Clerk.step
+    begin, step = recorder.RunRecorder.begin, recorder.RunRecorder.step
 
-    def remove(self: recorder.Clerk) -> None:
+    def remove(self: recorder.RunRecorder) -> None:
         if self.run.name == "a":
             shutil.rmtree(self.run.folder)
 
-    def beginning(self: recorder.Clerk, *rest: object) -> None:
+    def beginning(self: recorder.RunRecorder, *rest: object) -> None:
         begin(self, *rest)  # type: ignore[arg-type]
         if phase == "encode":
             remove(self)
 
-    def stepping(self: recorder.Clerk, one: recorder.Step) -> None:
+    def stepping(self: recorder.RunRecorder, one: recorder.Step) -> None:
         if phase == "step" and one.number == 2:
             remove(self)
         step(self, one)
 
-    monkeypatch.setattr(recorder.Clerk, "begin", beginning)
-    monkeypatch.setattr(recorder.Clerk, "step", stepping)
+    monkeypatch.setattr(recorder.RunRecorder, "begin", beginning)
+    monkeypatch.setattr(recorder.RunRecorder, "step", stepping)
     said = house.fluxrun("queue", "a.toml", "b.toml", "--no-check")
     assert said.code == 3
     assert (

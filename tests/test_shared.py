@@ -12,13 +12,13 @@ from conftest import House, desk_of
 
 from runner.checkpoint.storage import Weights
 from runner.data import sources
-from runner.data.buckets import View
+from runner.data.buckets import CropView
 from runner.model import lora
 from runner.model.base import Base
 from runner.model.flux1 import latents, loading, transformer
-from runner.training.context import Desk
+from runner.training.context import RunContext
 from runner.training.encoders import LiveEncoder
-from runner.training.model_pool import Shelf
+from runner.training.model_pool import ModelPool
 
 PROMPTS = 'prompts = ["a red heart"]'
 
@@ -61,11 +61,11 @@ def test_a_warm_trainer_leaves_no_trace_of_the_run_before(house: House, monkeypa
 
 
 def test_an_adapter_that_was_taken_out_leaves_the_very_layers_that_were_there(house: House) -> None:
-    desk = desk_of(plain(house, "a"))
-    model = loading.load_transformer(desk.base)
+    context = desk_of(plain(house, "a"))
+    model = loading.load_transformer(context.base)
     before, attributes = list(model.named_modules()), set(vars(model))
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    adapter = lora.attach_lora(model, lora.lora_shape(desk.spec, desk.base), 0)
+    adapter = lora.attach_lora(model, lora.lora_shape(context.spec, context.base), 0)
     assert [name for name, _ in model.named_modules()] != [name for name, _ in before]
     lora.detach_lora(model)
     assert all(one is other for (_, one), (_, other) in zip(model.named_modules(), before, strict=True))
@@ -73,24 +73,24 @@ def test_an_adapter_that_was_taken_out_leaves_the_very_layers_that_were_there(ho
     after = model.state_dict()
     assert state.keys() == after.keys()
     assert all(torch.equal(state[name], after[name]) for name in state)
-    lora.attach_lora(model, lora.lora_shape(desk.spec, desk.base), 0)  # and there is room for the next one
+    lora.attach_lora(model, lora.lora_shape(context.spec, context.base), 0)  # and there is room for the next one
     assert adapter.keys() == lora.adapter_parameters(model).keys()
 
 
 def test_another_base_or_dtype_is_another_transformer(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = loads(monkeypatch, "load_transformer")
-    desk, shelf = desk_of(house.spec("a")), Shelf()
-    own = desk.spec.model
-    one = shelf.take(desk.base)
-    shelf.put(desk.base, own, one)
-    assert shelf.bytes > 1_000_000
-    assert shelf.take(desk.base) is one
-    assert shelf.bytes == 0  # lent, and so gone if it does not come back
-    assert shelf.take(desk.base) is not one
-    shelf.put(desk.base, own, one)
-    half = Base(desk.base.folder, None, desk.base.device, torch.bfloat16)
-    assert next(shelf.take(half).parameters()).dtype == torch.bfloat16
-    assert shelf.bytes == 0
+    context, model_pool = desk_of(house.spec("a")), ModelPool()
+    own = context.spec.model
+    one = model_pool.take(context.base)
+    model_pool.put(context.base, own, one)
+    assert model_pool.bytes > 1_000_000
+    assert model_pool.take(context.base) is one
+    assert model_pool.bytes == 0  # lent, and so gone if it does not come back
+    assert model_pool.take(context.base) is not one
+    model_pool.put(context.base, own, one)
+    half = Base(context.base.folder, None, context.base.device, torch.bfloat16)
+    assert next(model_pool.take(half).parameters()).dtype == torch.bfloat16
+    assert model_pool.bytes == 0
     assert len(loaded) == 3
 
 
@@ -121,7 +121,7 @@ def test_what_is_wrong_with_a_later_run_is_not_this_one_s_affair(house: House, m
     for picture in (house.folder / "pictures").iterdir():
         (house.folder / "others" / picture.name).write_bytes(picture.read_bytes())
     house.spec("b", encoders=clip, source='source = "others"')
-    real = sources.read
+    real = sources.read_source
 
     def read(source: Any) -> Any:
         own = house.folder / "runs" / "a"
@@ -129,15 +129,15 @@ def test_what_is_wrong_with_a_later_run_is_not_this_one_s_affair(house: House, m
             raise sources.DataError("a file is gone")
         return real(source)
 
-    monkeypatch.setattr(sources, "read", read)
+    monkeypatch.setattr(sources, "read_source", read)
     assert house.fluxrun("queue", "a.toml", "b.toml").code == 0
     assert "the captions of b are not encoded ahead: a file is gone" in (house.folder / "runs/a/run.log").read_text()
 
 
 def test_a_data_set_is_decoded_once_and_again_when_it_changed(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    decoded: list[View] = []
-    real = Desk.pixels
-    monkeypatch.setattr(Desk, "pixels", lambda self, views: (decoded.extend(views), real(self, views))[1])
+    decoded: list[CropView] = []
+    real = RunContext.pixels
+    monkeypatch.setattr(RunContext, "pixels", lambda self, views: (decoded.extend(views), real(self, views))[1])
     crop = "random_flip = true\nvariants = 2"
     plain(house, "a", center_crop=crop)
     assert house.fluxrun("queue", "a.toml").code == 0
@@ -175,28 +175,30 @@ def test_t5_and_vae_stay_away_where_nothing_is_missing(house: House, monkeypatch
 def test_a_kept_transformer_makes_room_for_an_encoder(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing that a phase does not need is in memory: T5 and VAE are not loaded beside a transformer kept for later."""
     held: list[int] = []
-    shelves: list[Shelf] = []
-    take = Shelf.take
-    monkeypatch.setattr(Shelf, "take", lambda self, *what: (shelves.append(self), take(self, *what))[1])
+    shelves: list[ModelPool] = []
+    take = ModelPool.take
+    monkeypatch.setattr(ModelPool, "take", lambda self, *what: (shelves.append(self), take(self, *what))[1])
     for name in ("load_t5", "load_vae"):
         real = getattr(loading, name)
         monkeypatch.setattr(
-            loading, name, lambda base, real=real: (held.append(sum(shelf.bytes for shelf in shelves)), real(base))[1]
+            loading,
+            name,
+            lambda base, real=real: (held.append(sum(model_pool.bytes for model_pool in shelves)), real(base))[1],
         )
     plain(house, "a")
     plain(house, "b", resolution="resolution = 96")
     assert house.fluxrun("queue", "a.toml", "b.toml").code == 0
     assert len(held) == 3
     assert held == [0, 0, 0]
-    assert any(shelf.bytes for shelf in shelves)
+    assert any(model_pool.bytes for model_pool in shelves)
 
 
 def test_the_encoders_read_the_same_alone_and_for_others(house: House) -> None:
-    desk = desk_of(house.spec("a"))
-    live = LiveEncoder.load(desk, "t5", Weights())
-    entries = desk.entries("t5", Weights())
-    for caption in desk.captions:
-        key = desk.text_key("t5", caption, "diffusers", Weights())
+    context = desk_of(house.spec("a"))
+    live = LiveEncoder.load(context, "t5", Weights())
+    entries = context.entries("t5", Weights())
+    for caption in context.captions:
+        key = context.text_key("t5", caption, "diffusers", Weights())
         with torch.no_grad():
             assert torch.equal(live.read(entries[key]), live.embed([caption], "diffusers")[0])
 
@@ -205,7 +207,7 @@ def test_a_trainer_whose_memory_did_not_come_back_is_replaced(house: House, monk
     from runner.engine import worker_main
     from runner.model import device
 
-    warm = worker_main.Warm()
+    warm = worker_main.WorkerState()
     levels = iter([500 << 20, 600 << 20, 900 << 20])
     monkeypatch.setattr(device, "memory_in_use", lambda where: next(levels))
     assert [warm.worn("cpu") for _ in range(3)] == [False, False, True]
@@ -261,8 +263,8 @@ def test_what_has_just_learned_encodes_the_captions(house: House, monkeypatch: p
 
 
 def test_an_encoder_that_learned_on_is_not_taken_for_an_older_one(house: House) -> None:
-    desk = desk_of(house.spec("a"))
-    live = LiveEncoder.load(desk, "clip", Weights(), learn_rows=True)
+    context = desk_of(house.spec("a"))
+    live = LiveEncoder.load(context, "clip", Weights(), learn_rows=True)
     assert live.rows is not None
     then = Weights(rows={"clip": live.rows.detach().clone()})
     assert live.holds(then)
@@ -289,10 +291,10 @@ def test_encoders_that_learned_to_the_end_are_gone_when_the_export_loads_its_own
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where the rows learn to the last step, no encode phase comes between; two T5s would not fit beside the transformer."""
-    shelves: list[Shelf] = []
+    shelves: list[ModelPool] = []
     held: list[int] = []
-    take, load = Shelf.take, loading.load_t5
-    monkeypatch.setattr(Shelf, "take", lambda self, *what: (shelves.append(self), take(self, *what))[1])
+    take, load = ModelPool.take, loading.load_t5
+    monkeypatch.setattr(ModelPool, "take", lambda self, *what: (shelves.append(self), take(self, *what))[1])
     monkeypatch.setattr(
         loading, "load_t5", lambda base: (held.append(sum(len(one.live) for one in shelves)), load(base))[1]
     )

@@ -14,10 +14,10 @@ import pytest
 from conftest import PROJECT, House
 
 from runner.core import hardware
-from runner.core.errors import Code
+from runner.core.errors import ExitCode
 from runner.engine import slots, supervisor
 from runner.engine.progress import Screen
-from runner.engine.worker import Trainer
+from runner.engine.worker import Worker
 from runner.engine.worker_main import sender
 from runner.runs.run import Run
 
@@ -109,11 +109,11 @@ def starting(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
 def test_a_trainer_that_goes_without_a_word_has_done_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever its exit code; and one that died while it waited for a run harms nobody."""
     starting(monkeypatch, "")
-    trainer = Trainer("cpu", None)
+    trainer = Worker("cpu", None)
     assert trainer.process.wait() == 0
     trainer.order(tmp_path, 1, [])
     assert trainer.poll() == []
-    assert trainer.code == Code.CRASHED
+    assert trainer.code == ExitCode.CRASHED
     assert not trainer.lives
     trainer.dismiss()
 
@@ -123,7 +123,7 @@ def test_what_a_trainer_said_before_it_had_a_run_is_in_the_first_ones_log(
 ) -> None:
     starting(monkeypatch, "raise ImportError('libcudart is not there')")
     (tmp_path / "run.log").write_text("before\n")
-    trainer = Trainer("cpu", None)
+    trainer = Worker("cpu", None)
     trainer.order(tmp_path, 1, [])
     trainer.process.wait()
     trainer.poll()
@@ -135,7 +135,7 @@ def test_what_a_trainer_said_before_it_had_a_run_is_in_the_first_ones_log(
 def test_what_it_said_is_in_no_log_once_it_has_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else a run that dies much later would be given what was said at the start."""
     starting(monkeypatch, "import sys; print('a warning', file=sys.stderr); print('{\"say\": \"line\"}'); sys.exit(1)")
-    trainer = Trainer("cpu", None)
+    trainer = Worker("cpu", None)
     trainer.order(tmp_path, 1, [])
     trainer.process.wait()
     assert trainer.poll() == [{"say": "line"}]
@@ -147,7 +147,7 @@ def test_what_it_said_is_in_no_log_once_it_has_begun(tmp_path: Path, monkeypatch
 def test_trainers_that_get_no_run_are_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One for each run, as far as there are slots, whose locks they leave alone; what was taken out is the queue's."""
     starting(monkeypatch, "import time; time.sleep(600)")
-    monkeypatch.setattr(supervisor, "Trainer", Trainer)
+    monkeypatch.setattr(supervisor, "Trainer", Worker)
     own = slots.make_slots("cpu", 4, 1, tmp_path / "runs")
     with supervisor.warmed(own, 2) as warm:
         assert [*warm] == [0, 1]
@@ -189,7 +189,7 @@ def test_a_run_that_waits_is_not_begun(house: House) -> None:
     """Told while the run before it trains; the queue goes on with the one behind it."""
     from runner.training import recorder
 
-    begin = recorder.Clerk.begin
+    begin = recorder.RunRecorder.begin
     told: list[str] = []
 
     def beginning(self: Any, phase: Any, progress: Any) -> None:
@@ -199,7 +199,7 @@ def test_a_run_that_waits_is_not_begun(house: House) -> None:
 
     specs = [house.spec(name, steps="steps = 1", prompts="prompts = []") for name in "abc"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recorder.Clerk, "begin", beginning)
+        patch.setattr(recorder.RunRecorder, "begin", beginning)
         assert house.fluxrun("queue", *specs).code == 3
     assert told == ["b: will not be begun\n"]
     states = {row["name"]: row["state"] for row in json.loads(house.fluxrun("status", "--json").out)}
@@ -284,7 +284,7 @@ def test_a_trainer_on_a_cpu_keeps_its_heap_whole_and_one_on_a_gpu_is_left_alone(
     for gpus, own in ((None, None), ("0", None), ("cpu", "glibc.malloc.check=3")):
         if own:
             monkeypatch.setenv("GLIBC_TUNABLES", own)
-        Trainer(gpus, None).dismiss()
+        Worker(gpus, None).dismiss()
     first, second, third = (env.get("GLIBC_TUNABLES") for env in told)
     assert first is not None
     assert "tcache_count=0" in first

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from runner.checkpoint.storage import Weights
 from runner.core.errors import FluxrunError
 from runner.model import device, offload
-from runner.model.device import Arriving, Lane
+from runner.model.device import CopyStream, PendingCopy
 from runner.model.flux1 import loading
 from runner.model.flux1.transformer import blocks_of, set_attention
 from runner.spec import attention
@@ -94,15 +94,15 @@ def test_blocks_are_recomputed_by_inversions_key_while_rows_learn(
     """joint, alone: so many blocks with and without rows that learn; below zero: so many make their projections again. T5,
     which learns beside the transformer, goes with it."""
     lines, own = (f"gradient_checkpointing = {value}" if value else "" for value in (model, inversion))
-    desk = desk_of(with_model(house, lines, encoders=f'encoders = ["clip", "t5"]\n{own}'))
-    for phase, count in zip(desk.plan.training, (joint, alone), strict=True):
-        desk.shelf.clear(desk.base)
-        transformer, _ = load_transformer(desk, phase, Weights())
+    context = desk_of(with_model(house, lines, encoders=f'encoders = ["clip", "t5"]\n{own}'))
+    for phase, count in zip(context.plan.training, (joint, alone), strict=True):
+        context.model_pool.clear(context.base)
+        transformer, _ = load_transformer(context, phase, Weights())
         blocks: list[Any] = blocks_of(transformer)
         assert sum(block.plain for block in blocks) == max(count, 0)
         assert sum(block.again for block in blocks) == max(-count, 0)
         assert transformer.gradient_checkpointing is (count > 0)
-        for one in load_encoders(desk, phase, Weights()).values() if phase.name == "joint" else ():
+        for one in load_encoders(context, phase, Weights()).values() if phase.name == "joint" else ():
             assert isinstance(one, LiveEncoder)
             assert one.again is (one.encoder == "t5" and joint > 0)
             if one.encoder == "t5":
@@ -155,7 +155,7 @@ def test_half_attention_and_fp32_do_not_go_together(house: House) -> None:
 # ---- offloading ----------------------------------------------------------------------------------------------------
 
 
-class Sent(Lane):
+class Sent(CopyStream):
     """A lane whose host memory holds nothing but NaN: whatever is computed with must have been sent. It counts what is there."""
 
     def __init__(self, where: torch.device) -> None:
@@ -163,13 +163,13 @@ class Sent(Lane):
         self.true: dict[int, Tensor] = {}
         self.order: list[int] = []
 
-    def send(self, hosts: Any) -> Arriving:
+    def send(self, hosts: Any) -> PendingCopy:
         for host in hosts:
             if id(host) not in self.true:
                 self.true[id(host)] = host.clone()
                 host.view(torch.uint8).fill_(0xFF)  # NaN in every float, -1 in int8
         self.order.append(id(hosts))
-        return Arriving([self.true[id(host)].clone() for host in hosts], None)
+        return PendingCopy([self.true[id(host)].clone() for host in hosts], None)
 
 
 @pytest.mark.parametrize("scheme", ["none", "int8", "nf4"])
@@ -178,23 +178,23 @@ def test_offloaded_blocks_train_to_the_same_bits(house: House, monkeypatch: pyte
     pass brings them from the last to the first."""
     lines, changes = f'quantize = "{scheme}"', {"rank": "rank = 4\ndropout = 0.3"}
     wanted = gradients(with_model(house, lines, **changes))
-    chains: list[offload.Chain] = []
-    made, come = offload.Chain.__init__, offload.Chain._come
+    chains: list[offload.BlockOffloader] = []
+    made, come = offload.BlockOffloader.__init__, offload.BlockOffloader._come
     there: list[int] = []
     order: list[tuple[int, int]] = []
 
-    def noted(chain: offload.Chain, *what: Any) -> None:
+    def noted(chain: offload.BlockOffloader, *what: Any) -> None:
         made(chain, *what)
         chains.append(chain)
 
-    def coming(chain: offload.Chain, index: int) -> None:
+    def coming(chain: offload.BlockOffloader, index: int) -> None:
         come(chain, index)
         order.append((chains.index(chain), index))
         there.append(len(chain.coming) + 1)
 
     monkeypatch.setattr(offload, "Lane", Sent)
-    monkeypatch.setattr(offload.Chain, "__init__", noted)
-    monkeypatch.setattr(offload.Chain, "_come", coming)
+    monkeypatch.setattr(offload.BlockOffloader, "__init__", noted)
+    monkeypatch.setattr(offload.BlockOffloader, "_come", coming)
     objective, kinds = objective_of(desk_of(with_model(house, f'{lines}\noffload = "blocks"', **changes)))
     jolt(kinds)
     order.clear()
@@ -286,11 +286,11 @@ def test_on_a_gpu_offloaded_blocks_train_to_the_same_bits_in_less_memory(house: 
     found, peaks = [], []
     where = torch.device("cuda", 0)
     for where_they_wait in ("none", "blocks"):
-        desk = desk_of(
+        context = desk_of(
             with_model(house, f'quantize = "{scheme}"\noffload = "{where_they_wait}"\ngradient_checkpointing = true')
         )
-        desk = replace(desk, base=replace(desk.base, device=where, dtype=torch.bfloat16))
-        objective, kinds = objective_of(desk)
+        context = replace(context, base=replace(context.base, device=where, dtype=torch.bfloat16))
+        objective, kinds = objective_of(context)
         jolt(kinds)
         stepped(objective, kinds)
         for kind in kinds.values():
@@ -313,10 +313,10 @@ def test_on_a_gpu_offloaded_blocks_train_to_the_same_bits_in_less_memory(house: 
 def test_what_was_compiled_is_kept_in_the_users_own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
-    device.prepare(torch.device("cpu"), tf32=True)
+    device.prepare_device(torch.device("cpu"), tf32=True)
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "fluxrun" / "compile")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "mine")
-    device.prepare(torch.device("cpu"), tf32=True)
+    device.prepare_device(torch.device("cpu"), tf32=True)
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "mine"
 
 

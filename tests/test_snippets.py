@@ -20,7 +20,7 @@ import runner
 from runner.base.files import BUILTIN
 from runner.checkpoint.storage import Weights
 from runner.export import verify
-from runner.export.about import About
+from runner.export.about import ExportInfo
 from runner.export.formats import LORA_FILE
 from runner.export.model_card import model_card
 
@@ -105,7 +105,7 @@ OF_DEV = {
 }  # fmt: skip
 
 
-def shown(about: About) -> list[str]:
+def shown(about: ExportInfo) -> list[str]:
     card = model_card(about, {LORA_FILE: 0.0}, (), 3.5, None, (), False)
     return card.split("```python\n")[1].split("```")[0].splitlines()
 

@@ -15,8 +15,8 @@ from conftest import House
 
 from runner.plan.build import make_plan
 from runner.plan.phases import Facts, Plan
-from runner.runs.checkpoint_files import file_name
-from runner.runs.run import Run, Verdict
+from runner.runs.checkpoint_files import checkpoint_name
+from runner.runs.run import Run, RunStatus
 from runner.spec.keys import all_keys
 from runner.spec.loader import load
 from runner.spec.schema import Spec, dump
@@ -187,7 +187,7 @@ def as_trained(folder: Path, spec: Spec, plan: Plan) -> Run:
     run.state_file.write_text(json.dumps({"state": "done", "plan_key": plan.key, "exports": []}))
     header = json.dumps({"__metadata__": {"phase_key": plan.training[0].key}}).encode()
     run.checkpoints.mkdir()
-    (run.checkpoints / file_name(1)).write_bytes(len(header).to_bytes(8, "little") + header)
+    (run.checkpoints / checkpoint_name(1)).write_bytes(len(header).to_bytes(8, "little") + header)
     return run
 
 
@@ -203,7 +203,7 @@ def test_a_key_changes_what_it_should_and_the_run_folder_says_so(tmp_path: Path,
     if key in NOTHING:
         assert verdict.state == "done"
     elif key in SHOWN:
-        assert verdict == Verdict("resume", "what is exported or shown changed; the training is kept")
+        assert verdict == RunStatus("resume", "what is exported or shown changed; the training is kept")
     elif key in SPANS:
         assert verdict.state == "resume"
         assert verdict.reason.startswith(f"{key}: ")
@@ -243,7 +243,7 @@ def test_another_length_is_another_run_where_the_schedule_asks_for_it(tmp_path: 
     spec, longer = spec_of(tmp_path, tables), spec_of(tmp_path, laid_over(tables, {"train": {"steps": 9}}))
     run = as_trained(tmp_path, spec, make_plan(spec, FACTS))
     verdict = run.verdict(longer, make_plan(longer, FACTS))
-    assert verdict == Verdict("changed", f"train.steps: 8 -> 9; the {schedule} schedule depends on where it ends")
+    assert verdict == RunStatus("changed", f"train.steps: 8 -> 9; the {schedule} schedule depends on where it ends")
 
 
 def test_what_the_paths_point_at_counts(tmp_path: Path) -> None:
@@ -261,9 +261,9 @@ def test_a_changed_value_is_refused_before_anything_starts(house: House) -> None
     text = spec.read_text()
     plan = json.loads(house.fluxrun("plan", spec, "--json").out)["runs"][0]
     assert plan["state"] == "new"
-    from runner.jobs.prepare import prepare
+    from runner.jobs.prepare import prepare_jobs
 
-    [job] = prepare([spec], house.folder / "runs", fetch=False, fresh=False)
+    [job] = prepare_jobs([spec], house.folder / "runs", fetch=False, fresh=False)
     job.run.enlist(job.spec, job.plan, "0")
     job.run.give_up()
     spec.write_text(text.replace("center_crop = true", "center_crop = true\ncaption_dropout = 0.1"))

@@ -110,15 +110,15 @@ def test_wandb_gets_an_earlier_steps_pictures_where_it_takes_them() -> None:
 
 def test_a_run_that_ended_early_has_no_steps_left(house: House) -> None:
     """Its export was interrupted: a plan does not count the steps that will not be trained."""
-    from runner.jobs.prepare import prepare
+    from runner.jobs.prepare import prepare_jobs
     from runner.jobs.timing import steps_left
 
     runs = house.folder / "runs"
-    [job] = prepare([house.spec("a")], runs, fetch=False, fresh=False)
+    [job] = prepare_jobs([house.spec("a")], runs, fetch=False, fresh=False)
     job.run.enlist(job.spec, job.plan, "0", job.source.origin)
     job.run.write_state("stopped", step=2, ended="eval loss 0.1 at step 2 has come down to stop.at (1)")
     job.run.give_up()
-    [job] = prepare([house.folder / "a.toml"], runs, fetch=False, fresh=False)
+    [job] = prepare_jobs([house.folder / "a.toml"], runs, fetch=False, fresh=False)
     assert (job.verdict.state, steps_left(job)) == ("resume", 0)
     job.run.amend(ended=None)
     assert steps_left(job) == 6
@@ -141,13 +141,13 @@ def test_the_rates_of_groups_and_prodigys_own() -> None:
     import torch
     from torch import nn
 
-    from runner.training.optimizers import Adam, Group, Optimizer, ProdigyNumbers
+    from runner.training.optimizers import Adam, Optimizer, ParameterGroup, ProdigyNumbers
 
-    def groups(lr: float, text_lr: float) -> list[Group]:
+    def groups(lr: float, text_lr: float) -> list[ParameterGroup]:
         weights = [nn.Parameter(torch.ones(2)) for _ in range(3)]
         names = ("lora/transformer/a", "rows/clip", "text_lora/b")
         return [
-            Group({name: weight}, rate, 0.0)
+            ParameterGroup({name: weight}, rate, 0.0)
             for name, weight, rate in zip(names, weights, (lr, lr, text_lr), strict=True)
         ]
 

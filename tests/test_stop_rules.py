@@ -16,11 +16,19 @@ from test_loop import Line, run
 from trainers import Attempt, trainers
 
 from runner.core import signals
-from runner.core.errors import Interrupted
+from runner.core.errors import InterruptedRunError
 from runner.core.signals import StopRequest, next_time
 from runner.training.distributed import Ranks
-from runner.training.loop import CURVE_POINTS, SMOOTHING, Early, Loop, Meters, looked, train
-from runner.training.optimizers import Adam, Group, Optimizer
+from runner.training.loop import (
+    CURVE_POINTS,
+    SMOOTHING,
+    EarlyStopping,
+    LoopConfig,
+    TrainState,
+    is_validation_step,
+    train,
+)
+from runner.training.optimizers import Adam, Optimizer, ParameterGroup
 
 # ---- --stop-at -----------------------------------------------------------------------------------------------------
 
@@ -134,20 +142,20 @@ def test_a_hangup_is_no_request_under_nohup() -> None:
         assert request()
 
 
-def loop(line: Line, steps: int, **more: Any) -> list[tuple[int, Meters]]:
+def loop(line: Line, steps: int, **more: Any) -> list[tuple[int, TrainState]]:
     """Train; what was saved. more: `loop` (fields of Loop), `look`, `stop_requested`."""
-    optimizer = Optimizer([Group({"lora/w": line.weight}, 0.1, 0.0)], Adam(0.9, 0.999, 1e-8))
-    saved: list[tuple[int, Meters]] = []
-    numbers = {"save_every": 100, "look_every": None, "early": Early(), **more.pop("loop", {})}
+    optimizer = Optimizer([ParameterGroup({"lora/w": line.weight}, 0.1, 0.0)], Adam(0.9, 0.999, 1e-8))
+    saved: list[tuple[int, TrainState]] = []
+    numbers = {"save_every": 100, "look_every": None, "early": EarlyStopping(), **more.pop("loop", {})}
     try:
         train(
-            line, optimizer, lambda _: 1.0, Loop(0, steps, steps, 1, 1e9, save_seconds=None, **numbers), Meters(), Ranks(),
+            line, optimizer, lambda _: 1.0, LoopConfig(0, steps, steps, 1, 1e9, save_seconds=None, **numbers), TrainState(), Ranks(),
             torch.amp.GradScaler("cpu", enabled=False),
             save=lambda step, now: saved.append((step, now)), report=lambda _: None,
             look=more.pop("look", lambda _: None), stop_requested=more.pop("stop_requested", lambda: False),
         )  # fmt: skip
-    except Interrupted as error:
-        saved.append((-1, Meters(ended=str(error))))
+    except InterruptedRunError as error:
+        saved.append((-1, TrainState(ended=str(error))))
     return saved
 
 
@@ -171,40 +179,42 @@ def test_a_checkpoint_is_due_every_so_many_steps_and_at_the_end(every: int, step
 @pytest.mark.parametrize(
     ("early", "loss", "best", "best_step", "step", "told"),
     [
-        (Early(at=0.5), 0.5, 0.5, 10, 10, "eval loss 0.50000 at step 10 has come down to stop.at (0.5)"),
-        (Early(at=0.5), 0.5001, 0.5001, 10, 10, ""),
-        (Early(loss_above=2.0), 2.0, 1.0, 5, 10, ""),
-        (Early(loss_above=2.0), 2.0001, 1.0, 5, 10, "eval loss 2.00010 at step 10 is above stop.loss_above (2)"),
-        (Early(no_better_for=5), 1.5, 1.0, 5, 9, ""),
+        (EarlyStopping(at=0.5), 0.5, 0.5, 10, 10, "eval loss 0.50000 at step 10 has come down to stop.at (0.5)"),
+        (EarlyStopping(at=0.5), 0.5001, 0.5001, 10, 10, ""),
+        (EarlyStopping(loss_above=2.0), 2.0, 1.0, 5, 10, ""),
+        (EarlyStopping(loss_above=2.0), 2.0001, 1.0, 5, 10, "eval loss 2.00010 at step 10 is above stop.loss_above (2)"),
+        (EarlyStopping(no_better_for=5), 1.5, 1.0, 5, 9, ""),
         (
-            Early(no_better_for=5), 1.5, 1.0, 5, 10,
+            EarlyStopping(no_better_for=5), 1.5, 1.0, 5, 10,
             "no eval loss below 1.00000 of step 5 for 5 steps (stop.no_better_for)",
         ),
-        (Early(no_better_for=5), 1.0, 1.0, 10, 10, ""),
-        (Early(at=0.5, loss_above=2.0, no_better_for=5), 1.0, 1.0, 8, 10, ""),
-        (Early(), 9.0, 1.0, 1, 100, ""),
+        (EarlyStopping(no_better_for=5), 1.0, 1.0, 10, 10, ""),
+        (EarlyStopping(at=0.5, loss_above=2.0, no_better_for=5), 1.0, 1.0, 8, 10, ""),
+        (EarlyStopping(), 9.0, 1.0, 1, 100, ""),
     ],
 )  # fmt: skip
-def test_the_edges_of_every_rule(early: Early, loss: float, best: float, best_step: int, step: int, told: str) -> None:
-    assert early.reason(Meters(eval_loss=loss, best=best, best_step=best_step), step) == told
-    assert early.reason(Meters(), step) == ""  # nothing was looked at yet
+def test_the_edges_of_every_rule(
+    early: EarlyStopping, loss: float, best: float, best_step: int, step: int, told: str
+) -> None:
+    assert early.reason(TrainState(eval_loss=loss, best=best, best_step=best_step), step) == told
+    assert early.reason(TrainState(), step) == ""  # nothing was looked at yet
 
 
 def test_the_best_step_is_the_first_with_the_lowest_loss() -> None:
     """A loss that is no number is told, and is not the best."""
-    meters, seen = Meters(), []
+    meters, seen = TrainState(), []
     for step, loss in enumerate([float("nan"), 3.0, 2.0, 2.0, float("nan"), 2.5, 1.0], 1):
-        meters = looked(meters, step, loss)
+        meters = is_validation_step(meters, step, loss)
         seen.append(meters.best_step)
     assert seen == [None, 2, 3, 3, 3, 3, 7]
     assert (meters.best, meters.eval_loss) == (1.0, 1.0)
-    assert looked(meters, 8, None) == meters
+    assert is_validation_step(meters, 8, None) == meters
 
 
 def test_the_last_step_is_no_early_end() -> None:
-    saved = loop(Line(), 4, loop={"look_every": 2, "early": Early(at=9.0)}, look=lambda _: 1.0)
+    saved = loop(Line(), 4, loop={"look_every": 2, "early": EarlyStopping(at=9.0)}, look=lambda _: 1.0)
     assert [(step, bool(meters.ended)) for step, meters in saved] == [(2, True)]
-    saved = loop(Line(), 2, loop={"look_every": 2, "early": Early(at=9.0)}, look=lambda _: 1.0)
+    saved = loop(Line(), 2, loop={"look_every": 2, "early": EarlyStopping(at=9.0)}, look=lambda _: 1.0)
     assert [(step, bool(meters.ended)) for step, meters in saved] == [(2, False)]
 
 

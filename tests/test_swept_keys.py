@@ -13,10 +13,10 @@ from nights import write_run
 from test_morning import hparams, with_events
 
 import runner
-from runner.jobs.prepare import prepare
+from runner.jobs.prepare import prepare_jobs
 from runner.report.page import render
-from runner.runs.index import telling
-from runner.spec.rules import FOLLOWED, fill_defaults
+from runner.runs.index import distinguishing_keys
+from runner.spec.rules import FOLLOWED_DEFAULTS, fill_defaults
 from runner.tracking.hparams import write_board
 
 SWEEP = '\n[sweep]\n"train.lr" = [1e-4, 4e-4]\n'
@@ -25,7 +25,7 @@ SWEEP = '\n[sweep]\n"train.lr" = [1e-4, 4e-4]\n'
 def enlisted(house: House, *specs: Path) -> Path:
     """The runs folder with these specs' runs as a queue has it before it trains."""
     runs = house.folder / "runs"
-    for job in prepare(list(specs), runs, fetch=False, fresh=False):
+    for job in prepare_jobs(list(specs), runs, fetch=False, fresh=False):
         job.run.enlist(job.spec, job.plan, "0", job.source.origin)
         job.run.give_up()
     return runs
@@ -154,10 +154,10 @@ def test_an_old_run_tells_what_was_set() -> None:
     assert record.origins["tokens.0.name"] == "set in whole.toml"
 
 
-@pytest.mark.parametrize("key", FOLLOWED)
+@pytest.mark.parametrize("key", FOLLOWED_DEFAULTS)
 def test_what_a_default_follows_is_as_the_spec_has_it(key: str) -> None:
     def filled(value: float) -> object:
-        folder, last = FOLLOWED[key].split(".")
+        folder, last = FOLLOWED_DEFAULTS[key].split(".")
         tables = {"data": {"source": "x"}, "text_lora": {}}
         tables.setdefault(folder, {})[last] = value  # type: ignore[assignment]
         folder, last = key.split(".")
@@ -167,8 +167,8 @@ def test_what_a_default_follows_is_as_the_spec_has_it(key: str) -> None:
 
 
 def test_telling_keys_of_no_runs() -> None:
-    assert telling([]) == []
-    assert telling([runner.Record("a", "failed")]) == []
+    assert distinguishing_keys([]) == []
+    assert distinguishing_keys([runner.Record("a", "failed")]) == []
 
 
 def test_the_origins_of_a_record_are_those_of_its_file(done: House) -> None:

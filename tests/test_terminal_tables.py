@@ -18,8 +18,8 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from runner.cli import plan_view
-from runner.jobs.prepare import prepare
-from runner.jobs.timing import Time
+from runner.jobs.prepare import prepare_jobs
+from runner.jobs.timing import TimeEstimate
 from runner.report.page import write_report
 from runner.runs.short_names import shortened
 from runner.spec.origins import annotated
@@ -168,10 +168,10 @@ def test_the_picture_of_the_night_fits_the_terminal(tmp_path: Path, width: int) 
         '[sweep]\n"lora.rank" = [4, 8]\n"train.lr" = [1e-4, 4e-4]\n"inversion.gradient_checkpointing" = [true, false]\n'
     )
     spec = house.write("portrait-of-grandmother-in-oil.toml", house.spec("base").read_text() + sweep)
-    jobs = prepare([spec], tmp_path / "runs", fetch=False, fresh=False)
+    jobs = prepare_jobs([spec], tmp_path / "runs", fetch=False, fresh=False)
     console = Console(width=width)
     with console.capture() as shown:
-        plan_view.draw(console, jobs, [Time(6, 3500.0, 21000.0, 3 << 30, False)] * 8, {}, time.time())
+        plan_view.draw(console, jobs, [TimeEstimate(6, 3500.0, 21000.0, 3 << 30, False)] * 8, {}, time.time())
     lines = shown.get().splitlines()
     head, rule, *rows = lines[: next(at for at, line in enumerate(lines) if line.startswith("sweep of "))]
     assert max(map(cell_len, (head, rule, *rows))) <= width

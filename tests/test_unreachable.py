@@ -178,7 +178,7 @@ def answered(status: int) -> HfHubHTTPError:
     ids=str,
 )
 def test_what_may_pass_and_what_may_not(error: Exception, passing: bool) -> None:
-    assert ours.passing(error) is passing
+    assert ours.is_transient(error) is passing
     outer = LocalEntryNotFoundError("not in the cache")
     outer.__cause__ = error
-    assert ours.passing(outer) is passing
+    assert ours.is_transient(outer) is passing

@@ -38,7 +38,7 @@ def test_what_runs_comes_first_with_its_curve_time_and_picture(tmp_path: Path) -
         (going / "samples" / name).write_bytes(b"")
     run_folder(tmp_path, "a", state="done", step=10, steps=10, train_loss=0.5)
     run_folder(tmp_path, "c", state="failed", step=3, steps=10, error="[bold]the disk[/bold] said no")
-    with locks.locked(going / ".lock"):
+    with locks.hold_lock(going / ".lock"):
         lines = [line.strip() for line in shown(tmp_path).splitlines() if line.strip()]
     assert lines[0] == "1 running, 1 failed, 1 done; all done in about 3:20"
     rows = [line for line in lines if line.split()[0] in ("a", "b", "c")]
@@ -67,7 +67,7 @@ def test_spark_lines(values: list[float], wanted: str) -> None:
 
 def test_slots_that_are_taken_are_named(tmp_path: Path) -> None:
     (tmp_path / ".slots").mkdir()
-    with locks.locked(tmp_path / ".slots" / "cpu-0"):
+    with locks.hold_lock(tmp_path / ".slots" / "cpu-0"):
         assert watch.headline(tmp_path, []) == f"no runs yet; slots: cpu-0 (process {os.getpid()})"
     assert watch.headline(tmp_path, []) == "no runs yet"
 

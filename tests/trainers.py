@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from runner.core.errors import Code
+from runner.core.errors import ExitCode
 from runner.core.files import make_folder
 from runner.engine import supervisor
-from runner.runs.checkpoint_files import file_name
+from runner.runs.checkpoint_files import checkpoint_name
 from runner.runs.run import Run
 
 PATIENCE = 5000  # looks at a trainer that nobody ends
@@ -30,7 +30,7 @@ class Attempt:
     """One attempt at a run: a checkpoint at step `saves` is written, `then` is called, `steps` (seconds each) are reported,
     and the trainer ends with `code` and `reason`. None: it trains on until it is asked or killed."""
 
-    code: int | None = Code.DONE
+    code: int | None = ExitCode.DONE
     reason: str = ""
     saves: int = 0
     then: Callable[[], None] = nothing
@@ -41,7 +41,7 @@ def save(run: Run, step: int) -> None:
     """A file that counts as a checkpoint where nobody reads it."""
     make_folder(run.checkpoints)
     header = json.dumps({"__metadata__": {"phase_key": json.loads(run.plan_file.read_text())["key"]}}).encode()
-    (run.checkpoints / file_name(step)).write_bytes(len(header).to_bytes(8, "little") + header)
+    (run.checkpoints / checkpoint_name(step)).write_bytes(len(header).to_bytes(8, "little") + header)
 
 
 @contextmanager
@@ -72,14 +72,14 @@ def trainers(script: Mapping[str, Sequence[Attempt]]) -> Iterator[list[str]]:
                 return [{"say": "step", "number": n, "loss": None, "seconds": seconds, "stop": 9, "steps": 9}
                         for n, seconds in enumerate(self.now.steps, 1)]  # fmt: skip
             self.code = None if self.end is None else int(self.end)
-            if self.code == Code.DONE:
+            if self.code == ExitCode.DONE:
                 self.run.write_state("done", step=1, exports=[])
             return [{"say": "ended", "reason": self.now.reason}] if self.code is not None and self.now.reason else []
 
         def ask(self) -> None:
             told.append(f"{self.run.name} asked")
             if self.now.code is None and told.count(told[-1]) == 1:
-                self.end = Code.STOPPED
+                self.end = ExitCode.STOPPED
 
         def kill(self) -> None:
             told.append(f"{self.run.name} killed")

@@ -98,7 +98,7 @@ def score_run(folder: Path, steps: int) -> dict[str, float]:
     shots = [(prompt, 1000 + index) for index, prompt in enumerate(prompts("TOK"))]
     made = {}
     for name, exported in (("untuned", None), ("trained", formats.exported_files(folder / "export", spec.name, known))):
-        images = pipeline.sample(base, exported, shots, length=32, steps=steps, size=64)
+        images = pipeline.draw_samples(base, exported, shots, length=32, steps=steps, size=64)
         made[name] = score([np.asarray(image) for image in images])
     made |= {"blank": score(blank()), "vae": score(reconstructions(base.folder))}
     start = max(made["untuned"], made["blank"])

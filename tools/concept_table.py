@@ -64,7 +64,7 @@ def own_words(base: Any, exported: Any, scenes: Sequence[world.Scene]) -> float:
     from runner.export import pipeline
 
     shots = [(scene.caption(index), index) for index, scene in enumerate(scenes)]
-    images = pipeline.sample(base, exported, shots, length=32, steps=20, size=64)
+    images = pipeline.draw_samples(base, exported, shots, length=32, steps=20, size=64)
     return check.shares([np.asarray(image) for image in images], scenes)["all"]
 
 

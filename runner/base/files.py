@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.base.layers import CLIP_L, KNOWN, NEEDED
-from runner.core.hashing import key_of
+from runner.core.hashing import content_key
 
 PARTS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "vae")
 BUILTIN = {"builtin:tiny": Path(__file__).parents[1] / "bases" / "tiny"}
@@ -102,7 +102,7 @@ def cached_base(base: str, revision: str | None) -> Path | None:
 
 def parts_fingerprint(folder: Path) -> str:
     """Of the parts that a run uses, so that other files beside them do not count."""
-    return key_of("base", *(fingerprint(folder / part) for part in PARTS))
+    return content_key("base", *(fingerprint(folder / part) for part in PARTS))
 
 
 @dataclass(frozen=True)

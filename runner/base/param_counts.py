@@ -30,7 +30,7 @@ VAE: Config = {
 
 
 @dataclass(frozen=True, eq=False)
-class Shapes:
+class BaseConfigs:
     """The configs of a base's four parts. Equal to itself alone, so that what is computed of it can be kept."""
 
     transformer: Config
@@ -68,20 +68,20 @@ class Shapes:
 
 
 @lru_cache(maxsize=16)
-def chosen_layers(shapes: Shapes, wanted: str | tuple[str, ...]) -> dict[str, tuple[int, int]]:
+def chosen_layers(shapes: BaseConfigs, wanted: str | tuple[str, ...]) -> dict[str, tuple[int, int]]:
     """The transformer's linear layers that get a LoRA, shaped (out, in)."""
     return lora_layers(linear_layers(shapes.transformer), wanted)
 
 
-def read_shapes(base: str) -> Shapes | None:
+def read_base_configs(base: str) -> BaseConfigs | None:
     """None for a hub base whose config is not known, and for a folder whose configs cannot be read (which is told elsewhere)."""
     folder = local_folder(base)
     if folder is None:
-        return Shapes({**FLUX1, **KNOWN[base]}, CLIP, T5, VAE) if base in KNOWN else None
+        return BaseConfigs({**FLUX1, **KNOWN[base]}, CLIP, T5, VAE) if base in KNOWN else None
     parts = {"transformer": {}, "text_encoder": CLIP, "text_encoder_2": T5, "vae": VAE}
     try:
         read = [{**known, **json.loads(_config(folder, part))} for part, known in parts.items()]
-        shapes = Shapes(*read)
+        shapes = BaseConfigs(*read)
         assert shapes.numbers
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.core import hashing
-from runner.core.hashing import key_of
+from runner.core.hashing import content_key
 from runner.data import tokens
 from runner.data.images import Pictures
 from runner.data.tokens import Placeholder
@@ -60,7 +60,7 @@ def entries(spec: Spec, pictures: Pictures, known: Sequence[Placeholder], encode
     """All that `encoder` has to read. T5 also reads the prompts as they stand, for the pictures of the untuned base."""
     for caption in captions(spec, pictures):
         for pooling in poolings(spec) if encoder == "clip" else ("diffusers",):
-            yield entry(spec, encoder, tokens.expand(caption, known), pooling)
+            yield entry(spec, encoder, tokens.expand_placeholders(caption, known), pooling)
     for prompt in spec.validation.prompts if encoder == "t5" else ():
         yield entry(spec, encoder, prompt, "diffusers")
 
@@ -73,7 +73,7 @@ def text_key(
     encoder; scale: its LoRA's alpha, if it has one; held: what it is quantised to, if it is."""
     parts = [prints[part] for part in PARTS[encoder]]
     pooling = asked.pooling if encoder == "clip" else None
-    return key_of(encoder, asked.written, learned, *parts, asked.length, dtype, *scale, pooling, *held)
+    return content_key(encoder, asked.written, learned, *parts, asked.length, dtype, *scale, pooling, *held)
 
 
 def views_key(spec: Spec, data: str, vae: str, dtype: str) -> str | None:
@@ -83,7 +83,7 @@ def views_key(spec: Spec, data: str, vae: str, dtype: str) -> str | None:
         return None
     own: dict[str, Any] = spec.data.model_dump(mode="json", exclude={"source", "workers", "repeats", "caption_dropout"})
     seed = None if own["center_crop"] and not own["random_flip"] else spec.seed
-    return key_of("views", data, vae, dtype, json.dumps(own, sort_keys=True), seed, _pillow())
+    return content_key("views", data, vae, dtype, json.dumps(own, sort_keys=True), seed, _pillow())
 
 
 @cache

@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import Tensor
 
 from runner.core import files
-from runner.core.errors import BadFile
+from runner.core.errors import BadFileError
 from runner.core.files import read_json
 from runner.model import tensors
 
@@ -51,10 +51,10 @@ class Cache:
         try:
             found, about = tensors.load(path)
             if (about.get("kind"), about.get("key", key)) != (kind, key):  # early entries do not know their key
-                raise BadFile(f"{path}: the header says {about.get('kind')} {about.get('key')}")
+                raise BadFileError(f"{path}: the header says {about.get('kind')} {about.get('key')}")
             _asked_for(path)
             return found["value"]
-        except BadFile:
+        except BadFileError:
             path.unlink(missing_ok=True)
             return None
 
@@ -66,7 +66,7 @@ class Cache:
             found |= {key: self.get(kind, key) for key, value in found.items() if value is None}
         there = {key: value for key, value in found.items() if value is not None}
         if len(there) < len(found):
-            raise BadFile(
+            raise BadFileError(
                 f"{self.folder / kind}: {len(found) - len(there)} entries are damaged right after they were made"
             )
         return there

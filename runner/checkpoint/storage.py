@@ -12,10 +12,10 @@ from typing import Any
 from torch import Tensor
 
 from runner.core import files
-from runner.core.errors import BadFile
+from runner.core.errors import BadFileError
 from runner.model import tensors
 from runner.model.device import copy_out
-from runner.runs.checkpoint_files import file_name
+from runner.runs.checkpoint_files import checkpoint_name
 
 FORMAT = 1
 NOT_THE_FILES = {
@@ -76,24 +76,24 @@ def write(path: Path, checkpoint: Checkpoint, *, disk: files.Disk = files.DISK) 
 
 
 def read(path: Path) -> Checkpoint:
-    """Read and verify; the name must agree with the header. Raises BadFile, and OSError where it could not be read for a
+    """Read and verify; the name must agree with the header. Raises BadFileError, and OSError where it could not be read for a
     reason that is not the file's own: that tells nothing against it."""
     try:
         found, header = tensors.load(path)
-    except BadFile as error:
+    except BadFileError as error:
         if isinstance(error.__cause__, OSError) and error.__cause__.errno in NOT_THE_FILES:
             raise error.__cause__ from error
         raise
     if header.get("format") != str(FORMAT):
-        raise BadFile(f"{path}: checkpoint format {header.get('format')}, this fluxrun reads {FORMAT}")
+        raise BadFileError(f"{path}: checkpoint format {header.get('format')}, this fluxrun reads {FORMAT}")
     try:
         step = int(header["step"])
         scalars = json.loads(header["scalars"])
         phase, key = header["phase"], header["phase_key"]
     except (KeyError, ValueError, RecursionError) as error:
-        raise BadFile(f"{path}: the header is incomplete ({error})") from error
-    if path.name != file_name(step):
-        raise BadFile(f"{path}: the header says step {step}")
+        raise BadFileError(f"{path}: the header is incomplete ({error})") from error
+    if path.name != checkpoint_name(step):
+        raise BadFileError(f"{path}: the header says step {step}")
     return _built(phase, key, step, found, scalars)
 
 

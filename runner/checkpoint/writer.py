@@ -9,9 +9,9 @@ from pathlib import Path
 from runner.checkpoint import storage
 from runner.checkpoint.storage import Checkpoint
 from runner.core import files
-from runner.core.errors import BadFile, Paused
+from runner.core.errors import BadFileError, DiskError
 from runner.plan.disk import SPARE
-from runner.runs.checkpoint_files import file_name, steps_in
+from runner.runs.checkpoint_files import checkpoint_name, checkpoint_steps
 
 
 class Writer:
@@ -55,14 +55,14 @@ class Writer:
 
     def write(self, made: Checkpoint) -> None:
         """Write, read back, then prune: never an instant without a verified checkpoint."""
-        path = self.folder / file_name(made.step)
+        path = self.folder / checkpoint_name(made.step)
         self._make_sure_of_room(made)
         self.fence()
         storage.write(path, made, disk=self.disk)
         try:
             storage.read(path)
-        except BadFile as error:
-            raise Paused(
+        except BadFileError as error:
+            raise DiskError(
                 f"{error}; so it was read back right after it was written: the disk is failing, or the memory. The "
                 "checkpoint before it stands; the same command goes on from there"
             ) from error
@@ -75,7 +75,7 @@ class Writer:
         size = sum(tensor.nbytes for tensor in storage.named(made).values())
         free = self.disk.free(self.folder)
         if free < size + SPARE:
-            raise Paused(
+            raise DiskError(
                 f"no room for the checkpoint of step {made.step} in {self.folder}: {free >> 20} MiB free, it needs "
                 f"{(size + SPARE) >> 20}; the checkpoint before it stands. Free some space, then the same command goes on"
             )
@@ -83,7 +83,7 @@ class Writer:
     def _prune(self, step: int) -> None:
         """Those of later steps are another plan's, and left alone; the best step's is kept for the export."""
         spared = {*self.kept_always, self.best}
-        there = [(number, path) for number, path in steps_in(self.folder) if number <= step]
+        there = [(number, path) for number, path in checkpoint_steps(self.folder) if number <= step]
         for number, path in [one for one in there if one[0] not in spared][self.keep :]:
             assert number < step
             try:

@@ -18,8 +18,8 @@ import click
 
 from runner.cli.completion import run_names
 from runner.core import output
-from runner.core.command_line import command as typed
-from runner.core.errors import Code, Fault, FluxrunError, Interrupted, Paused, SpecError, disk_trouble
+from runner.core.command_line import fluxrun_command as typed
+from runner.core.errors import DiskError, ExitCode, Fault, FluxrunError, InterruptedRunError, SpecError, is_disk_error
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -38,29 +38,29 @@ class Group(click.Group):
         try:
             return super().invoke(ctx)
         except SpecError as error:
-            with output.outlived():
+            with output.ignore_lost_output():
                 _echo_faults(error.faults)
                 click.echo(f"{_count(len(error.faults), 'fault')}; nothing was started", err=True)
             ctx.exit(error.exit_code)
         except FluxrunError as error:
-            with output.outlived():
+            with output.ignore_lost_output():
                 click.echo(f"fluxrun: {error}", err=True)
             ctx.exit(error.exit_code)
         except BrokenPipeError:  # `fluxrun results | head`
-            ctx.exit(output.end_of_pipe())
+            ctx.exit(output.exit_code_of_closed_pipe())
         except OSError as error:
-            if not (error.filename and disk_trouble(error)):
+            if not (error.filename and is_disk_error(error)):
                 raise
-            with output.outlived():
+            with output.ignore_lost_output():
                 click.echo(
                     f"fluxrun: {error.filename}: {error.strerror}; the same command goes on once that is mended",
                     err=True,
                 )
-            ctx.exit(Paused.exit_code)
+            ctx.exit(DiskError.exit_code)
         except KeyboardInterrupt:
-            with output.outlived():
+            with output.ignore_lost_output():
                 click.echo(f"{os.linesep if sys.stderr.isatty() else ''}fluxrun: stopped by Ctrl-C", err=True)
-            ctx.exit(Interrupted.exit_code)
+            ctx.exit(InterruptedRunError.exit_code)
 
 
 def _echo_faults(faults: Sequence[Fault]) -> None:
@@ -163,21 +163,21 @@ def queue(
     if dry_run:
         ctx.invoke(plan, specs=specs, runs=runs, as_json=as_json, gpus=gpus, fresh=fresh)
         return
-    ctx.with_resource(output.outlived())
+    ctx.with_resource(output.ignore_lost_output())
     from runner.core.files import make_folder
     from runner.core.signals import StopRequest, next_time
     from runner.engine.progress import Screen
     from runner.engine.slots import make_slots, on_gpus
     from runner.engine.supervisor import run_queue, warmed
     from runner.jobs import timing
-    from runner.jobs.prepare import notify_faults, prepare
+    from runner.jobs.prepare import notify_faults, prepare_jobs
 
     try:
         deadline = next_time(stop_at) if stop_at else None
     except ValueError:
         raise click.BadParameter(f"{stop_at!r} is not a time of day; write HH:MM", param_hint="--stop-at") from None
     with StopRequest(deadline, at_once=False) as stop:
-        jobs = prepare(list(specs), runs, fetch=True, fresh=fresh)
+        jobs = prepare_jobs(list(specs), runs, fetch=True, fresh=fresh)
         if refused := notify_faults(jobs, allow_commands):
             raise SpecError(refused)
         try:
@@ -200,7 +200,7 @@ def queue(
                 ) from None
             code = run_queue(todo, runs, places, screen, stop, retries=retries, fail_fast=fail_fast, warm=warm)
         with suppress(OSError):  # the runs folder may be gone, and with it what they took
-            timing.remember(todo, on_gpu=on_gpus(places))
+            timing.remember_timing(todo, on_gpu=on_gpus(places))
     if as_json:
         _print_records(runs, {job.plan.name for job in jobs})
     ctx.exit(code)
@@ -247,13 +247,13 @@ def stop(names: tuple[str, ...], runs: Path) -> None:
 @click.pass_context
 def train(ctx: click.Context, parent: int | None, gpus: str | None) -> None:
     """What a queue starts for each slot: trains the runs named on stdin."""
-    from runner.core.process_identity import die_with
+    from runner.core.process_identity import exit_with_parent
     from runner.core.signals import StopRequest
 
     if parent is not None:
-        die_with(parent)
-    code: int = Code.STOPPED
-    ctx.with_resource(output.outlived())
+        exit_with_parent(parent)
+    code: int = ExitCode.STOPPED
+    ctx.with_resource(output.ignore_lost_output())
     gc.disable()  # half a million objects come with the imports, and stay; `settle_libraries` enables it again
     with StopRequest() as stop, suppress(KeyboardInterrupt):  # a second signal may come when the run has ended already
         from runner.engine.worker_main import main as train_all
@@ -286,7 +286,7 @@ def plan(
     """Validate and print the plan; touches nothing, needs no GPU and no torch."""
     from runner.core import hardware
     from runner.jobs import cache_hits, card_fit, timing
-    from runner.jobs.prepare import jobs_of, prepare, survey
+    from runner.jobs.prepare import inspect_specs, jobs_of, prepare_jobs
     from runner.plan import description
 
     on_gpu = gpus != "cpu"
@@ -296,10 +296,10 @@ def plan(
         from runner.cli import plan_view
         from runner.report.tables import console
 
-        seen, faults = survey(list(specs), runs, fetch=False, fresh=fresh)
+        seen, faults = inspect_specs(list(specs), runs, fetch=False, fresh=fresh)
         if shown := jobs_of(seen):
             cached = cache_hits.lines(shown, runs, on_gpu=here)
-            times = timing.times(shown, runs, on_gpu=here)
+            times = timing.estimate_times(shown, runs, on_gpu=here)
             plan_view.draw(console(), shown, times, cached, time.time(), on_gpu=on_gpu)
         if faults:
             raise SpecError(faults)
@@ -308,7 +308,7 @@ def plan(
     jobs: list[Job] = []
     errors: list[dict[str, Any]] = []
     try:
-        jobs = prepare(list(specs), runs, fetch=False, fresh=fresh)
+        jobs = prepare_jobs(list(specs), runs, fetch=False, fresh=fresh)
     except SpecError as error:
         if not as_json:
             raise
@@ -324,7 +324,10 @@ def plan(
                 "time": vars(took),
             }
             for job, took, hits in zip(
-                jobs, timing.times(jobs, runs, on_gpu=here), cache_hits.forecasts(jobs, runs, on_gpu=here), strict=True
+                jobs,
+                timing.estimate_times(jobs, runs, on_gpu=here),
+                cache_hits.cache_hits_of(jobs, runs, on_gpu=here),
+                strict=True,
             )
         ]
         click.echo(json.dumps({"runs": rows, "errors": errors}, indent=1))
@@ -418,7 +421,7 @@ def _print_parts(screen: Console, parts: Iterable[RenderableType]) -> None:
 @click.option("--sort", default="name", show_default=True, metavar="KEY", help="A column, or a key of the spec.")
 def results(runs: Path, as_json: bool, as_comma: bool, sort: str) -> None:
     """The results index as a table: runs, the spec keys in which they differ, and how they did."""
-    from runner.runs.index import Record, as_csv, sort_records, telling
+    from runner.runs.index import Record, as_csv, distinguishing_keys, sort_records
     from runner.runs.index import results as read
 
     records = read(runs)
@@ -433,7 +436,7 @@ def results(runs: Path, as_json: bool, as_comma: bool, sort: str) -> None:
         from runner.report.tables import console, results_table
 
         screen = console()
-        _print_parts(screen, results_table(records, telling(records), screen.width))
+        _print_parts(screen, results_table(records, distinguishing_keys(records), screen.width))
 
 
 def _print_records(runs: Path, names: set[str]) -> None:
@@ -511,7 +514,7 @@ def new(
     file: Path, command: str | None, template: str | None, short: bool, card: str | None, pictures: Path | None
 ) -> None:
     """Write a commented spec; FILE must not exist yet. Its schema, for editors, is put beside it."""
-    from runner.newspec.file import Wish, new_file
+    from runner.newspec.file import NewSpecRequest, write_new_spec
     from runner.newspec.template import SCHEMA, NewError
     from runner.spec.schema import schema_text
 
@@ -522,12 +525,12 @@ def new(
         raise click.UsageError(f"--from-command does not go with {', '.join(others)}: the command says what it trains")
     text = sys.stdin.read() if command == "-" else command
     try:
-        made = new_file(Wish(file, template or "pivotal", text, short, card, pictures))
+        made = write_new_spec(NewSpecRequest(file, template or "pivotal", text, short, card, pictures))
     except NewError as error:
         raise click.BadParameter(str(error), param_hint=error.option) from None
-    from runner.core.files import folder_for, write_text
+    from runner.core.files import output_folder, write_text
 
-    folder_for(file)
+    output_folder(file)
     write_text(file, made.text)
     write_text(file.parent / SCHEMA, schema_text())
     for note in made.notes:
@@ -539,13 +542,13 @@ def new(
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="A file. Default: stdout.")
 def schema(out: Path | None) -> None:
     """JSON Schema of a spec, for editors: a line `#:schema ./FILE` at a spec's top turns completion on."""
-    from runner.core.files import folder_for, write_text
+    from runner.core.files import output_folder, write_text
     from runner.spec.schema import schema_text
 
     if out is None:
         click.echo(schema_text(), nl=False)
     else:
-        folder_for(out)
+        output_folder(out)
         write_text(out, schema_text())
 
 
@@ -589,14 +592,14 @@ def report(runs: Path) -> None:
 @click.pass_context
 def export_again(ctx: click.Context, name: str, runs: Path, step: int | None, push: bool, gpus: str | None) -> None:
     """Write a run's exports again, whatever state it is in."""
-    ctx.with_resource(output.outlived())
-    from runner.cli.export import export_run
-    from runner.core.events import Say
+    ctx.with_resource(output.ignore_lost_output())
+    from runner.cli.export import write_exports
+    from runner.core.events import EventLog
     from runner.engine.progress import Screen
 
     screen = Screen()
-    say = Say(lambda event: screen.show("", event))
-    for path in export_run(runs, name, step, gpus=gpus, push_too=push, say=say):
+    event_log = EventLog(lambda event: screen.show("", event))
+    for path in write_exports(runs, name, step, gpus=gpus, push_too=push, event_log=event_log):
         click.echo(path)
 
 
@@ -636,14 +639,14 @@ def check(
     """Everything that can be known before the night: the plan, every picture and caption, the base's files, disk,
     memory, GPUs, logins, versions. `queue` does it first by itself. Exit code 2 where something is wrong.
     """
-    from runner.jobs.prepare import jobs_of, notify_faults, survey
+    from runner.jobs.prepare import inspect_specs, jobs_of, notify_faults
     from runner.preflight.check import check as look
     from runner.preflight.check import check_folders
     from runner.preflight.finding import in_order
 
     if step:  # which trains
-        ctx.with_resource(output.outlived())
-    seen, faults = survey(list(specs), runs, fetch=True, fresh=fresh)
+        ctx.with_resource(output.ignore_lost_output())
+    seen, faults = inspect_specs(list(specs), runs, fetch=True, fresh=fresh)
     found = look(seen, [*faults, *notify_faults(jobs_of(seen), allow_commands)], runs, gpus, slots)
     found = in_order([*found, *check_folders(seen)])
     if step and not any(one.level == "error" for one in found):

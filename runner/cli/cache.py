@@ -15,7 +15,7 @@ from typing import Any
 from rich.table import Table
 
 from runner.core import files
-from runner.core.errors import Held
+from runner.core.errors import LockHeldError
 from runner.runs.run import find_runs
 
 DAY = 86400.0
@@ -44,9 +44,9 @@ def listing(runs: Path) -> list[Kind]:
 
 
 def prune(runs: Path, days: float) -> tuple[int, int]:
-    """Remove what was not asked for in `days`: (entries, bytes). Raises Held while a queue works, which may be about to."""
+    """Remove what was not asked for in `days`: (entries, bytes). Raises LockHeldError while a queue works, which may be about to."""
     if busy := next((holder for run in find_runs(runs) if (holder := run.holder())), None):
-        raise Held(
+        raise LockHeldError(
             f"process {busy.pid} is working on {runs}, and may be about to read its cache; wait for it, or stop it"
         )
     limit, entries, size = time.time() - days * DAY, 0, 0
@@ -55,7 +55,7 @@ def prune(runs: Path, days: float) -> tuple[int, int]:
         if fact.st_mtime < limit:
             path.unlink()
             entries, size = entries + 1, size + fact.st_size
-    for path in _own(runs / "cache", f"*/*/.*{files.ASIDE}"):
+    for path in _own(runs / "cache", f"*/*/.*{files.PARTIAL_SUFFIX}"):
         path.unlink()
     return entries, size
 

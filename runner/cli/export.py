@@ -6,35 +6,37 @@ from pathlib import Path
 
 from runner.checkpoint import storage
 from runner.checkpoint.storage import Checkpoint
-from runner.core.command_line import command
-from runner.core.errors import BadFile, FluxrunError
-from runner.core.events import Say
+from runner.core.command_line import fluxrun_command
+from runner.core.errors import BadFileError, FluxrunError
+from runner.core.events import EventLog
 from runner.core.signals import StopRequest
 from runner.model.flux1 import loading
 from runner.runs.index import write_index
 from runner.runs.run import Run, read_spec
-from runner.training.context import open_base_of, open_cache
-from runner.training.model_pool import Shelf
-from runner.training.phases.export import Order, deliver, push
+from runner.training.context import open_base, open_cache
+from runner.training.model_pool import ModelPool
+from runner.training.phases.export import ExportRequest, export_phase, push
 from runner.training.recorder import export_facts
 
 
-def export_run(runs: Path, name: str, step: int | None, *, gpus: str | None, push_too: bool, say: Say) -> list[Path]:
+def write_exports(
+    runs: Path, name: str, step: int | None, *, gpus: str | None, push_too: bool, event_log: EventLog
+) -> list[Path]:
     """Write `export/` from the newest checkpoint, or that of `step`, and return its weight files. The run's state stays
     what it is. Raises FluxrunError where there is no such checkpoint, Held while another process works on the run."""
     run = Run(runs, name)
     if not run.spec_file.is_file():
-        raise FluxrunError(f"{run.folder}: no such run; `{command('status', runs=runs)}` names those there are")
+        raise FluxrunError(f"{run.folder}: no such run; `{fluxrun_command('status', runs=runs)}` names those there are")
     run.refuse_if_held()
     with run.locked(), StopRequest() as stop:
         run.attempt = run.lease().attempt  # no attempt of its own: it trains nothing
         spec = read_spec(run.spec_file)
-        made = _checkpoint(run, step, say)
-        say.line(f"{name}: exporting step {made.step}")
+        made = _checkpoint(run, step, event_log)
+        event_log.line(f"{name}: exporting step {made.step}")
         loading.quiet()
         cache = open_cache(run.runs)
-        order = Order(run, spec, open_base_of(spec, gpus, cache), say, stop, cache, Shelf())
-        delivered = deliver(order, made)
+        order = ExportRequest(run, spec, open_base(spec, gpus, cache), event_log, stop, cache, ModelPool())
+        delivered = export_phase(order, made)
         run.amend(**export_facts(run, delivered))
         if push_too:
             push(order)
@@ -42,7 +44,7 @@ def export_run(runs: Path, name: str, step: int | None, *, gpus: str | None, pus
     return [run.export / file for file in sorted(delivered.errors)]
 
 
-def _checkpoint(run: Run, step: int | None, say: Say) -> Checkpoint:
+def _checkpoint(run: Run, step: int | None, event_log: EventLog) -> Checkpoint:
     there = run.checkpoint_files()
     if step is not None:
         for at, path in there:
@@ -53,7 +55,7 @@ def _checkpoint(run: Run, step: int | None, say: Say) -> Checkpoint:
     for _, path in there:
         try:
             return storage.read(path)
-        except BadFile as error:
-            say.line(f"{error}; taking the checkpoint before it")
-    ask = command("status", runs=run.runs)
+        except BadFileError as error:
+            event_log.line(f"{error}; taking the checkpoint before it")
+    ask = fluxrun_command("status", runs=run.runs)
     raise FluxrunError(f"{run.checkpoints}: no checkpoint to export; `{ask}` tells how far the run is")

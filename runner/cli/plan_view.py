@@ -14,13 +14,13 @@ from rich.table import Table
 from rich.text import Text
 
 from runner.core import hardware
-from runner.core.command_line import command
-from runner.core.humanize import clock, size
+from runner.core.command_line import fluxrun_command
+from runner.core.humanize import format_bytes, format_duration
 from runner.data.buckets import Size
-from runner.jobs.cache_hits import night_bytes
+from runner.jobs.cache_hits import queue_bytes
 from runner.jobs.card_fit import Estimates, lines
 from runner.jobs.job import Job
-from runner.jobs.timing import Time
+from runner.jobs.timing import TimeEstimate
 from runner.plan.phases import Inversion, Joint, Lora
 from runner.report.tables import GAP, LEAST_NAME, LEAST_NARROW, NARROW
 from runner.runs.short_names import shortened
@@ -35,7 +35,7 @@ STATES = {"done": "green", "resume": "yellow", "running": "cyan", "waiting": "cy
 
 
 def draw(
-    console: Console, jobs: Sequence[Job], times: Sequence[Time], cached: Mapping[str, str], now: float, *,
+    console: Console, jobs: Sequence[Job], times: Sequence[TimeEstimate], cached: Mapping[str, str], now: float, *,
     on_gpu: bool = True,
 ) -> None:  # fmt: skip
     """`cached`: what there is in the cache, by run; `now`: when the night begins, seconds since 1970. Runs are taken to go
@@ -47,7 +47,7 @@ def draw(
         console.print(line, soft_wrap=True)
 
 
-def _table(jobs: Sequence[Job], times: Sequence[Time], now: float, width: int) -> Table:
+def _table(jobs: Sequence[Job], times: Sequence[TimeEstimate], now: float, width: int) -> Table:
     wide = width >= WIDE
     longest = max((job.plan.steps for job in jobs), default=1)
     rows = []
@@ -71,21 +71,21 @@ def _table(jobs: Sequence[Job], times: Sequence[Time], now: float, width: int) -
     return table
 
 
-def _numbers(job: Job, own: Time, end: float | None, now: float) -> dict[str, str]:
+def _numbers(job: Job, own: TimeEstimate, end: float | None, now: float) -> dict[str, str]:
     """The cells of one row; a column without any is left out. "?" is what no earlier run tells."""
     todo, about = own.left > 0, "~" if own.about else ""
     left = f"{own.left}" if own.left in (0, job.plan.steps) else f"{own.left} of {job.plan.steps}"
     return {
         "steps": left,
-        "disk": size(job.plan.disk_bytes) if todo else "",
-        "memory": size(own.peak) if own.peak and todo else "",
+        "disk": format_bytes(job.plan.disk_bytes) if todo else "",
+        "memory": format_bytes(own.peak) if own.peak and todo else "",
         "s/step": f"{about}{own.s_per_step:.3g}" if own.s_per_step else "",
-        "takes": "" if not todo else "?" if own.seconds is None else about + clock(own.seconds),
+        "takes": "" if not todo else "?" if own.seconds is None else about + format_duration(own.seconds),
         "ends": "" if not todo else "?" if end is None else _when(end, now),
     }
 
 
-def _run(job: Job, own: Time, name: str) -> Text:
+def _run(job: Job, own: TimeEstimate, name: str) -> Text:
     """Name; state; why."""
     at = job.plan.steps - own.left
     where = f" at step {at}" if job.verdict.state == "resume" and own.left else ""
@@ -94,7 +94,7 @@ def _run(job: Job, own: Time, name: str) -> Text:
     return said.append(f": {job.verdict.reason}", style="not bold dim")
 
 
-def _phases(job: Job, own: Time, longest: int, most: int) -> Group:
+def _phases(job: Job, own: TimeEstimate, longest: int, most: int) -> Group:
     """A bar as long as the run's share of the longest one's steps, shaded where it is done; names and steps below."""
     at, bar, words = job.plan.steps - own.left, Text(), Text()
     cells = max(len(job.plan.training), round(most * job.plan.steps / longest))
@@ -107,18 +107,20 @@ def _phases(job: Job, own: Time, longest: int, most: int) -> Group:
     return Group(bar, words)
 
 
-def _sum(jobs: Sequence[Job], times: Sequence[Time], now: float, on_gpu: bool) -> Iterator[Text]:
+def _sum(jobs: Sequence[Job], times: Sequence[TimeEstimate], now: float, on_gpu: bool) -> Iterator[Text]:
     left = sum(own.left for own in times)
     todo = [job for job, own in zip(jobs, times, strict=True) if own.left]
-    disk = sum(night_bytes(todo, on_gpu=on_gpu and hardware.NVIDIA.is_dir()))
-    said = Text(f"{_count(len(jobs), 'run')}, {len(todo)} to do: {left} steps, about {size(disk)}", style="bold")
+    disk = sum(queue_bytes(todo, on_gpu=on_gpu and hardware.NVIDIA.is_dir()))
+    said = Text(
+        f"{_count(len(jobs), 'run')}, {len(todo)} to do: {left} steps, about {format_bytes(disk)}", style="bold"
+    )
     unknown = [job for job, own in zip(jobs, times, strict=True) if own.seconds is None]
     if not todo:
         yield said
     elif unknown:
         yield said.append("; when it ends is unknown", style="bold")
         names = [job.plan.name for job in unknown]
-        measure = command("check", *dict.fromkeys(job.file for job in unknown[:3]), "--step")
+        measure = fluxrun_command("check", *dict.fromkeys(job.file for job in unknown[:3]), "--step")
         yield Text(
             "? no earlier run on this machine has the same base and size, so the time of a step is not known "
             f"({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}); `{measure}` measures it",
@@ -126,7 +128,9 @@ def _sum(jobs: Sequence[Job], times: Sequence[Time], now: float, on_gpu: bool) -
         )
     else:
         seconds = sum(own.seconds or 0.0 for own in times)
-        yield said.append(f"; ends {_when(now + seconds, now)}, in {clock(seconds)}, if begun now", style="bold")
+        yield said.append(
+            f"; ends {_when(now + seconds, now)}, in {format_duration(seconds)}, if begun now", style="bold"
+        )
     if any(own.about for own in times):
         yield Text("~ by an earlier run with another batch", style="dim")
 

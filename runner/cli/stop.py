@@ -7,7 +7,7 @@ import signal
 from pathlib import Path
 
 from runner.core import locks
-from runner.core.command_line import command
+from runner.core.command_line import fluxrun_command
 from runner.core.errors import FluxrunError
 from runner.runs.run import Run, find_runs
 
@@ -17,7 +17,7 @@ def stop_run(runs: Path, name: str) -> str:
     run = Run(runs, name)
     holder = run.holder() if run.folder.is_dir() else None
     if holder is None:
-        ask = command("status", runs=runs)
+        ask = fluxrun_command("status", runs=runs)
         raise FluxrunError(f"{run.folder}: nothing is working on it; `{ask}` tells what each run is doing")
     if not holder.here:
         raise FluxrunError(f"{run.folder}: process {holder.pid} on {holder.host} works on it; stop it there")

@@ -13,7 +13,7 @@ from rich.progress_bar import ProgressBar
 from rich.text import Text
 
 from runner.core import locks
-from runner.core.humanize import clock
+from runner.core.humanize import format_duration
 from runner.report.tables import Column, column, fitted, number_text, reasons
 from runner.runs.run import Run, find_runs
 from runner.tracking.history import read_history
@@ -59,7 +59,7 @@ def headline(runs: Path, states: Sequence[Mapping[str, Any]]) -> str:
     ]
     busy = f"; slots: {', '.join(slots)}" if slots else ""
     left = time_left(states)
-    return f"{told}{busy}" + ("" if left is None else f"; all done in about {clock(left)}")
+    return f"{told}{busy}" + ("" if left is None else f"; all done in about {format_duration(left)}")
 
 
 def time_left(states: Sequence[Mapping[str, Any]]) -> float | None:
@@ -102,7 +102,7 @@ def _curve(run: Run, state: Mapping[str, Any]) -> str:
 
 def _left(state: Mapping[str, Any]) -> str:
     pace = state.get("s_per_step")
-    return clock(_steps_left(state) * pace) if pace and _name(state) in ("running", "waiting") else ""
+    return format_duration(_steps_left(state) * pace) if pace and _name(state) in ("running", "waiting") else ""
 
 
 def _last_sample(run: Run) -> str:

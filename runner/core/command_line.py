@@ -10,7 +10,7 @@ DEFAULT_RUNS = Path("runs")
 RUNS_VARIABLE = "FLUXRUN_RUNS"
 
 
-def command(*words: str | Path, runs: Path | None = None) -> str:
+def fluxrun_command(*words: str | Path, runs: Path | None = None) -> str:
     """`fluxrun WORDS` as a shell takes it, in the folder where fluxrun is typed now. `runs`: the runs folder it is about,
     which is named unless it is the one that a command takes by itself."""
     default = runs is None or (runs == DEFAULT_RUNS and RUNS_VARIABLE not in os.environ)

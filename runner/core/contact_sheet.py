@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from PIL import Image, ImageDraw
 
 
-def sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]], columns: Sequence[str], cell: int = 192) -> Image.Image:
+def draw_contact_sheet(
+    rows: Sequence[tuple[str, Sequence[Image.Image]]], columns: Sequence[str], cell: int = 192
+) -> Image.Image:
     """A contact sheet: a caption and a row of pictures each, under the columns' titles."""
     bar, width = 22, len(columns) * (cell + 8) + 8
     out = Image.new("RGB", (width, bar + len(rows) * (cell + bar + 8)), "white")

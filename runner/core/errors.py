@@ -23,7 +23,7 @@ from enum import IntEnum
 from pathlib import Path
 
 
-class Code(IntEnum):
+class ExitCode(IntEnum):
     """How a trainer process ends; what is done about it is the supervisor's. Numbers as in sysexits.h where it has one."""
 
     DONE = 0
@@ -40,7 +40,7 @@ class Code(IntEnum):
 
 class FluxrunError(Exception):
     exit_code = 1
-    code = Code.FAILED
+    code = ExitCode.FAILED
 
 
 @dataclass(frozen=True, order=True)
@@ -64,50 +64,50 @@ class SpecError(FluxrunError):
     """All faults of all specs, found before anything starts."""
 
     exit_code = 2
-    code = Code.BAD_SPEC
+    code = ExitCode.BAD_SPEC
 
     def __init__(self, faults: list[Fault] | tuple[Fault, ...]) -> None:
         self.faults = tuple(sorted(faults))
         super().__init__("\n".join(map(str, self.faults)))
 
 
-class Interrupted(FluxrunError):
+class InterruptedRunError(FluxrunError):
     exit_code = 3
-    code = Code.STOPPED
+    code = ExitCode.STOPPED
 
 
-class Paused(FluxrunError):
+class DiskError(FluxrunError):
     exit_code = 3
-    code = Code.DISK
+    code = ExitCode.DISK
 
 
-class Held(FluxrunError):
+class LockHeldError(FluxrunError):
     exit_code = 3
-    code = Code.HELD
+    code = ExitCode.HELD
 
 
-class Unreachable(FluxrunError):
-    code = Code.UNREACHABLE
+class UnreachableError(FluxrunError):
+    code = ExitCode.UNREACHABLE
 
 
-class Refused(FluxrunError):
+class RunMismatchError(FluxrunError):
     pass
 
 
-class NonFinite(FluxrunError):
-    code = Code.NOT_FINITE
+class NonFiniteError(FluxrunError):
+    code = ExitCode.NOT_FINITE
 
 
-class BadFile(FluxrunError):
+class BadFileError(FluxrunError):
     pass
 
 
-DISK_TROUBLE = {
+DISK_ERRNOS = {
     errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM, errno.ESTALE,
     errno.ENOTCONN, errno.ENODEV, errno.ENXIO,
 }  # fmt: skip
 
 
-def disk_trouble(error: BaseException) -> bool:
+def is_disk_error(error: BaseException) -> bool:
     """Whether it is the disk that has no room or no health, and not the run that is wrong."""
-    return isinstance(error, OSError) and error.errno in DISK_TROUBLE
+    return isinstance(error, OSError) and error.errno in DISK_ERRNOS

@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from runner.core.files import if_there_is_room
+from runner.core.files import ignore_disk_errors
 
 Event = Mapping[str, Any]  # JSON; "say" names its kind
 
 
-class Say:
+class EventLog:
     """One run's voice. Every call is a sign of life, too."""
 
     def __init__(self, send: Callable[[Event], None] = lambda _: None, log_file: Path | None = None) -> None:
@@ -26,7 +26,7 @@ class Say:
     def log(self, text: str) -> None:
         if self.log_file is None:
             return
-        with if_there_is_room(), self.log_file.open("a", encoding="utf-8") as file:
+        with ignore_disk_errors(), self.log_file.open("a", encoding="utf-8") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def begin_phase(self, phase: str, done: int, total: int, unit: str) -> None:

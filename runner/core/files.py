@@ -16,9 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from runner.core.errors import FluxrunError, disk_trouble
+from runner.core.errors import FluxrunError, is_disk_error
 
-ASIDE = ".partial"  # a stale side file is overwritten or swept, never trusted
+PARTIAL_SUFFIX = ".partial"  # a stale side file is overwritten or swept, never trusted
 
 
 class Disk:
@@ -63,9 +63,9 @@ class Disk:
 DISK = Disk()
 
 
-def aside_of(path: Path) -> Path:
+def partial_path(path: Path) -> Path:
     """Where a file is written before it gets its name: of this process, since two may fill one cache entry."""
-    return path.with_name(f".{path.name}.{os.getpid()}{ASIDE}")
+    return path.with_name(f".{path.name}.{os.getpid()}{PARTIAL_SUFFIX}")
 
 
 def write_bytes(path: Path, chunks: Iterable[bytes | memoryview], *, durable: bool = True, disk: Disk = DISK) -> None:
@@ -74,7 +74,7 @@ def write_bytes(path: Path, chunks: Iterable[bytes | memoryview], *, durable: bo
     durable=False leaves out both fsyncs: for files like the heartbeat, that are worthless after a power cut. What
     cannot be written whole leaves nothing: after a failed fsync the pages may be lost, so the attempt is discarded.
     """
-    aside = aside_of(path)
+    aside = partial_path(path)
     handle = disk.create(aside)
     try:
         try:
@@ -93,7 +93,7 @@ def write_bytes(path: Path, chunks: Iterable[bytes | memoryview], *, durable: bo
 
 
 @contextmanager
-def if_there_is_room() -> Iterator[None]:
+def ignore_disk_errors() -> Iterator[None]:
     """For what is only told: a full or failing disk, or a folder that is gone, stops a run where it would lose something,
     not at a message."""
     try:
@@ -101,7 +101,7 @@ def if_there_is_room() -> Iterator[None]:
     except (FileNotFoundError, NotADirectoryError):
         return
     except OSError as error:
-        if not disk_trouble(error):
+        if not is_disk_error(error):
             raise
 
 
@@ -132,7 +132,7 @@ def make_folder(path: Path, within: Path | None = None) -> Path:
     return path
 
 
-def folder_for(path: Path) -> Path:
+def output_folder(path: Path) -> Path:
     """The folder of an output that a user named, made where it is not there. Raises FluxrunError where the folder cannot be
     made, no file can be created in it (which root is told only by trying), or `path` is a device or the like."""
     if path.exists() and not path.is_file():
@@ -141,7 +141,7 @@ def folder_for(path: Path) -> Path:
         folder = make_folder(path.parent)
     except OSError as error:
         raise FluxrunError(f"{path}: cannot be written ({error.filename}: {error.strerror}); name another") from error
-    aside = aside_of(path)
+    aside = partial_path(path)
     try:
         DISK.close(DISK.create(aside))
         DISK.unlink(aside)
@@ -150,15 +150,15 @@ def folder_for(path: Path) -> Path:
     return folder
 
 
-def sweep_aside(folder: Path) -> None:
+def remove_partial_files(folder: Path) -> None:
     """Remove what an interrupted write left."""
-    for stale in folder.glob(f".*{ASIDE}"):
+    for stale in folder.glob(f".*{PARTIAL_SUFFIX}"):
         shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
 
 
 def replace_folder(aside: Path, path: Path) -> None:
     """Put the finished folder `aside` in the place of `path`."""
-    old = path.with_name(f".{path.name}.old{ASIDE}")
+    old = path.with_name(f".{path.name}.old{PARTIAL_SUFFIX}")
     shutil.rmtree(old, ignore_errors=True)
     if path.exists():
         os.replace(path, old)

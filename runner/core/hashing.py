@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 
-def key_of(*parts: str | int | float | bytes | None) -> str:
+def content_key(*parts: str | int | float | bytes | None) -> str:
     """SHA-256 of a sequence of values; ("ab", "c") and ("a", "bc") differ."""
     digest = hashlib.sha256()
     for part in parts:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from json import JSONDecodeError
 from pathlib import Path
 
-from runner.core.hashing import key_of
+from runner.core.hashing import content_key
 
 PAUSES = (5.0, 30.0, 120.0)  # seconds before another try: a hub that answers 503 needs its minute
 LOGIN = "set HF_TOKEN, or `hf auth login`, to a token that may write"
@@ -24,10 +24,10 @@ LONGEST_ID = 96  # characters of a repository's name, as `huggingface_hub.utils.
 _WORDS = r"(?=.{1,96}(?:/|$))\w+(?:[.-]\w+)*"
 PLAIN_ID = re.compile(rf"(?!.*\.git$)(?:{_WORDS}/)?{_WORDS}", re.ASCII)
 
-LONGEST_TOLD = 300  # characters of an error
+LONGEST_DESCRIPTION = 300  # characters of an error
 
 # Answers below 500 that may be another one the next time: RFC 9110 and RFC 6585; 412: the branch moved meanwhile.
-PASSING = {408, 412, 425, 429}
+TRANSIENT_STATUS = {408, 412, 425, 429}
 TRANSPORTS = {
     "httpx",
     "httpx2",
@@ -42,7 +42,7 @@ TRANSPORTS = {
 # ---- names ---------------------------------------------------------------------------------------------------------
 
 
-def id_fault(repo: str) -> str | None:
+def repository_id_fault(repo: str) -> str | None:
     """Why the hub takes no repository of this name, by its own client's rule; None where it does."""
     if PLAIN_ID.fullmatch(repo):
         return None
@@ -55,12 +55,12 @@ def id_fault(repo: str) -> str | None:
         return (
             f"the hub takes no such name (found {repo!r}); allowed are NAME and OWNER/NAME of letters, digits, -, _ and ., at "
             f"most {LONGEST_ID} characters each, no -- and no .., no - or . at either end, no .git at the end; did you mean "
-            f"{'/'.join(map(safe_name, repo.rsplit('/', 1)))!r}?"
+            f"{'/'.join(map(repository_name, repo.rsplit('/', 1)))!r}?"
         )
     return None
 
 
-def safe_name(text: str) -> str:
+def repository_name(text: str) -> str:
     """A repository's name as near to `text` as the hub takes one."""
     name = re.sub(r"\.\.+", ".", re.sub(r"-+", "-", re.sub(r"[^A-Za-z0-9._-]", "-", text)))
     name = re.sub(r"(\.git)+$", "", name[:LONGEST_ID].strip("-."))
@@ -74,29 +74,29 @@ def repository(asked: str | None, run: str) -> str:
     if asked is not None:
         return asked
     plain = run.replace("/", "-")
-    if safe_name(plain) == plain:
+    if repository_name(plain) == plain:
         return plain
-    digest = key_of("repository", run)[:8]
-    return f"{safe_name(plain)[: LONGEST_ID - len(digest) - 1].strip('-.')}-{digest}"
+    digest = content_key("repository", run)[:8]
+    return f"{repository_name(plain)[: LONGEST_ID - len(digest) - 1].strip('-.')}-{digest}"
 
 
 # ---- what its client raises ----------------------------------------------------------------------------------------
 
 
-def passing(error: BaseException) -> bool:
+def is_transient(error: BaseException) -> bool:
     """Whether the same question may be answered later: no network, a hub that is down, slow, or answers garbage. What the
     hub has decided (no such repository, no access, no such name) stays so."""
     return _verdict(error)[1]
 
 
-def told(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """An error in one line, without a token that its text may have picked up."""
     from huggingface_hub import get_token
 
     cause, _ = _verdict(error)
     text = " ".join(f"{type(cause).__name__}: {cause}".split())
     text = text.replace(get_token() or "\0", "(token)")
-    return text if len(text) <= LONGEST_TOLD else f"{text[: LONGEST_TOLD - 3]}..."
+    return text if len(text) <= LONGEST_DESCRIPTION else f"{text[: LONGEST_DESCRIPTION - 3]}..."
 
 
 def _verdict(error: BaseException) -> tuple[BaseException, bool]:
@@ -108,7 +108,7 @@ def _verdict(error: BaseException) -> tuple[BaseException, bool]:
         if isinstance(cause, OfflineModeIsEnabled | LocalTokenNotFoundError):
             return cause, False
         if (status := _status(cause)) is not None:
-            return cause, status >= 500 or status in PASSING
+            return cause, status >= 500 or status in TRANSIENT_STATUS
         below = type(cause).__module__.split(".")[0] in TRANSPORTS
         if below or isinstance(cause, ConnectionError | TimeoutError | JSONDecodeError):
             return cause, True
@@ -170,7 +170,7 @@ def login() -> Login:
         if _status(error) in (401, 403):
             return Login(fault=f"the hub refuses this machine's token; {LOGIN}, or take hub.push out")
         return Login(
-            doubt=f"whether the login is good is unknown: the hub does not answer ({told(error)}); where the push fails, "
+            doubt=f"whether the login is good is unknown: the hub does not answer ({describe_error(error)}); where the push fails, "
             "`fluxrun export RUN --push` tries again"
         )
     if role == "read":
@@ -186,7 +186,7 @@ def push(folder: Path, repo: str, private: bool, message: str, stop_requested: C
     run."""
     from huggingface_hub import HfApi
 
-    if wrong := id_fault(repo):
+    if wrong := repository_id_fault(repo):
         return wrong
     wrong = "stopped before the first try"
     for pause in (0.0, *PAUSES):
@@ -199,8 +199,8 @@ def push(folder: Path, repo: str, private: bool, message: str, stop_requested: C
             api.upload_folder(repo_id=made, folder_path=folder, commit_message=message)
         except Exception as error:
             # What was trained is safe and whatever the hub or the network does cannot be worth the run.
-            wrong = told(error)
-            if not passing(error):
+            wrong = describe_error(error)
+            if not is_transient(error):
                 break
         else:
             return None

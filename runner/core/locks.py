@@ -9,21 +9,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from runner.core.errors import Held
-from runner.core.files import if_there_is_room
+from runner.core.errors import LockHeldError
+from runner.core.files import ignore_disk_errors
 
 
 @contextmanager
-def locked(path: Path, patience: float = 1.0, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
+def hold_lock(path: Path, patience: float = 1.0, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Hold an exclusive lock, which dies with this process; a second holder is refused (Held) with the first one's pid.
 
     `patience` seconds are waited, since `is_locked` holds the lock for an instant too; `waiting` is called meanwhile.
     """
     deadline = time.monotonic() + patience
-    while (handle := take_lock(path)) is None:
+    while (handle := acquire_lock(path)) is None:
         if time.monotonic() > deadline:
             who = lock_holder(path) or "unknown"
-            raise Held(f"{path.parent}: process {who} is working on it; wait for it, or stop it")
+            raise LockHeldError(f"{path.parent}: process {who} is working on it; wait for it, or stop it")
         waiting()
         time.sleep(0.02)
     try:
@@ -32,13 +32,13 @@ def locked(path: Path, patience: float = 1.0, waiting: Callable[[], None] = lamb
         os.close(handle)
 
 
-def take_lock(path: Path) -> int | None:
+def acquire_lock(path: Path) -> int | None:
     """A handle that holds the lock until it is closed, or this process dies; None where another process holds it."""
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
     if not _try_lock(handle):
         os.close(handle)
         return None
-    with if_there_is_room():  # for the lock there always is; only its holder may stay nameless
+    with ignore_disk_errors():  # for the lock there always is; only its holder may stay nameless
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
     return handle

@@ -26,7 +26,7 @@ class Target:
     command: str | None
 
 
-def tell(target: Target, event: str, run: str, text: str, complain: Callable[[str], None]) -> None:
+def send(target: Target, event: str, run: str, text: str, complain: Callable[[str], None]) -> None:
     """`complain` hears what went wrong, without the url."""
     if target.url is not None:
         try:
@@ -44,7 +44,7 @@ def tell(target: Target, event: str, run: str, text: str, complain: Callable[[st
             complain(f"notify.command: {event} could not be told ({error})")
 
 
-def refusals(target: Target, allow_commands: bool) -> Iterator[tuple[str, str]]:
+def target_faults(target: Target, allow_commands: bool) -> Iterator[tuple[str, str]]:
     """(key, message) of what must be mended before the night. A spec may come from anywhere, so it alone runs no command."""
     if target.command is not None and not allow_commands:
         yield (

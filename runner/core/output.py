@@ -10,19 +10,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from runner.core.errors import DISK_TROUBLE
+from runner.core.errors import DISK_ERRNOS
 
-NOBODY_READS = {errno.EPIPE, errno.EIO, errno.ENXIO}  # a closed pipe; a terminal that is gone (tty_ioctl(4))
+LOST_READER_ERRNOS = {errno.EPIPE, errno.EIO, errno.ENXIO}  # a closed pipe; a terminal that is gone (tty_ioctl(4))
 CLOSED_PIPE = 141  # 128 + SIGPIPE: what a shell sees of any program that a closed pipe ends
 
 
 @contextmanager
-def outlived() -> Iterator[None]:
+def ignore_lost_output() -> Iterator[None]:
     """What is written to stdout and stderr here, and cannot be, is dropped, and the work goes on."""
     _occupy_standard_files()
     before = sys.stdout, sys.stderr
-    sys.stdout = _tolerant(sys.stdout, NOBODY_READS)
-    sys.stderr = _tolerant(sys.stderr, NOBODY_READS | DISK_TROUBLE)
+    sys.stdout = _tolerant(sys.stdout, LOST_READER_ERRNOS)
+    sys.stderr = _tolerant(sys.stderr, LOST_READER_ERRNOS | DISK_ERRNOS)
     try:
         yield
     finally:
@@ -45,7 +45,7 @@ def _tolerant(stream: Any, dropped: set[int]) -> Any:
     return io.TextIOWrapper(buffer, encoding=stream.encoding, errors=stream.errors, line_buffering=True)
 
 
-def end_of_pipe() -> int:
+def exit_code_of_closed_pipe() -> int:
     """The exit code of a command whose output was not read to its end; nothing more is said."""
     nothing = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):

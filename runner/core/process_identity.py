@@ -55,7 +55,7 @@ class Process:
         return self.boot == _boot() and _exists(self.pid) and _started(self.pid) == self.started
 
 
-def die_with(parent: int) -> None:
+def exit_with_parent(parent: int) -> None:
     """Be killed when the parent dies, however it dies: no orphan trains on. To be called by the child, early.
 
     Raises ProcessLookupError where the parent is gone already.

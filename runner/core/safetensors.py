@@ -9,14 +9,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from runner.core.errors import BadFile
+from runner.core.errors import BadFileError
 from runner.core.files import DISK, Disk, write_bytes
 from runner.core.hashing import sha256
 
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
 
 
-class Raw(NamedTuple):
+class RawTensor(NamedTuple):
     """One tensor as stored: safetensors dtype name ("F32", "BF16", ...), shape, little-endian bytes."""
 
     dtype: str
@@ -24,7 +24,7 @@ class Raw(NamedTuple):
     data: memoryview
 
 
-def tensors_digest(tensors: Mapping[str, Raw], metadata: Mapping[str, str]) -> str:
+def tensors_digest(tensors: Mapping[str, RawTensor], metadata: Mapping[str, str]) -> str:
     """SHA-256 over the metadata and all names, dtypes, shapes and bytes, in the order of names."""
 
     def chunks() -> Iterator[bytes | memoryview]:
@@ -39,12 +39,14 @@ def digest_head(metadata: Mapping[str, str]) -> bytes:
     return json.dumps(sorted(metadata.items())).encode()
 
 
-def digest_chunks(name: str, raw: Raw) -> Iterator[bytes | memoryview]:
+def digest_chunks(name: str, raw: RawTensor) -> Iterator[bytes | memoryview]:
     yield json.dumps([name, raw.dtype, list(raw.shape), raw.data.nbytes]).encode()
     yield raw.data
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Raw], metadata: Mapping[str, str], *, disk: Disk = DISK) -> None:
+def write_tensors(
+    path: Path, tensors: Mapping[str, RawTensor], metadata: Mapping[str, str], *, disk: Disk = DISK
+) -> None:
     """Write a safetensors file; equal content gives equal bytes.
 
     The library's own writer orders the metadata by a random hash, which would make two equal exports differ.
@@ -62,12 +64,12 @@ def write_tensors(path: Path, tensors: Mapping[str, Raw], metadata: Mapping[str,
     write_bytes(path, [struct.pack("<Q", len(text)), text, *(tensors[name].data for name in names)], disk=disk)
 
 
-def data_digest(tensors: Mapping[str, Raw]) -> str:
+def data_digest(tensors: Mapping[str, RawTensor]) -> str:
     """SHA-256 of what `write_tensors` writes behind the header: the hash that WebUIs know a LoRA by."""
     return sha256(tensors[name].data for name in _order(tensors))
 
 
-def _order(tensors: Mapping[str, Raw]) -> list[str]:
+def _order(tensors: Mapping[str, RawTensor]) -> list[str]:
     return sorted(tensors, key=lambda name: (-_width(tensors[name].dtype), name))  # wide first keeps all aligned
 
 
@@ -77,7 +79,7 @@ def _width(dtype: str) -> int:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The metadata of a safetensors file, without its tensors. Raises BadFile."""
+    """The metadata of a safetensors file, without its tensors. Raises BadFileError."""
     try:
         with path.open("rb") as file:
             length = struct.unpack("<Q", file.read(8))[0]
@@ -86,4 +88,4 @@ def read_metadata(path: Path) -> dict[str, str]:
             metadata = json.loads(file.read(length))["__metadata__"]
             return {str(key): str(value) for key, value in metadata.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
-        raise BadFile(f"{path}: no readable safetensors header ({error})") from error
+        raise BadFileError(f"{path}: no readable safetensors header ({error})") from error

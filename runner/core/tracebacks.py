@@ -17,7 +17,7 @@ def traceback_file() -> Path:
     return (Path(cache) if cache else Path.home() / ".cache") / "fluxrun" / "errors.log"
 
 
-def one_line(error: BaseException) -> str:
+def summary_line(error: BaseException) -> str:
     """The error in one line, and where its traceback is kept."""
     line = " ".join(f"{type(error).__name__}: {error}".split())
     with suppress(OSError):  # where it cannot be kept the line must do

@@ -21,7 +21,7 @@ RATIOS = ((1, 1), (4, 5), (5, 4), (2, 3), (3, 2), (3, 4), (4, 3), (9, 16), (16, 
 
 
 @dataclass(frozen=True)
-class View:
+class CropView:
     """`variant` numbers the seeded crops and mirrorings of a picture; None is its middle, never mirrored."""
 
     picture: Picture
@@ -42,19 +42,19 @@ def bucket_sizes(side: int) -> tuple[Size, ...]:
     return tuple(dict.fromkeys(sizes))
 
 
-def nearest(size: Size, buckets: Sequence[Size]) -> Size:
+def nearest_bucket(size: Size, buckets: Sequence[Size]) -> Size:
     """The bucket whose shape is nearest, by diffusers' measure (`find_nearest_bucket`): |h * bucket_w - w * bucket_h|."""
     width, height = size
     return min(reversed(buckets), key=lambda bucket: abs(height * bucket[0] - width * bucket[1]))
 
 
-def group(sizes: Sequence[Size], resolutions: Sequence[int], buckets: bool) -> dict[Size, tuple[int, ...]]:
+def group_by_bucket(sizes: Sequence[Size], resolutions: Sequence[int], buckets: bool) -> dict[Size, tuple[int, ...]]:
     """Which pictures (by index) are trained at which size. Every picture is there once per resolution."""
     found: dict[Size, list[int]] = {}
     for side in resolutions:
         ladder = bucket_sizes(side) if buckets else ((side, side),)
         for index, size in enumerate(sizes):
-            found.setdefault(nearest(size, ladder), []).append(index)
+            found.setdefault(nearest_bucket(size, ladder), []).append(index)
     return {size: tuple(found[size]) for size in sorted(found)}
 
 
@@ -66,7 +66,7 @@ def _shuffled(seed: int, what: str, epoch: int, counts: tuple[int, ...]) -> tupl
     return tuple(order)
 
 
-def batch(
+def draw_batch(
     seed: int, step: int, micro: int, *, images: int, accumulate: int, counts: Mapping[Size, int], what: str = "order"
 ) -> tuple[Size, list[tuple[int, int]]]:
     """(size, [(index within that size's group, how often it was shown before)]) of one micro-batch of `images`.

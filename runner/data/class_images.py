@@ -10,8 +10,8 @@ from typing import Any
 
 from runner.base.files import BaseIdentity, identity_of
 from runner.core import files, hashing
-from runner.core.hashing import key_of
-from runner.data.image_files import PictureFolder, look_into
+from runner.core.hashing import content_key
+from runner.data.image_files import PictureFolder, scan_folder
 from runner.data.images import Picture
 from runner.data.sources import opener
 
@@ -20,7 +20,7 @@ NOTE = "fluxrun-prior.json"
 
 def contents(folder: Path) -> PictureFolder:
     """Its images, by name, a user's own as well as made ones; and what else lies there."""
-    return look_into(folder, deep=False) if folder.is_dir() else PictureFolder(folder, ())
+    return scan_folder(folder, deep=False) if folder.is_dir() else PictureFolder(folder, ())
 
 
 def paths(folder: Path) -> list[Path]:
@@ -35,10 +35,10 @@ def pictures(folder: Path, count: int, prompt: str) -> tuple[Picture, ...]:
 
 def fingerprint(chosen: Sequence[Picture]) -> str:
     """Of the images themselves: which they are cannot be in a plan's key, since they may not exist yet."""
-    return key_of("class images", *(hashing.sha256_file(Path(picture.where)) for picture in chosen))
+    return content_key("class images", *(hashing.sha256_file(Path(picture.where)) for picture in chosen))
 
 
-def misplaced(folder: Path, count: int, runs: Path) -> str | None:
+def misplaced_folder(folder: Path, count: int, runs: Path) -> str | None:
     """Why no class images can be made there, or None. Whoever has enough of them already has none made."""
     there = next(path for path in (folder, *folder.parents) if path.exists())
     if not there.is_dir():
@@ -55,7 +55,7 @@ def misplaced(folder: Path, count: int, runs: Path) -> str | None:
     return None
 
 
-def disagreement(folder: Path, prompt: str, base: BaseIdentity) -> tuple[str, str] | None:
+def prompt_disagreement(folder: Path, prompt: str, base: BaseIdentity) -> tuple[str, str] | None:
     """(key of the spec, message) where the folder was filled for another prompt, or by another base."""
     note = _note(folder)
     there = note.get("prompt")
@@ -73,7 +73,7 @@ def disagreement(folder: Path, prompt: str, base: BaseIdentity) -> tuple[str, st
     )
 
 
-def remember(folder: Path, prompt: str, base: BaseIdentity) -> None:
+def write_note(folder: Path, prompt: str, base: BaseIdentity) -> None:
     """Whose images are about to be made there; an older note is kept."""
     if not _note(folder):
         made_by = {"base": base.name, "revision": base.revision, "fingerprint": base.fingerprint}
@@ -90,7 +90,7 @@ def is_users_own(folder: Path) -> bool:
     return not _note(folder)
 
 
-def made_path(folder: Path, number: int) -> Path:
+def generated_path(folder: Path, number: int) -> Path:
     return folder / f"class-{number:05d}.png"
 
 

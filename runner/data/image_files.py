@@ -85,7 +85,7 @@ class PictureFolder:
         return [self.name(path) for path in paths]
 
 
-def look_into(folder: Path, *, deep: bool = True) -> PictureFolder:
+def scan_folder(folder: Path, *, deep: bool = True) -> PictureFolder:
     """The pictures in a folder (deep: and in those below it) by name, each with the NAME.txt beside it."""
     files = _files(folder, deep=deep)
     odd = {path for path in files if not _has_text_name(path, folder)}
@@ -94,10 +94,10 @@ def look_into(folder: Path, *, deep: bool = True) -> PictureFolder:
     pictures = [path for path, why in looked_at.items() if why is None]
     unused = [Unused(path, why) for path, why in looked_at.items() if why]
     texts = [path for path in files if path.suffix.lower() == CAPTION]
-    unread = [Unused(path, why) for path in texts if (why := NO_TEXT_NAME if path in odd else _no_file(path))]
+    unread = [Unused(path, why) for path in texts if (why := NO_TEXT_NAME if path in odd else _not_a_file(path))]
     by_stem: dict[Path, Path] = {}
     for path in texts:
-        if path in odd or _no_file(path):
+        if path in odd or _not_a_file(path):
             continue
         other = by_stem.setdefault(path.with_suffix(""), path)
         if other != path:  # NAME.TXT comes first by name, and .txt is what other programs read
@@ -125,9 +125,9 @@ def look_into(folder: Path, *, deep: bool = True) -> PictureFolder:
     )
 
 
-def look_beside(metadata: Path, named: Iterable[Path]) -> PictureFolder:
+def scan_siblings(metadata: Path, named: Iterable[Path]) -> PictureFolder:
     """The same of a folder whose metadata file names the pictures and holds the captions."""
-    found, pictures = look_into(metadata.parent), tuple(named)
+    found, pictures = scan_folder(metadata.parent), tuple(named)
     known = {Path(os.path.normpath(path)) for path in pictures}
     others = [Unused(path, f"{metadata.name} does not name it") for path in found.pictures if path not in known]
     stems = {path.with_suffix("") for path in known}
@@ -184,7 +184,7 @@ def why_unused(path: Path) -> str | None:
         return "a link to a folder, which is not looked into; put the pictures themselves there" if holds else ""
     why = unreadable_ending(ending)
     if why is None or why:
-        return _no_file(path) or why
+        return _not_a_file(path) or why
     return ""
 
 
@@ -199,7 +199,7 @@ def unreadable_ending(ending: str) -> str | None:
     return None if ending in READ else NOT_READ.get(ending, "")
 
 
-def _no_file(path: Path) -> str | None:
+def _not_a_file(path: Path) -> str | None:
     if path.is_file():
         return None
     return "a link to a file that is not there" if path.is_symlink() and not path.exists() else "not a regular file"

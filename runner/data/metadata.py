@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from runner.core.humanize import some
+from runner.core.humanize import list_some
 from runner.core.user_text import NotUTF8, decode_user_text
 from runner.data.images import DataError
 
@@ -77,7 +77,7 @@ class _RowFaults:
                 yield key, f"{self.file}{at}{number}: {problem}{f' (found {value})' if value else ''}{way_out}"
             else:
                 first = [f"{number}{f': {value}' if value else ''}" for number, value, _ in rows]
-                yield key, f"{self.file}: {problem} in {len(rows):,} rows ({unit}s {some(first)}){way_out}"
+                yield key, f"{self.file}: {problem} in {len(rows):,} rows ({unit}s {list_some(first)}){way_out}"
 
 
 def read_captions(file: Path, image_column: str, column: str | None) -> dict[Path, str | None]:

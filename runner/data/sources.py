@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runner.core import hub
-from runner.core.errors import Unreachable
-from runner.core.hashing import key_of, sha256_file
-from runner.core.humanize import some
+from runner.core.errors import UnreachableError
+from runner.core.hashing import content_key, sha256_file
+from runner.core.humanize import list_some
 from runner.core.user_text import SAVE, NotUTF8, read_user_text
 from runner.data.image_files import (
     HEIC,
@@ -21,10 +21,10 @@ from runner.data.image_files import (
     READ,
     PictureFolder,
     Unused,
-    look_beside,
-    look_into,
     metadata_of,
     open_picture,
+    scan_folder,
+    scan_siblings,
     unreadable_ending,
 )
 from runner.data.images import DataError, Picture, Pictures
@@ -39,7 +39,7 @@ PREVIEWS = {".gif", ".avif"}  # which may lie beside the parquet files that hold
 
 
 @dataclass(frozen=True)
-class Source:
+class DatasetSource:
     """What a spec's [data] says about where pictures are; `text` is a hub id or an absolute path."""
 
     text: str
@@ -50,8 +50,8 @@ class Source:
     prompt: str | None
 
 
-def read(source: Source) -> Pictures:
-    """Raises DataError with everything that is wrong. A hub id is fetched; raises Unreachable where the hub does not answer."""
+def read_source(source: DatasetSource) -> Pictures:
+    """Raises DataError with everything that is wrong. A hub id is fetched; raises UnreachableError where the hub does not answer."""
     path = Path(source.text)
     if path.is_dir() and not _is_columnar(path):
         for key, found, default in (("config", source.config, None), ("split", source.split, "train")):
@@ -85,9 +85,9 @@ def read_folder(folder: Path, image_column: str, caption_column: str | None, pro
         )
     if metadata:
         captions = read_captions(metadata, image_column, caption_column)
-        found = look_beside(metadata, captions)
+        found = scan_siblings(metadata, captions)
     else:
-        found = look_into(folder)
+        found = scan_folder(folder)
         captions = _side_captions(found)
     if not captions:
         endings = ", ".join(sorted({*READ, *(ending for ending in HEIC if unreadable_ending(ending) is None)}))
@@ -99,7 +99,7 @@ def read_folder(folder: Path, image_column: str, caption_column: str | None, pro
         if metadata:
             how = f"set data.prompt, or data.caption_column to one of {metadata.name}'s: {columns_of(metadata)}"
         told = "".join(f"; {line}" for line in reasons(found, found.unread)) if not metadata else ""
-        raise DataError(f"{len(bare)} of {len(captions)} images have no caption ({some(bare)}); {how}{told}")
+        raise DataError(f"{len(bare)} of {len(captions)} images have no caption ({list_some(bare)}); {how}{told}")
     items = [
         Picture(
             path.relative_to(folder).as_posix(), str(path), caption or prompt or "", opener(path), sha256_file(path)
@@ -107,7 +107,7 @@ def read_folder(folder: Path, image_column: str, caption_column: str | None, pro
         for path, caption in captions.items()
     ]
     facts = [[picture.name, picture.caption, picture.digest] for picture in items]
-    return Pictures(tuple(items), key_of("folder", json.dumps(facts)), folder=found)
+    return Pictures(tuple(items), content_key("folder", json.dumps(facts)), folder=found)
 
 
 def reasons(found: PictureFolder, left_out: Iterable[Unused]) -> list[str]:
@@ -116,7 +116,8 @@ def reasons(found: PictureFolder, left_out: Iterable[Unused]) -> list[str]:
     for one in left_out:
         by_reason.setdefault(one.why, []).append(found.name(one.path))
     return [
-        f"{some(names)}{f' ({len(names)} files)' if len(names) > 5 else ''}: {why}" for why, names in by_reason.items()
+        f"{list_some(names)}{f' ({len(names)} files)' if len(names) > 5 else ''}: {why}"
+        for why, names in by_reason.items()
     ]
 
 
@@ -132,7 +133,7 @@ def _side_captions(found: PictureFolder) -> dict[Path, str | None]:
         except OSError as error:
             wrong.append(f"{path}: {error.strerror}")
     if wrong:
-        which = wrong[0] if len(wrong) == 1 else f"{len(wrong)} captions cannot be read ({some(wrong)})"
+        which = wrong[0] if len(wrong) == 1 else f"{len(wrong)} captions cannot be read ({list_some(wrong)})"
         raise DataError(f"{which}; {SAVE}" if len(wrong) == 1 else f"{which}; {SAVE.replace('the file', 'each')}")
     return {path: texts[found.captions[path]] if path in found.captions else None for path in found.pictures}
 
@@ -152,10 +153,10 @@ def _is_columnar(folder: Path) -> bool:
     saved = (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
     if metadata_of(folder) or not (saved or any(path.suffix in COLUMNAR for path in folder.rglob("*"))):
         return False
-    return all(path.suffix.lower() in PREVIEWS for path in look_into(folder).pictures)
+    return all(path.suffix.lower() in PREVIEWS for path in scan_folder(folder).pictures)
 
 
-def read_datasets(source: Source) -> Pictures:
+def read_datasets(source: DatasetSource) -> Pictures:
     """Whatever `datasets` loads: a hub id, a parquet or arrow file, a folder of them. Raises DataError.
 
     It keeps its own cache of what it reads (HF_HOME). A hub data set is known by its name, a local one by its bytes.
@@ -177,13 +178,13 @@ def read_datasets(source: Source) -> Pictures:
         raise DataError(
             (
                 "data.caption_column",
-                f"{source.text}: {source.caption_column} is not text (rows {some(odd)}); name another column",
+                f"{source.text}: {source.caption_column} is not text (rows {list_some(odd)}); name another column",
             )
         )
     bare = [str(index) for index, caption in enumerate(captions) if not ((caption or "").strip() or source.prompt)]
     if bare:
         raise DataError(
-            f"{len(bare)} of {len(rows)} rows of {source.text} have no caption ({some(bare)}); set data.prompt"
+            f"{len(bare)} of {len(rows)} rows of {source.text} have no caption ({list_some(bare)}); set data.prompt"
         )
 
     def open_row(index: int) -> Callable[[], Image]:
@@ -200,10 +201,10 @@ def read_datasets(source: Source) -> Pictures:
         )
         for index, text in enumerate(captions)
     )
-    return Pictures(items, fingerprint(source))
+    return Pictures(items, source_fingerprint(source))
 
 
-def _load(source: Source) -> Any:
+def _load(source: DatasetSource) -> Any:
     import datasets
 
     path = Path(source.text)
@@ -221,17 +222,19 @@ def _load(source: Source) -> Any:
         return datasets.load_dataset(source.text, source.config, split=source.split)
     except Exception as error:
         # Not there, no access, no such config or split, no network: `datasets` and the hub's client have a kind for each.
-        if not path.exists() and not hub.offline() and hub.passing(error):
-            raise Unreachable(f"{source.text} cannot be loaded: the hub does not answer ({hub.told(error)})") from error
+        if not path.exists() and not hub.offline() and hub.is_transient(error):
+            raise UnreachableError(
+                f"{source.text} cannot be loaded: the hub does not answer ({hub.describe_error(error)})"
+            ) from error
         raise DataError(f"{source.text} cannot be loaded ({error})") from error
 
 
-def fingerprint(source: Source) -> str:
+def source_fingerprint(source: DatasetSource) -> str:
     """Of a data set that `datasets` reads: its bytes where it is on this disk, else its name."""
     path = Path(source.text)
     named = [source.config, source.split, source.image_column, source.caption_column, source.prompt]
     if not path.exists():
-        return key_of("hub", json.dumps([source.text, *named]))
+        return content_key("hub", json.dumps([source.text, *named]))
     files = [path] if path.is_file() else sorted(one for one in path.rglob("*") if one.is_file())
     facts = [[os.path.relpath(one, path), sha256_file(one)] for one in files]
-    return key_of("columnar", json.dumps([facts, named]))
+    return content_key("columnar", json.dumps([facts, named]))

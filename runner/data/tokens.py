@@ -57,12 +57,12 @@ def _pattern(names: Sequence[str]) -> re.Pattern[str]:
     return re.compile(r"(?<![A-Za-z0-9_])(" + "|".join(map(re.escape, longest_first)) + r")(?![A-Za-z0-9_])")
 
 
-def named(caption: str, known: Sequence[Placeholder]) -> set[str]:
+def tokens_in_caption(caption: str, known: Sequence[Placeholder]) -> set[str]:
     """The names of the tokens that a caption contains, as whole words: TOK is not in TOK2 or TOKYO."""
     return set(_pattern([p.name for p in known]).findall(caption)) if known else set()
 
 
-def expand(caption: str, known: Sequence[Placeholder]) -> str:
+def expand_placeholders(caption: str, known: Sequence[Placeholder]) -> str:
     """Replace every token's name by its vocabulary entries: "a TOK" -> "a <s0><s1>"."""
     if not known:
         return caption

@@ -14,7 +14,7 @@ import torch
 
 from runner.cache.store import Cache
 from runner.core.errors import FluxrunError
-from runner.core.process_identity import die_with
+from runner.core.process_identity import exit_with_parent
 from runner.data import sources
 from runner.jobs.prepare import data_source, plan_of
 from runner.model import device
@@ -22,11 +22,11 @@ from runner.model.flux1 import loading
 from runner.runs.run import Run
 from runner.spec.schema import Spec, dump
 from runner.training.distributed import Ranks
-from runner.training.run import assist
+from runner.training.run import assist_rank
 
 
 @contextmanager
-def crew(spec: Spec, key: str, runs: Path, where: torch.device, split: int) -> Iterator[Ranks]:
+def train_on_ranks(spec: Spec, key: str, runs: Path, where: torch.device, split: int) -> Iterator[Ranks]:
     """Ranks for this run, joined. Raises FluxrunError where there are not as many GPUs as the spec asks for.
 
     `key`: the plan's, which every rank must come to by itself.
@@ -64,15 +64,15 @@ def crew(spec: Spec, key: str, runs: Path, where: torch.device, split: int) -> I
 def main() -> None:
     """A helper: reads its orders from stdin, trains along, writes nothing."""
     order = json.load(sys.stdin)
-    die_with(order["parent"])
+    exit_with_parent(order["parent"])
     spec = Spec.model_validate(order["spec"])
     ranks = Ranks(order["rank"], order["count"])
     where = torch.device("cuda", ranks.rank) if order["device"] == "cuda" else torch.device("cpu")
-    device.prepare(where, tf32=spec.model.tf32)
+    device.prepare_device(where, tf32=spec.model.tf32)
     loading.quiet()
     if where.type == "cpu":
         torch.set_num_threads(max(1, torch.get_num_threads() // ranks.count))
-    pictures = sources.read(data_source(spec)).hold_out(spec.data.holdout)
+    pictures = sources.read_source(data_source(spec)).hold_out(spec.data.holdout)
     plan = plan_of(spec, pictures)
     if plan.key != order["key"]:
         raise FluxrunError("the data changed while the run was starting; start it again")
@@ -83,7 +83,7 @@ def main() -> None:
     )
     ranks.join(ranks.find(order["port"]), where)
     try:
-        assist(Run(runs, spec.name), spec, plan, pictures, base, cache, ranks, order["split"])
+        assist_rank(Run(runs, spec.name), spec, plan, pictures, base, cache, ranks, order["split"])
     finally:
         ranks.leave()
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from runner.core.events import Event
-from runner.core.humanize import clock
+from runner.core.humanize import format_duration
 
 PLAIN_EVERY = 10.0  # seconds between a run's step lines where there is no terminal
 
@@ -67,8 +67,8 @@ class Screen:
         row.pace = seconds if row.pace is None else 0.95 * row.pace + 0.05 * seconds
         row.left = steps - number
         facts = (
-            f"step {number}/{steps}  loss {_loss(event['loss'])}  {row.pace:.3g} s/step  run {clock(row.left * row.pace)}"
-            f"  queue {clock(self._queue_left(row.pace))}"
+            f"step {number}/{steps}  loss {_loss(event['loss'])}  {row.pace:.3g} s/step  run {format_duration(row.left * row.pace)}"
+            f"  queue {format_duration(self._queue_left(row.pace))}"
         )
         if row.task is not None:
             self.live.update(row.task, completed=number, facts=facts)

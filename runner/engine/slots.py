@@ -10,7 +10,7 @@ from pathlib import Path
 
 from runner.core import files
 from runner.core.hardware import seen, visible_gpus
-from runner.core.locks import lock_holder, take_lock
+from runner.core.locks import acquire_lock, lock_holder
 
 
 @dataclass
@@ -27,7 +27,7 @@ class Slot:
             return True
         for lock in self.locks:
             files.make_folder(lock.parent)
-            if (handle := take_lock(lock)) is None:
+            if (handle := acquire_lock(lock)) is None:
                 self.release()
                 return False
             self.held.append(handle)

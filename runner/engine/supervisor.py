@@ -14,33 +14,35 @@ from importlib.metadata import version
 from pathlib import Path
 
 from runner.core import files
-from runner.core.errors import Code, FluxrunError, Held, Paused, disk_trouble
+from runner.core.errors import DiskError, ExitCode, FluxrunError, LockHeldError, is_disk_error
 from runner.core.events import Event
-from runner.core.humanize import size
-from runner.core.notify import Target, tell
+from runner.core.humanize import format_bytes
+from runner.core.notify import Target, send
 from runner.core.signals import StopRequest
 from runner.engine.progress import Screen
 from runner.engine.slots import Slot
-from runner.engine.worker import Trainer
+from runner.engine.worker import Worker
 from runner.jobs.card_fit import less_memory
 from runner.jobs.job import Job
 from runner.plan.disk import SPARE, left_to_write
-from runner.report.publish import prepare_morning, read_ahead
+from runner.report.publish import preload, publish
 from runner.runs.index import write_index
-from runner.runs.inputs import inputs_of
+from runner.runs.inputs import read_inputs
 
 IDLE_ATTEMPTS = 3  # in a row without a newly saved step, then a crashing run is given up
-ALIKE = 3  # runs in a row that fail alike, then the queue stops: a broken driver should not burn the whole night
+SAME_FAILURES = (
+    3  # runs in a row that fail alike, then the queue stops: a broken driver should not burn the whole night
+)
 HANG_FLOOR = 600.0  # seconds without a sign of life in a training phase, at least, before a trainer is taken for stuck
 HANG_STEPS = 50  # the same in steps, of the slowest so far
 TICK = 0.05  # seconds between looks at the trainers
 
-AHEAD = 100  # waiting runs whose captions a run's encoders may read as well
-Start = Callable[[str | None, int | None], Trainer]
+PREFETCHED_RUNS = 100  # waiting runs whose captions a run's encoders may read as well
+Start = Callable[[str | None, int | None], Worker]
 
 
 @dataclass
-class Work:
+class QueuedRun:
     """One run of the queue. `retries`: tries after a crash so far; `idle`: attempts in a row that saved no new step."""
 
     job: Job
@@ -61,12 +63,12 @@ class Work:
 
 
 @dataclass
-class Place:
+class SlotState:
     """A slot, the trainer that is warm there, and the run it trains. `told`: that another queue has the slot."""
 
     slot: Slot
-    trainer: Trainer | None = None
-    work: Work | None = None
+    trainer: Worker | None = None
+    work: QueuedRun | None = None
     told: bool = False
 
 
@@ -78,7 +80,7 @@ class Queue:
     runs: Path
     retries: int
     fail_fast: bool
-    waiting: list[Work] = field(default_factory=list)
+    waiting: list[QueuedRun] = field(default_factory=list)
     alike: list[str] = field(default_factory=list)
     failed: bool = False
     left: bool = False
@@ -89,13 +91,13 @@ class Queue:
 
 
 @contextmanager
-def warmed(slots: Sequence[Slot], count: int) -> Iterator[dict[int, Trainer]]:
+def warmed(slots: Sequence[Slot], count: int) -> Iterator[dict[int, Worker]]:
     """Trainers for as many runs, by the slot's number, which have begun to import their libraries: no more than that, so the
     slots need not be this queue's yet. Those that nobody has taken out of the dictionary go at the end."""
-    warm: dict[int, Trainer] = {}
+    warm: dict[int, Worker] = {}
     try:
         for number, slot in enumerate(slots[:count]):
-            warm[number] = Trainer(slot.gpus, threads_of(slots))
+            warm[number] = Worker(slot.gpus, threads_of(slots))
         yield warm
     finally:
         for trainer in warm.values():
@@ -109,16 +111,16 @@ def threads_of(slots: Sequence[Slot]) -> int | None:
 
 def run_queue(
     jobs: Sequence[Job], runs: Path, slots: Sequence[Slot], screen: Screen, stop: StopRequest, *,
-    retries: int, fail_fast: bool, start: Start | None = None, warm: dict[int, Trainer] | None = None,
+    retries: int, fail_fast: bool, start: Start | None = None, warm: dict[int, Worker] | None = None,
 ) -> int:  # fmt: skip
     """The exit code: 0 all done, 1 some failed, 3 stopped or paused with work left. `start`: tests run trainers inline;
     `warm`: trainers that are there already, by their slot's number."""
     queue = Queue(screen, runs, retries, fail_fast, disk=runs.stat().st_dev)
-    places = [Place(slot, warm.pop(number, None) if warm else None) for number, slot in enumerate(slots)]
+    places = [SlotState(slot, warm.pop(number, None) if warm else None) for number, slot in enumerate(slots)]
     for job in jobs:
         _enlist(queue, job)
     write_index(runs)
-    read_ahead()  # while warm trainers do the same
+    preload()  # while warm trainers do the same
     threads, asked = threads_of(slots), 0
     try:
         while queue.waiting or any(place.work for place in places):
@@ -134,7 +136,7 @@ def run_queue(
                     if place.work and place.trainer:
                         place.trainer.kill() if asked > 2 else place.trainer.ask()
             if not queue.halted:
-                _fill(queue, places, threads, start or Trainer)
+                _fill(queue, places, threads, start or Worker)
             if not sum(_look(queue, place) for place in places):
                 time.sleep(TICK)
     finally:
@@ -147,7 +149,7 @@ def run_queue(
                 "written there; put it back and the same command goes on, or else begins anew"
             )
         else:
-            prepare_morning(runs, screen.line)
+            publish(runs, screen.line)
         _tell_the_end(queue)
     return 1 if queue.failed else 3 if queue.left else 0
 
@@ -166,17 +168,17 @@ def _write_index(queue: Queue) -> None:
 
 
 def _enlist(queue: Queue, job: Job) -> None:
-    work = Work(job)
+    work = QueuedRun(job)
     try:
         work.attempt = job.run.enlist(
-            job.spec, job.plan, version("fluxrun"), job.source.origin, lambda: inputs_of(job.spec, job.pictures)
+            job.spec, job.plan, version("fluxrun"), job.source.origin, lambda: read_inputs(job.spec, job.pictures)
         )
     except FluxrunError as error:
         queue.screen.line(f"not run: {error}", work.name)
-        queue.left |= isinstance(error, Held)
-        queue.failed |= not isinstance(error, Held)
+        queue.left |= isinstance(error, LockHeldError)
+        queue.failed |= not isinstance(error, LockHeldError)
     except OSError as error:
-        if not disk_trouble(error):
+        if not is_disk_error(error):
             raise
         queue.screen.line(f"not run: {error}", work.name)
         queue.left = True
@@ -185,7 +187,7 @@ def _enlist(queue: Queue, job: Job) -> None:
         queue.waiting.append(work)
 
 
-def _fill(queue: Queue, places: Sequence[Place], threads: int | None, start: Start) -> None:
+def _fill(queue: Queue, places: Sequence[SlotState], threads: int | None, start: Start) -> None:
     """Give every free place a run, in their order; what no run waits for is given back."""
     for place in places:
         if place.work is None and not queue.waiting:
@@ -194,18 +196,18 @@ def _fill(queue: Queue, places: Sequence[Place], threads: int | None, start: Sta
             work = queue.waiting.pop(0)
             if work.job.run.told_to_stop():
                 work.reason = "stopped before it began"
-                _end(queue, work, Code.STOPPED)
+                _end(queue, work, ExitCode.STOPPED)
                 continue
             try:
                 _make_sure_of_room(work.job)
-            except Paused as error:
+            except DiskError as error:
                 work.reason = str(error)
-                _end(queue, work, Code.DISK)
+                _end(queue, work, ExitCode.DISK)
                 continue
             _begin(queue, place, work, threads, start)
 
 
-def _taken(queue: Queue, place: Place) -> bool:
+def _taken(queue: Queue, place: SlotState) -> bool:
     """Whether the slot is this queue's. That another queue has it is said once."""
     if place.slot.take():
         place.told = False
@@ -217,7 +219,7 @@ def _taken(queue: Queue, place: Place) -> bool:
     return False
 
 
-def _begin(queue: Queue, place: Place, work: Work, threads: int | None, start: Start) -> None:
+def _begin(queue: Queue, place: SlotState, work: QueuedRun, threads: int | None, start: Start) -> None:
     run = work.job.run
     work.saved, work.reason = _newest(work), ""
     work.heard, work.slowest, work.hung = time.monotonic(), None, False
@@ -225,13 +227,13 @@ def _begin(queue: Queue, place: Place, work: Work, threads: int | None, start: S
     place.work, work.on_gpu = work, place.slot.gpus not in (None, "cpu")
     if place.trainer is not None and not place.trainer.lives:  # killed while it waited
         _dismiss(place)
-    later = [other.job.run.folder for other in queue.waiting[:AHEAD]]
+    later = [other.job.run.folder for other in queue.waiting[:PREFETCHED_RUNS]]
     if place.trainer is None:
         place.trainer = start(place.slot.gpus, threads)
     place.trainer.order(run.folder, work.attempt, later)
 
 
-def _look(queue: Queue, place: Place) -> bool:
+def _look(queue: Queue, place: SlotState) -> bool:
     """Hear what a place's trainer says, and whether its run has ended. True where there was something."""
     work, trainer = place.work, place.trainer
     if work is None or trainer is None:
@@ -245,13 +247,13 @@ def _look(queue: Queue, place: Place) -> bool:
         return bool(events)
     place.work = None
     queue.screen.end_run(work.name)
-    if trainer.code != Code.DONE:
+    if trainer.code != ExitCode.DONE:
         _dismiss(place)  # whatever it was, nothing of it shall reach the next run
     _ended(queue, work, trainer.code)
     return True
 
 
-def _heard(work: Work, event: Event) -> None:
+def _heard(work: QueuedRun, event: Event) -> None:
     work.heard = time.monotonic()
     if event["say"] == "step":
         work.slowest = max(work.slowest or 0.0, event["seconds"])
@@ -261,7 +263,7 @@ def _heard(work: Work, event: Event) -> None:
         work.reason = event["reason"]
 
 
-def _unstick(queue: Queue, work: Work, trainer: Trainer) -> None:
+def _unstick(queue: Queue, work: QueuedRun, trainer: Worker) -> None:
     """Kill a trainer that has shown no sign of life between two steps for much longer than a step takes."""
     if work.slowest is None or work.hung:
         return
@@ -272,19 +274,19 @@ def _unstick(queue: Queue, work: Work, trainer: Trainer) -> None:
         trainer.kill()
 
 
-def _ended(queue: Queue, work: Work, code: int) -> None:
+def _ended(queue: Queue, work: QueuedRun, code: int) -> None:
     """What becomes of a run whose trainer has ended with `code`."""
-    if code != Code.DONE and (gone := work.job.run.gone()):
-        code, work.reason = Code.DISK, gone
-    elif code not in (Code.DONE, Code.HELD) and (held := work.job.run.taken_over()):
-        code, work.reason = Code.HELD, str(held)
+    if code != ExitCode.DONE and (gone := work.job.run.gone()):
+        code, work.reason = ExitCode.DISK, gone
+    elif code not in (ExitCode.DONE, ExitCode.HELD) and (held := work.job.run.taken_over()):
+        code, work.reason = ExitCode.HELD, str(held)
     if code in (-signal.SIGTERM, -signal.SIGINT):  # it was asked before it could answer
-        code, work.reason = Code.STOPPED, work.reason or "stopped before it began"
-    if code == Code.MEMORY and work.split == 1 and (split := _smaller(work)):
+        code, work.reason = ExitCode.STOPPED, work.reason or "stopped before it began"
+    if code == ExitCode.MEMORY and work.split == 1 and (split := _smaller(work)):
         work.split = split
         batch, times = work.job.spec.train.batch_size // split, work.job.spec.train.accumulate * split
         _again(queue, work, f"{work.reason}; trying again with {batch} a micro-batch and {times} of them to a step")
-    elif code in set(Code) - {Code.CRASHED, Code.UNREACHABLE}:
+    elif code in set(ExitCode) - {ExitCode.CRASHED, ExitCode.UNREACHABLE}:
         _end(queue, work, code)
     else:
         _crashed(queue, work, code)
@@ -293,19 +295,19 @@ def _ended(queue: Queue, work: Work, code: int) -> None:
 # What is said of a failure, by how the trainer ended: whether the same command would meet it again.
 NEXT_TRY = "; the same command tries again from the last checkpoint"
 NEXT: dict[int, str] = {
-    Code.FAILED: "; once that is put right, the same command goes on from the last checkpoint",
-    Code.NOT_FINITE: "; the same command would end the same way: change the spec, and give it another `name` or queue it with --fresh",
-    Code.MEMORY: "",
+    ExitCode.FAILED: "; once that is put right, the same command goes on from the last checkpoint",
+    ExitCode.NOT_FINITE: "; the same command would end the same way: change the spec, and give it another `name` or queue it with --fresh",
+    ExitCode.MEMORY: "",
 }
 
 
-def _smaller(work: Work) -> int | None:
+def _smaller(work: QueuedRun) -> int | None:
     """How many parts to cut a micro-batch into: two, or single pictures where it is odd; None where it is one picture."""
     batch = work.job.spec.train.batch_size
     return None if batch == 1 else 2 if batch % 2 == 0 else batch
 
 
-def _crashed(queue: Queue, work: Work, code: int) -> None:
+def _crashed(queue: Queue, work: QueuedRun, code: int) -> None:
     """Killed, or failed in a way nobody foresaw: tried again while that helps."""
     if work.hung:
         work.reason = "no sign of life from the trainer, which was killed"
@@ -320,32 +322,32 @@ def _crashed(queue: Queue, work: Work, code: int) -> None:
         _end(queue, work, code)
     else:
         work.retries += 1
-        away = code == Code.UNREACHABLE  # the hub may answer when the others have had their turn
+        away = code == ExitCode.UNREACHABLE  # the hub may answer when the others have had their turn
         when = "after the runs that wait" if away and queue.waiting else f"from step {saved}"
         _again(queue, work, f"{work.reason}; trying again {when} (retry {work.retries} of {queue.retries})", last=away)
 
 
-def _again(queue: Queue, work: Work, why: str, *, last: bool = False) -> None:
+def _again(queue: Queue, work: QueuedRun, why: str, *, last: bool = False) -> None:
     queue.screen.line(why, work.name)
     work.attempt = work.job.run.next_attempt()
     _write_down(queue, work, "waiting", why)
     queue.waiting.insert(len(queue.waiting) if last else 0, work)
 
 
-def _end(queue: Queue, work: Work, code: int) -> None:
+def _end(queue: Queue, work: QueuedRun, code: int) -> None:
     """For good, as far as this queue goes."""
-    paused = code in (Code.DISK, Code.STOPPED, Code.HELD)
+    paused = code in (ExitCode.DISK, ExitCode.STOPPED, ExitCode.HELD)
     queue.left |= paused
-    _tell(queue, work, "done" if code == Code.DONE else "stopped" if paused else "failed")
-    if code == Code.DONE:
+    _tell(queue, work, "done" if code == ExitCode.DONE else "stopped" if paused else "failed")
+    if code == ExitCode.DONE:
         queue.alike.clear()
-    elif code == Code.HELD:
+    elif code == ExitCode.HELD:
         queue.screen.line(f"not run: {work.reason}", work.name)
     elif paused and not _is_gone(queue):  # else it is said once, of the whole folder
-        queue.screen.line(work.reason if code == Code.STOPPED else f"paused: {work.reason}", work.name)
+        queue.screen.line(work.reason if code == ExitCode.STOPPED else f"paused: {work.reason}", work.name)
         _write_down(queue, work, "stopped", work.reason)
     elif not paused:
-        if code == Code.MEMORY:
+        if code == ExitCode.MEMORY:
             work.reason += f"; {less_memory(work.job.spec, on_gpu=work.on_gpu)}"
         queue.screen.line(f"failed: {work.reason}{NEXT.get(code, NEXT_TRY)}", work.name)
         _write_down(queue, work, "failed", work.reason)
@@ -356,22 +358,22 @@ def _end(queue: Queue, work: Work, code: int) -> None:
         _write_index(queue)
 
 
-def _tell(queue: Queue, work: Work, how: str) -> None:
+def _tell(queue: Queue, work: QueuedRun, how: str) -> None:
     target = Target(**work.job.spec.notify.model_dump())
     queue.targets[target] = None
     text = f"{work.name}: {how}" + (f" ({work.reason})" if work.reason else "")
-    queue.teller.submit(tell, target, f"run {how}", work.name, text, queue.screen.line)
+    queue.teller.submit(send, target, f"run {how}", work.name, text, queue.screen.line)
 
 
 def _tell_the_end(queue: Queue) -> None:
     """Once to everybody who was told of a run."""
     how = "with failures" if queue.failed else "with work left" if queue.left else "all done"
     for target in queue.targets:
-        queue.teller.submit(tell, target, "queue done", "", f"queue: {how}", queue.screen.line)
+        queue.teller.submit(send, target, "queue done", "", f"queue: {how}", queue.screen.line)
     queue.teller.shutdown()
 
 
-def _write_down(queue: Queue, work: Work, state: str, reason: str) -> None:
+def _write_down(queue: Queue, work: QueuedRun, state: str, reason: str) -> None:
     if work.job.run.taken_over():
         return
     with _as_the_disk_allows(queue, work):
@@ -380,7 +382,7 @@ def _write_down(queue: Queue, work: Work, state: str, reason: str) -> None:
 
 
 @contextmanager
-def _as_the_disk_allows(queue: Queue, work: Work) -> Iterator[None]:
+def _as_the_disk_allows(queue: Queue, work: QueuedRun) -> Iterator[None]:
     """A full disk must not end the queue, which says on the screen what there is to say; nor must a folder that is gone,
     which is said elsewhere."""
     try:
@@ -388,31 +390,31 @@ def _as_the_disk_allows(queue: Queue, work: Work) -> Iterator[None]:
     except OSError as error:
         if work.job.run.gone() or _is_gone(queue):
             return
-        if not disk_trouble(error):
+        if not is_disk_error(error):
             raise
         queue.screen.line(f"the state could not be written: {error}", work.name)
 
 
-def _circuit_breaker(queue: Queue, work: Work, code: int) -> None:
+def _circuit_breaker(queue: Queue, work: QueuedRun, code: int) -> None:
     named = rf"(?<!\w){re.escape(work.name)}(?!\w)"  # as a word: a run may be called "a"
     alike = re.sub(rf"{re.escape(str(work.job.run.folder))}|{named}|\d+", "#", work.reason)
     queue.alike = [*(queue.alike if queue.alike[-1:] == [alike] else []), alike]
     if queue.fail_fast:
         queue.halted = "not begun: --fail-fast"
-    elif code == Code.UNREACHABLE:
+    elif code == ExitCode.UNREACHABLE:
         queue.alike.clear()  # it says nothing of runs whose base and pictures are here
-    elif len(queue.alike) == ALIKE and queue.waiting:
-        queue.halted = f"not begun: {ALIKE} runs in a row failed alike ({work.reason})"
-        queue.screen.line(f"stopped: {ALIKE} runs in a row failed alike; the last: {work.reason}")
+    elif len(queue.alike) == SAME_FAILURES and queue.waiting:
+        queue.halted = f"not begun: {SAME_FAILURES} runs in a row failed alike ({work.reason})"
+        queue.screen.line(f"stopped: {SAME_FAILURES} runs in a row failed alike; the last: {work.reason}")
 
 
-def _dismiss(place: Place) -> None:
+def _dismiss(place: SlotState) -> None:
     trainer, place.trainer = place.trainer, None
     if trainer is not None:
         trainer.dismiss()
 
 
-def _clear(place: Place) -> None:
+def _clear(place: SlotState) -> None:
     """For other queues, too."""
     _dismiss(place)
     place.slot.release()
@@ -428,18 +430,18 @@ def _leave(queue: Queue) -> None:
             _write_index(queue)
 
 
-def _newest(work: Work) -> int:
+def _newest(work: QueuedRun) -> int:
     return max((step for step, _ in work.job.run.checkpoint_files()), default=0)
 
 
 def _make_sure_of_room(job: Job) -> None:
-    """Raises Paused where the disk cannot take what the plan says the run will write, or the run's folder is gone."""
+    """Raises DiskError where the disk cannot take what the plan says the run will write, or the run's folder is gone."""
     if gone := job.run.gone():
-        raise Paused(gone)
+        raise DiskError(gone)
     free, folder = files.DISK.free(job.run.folder), job.run.folder
     wanted = left_to_write(folder, job.plan.disk_bytes) + SPARE
     if free < wanted:
-        raise Paused(
-            f"the run wants about {size(wanted)}, {size(SPARE)} of them to spare, and {folder} has room for {size(free)}; "
+        raise DiskError(
+            f"the run wants about {format_bytes(wanted)}, {format_bytes(SPARE)} of them to spare, and {folder} has room for {format_bytes(free)}; "
             "free some space, then the same command goes on"
         )

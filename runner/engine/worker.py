@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from runner.core.errors import Code
+from runner.core.errors import ExitCode
 from runner.core.events import Event
 from runner.core.hardware import seen
 
@@ -30,7 +30,7 @@ HEAP = {
 }
 
 
-class Trainer:
+class Worker:
     """The process, which begins with importing its libraries and waits to be told a run. `code` is None while a run goes on;
     after Code.DONE it waits for another one.
 
@@ -80,9 +80,9 @@ class Trainer:
         events: list[Event] = [json.loads(line) for line in lines]
         self._began = self._began or bool(events)
         if done := [event for event in events if event["say"] == "done"]:
-            self.code, self.worn = Code.DONE, bool(done[0]["worn"])
+            self.code, self.worn = ExitCode.DONE, bool(done[0]["worn"])
         elif data is not None:
-            self.code = self.process.wait() or Code.CRASHED  # one that is done says so before it goes
+            self.code = self.process.wait() or ExitCode.CRASHED  # one that is done says so before it goes
             if not self._began:
                 self._pass_on()
         return [event for event in events if event["say"] != "done"]

@@ -1,5 +1,5 @@
 """The trainer process: one run after another on one device, each told by its folder; its exit code says how the last one
-ended (`runner.core.errors.Code`). What it has to tell goes to the queue as JSON lines on stdout, and into the run's log."""
+ended (`runner.core.errors.ExitCode`). What it has to tell goes to the queue as JSON lines on stdout, and into the run's log."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 
 from runner.cache.store import Cache
-from runner.core.errors import Code, FluxrunError, Refused, disk_trouble
-from runner.core.events import Event, Say
+from runner.core.errors import ExitCode, FluxrunError, RunMismatchError, is_disk_error
+from runner.core.events import Event, EventLog
 from runner.core.signals import StopRequest
 from runner.data import sources
 from runner.data.images import DataError, Pictures
-from runner.data.sources import Source
-from runner.engine.multi_gpu import crew
+from runner.data.sources import DatasetSource
+from runner.engine.multi_gpu import train_on_ranks
 from runner.jobs.prepare import data_source, plan_of
 from runner.model import device
 from runner.model.base import Base
@@ -30,10 +30,10 @@ from runner.plan.build import PlanError
 from runner.plan.phases import Plan
 from runner.runs.run import Run, read_spec
 from runner.spec.schema import Spec
-from runner.training.context import Desk, open_cache
+from runner.training.context import RunContext, open_cache
 from runner.training.distributed import Ranks
-from runner.training.model_pool import Shelf
-from runner.training.run import execute
+from runner.training.model_pool import ModelPool
+from runner.training.run import execute_run
 
 LEAK = 256 << 20  # bytes that may stay behind between runs
 SAME_ENCODERS = ("base", "revision", "variant", "dtype", "quantize")
@@ -42,7 +42,7 @@ LONGEST = 4000  # bytes of an event; a write of up to 4,096 to a pipe is all or 
 
 
 @dataclass(frozen=True)
-class Told:
+class TrainRequest:
     """A run to train; `later`: folders of runs that wait for their turn, whose captions may be encoded with its own."""
 
     folder: Path
@@ -50,32 +50,32 @@ class Told:
     later: tuple[Path, ...] = ()
 
     @classmethod
-    def read(cls, line: str) -> Told:
+    def read(cls, line: str) -> TrainRequest:
         """As `runner.engine.worker` writes it."""
         facts = json.loads(line)
         return cls(Path(facts["folder"]), facts["attempt"], tuple(map(Path, facts["later"])))
 
 
-def main(gpus: str | None, stop: StopRequest) -> Code:
+def main(gpus: str | None, stop: StopRequest) -> ExitCode:
     """The runs that stdin names, a line each, for as long as all is well."""
     events = os.dup(sys.stdout.fileno())
     os.set_blocking(events, False)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print is for the log
-    device.settle_libraries()
+    device.preload_libraries()
     loading.quiet()
-    warm, code = Warm(), Code.DONE
-    while code is Code.DONE and (line := sys.stdin.readline()):
-        told = Told.read(line)
+    warm, code = WorkerState(), ExitCode.DONE
+    while code is ExitCode.DONE and (line := sys.stdin.readline()):
+        told = TrainRequest.read(line)
         try:
             with (told.folder / "run.log").open("a") as log:
                 for stream in (sys.stdout, sys.stderr):
                     os.dup2(log.fileno(), stream.fileno())
             code = train_run(told, gpus, sender(events), stop, warm)
         except OSError as error:  # the folder went before the run began
-            code, reason = verdict(error)
+            code, reason = classify_error(error)
             sender(events)({"say": "ended", "reason": reason})
             break
-        if code is Code.DONE:
+        if code is ExitCode.DONE:
             worn = warm.worn(gpus)
             sender(events)({"say": "done", "worn": worn})
             if worn:
@@ -84,19 +84,19 @@ def main(gpus: str | None, stop: StopRequest) -> Code:
 
 
 @dataclass
-class Warm:
+class WorkerState:
     """What a trainer process keeps from run to run. `first`: bytes in use after its first run, less what is kept on
     purpose; `data`: data sets of runs that come later, read once."""
 
-    shelf: Shelf = field(default_factory=Shelf)
+    model_pool: ModelPool = field(default_factory=ModelPool)
     first: int | None = None
-    data: dict[Source, Pictures] = field(default_factory=dict)
+    data: dict[DatasetSource, Pictures] = field(default_factory=dict)
 
     def worn(self, gpus: str | None) -> bool:
         """Whether memory did not come back, so that the next run had better have a process of its own."""
-        where = device.choose(gpus)
+        where = device.choose_device(gpus)
         device.release(where)
-        left = device.memory_in_use(where) - self.shelf.bytes
+        left = device.memory_in_use(where) - self.model_pool.bytes
         if self.first is None:
             self.first = left
         return left - self.first > LEAK
@@ -117,32 +117,36 @@ def sender(pipe: int) -> Callable[[Event], None]:
     return send
 
 
-def train_run(told: Told, gpus: str | None, send: Callable[[Event], None], stop: StopRequest, warm: Warm) -> Code:
+def train_run(
+    told: TrainRequest, gpus: str | None, send: Callable[[Event], None], stop: StopRequest, warm: WorkerState
+) -> ExitCode:
     """Train a run and write down how it ended: in its log and state, by an event and by the code."""
     run, attempt = Run.at(told.folder), told.attempt
-    say = Say(send, run.log_file)
+    event_log = EventLog(send, run.log_file)
     try:
-        _train(run, told, gpus, say, stop, warm)
-        return Code.DONE
+        _train(run, told, gpus, event_log, stop, warm)
+        return ExitCode.DONE
     except (Exception, KeyboardInterrupt) as error:
         # Whatever it is, it is this run's alone, and told here.
-        code, reason = (Code.DISK, gone) if (gone := run.gone()) else verdict(error)
+        code, reason = (ExitCode.DISK, gone) if (gone := run.gone()) else classify_error(error)
         send({"say": "ended", "reason": reason})
-        if code is not Code.HELD:  # the folder is not ours to write in
-            say.log(reason if code is Code.STOPPED else f"{traceback.format_exc()}{reason}")
-            _write_down(run, attempt, "stopped" if code in (Code.STOPPED, Code.DISK) else "failed", reason)
+        if code is not ExitCode.HELD:  # the folder is not ours to write in
+            event_log.log(reason if code is ExitCode.STOPPED else f"{traceback.format_exc()}{reason}")
+            _write_down(run, attempt, "stopped" if code in (ExitCode.STOPPED, ExitCode.DISK) else "failed", reason)
         return code
     finally:
         torch.cuda.empty_cache()  # does nothing without a GPU
 
 
-def _train(run: Run, told: Told, gpus: str | None, say: Say, stop: StopRequest, warm: Warm) -> None:
+def _train(
+    run: Run, told: TrainRequest, gpus: str | None, event_log: EventLog, stop: StopRequest, warm: WorkerState
+) -> None:
     spec = read_spec(run.spec_file)
-    where = device.choose(gpus)
-    device.prepare(where, tf32=spec.model.tf32)
+    where = device.choose_device(gpus)
+    device.prepare_device(where, tf32=spec.model.tf32)
     loading.quiet()
     try:
-        pictures = sources.read(data_source(spec)).hold_out(spec.data.holdout)
+        pictures = sources.read_source(data_source(spec)).hold_out(spec.data.holdout)
     except DataError as error:
         raise FluxrunError(f"data.source: {error}") from error
     try:
@@ -156,17 +160,19 @@ def _train(run: Run, told: Told, gpus: str | None, say: Say, stop: StopRequest, 
         model.base, model.revision, model.variant, where, dtype, model.quantize, cache.folder, model.offload == "blocks"
     )
 
-    def beside() -> list[Desk]:
-        return [desk for folder in told.later if (desk := _later(folder, spec, base, cache, say, warm))]
+    def beside() -> list[RunContext]:
+        return [context for folder in told.later if (context := _later(folder, spec, base, cache, event_log, warm))]
 
-    with crew(spec, plan.key, run.runs, where, split) as ranks:
-        execute(
-            run, spec, plan, pictures, base, cache, say, stop, ranks, attempt=told.attempt, split=split, shelf=warm.shelf,
+    with train_on_ranks(spec, plan.key, run.runs, where, split) as ranks:
+        execute_run(
+            run, spec, plan, pictures, base, cache, event_log, stop, ranks, attempt=told.attempt, split=split, model_pool=warm.model_pool,
             beside=beside,
         )  # fmt: skip
 
 
-def _later(folder: Path, now: Spec, base: Base, cache: Cache, say: Say, warm: Warm) -> Desk | None:
+def _later(
+    folder: Path, now: Spec, base: Base, cache: Cache, event_log: EventLog, warm: WorkerState
+) -> RunContext | None:
     """A run that comes later, if it reads its captions with the encoders of this one. What is wrong with it is its own
     affair, and will be told when its turn has come."""
     run = Run.at(folder)
@@ -176,36 +182,36 @@ def _later(folder: Path, now: Spec, base: Base, cache: Cache, say: Say, warm: Wa
         if any(getattr(spec.model, name) != getattr(now.model, name) for name in SAME_ENCODERS):
             return None
         if asked not in warm.data:
-            warm.data[asked] = sources.read(asked)
+            warm.data[asked] = sources.read_source(asked)
         pictures = warm.data[asked].hold_out(spec.data.holdout)
         plan = plan_of(spec, pictures)
     except (DataError, FluxrunError, PlanError, OSError) as error:
-        say.log(f"the captions of {run.name} are not encoded ahead: {error}")
+        event_log.log(f"the captions of {run.name} are not encoded ahead: {error}")
         return None
-    return Desk(spec, plan, pictures, base, cache, say, Ranks(), lambda: False)
+    return RunContext(spec, plan, pictures, base, cache, event_log, Ranks(), lambda: False)
 
 
 def _same_as_planned(run: Run, plan: Plan) -> None:
     if run.planned_key() != plan.key:
-        raise Refused(
+        raise RunMismatchError(
             f"the data, the base or the spec.toml of {run.folder} is not as it was when the queue planned it; "
             "the same command plans again"
         )
 
 
-def verdict(error: BaseException) -> tuple[Code, str]:
+def classify_error(error: BaseException) -> tuple[ExitCode, str]:
     """What kind of end it is, and how to say it."""
     if isinstance(error, KeyboardInterrupt):
-        return Code.STOPPED, "stopped at once; the last checkpoint stands"
+        return ExitCode.STOPPED, "stopped at once; the last checkpoint stands"
     if isinstance(error, FluxrunError):
         return error.code, str(error)
-    if isinstance(error, OSError) and disk_trouble(error):
+    if isinstance(error, OSError) and is_disk_error(error):
         where = f" ({error.filename})" if error.filename else ""
-        return Code.DISK, f"{os.strerror(error.errno or errno.EIO)}{where}; the checkpoint before it stands"
+        return ExitCode.DISK, f"{os.strerror(error.errno or errno.EIO)}{where}; the checkpoint before it stands"
     text = str(error)
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
-        return Code.MEMORY, f"out of memory ({text.splitlines()[0] if text else type(error).__name__})"
-    return Code.CRASHED, f"{type(error).__name__}: {text}"
+        return ExitCode.MEMORY, f"out of memory ({text.splitlines()[0] if text else type(error).__name__})"
+    return ExitCode.CRASHED, f"{type(error).__name__}: {text}"
 
 
 def _write_down(run: Run, attempt: int, state: str, reason: str) -> None:

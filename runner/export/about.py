@@ -11,7 +11,7 @@ from runner.model.lora import LoraShape
 
 
 @dataclass(frozen=True)
-class Shapes:
+class AdapterShapes:
     """Of the adapters that there are."""
 
     lora: LoraShape | None
@@ -19,7 +19,7 @@ class Shapes:
 
 
 @dataclass(frozen=True)
-class About:
+class ExportInfo:
     """What the files tell of their run. `base`: a hub id, or a folder's name alone; `settings`: the spec by dotted key,
     without paths; `day`: on which the run began, 2026-01-31 (UTC); `guided`: whether the base takes a guidance."""
 

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from runner.core import files
-from runner.core.errors import BadFile, FluxrunError
+from runner.core.errors import BadFileError, FluxrunError
 from runner.export import foreign_layouts, verify, webui
 from runner.export.foreign_layouts import Contents
 from runner.export.lora_layouts import (
@@ -40,18 +40,18 @@ class Converted:
 
 def convert(file: Path, to: str, out: Path | None, *, leave_out: bool = False) -> Converted:
     """Write `file` in the layout `to` ("diffusers" or "kohya"), by default beside it; the new file gets its name once it
-    was read back. Raises FluxrunError where `out` exists or is named as another kind of file, and BadFile with what `file`
+    was read back. Raises FluxrunError where `out` exists or is named as another kind of file, and BadFileError with what `file`
     holds that is no LoRA of FLUX.1; with `leave_out` only where the rest would not be a whole LoRA without it."""
     out = out or file.with_suffix(f".{to}.safetensors")
     _refuse_output(out, file)
     named, header = _read(file)
     try:
         found = foreign_layouts.read(named, _config(header))
-    except BadFile as error:
-        raise BadFile(f"{file}: {error}") from error
+    except BadFileError as error:
+        raise BadFileError(f"{file}: {error}") from error
     _refuse(file, found, leave_out)
-    files.folder_for(out)
-    aside = files.aside_of(out)
+    files.output_folder(out)
+    aside = files.partial_path(out)
     try:
         largest = _write(aside, out.name, found.adapter, to, header)
         files.DISK.rename(aside, out)
@@ -75,12 +75,12 @@ def _refuse_output(out: Path, file: Path) -> None:
 
 def _refuse(file: Path, found: Contents, leave_out: bool) -> None:
     if any(not kind.beside for kind in found.left_out):
-        raise BadFile(f"{file}: {found.told()}; wanted is a LoRA of FLUX.1")
+        raise BadFileError(f"{file}: {found.told()}; wanted is a LoRA of FLUX.1")
     if not found.adapter.transformer and not found.adapter.text:
         told = f"{found.told()}; there is" if found.left_out else "there is"
-        raise BadFile(f"{file}: {told} no LoRA in it that changes FLUX.1's transformer or CLIP; wanted is one")
+        raise BadFileError(f"{file}: {told} no LoRA in it that changes FLUX.1's transformer or CLIP; wanted is one")
     if found.left_out and not leave_out:
-        raise BadFile(f"{file}: {found.told()}; nothing was written: --leave-out converts the rest without it")
+        raise BadFileError(f"{file}: {found.told()}; nothing was written: --leave-out converts the rest without it")
 
 
 def _write(path: Path, name: str, adapter: Adapter, to: str, header: dict[str, str]) -> float:
@@ -103,7 +103,7 @@ def _read(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
             named = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not iterable itself
             return named, dict(opened.metadata() or {})
     except (SafetensorError, OSError) as error:
-        raise BadFile(
+        raise BadFileError(
             f"{file}: not a safetensors file ({error}); other formats may hold code and are not read"
         ) from error
 

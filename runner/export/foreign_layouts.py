@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from runner.core.errors import BadFile
+from runner.core.errors import BadFileError
 from runner.export.lora_layouts import (
     AROUND,
     CLIP_MODULE,
@@ -129,7 +129,7 @@ class Contents:
 def read(named: Mapping[str, Tensor], config: Mapping[str, Any]) -> Contents:
     """Any layout's LoRA. `config`: what the file's `lora_adapter_metadata` holds, {} where it has none.
 
-    Raises BadFile for NaN and infinite values, with their key, for an alpha of 0, and for two adapters of one layer.
+    Raises BadFileError for NaN and infinite values, with their key, for an alpha of 0, and for two adapters of one layer.
     """
     refuse_not_finite(named)
     wide = {key: value.float() if value.element_size() == 1 else value for key, value in named.items()}
@@ -142,7 +142,7 @@ def read(named: Mapping[str, Tensor], config: Mapping[str, Any]) -> Contents:
         elif (modules := _modules(stem)) is not None:
             parts = split(modules, _with_stated(factors, config, TRANSFORMER, stem, named))
             if twice := [one for one in parts if one in transformer]:
-                raise BadFile(f"{stem}: another key is an adapter of {twice[0]} too; one file holds one LoRA")
+                raise BadFileError(f"{stem}: another key is an adapter of {twice[0]} too; one file holds one LoRA")
             transformer |= parts
         else:
             odd.append(stem)
@@ -153,7 +153,7 @@ def read(named: Mapping[str, Tensor], config: Mapping[str, Any]) -> Contents:
 
 
 def refuse_not_finite(named: Mapping[str, Tensor]) -> None:
-    """Raises BadFile with the first keys that hold NaN or infinite values."""
+    """Raises BadFileError with the first keys that hold NaN or infinite values."""
     bad: dict[str, list[str]] = {}
     for key, value in named.items():
         if value.is_floating_point():
@@ -163,13 +163,13 @@ def refuse_not_finite(named: Mapping[str, Tensor]) -> None:
                     bad.setdefault(what, []).append(f"{key}, {int(mask.sum())} of {value.numel()}")
     if bad:
         told = "; ".join(f"{what} in {_several(places)}" for what, places in bad.items())
-        raise BadFile(f"{told}; a LoRA with such values draws nothing, so use an earlier step's")
+        raise BadFileError(f"{told}; a LoRA with such values draws nothing, so use an earlier step's")
 
 
 def _refuse_alpha_of_zero(stem: str, factors: Factors) -> None:
     """sd-scripts (networks/lora_flux.py, LoRAModule) takes 0 as the rank; the formula and other programs as no change."""
     if factors.alpha == 0 and factors.up.any():
-        raise BadFile(
+        raise BadFileError(
             f"{stem}: its alpha is 0, which sd-scripts takes as the rank ({factors.down.shape[0]}) and other programs as no "
             "change at all; write the alpha that is meant into the file, or take the layer out"
         )

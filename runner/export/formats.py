@@ -13,9 +13,9 @@ from torch import Tensor
 
 from runner.checkpoint.storage import Weights
 from runner.data.tokens import Placeholder
-from runner.export.about import About, Shapes
+from runner.export.about import AdapterShapes, ExportInfo
 from runner.export.lora_layouts import TEXT, TRANSFORMER, Adapter, adapter_of, to_kohya
-from runner.export.pipeline import Exported
+from runner.export.pipeline import ExportedFiles
 from runner.export.webui import hashes, webui_metadata
 from runner.model import tensors
 from runner.model.lora import LoraShape, adapter_metadata
@@ -25,10 +25,10 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 EMBEDDING_KEYS = {"clip": ("clip_l",), "t5": ("t5", "t5xxl")}  # diffusers reads t5, ComfyUI asks for t5xxl
 
 
-def exported_files(folder: Path, name: str, placeholders: tuple[Placeholder, ...]) -> Exported:
+def exported_files(folder: Path, name: str, placeholders: tuple[Placeholder, ...]) -> ExportedFiles:
     """What of a run's export folder a pipeline loads."""
     lora = folder / LORA_FILE
-    return Exported(lora if lora.is_file() else None, find_embeddings(folder, name), placeholders)
+    return ExportedFiles(lora if lora.is_file() else None, find_embeddings(folder, name), placeholders)
 
 
 def rounded(weights: Weights, dtype: torch.dtype) -> Weights:
@@ -40,20 +40,20 @@ def rounded(weights: Weights, dtype: torch.dtype) -> Weights:
     return Weights(to(weights.lora), to(weights.rows), to(weights.text_lora))
 
 
-def adapter(weights: Weights, shapes: Shapes) -> Adapter:
+def adapter(weights: Weights, shapes: AdapterShapes) -> Adapter:
     return Adapter(
         adapter_of(weights.lora, shapes.lora.alpha) if shapes.lora else {},
         adapter_of(weights.text_lora, shapes.text_lora.alpha) if shapes.text_lora else {},
     )
 
 
-def folded(weights: Weights, shapes: Shapes) -> tuple[Weights, Shapes]:
+def folded(weights: Weights, shapes: AdapterShapes) -> tuple[Weights, AdapterShapes]:
     """The same change of every layer with alpha = rank: the scale alpha / rank is multiplied into B, in fp32, before
     anything is rounded. ComfyUI and Forge read no alpha from the metadata of diffusers' layout and take the scale for 1
     (ComfyUI comfy/lora.py: an alpha is a key of its own, or there is none)."""
     lora, shape = _folded(weights.lora, shapes.lora)
     text_lora, text_shape = _folded(weights.text_lora, shapes.text_lora)
-    return Weights(lora, weights.rows, text_lora), Shapes(shape, text_shape)
+    return Weights(lora, weights.rows, text_lora), AdapterShapes(shape, text_shape)
 
 
 def _folded(lora: Mapping[str, Tensor], shape: LoraShape | None) -> tuple[Mapping[str, Tensor], LoraShape | None]:
@@ -64,7 +64,7 @@ def _folded(lora: Mapping[str, Tensor], shape: LoraShape | None) -> tuple[Mappin
     return scaled, replace(shape, alpha=float(shape.rank))
 
 
-def write_lora(path: Path, weights: Weights, shapes: Shapes) -> None:
+def write_lora(path: Path, weights: Weights, shapes: AdapterShapes) -> None:
     """diffusers' layout: `transformer.<module>.lora_A/B.weight`, `text_encoder.text_model.<module>...`, the adapters'
     configs as JSON in the metadata. `weights` and `shapes` are `folded`, so that a reader needs no alpha. transformers 5
     names CLIP's modules without `text_model`; stock diffusers reads both, ComfyUI only that."""
@@ -76,7 +76,7 @@ def write_lora(path: Path, weights: Weights, shapes: Shapes) -> None:
     tensors.save(path, named, {"format": "pt", "lora_adapter_metadata": json.dumps(described, sort_keys=True)})
 
 
-def write_kohya(path: Path, weights: Weights, shapes: Shapes, about: About) -> None:
+def write_kohya(path: Path, weights: Weights, shapes: AdapterShapes, about: ExportInfo) -> None:
     """The original layout, with the metadata that WebUIs show."""
     named = to_kohya(adapter(weights, shapes))
     tensors.save(path, named, {**webui_metadata(about, shapes), **hashes(named)})

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from runner.core.errors import BadFile
+from runner.core.errors import BadFileError
 
 QKV = ("attn.to_q", "attn.to_k", "attn.to_v")
 # One matrix of the original's blocks -> diffusers' modules that it holds, from the first output row on.
@@ -171,7 +171,7 @@ def split(modules: tuple[str, ...], fused: Factors) -> dict[str, Factors]:
         return {SWAPPED: Factors(fused.down, _swap(fused.up), fused.alpha)}
     rows = _rows(modules, fused.down.shape[1], fused.up.shape[0])
     if min(rows) < 1 or sum(rows) != fused.up.shape[0]:
-        raise BadFile(
+        raise BadFileError(
             f"{modules[0]} and its neighbours: {fused.up.shape[0]} output rows do not hold {len(modules)} matrices"
         )
     ups = torch.split(fused.up, rows)
@@ -192,12 +192,12 @@ def trim(factors: Factors) -> Factors | None:
 def to_kohya(adapter: Adapter) -> dict[str, Tensor]:
     """`lora_unet_MATRIX.lora_down/up.weight`, `.alpha`; CLIP's as `lora_te1_text_model_...`. alpha stays fp32.
 
-    Raises BadFile for a module that the layout has no name for.
+    Raises BadFileError for a module that the layout has no name for.
     """
     groups: dict[str, tuple[str, ...]] = {}
     for module in adapter.transformer:
         if (found := matrix_of(module)) is None:
-            raise BadFile(f"{module}: no layer of FLUX.1's transformer, so the original layout has no name for it")
+            raise BadFileError(f"{module}: no layer of FLUX.1's transformer, so the original layout has no name for it")
         groups[found[0]] = found[1]
     named = {f"{UNET}{matrix}": _fuse(modules, adapter.transformer) for matrix, modules in groups.items()}
     named |= {f"{CLIP}text_model_{name.replace('.', '_')}": part for name, part in adapter.text.items()}
@@ -209,7 +209,7 @@ def to_kohya(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def split_kohya(named: Mapping[str, Tensor]) -> Adapter:
-    """Every part of every matrix, the parts that were not trained as zeros. Raises BadFile with the keys it does not know."""
+    """Every part of every matrix, the parts that were not trained as zeros. Raises BadFileError with the keys it does not know."""
     transformer: dict[str, Factors] = {}
     text: dict[str, Factors] = {}
     found, odd = gather(named)
@@ -221,7 +221,7 @@ def split_kohya(named: Mapping[str, Tensor]) -> Adapter:
         else:
             odd.append(name)
     if odd:
-        raise BadFile(f"{_some(odd)}: no layer of FLUX.1 in the original layout (lora_unet_..., lora_te1_...)")
+        raise BadFileError(f"{_some(odd)}: no layer of FLUX.1 in the original layout (lora_unet_..., lora_te1_...)")
     return Adapter(transformer, text)
 
 
@@ -251,7 +251,7 @@ def to_diffusers(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def from_diffusers(named: Mapping[str, Tensor], config: Mapping[str, Any]) -> Adapter:
-    """`config`: what the file's `lora_adapter_metadata` holds, {} where it has none. Raises BadFile with unknown keys."""
+    """`config`: what the file's `lora_adapter_metadata` holds, {} where it has none. Raises BadFileError with unknown keys."""
     transformer: dict[str, Factors] = {}
     text: dict[str, Factors] = {}
     found, odd = gather(named)
@@ -269,7 +269,7 @@ def from_diffusers(named: Mapping[str, Tensor], config: Mapping[str, Any]) -> Ad
         else:
             odd.append(name)
     if odd:
-        raise BadFile(f"{_some(odd)}: no layer of FLUX.1 in diffusers' layout (transformer..., text_encoder...)")
+        raise BadFileError(f"{_some(odd)}: no layer of FLUX.1 in diffusers' layout (transformer..., text_encoder...)")
     return Adapter(transformer, text)
 
 

@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from runner.data.tokens import expand, named
-from runner.export.about import About
+from runner.data.tokens import expand_placeholders, tokens_in_caption
+from runner.export.about import ExportInfo
 from runner.export.formats import LORA_FILE
 from runner.export.lora_layouts import AROUND
 from runner.export.webui import webui_words
@@ -26,7 +26,7 @@ CURVE = "samples/loss.png"
 
 
 def model_card(
-    about: About, errors: Mapping[str, float], pictures: Sequence[tuple[str, str]], guidance: float, repo: str | None,
+    about: ExportInfo, errors: Mapping[str, float], pictures: Sequence[tuple[str, str]], guidance: float, repo: str | None,
     layers: Sequence[str], curve: bool,
 ) -> str:  # fmt: skip
     """errors: of each exported file; pictures: (prompt, file); repo: where it is pushed to; layers: those with LoRA."""
@@ -60,7 +60,7 @@ def _cell(value: object) -> str:
     return str(value).replace("|", "\\|").replace("`", "'")
 
 
-def _front(about: About, pictures: Sequence[tuple[str, str]]) -> Iterator[str]:
+def _front(about: ExportInfo, pictures: Sequence[tuple[str, str]]) -> Iterator[str]:
     yield "---"
     if HUB_ID.fullmatch(about.base):  # the hub refuses cards that name anything else
         yield f"base_model: {about.base}"
@@ -82,7 +82,7 @@ def _shown(pictures: Sequence[tuple[str, str]]) -> Iterator[str]:
         yield from (f"![{prompt.replace('<', '&lt;')}]({file})", "")
 
 
-def _words(about: About) -> Iterator[str]:
+def _words(about: ExportInfo) -> Iterator[str]:
     if not about.placeholders:
         return
     yield from ("## Trigger words", "")
@@ -94,7 +94,7 @@ def _words(about: About) -> Iterator[str]:
     yield from (POOLINGS[about.settings["inversion.pooling"]], "")
 
 
-def _code(about: About, errors: Mapping[str, float], guidance: float, repo: str | None) -> Iterator[str]:
+def _code(about: ExportInfo, errors: Mapping[str, float], guidance: float, repo: str | None) -> Iterator[str]:
     """Draws the run's own first picture, where it has one: base, size, steps and length are the run's."""
     embeddings = embeddings_file(about.name)
     bundled = about.base.startswith("builtin:")
@@ -138,20 +138,20 @@ def _dtype(asked: str | None) -> str:
     return names[asked] if asked else 'torch.bfloat16 if device == "cuda" else torch.float32'
 
 
-def _call(about: About, guidance: float, with_lora: bool) -> Iterator[str]:
+def _call(about: ExportInfo, guidance: float, with_lora: bool) -> Iterator[str]:
     own = about.settings
     first = next(iter(own["validate.prompts"]), own.get("data.prompt", "your prompt"))
-    if about.placeholders and not named(first, about.placeholders):
+    if about.placeholders and not tokens_in_caption(first, about.placeholders):
         first = f"a {about.placeholders[0].name}"
     side, told = own["validate.size"], f", guidance_scale={guidance}" if about.guided else ""
-    yield f"image = pipe({json.dumps(expand(first, about.placeholders))}, num_inference_steps={own['validate.steps']}{told},"
+    yield f"image = pipe({json.dumps(expand_placeholders(first, about.placeholders))}, num_inference_steps={own['validate.steps']}{told},"
     yield f"    max_sequence_length={own['model.max_sequence_length']}, height={side}, width={side},"
     scale = ', joint_attention_kwargs={"scale": 1.0}' if with_lora else ""
     yield f"    generator=torch.Generator().manual_seed({own['seed']}){scale}).images[0]"
     yield 'image.save("image.png")'
 
 
-def _comfyui(about: About, errors: Mapping[str, float]) -> Iterator[str]:
+def _comfyui(about: ExportInfo, errors: Mapping[str, float]) -> Iterator[str]:
     stem = Path(embeddings_file(about.name)).stem
     yield from ("## Use with ComfyUI", "")
     if kohya_file(about.name) in errors:
@@ -163,7 +163,7 @@ def _comfyui(about: About, errors: Mapping[str, float]) -> Iterator[str]:
     yield ""
 
 
-def _webui(about: About, errors: Mapping[str, float]) -> Iterator[str]:
+def _webui(about: ExportInfo, errors: Mapping[str, float]) -> Iterator[str]:
     """Forge and A1111 have the LoRA in the prompt, and call an embedding by its file's name."""
     words, parts = webui_words(about), []
     yield from ("## Use with WebUI (Forge, A1111, SD.Next)", "")
@@ -187,7 +187,7 @@ def _files(errors: Mapping[str, float], layers: Sequence[str]) -> Iterator[str]:
         yield from (f"the original layout, so there use `{LORA_FILE}`.", "")
 
 
-def _licence(about: About) -> Iterator[str]:
+def _licence(about: ExportInfo) -> Iterator[str]:
     named = about.licence.get("license_name") or about.licence.get("license")
     if named:
         link = about.licence.get("license_link")

@@ -22,7 +22,7 @@ GUIDANCE = 3.5  # FluxPipeline's default; a training guidance of 1 is still samp
 
 
 @dataclass(frozen=True)
-class Exported:
+class ExportedFiles:
     """The files of one run that a pipeline loads; None where the run has no such file."""
 
     lora: Path | None
@@ -31,7 +31,7 @@ class Exported:
 
 
 @dataclass(frozen=True)
-class Read:
+class EncodedPrompt:
     """One prompt as the transformer takes it, on the CPU: txt [1, T, width], vec [1, width]."""
 
     txt: Tensor
@@ -49,7 +49,7 @@ def load_embeddings(pipe: Any, file: Path, placeholders: Sequence[tokens.Placeho
         )
 
 
-def text_pipeline(base: Base, exported: Exported | None, *, with_t5: bool = True) -> Any:
+def text_pipeline(base: Base, exported: ExportedFiles | None, *, with_t5: bool = True) -> Any:
     """A FluxPipeline of the two encoders alone, with the learned tokens and the CLIP encoder's LoRA."""
     from diffusers import FluxPipeline
 
@@ -78,7 +78,7 @@ def load_text_lora(pipe: Any, file: Path) -> None:
 
 def read_prompts(
     pipe: Any, prompts: Sequence[str], length: int, scale: float = 1.0, texts: Sequence[Tensor] | None = None
-) -> list[Read]:
+) -> list[EncodedPrompt]:
     """`scale`: strength of the CLIP encoder's LoRA, where it has one; `texts`: what T5 makes of the prompts, each
     [T, width], for a pipeline without it."""
     more = {} if scale == 1.0 else {"lora_scale": scale}
@@ -87,13 +87,13 @@ def read_prompts(
             vectors = [
                 pipe._get_clip_prompt_embeds(prompt=prompt, device=pipe.text_encoder.device) for prompt in prompts
             ]
-        return [Read(txt[None].cpu(), vec.cpu()) for txt, vec in zip(texts, vectors, strict=True)]
+        return [EncodedPrompt(txt[None].cpu(), vec.cpu()) for txt, vec in zip(texts, vectors, strict=True)]
     with torch.no_grad():
         pairs = [
             pipe.encode_prompt(prompt=prompt, prompt_2=None, max_sequence_length=length, **more)[:2]
             for prompt in prompts
         ]
-    return [Read(txt.cpu(), vec.cpu()) for txt, vec in pairs]
+    return [EncodedPrompt(txt.cpu(), vec.cpu()) for txt, vec in pairs]
 
 
 def image_pipeline(base: Base, transformer: Any, *, with_vae: bool = True) -> Any:
@@ -132,8 +132,8 @@ def size_of(spec: Spec) -> int:
     return spec.validation.size
 
 
-def draw(
-    pipe: Any, read: Read, seed: int, *, steps: int, size: int, guidance: float = GUIDANCE, scale: float = 1.0
+def draw_image(
+    pipe: Any, read: EncodedPrompt, seed: int, *, steps: int, size: int, guidance: float = GUIDANCE, scale: float = 1.0
 ) -> Image.Image:
     [image] = draw_batch(pipe, read, [seed], steps=steps, size=size, guidance=guidance, scale=scale)
     return image
@@ -141,7 +141,7 @@ def draw(
 
 def draw_batch(
     pipe: Any,
-    read: Read,
+    read: EncodedPrompt,
     seeds: Sequence[int],
     *,
     steps: int,
@@ -164,20 +164,22 @@ def draw_batch(
     return images
 
 
-def sample(
-    base: Base, exported: Exported | None, prompts: Sequence[tuple[str, int]], *,
+def draw_samples(
+    base: Base, exported: ExportedFiles | None, prompts: Sequence[tuple[str, int]], *,
     length: int, steps: int, size: int, guidance: float = GUIDANCE, scale: float = 1.0,
 ) -> list[Image.Image]:  # fmt: skip
     """(prompt, seed) each -> pictures. Encoders and transformer are on the device one after the other."""
     pipe = text_pipeline(base, exported)
     placeholders = exported.placeholders if exported else ()
-    reads = read_prompts(pipe, [tokens.expand(prompt, placeholders) for prompt, _ in prompts], length, scale)
+    reads = read_prompts(
+        pipe, [tokens.expand_placeholders(prompt, placeholders) for prompt, _ in prompts], length, scale
+    )
     del pipe
     release(base.device)
     pipe = image_pipeline(base, loading.load_transformer(base))
     if exported is not None and exported.lora is not None:
         load_lora(pipe, exported.lora)
     return [
-        draw(pipe, read, seed, steps=steps, size=size, guidance=guidance, scale=scale)
+        draw_image(pipe, read, seed, steps=steps, size=size, guidance=guidance, scale=scale)
         for read, (_, seed) in zip(reads, prompts, strict=True)
     ]

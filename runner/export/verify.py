@@ -1,4 +1,4 @@
-"""What was written must be what was trained. Every function gives the largest error, or raises BadFile with the layer."""
+"""What was written must be what was trained. Every function gives the largest error, or raises BadFileError with the layer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from runner.checkpoint.storage import Weights
-from runner.core.errors import BadFile
+from runner.core.errors import BadFileError
 from runner.export.formats import EMBEDDING_KEYS
 from runner.export.lora_layouts import Adapter, Factors, difference, from_diffusers, split_kohya, trim
 from runner.model import tensors
@@ -28,7 +28,9 @@ def lora_file(path: Path, trained: Adapter, dtype: torch.dtype) -> float:
     stored = from_diffusers(named, json.loads(header["lora_adapter_metadata"]))
     for name, factors in (*stored.transformer.items(), *stored.text.items()):
         if factors.scale != 1:
-            raise BadFile(f"{path.name}: {name} has alpha {factors.alpha:g} where its rank is {factors.down.shape[0]}")
+            raise BadFileError(
+                f"{path.name}: {name} has alpha {factors.alpha:g} where its rank is {factors.down.shape[0]}"
+            )
     return compare(path.name, trained, stored, dtype, folded=True)
 
 
@@ -46,10 +48,10 @@ def compare(file: str, trained: Adapter, stored: Adapter, dtype: torch.dtype, *,
     for ours, theirs in ((trained.transformer, stored.transformer), (trained.text, stored.text)):
         for name in [*ours, *(name for name in theirs if name not in ours)]:
             if name not in theirs:
-                raise BadFile(f"{file}: {name} was trained and is not in it")
+                raise BadFileError(f"{file}: {name} was trained and is not in it")
             error = _error(theirs[name], ours.get(name), dtype, folded)
             if error is None or not math.isfinite(error):
-                raise BadFile(f"{file}: {name} changes its layer otherwise than was trained")
+                raise BadFileError(f"{file}: {name} changes its layer otherwise than was trained")
             largest = max(largest, error)
     return largest
 
@@ -95,19 +97,19 @@ def embeddings(path: Path, weights: Weights, dtype: torch.dtype) -> float:
     for key, rows in named.items():
         trained = weights.rows[owners[key]].cpu()
         if not torch.equal(rows, trained.to(dtype)):
-            raise BadFile(f"{path.name}: {key} holds other rows than were learned")
+            raise BadFileError(f"{path.name}: {key} holds other rows than were learned")
         error = _largest(rows.float() - trained)
         if not math.isfinite(error):
-            raise BadFile(f"{path.name}: {key} has values that {dtype} cannot hold; use another export.dtype")
+            raise BadFileError(f"{path.name}: {key} has values that {dtype} cannot hold; use another export.dtype")
         largest = max(largest, error)
     return largest
 
 
 def loaded_lora(model: Any, stored: Mapping[str, Tensor], shape: LoraShape) -> None:
-    """The adapter that stock diffusers made of a file must be the stored one. Raises BadFile with the layer."""
+    """The adapter that stock diffusers made of a file must be the stored one. Raises BadFileError with the layer."""
     adapters = list(getattr(model, "peft_config", {}))
     if len(adapters) != 1:
-        raise BadFile(f"diffusers loaded {len(adapters)} adapters instead of one")
+        raise BadFileError(f"diffusers loaded {len(adapters)} adapters instead of one")
     loaded = {
         name.replace(f".{adapters[0]}.weight", ".weight"): value
         for name, value in model.named_parameters()
@@ -115,14 +117,14 @@ def loaded_lora(model: Any, stored: Mapping[str, Tensor], shape: LoraShape) -> N
     }
     if loaded.keys() != stored.keys():
         odd = sorted(loaded.keys() ^ stored.keys())[0]
-        raise BadFile(f"{odd} is trained or loaded by diffusers, not both")
+        raise BadFileError(f"{odd} is trained or loaded by diffusers, not both")
     for name, value in stored.items():
         if not torch.equal(loaded[name].cpu(), value.cpu().to(loaded[name].dtype)):
-            raise BadFile(f"{name} reads back in diffusers with other values than were trained")
+            raise BadFileError(f"{name} reads back in diffusers with other values than were trained")
     scale = shape.alpha / shape.rank
     for name, module in model.named_modules():
         if adapters[0] in getattr(module, "scaling", {}) and module.scaling[adapters[0]] != scale:
-            raise BadFile(f"{name} reads back with scale {module.scaling[adapters[0]]}, trained was {scale}")
+            raise BadFileError(f"{name} reads back with scale {module.scaling[adapters[0]]}, trained was {scale}")
 
 
 def loaded_embeddings(pipe: Any, stored: Weights, pieces: list[str]) -> None:
@@ -133,4 +135,4 @@ def loaded_embeddings(pipe: Any, stored: Weights, pieces: list[str]) -> None:
         ids = torch.tensor(tokenizer.convert_tokens_to_ids(pieces), device=model.device)
         loaded = model.get_input_embeddings().weight[ids].cpu()
         if not torch.equal(loaded, rows.cpu().to(loaded.dtype)):
-            raise BadFile(f"{encoder} embeddings read back in diffusers with other values than were trained")
+            raise BadFileError(f"{encoder} embeddings read back in diffusers with other values than were trained")

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from runner.core import safetensors
-from runner.export.about import About, Shapes
+from runner.export.about import AdapterShapes, ExportInfo
 from runner.model import tensors
 from runner.spec.export_names import embeddings_file, file_stem, webui_file
 
@@ -22,7 +22,7 @@ def hashes(named: Mapping[str, Tensor]) -> dict[str, str]:
     return {"sshs_model_hash": digest, "modelspec.hash_sha256": f"0x{digest}"}
 
 
-def webui_metadata(about: About, shapes: Shapes) -> dict[str, str]:
+def webui_metadata(about: ExportInfo, shapes: AdapterShapes) -> dict[str, str]:
     """sd-scripts' `ss_*` (its train_network.py) and ModelSpec 1.0.1; strings all, no path, no clock but the run's day."""
     own, shape, words = about.settings, shapes.lora or shapes.text_lora, webui_words(about)
     assert shape is not None  # there is an adapter, or no file
@@ -71,7 +71,7 @@ def webui_metadata(about: About, shapes: Shapes) -> dict[str, str]:
     return {key: str(value) for key, value in named.items()}
 
 
-def webui_words(about: About) -> str | None:
+def webui_words(about: ExportInfo) -> str | None:
     """What to write in a WebUI's prompt beside the LoRA: the embedding's name, or what the pictures were called."""
     if not about.placeholders:
         return about.settings.get("data.prompt")
@@ -79,7 +79,7 @@ def webui_words(about: About) -> str | None:
     return Path(webui_file(about.name) if several else embeddings_file(about.name)).stem
 
 
-def usage_hint(about: About) -> str:
+def usage_hint(about: ExportInfo) -> str:
     named = ", ".join(f"{one.name} is {one.text}" for one in about.placeholders)
     stem = Path(embeddings_file(about.name)).stem
     return f"diffusers: {named}; ComfyUI: embedding:{stem}; WebUI: {webui_words(about)}"

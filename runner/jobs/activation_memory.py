@@ -28,7 +28,7 @@ DECODER_MAPS = 4.0  # the same of its decoder, of the second level's width: what
 
 
 @dataclass(frozen=True)
-class Width:
+class ByteWidths:
     """Bytes of a number: in matrix products, and as norms see it."""
 
     narrow: int
@@ -36,7 +36,7 @@ class Width:
 
 
 @dataclass(frozen=True)
-class Batch:
+class BatchShape:
     """What goes through the transformer at once: images, tokens of one image, tokens of its text."""
 
     images: int
@@ -49,7 +49,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Learning:
+class TrainableLayers:
     """What a training phase's backward pass must reach. layers: those with a LoRA that learns, shaped (out, in); rows:
     whether the pooled vector, or T5's states, come from an encoder that learns."""
 
@@ -69,9 +69,9 @@ DOUBLE_TXT = (
 
 def transformer_saved(
     config: Config,
-    batch: Batch,
-    width: Width,
-    what: Learning,
+    batch: BatchShape,
+    width: ByteWidths,
+    what: TrainableLayers,
     again: Collection[int],
     *,
     lean: bool,
@@ -120,11 +120,11 @@ def transformer_saved(
     return int(worst + rotary + ends)
 
 
-def backward_buffers(config: Config, batch: Batch, width: Width) -> int:
+def backward_buffers(config: Config, batch: BatchShape, width: ByteWidths) -> int:
     return BACKWARD * batch.both * _width(config) * width.wide
 
 
-def forward_buffers(config: Config, batch: Batch, width: Width) -> int:
+def forward_buffers(config: Config, batch: BatchShape, width: ByteWidths) -> int:
     return FORWARD * batch.both * _width(config) * width.narrow
 
 
@@ -133,7 +133,7 @@ def _width(config: Config) -> int:
 
 
 def _double(
-    own: Collection[str], d: int, heads: int, batch: Batch, width: Width, what: Learning, pooled: bool,
+    own: Collection[str], d: int, heads: int, batch: BatchShape, width: ByteWidths, what: TrainableLayers, pooled: bool,
     img_in: bool, txt_in: bool,
 ) -> int:  # fmt: skip
     """img_in, txt_in: whether what comes in already leads back to something that learns."""
@@ -155,7 +155,7 @@ def _double(
 
 
 def _single(
-    own: Collection[str], d: int, heads: int, batch: Batch, width: Width, what: Learning, pooled: bool,
+    own: Collection[str], d: int, heads: int, batch: BatchShape, width: ByteWidths, what: TrainableLayers, pooled: bool,
     img_in: bool, txt_in: bool,
 ) -> int:  # fmt: skip
     led = img_in or txt_in
@@ -176,7 +176,7 @@ def _single(
 
 
 def _lean(
-    kind: str, own: Collection[str], d: int, heads: int, batch: Batch, width: Width, what: Learning, pooled: bool,
+    kind: str, own: Collection[str], d: int, heads: int, batch: BatchShape, width: ByteWidths, what: TrainableLayers, pooled: bool,
     img_in: bool, txt_in: bool, ends_here: bool, less: bool,
 ) -> int:  # fmt: skip
     """ends_here: of the text the last block keeps only what the image attends to; less: neither queries, keys, values nor
@@ -209,21 +209,21 @@ def _lean(
     return total + _middles([*rest, *(["proj_out"] if "proj_out" in own else [])], count, d, what, width)
 
 
-def _attention(d: int, heads: int, batch: Batch, width: Width) -> int:
+def _attention(d: int, heads: int, batch: BatchShape, width: ByteWidths) -> int:
     return batch.both * (4 * d * width.narrow + heads * 4)
 
 
-def _inputs(names: Collection[str], numbers: int, width: Width) -> int:
+def _inputs(names: Collection[str], numbers: int, width: ByteWidths) -> int:
     """Of LoRAs that read the same: in fp32 the tensor itself, in 16 bits a copy for each."""
     return numbers * width.narrow * (len(names) if width.narrow < 4 else bool(names))
 
 
-def _middles(names: Collection[str], tokens: int, d: int, what: Learning, width: Width) -> int:
+def _middles(names: Collection[str], tokens: int, d: int, what: TrainableLayers, width: ByteWidths) -> int:
     dropped = tokens * d * (1 + width.narrow) * what.dropout  # its mask, and what it leaves
     return len(names) * (tokens * what.rank * width.narrow + dropped)
 
 
-def _loras(own: Mapping[str, tuple[int, int]], what: Learning, width: Width) -> int:
+def _loras(own: Mapping[str, tuple[int, int]], what: TrainableLayers, width: ByteWidths) -> int:
     """16-bit copies that autocast makes of the adapters."""
     numbers = sum(what.rank * (out + inside) for out, inside in own.values())
     return numbers * width.narrow if width.narrow < 4 else 0

@@ -13,12 +13,12 @@ from runner.base.files import (
     local_folder,
     transformer_config,
 )
-from runner.core.hashing import key_of
+from runner.core.hashing import content_key
 from runner.spec.schema import Spec
 
 
 @dataclass(frozen=True)
-class Base:
+class OpenedBase:
     """What a base model's files say. faults: (key, message) each; where there are any, nothing else was read."""
 
     print: str
@@ -27,13 +27,13 @@ class Base:
     faults: list[tuple[str, str]]
 
 
-class Bases:
+class BaseRegistry:
     """The bases of one command's runs, each read once."""
 
     def __init__(self) -> None:
-        self._read: dict[tuple[str | None, ...], Base] = {}
+        self._read: dict[tuple[str | None, ...], OpenedBase] = {}
 
-    def of(self, spec: Spec) -> Base:
+    def of(self, spec: Spec) -> OpenedBase:
         own = spec.model
         asked = (own.base, own.revision, own.variant)
         if asked not in self._read:
@@ -41,10 +41,10 @@ class Bases:
         return self._read[asked]
 
 
-def _read_base(base: str, revision: str | None, variant: str | None) -> Base:
+def _read_base(base: str, revision: str | None, variant: str | None) -> OpenedBase:
     folder = local_folder(base)
     if folder is None:
-        return Base(key_of("hub", base, revision, variant), transformer_config(base, None), None, [])
+        return OpenedBase(content_key("hub", base, revision, variant), transformer_config(base, None), None, [])
     if broken := [("model.base", message) for message in broken_configs(folder)]:
-        return Base("", None, None, broken)
-    return Base(fingerprint(folder), transformer_config(base, folder), clip_config(folder), [])
+        return OpenedBase("", None, None, broken)
+    return OpenedBase(fingerprint(folder), transformer_config(base, folder), clip_config(folder), [])

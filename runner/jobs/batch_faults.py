@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from runner.base.files import BaseIdentity, identity_of
 from runner.core import hub
 from runner.core.errors import Fault
-from runner.core.humanize import some
+from runner.core.humanize import list_some
 from runner.data import class_images
 
 if TYPE_CHECKING:
@@ -115,5 +115,5 @@ def _same_repository(seen: Sequence[Seen], owner: str) -> Iterator[Fault]:
             way = "take hub.repo out, and each run has a repository of its own name"
         yield last.source.fault(
             "hub.repo",
-            f"{len(alike)} runs push to one repository (found {found!r}, for {some([one.spec.name for one in alike])}); {way}",
+            f"{len(alike)} runs push to one repository (found {found!r}, for {list_some([one.spec.name for one in alike])}); {way}",
         )

@@ -12,10 +12,10 @@ from typing import Any
 from runner.base import quantized_size
 from runner.base.files import clip_config, fingerprint, local_folder
 from runner.base.layers import FLUX1
-from runner.base.param_counts import CLIP, T5, VAE, Shapes, read_shapes
+from runner.base.param_counts import CLIP, T5, VAE, BaseConfigs, read_base_configs
 from runner.cache import keys
 from runner.core.files import read_json
-from runner.core.humanize import size
+from runner.core.humanize import format_bytes
 from runner.jobs.job import Job
 from runner.jobs.memory import BYTES, LARGE
 from runner.plan.build import resolutions
@@ -29,7 +29,7 @@ CHANNELS = 2 * 16  # mean and log-variance of FLUX's 16 latent channels
 
 
 @dataclass(frozen=True)
-class Hits:
+class CacheHits:
     """Of one kind: entries that are there, those to be made, and the bytes on the disk that these will be."""
 
     there: int
@@ -40,13 +40,13 @@ class Hits:
 Print = Callable[[Path], str]
 
 
-def forecasts(jobs: Sequence[Job], runs: Path, *, on_gpu: bool) -> list[dict[str, Hits]]:
+def cache_hits_of(jobs: Sequence[Job], runs: Path, *, on_gpu: bool) -> list[dict[str, CacheHits]]:
     """In the jobs' order. The files of a base that several have are read once."""
     read = cache(fingerprint)
-    return [forecast(job, runs, on_gpu=on_gpu, read=read) for job in jobs]
+    return [cache_hits_for(job, runs, on_gpu=on_gpu, read=read) for job in jobs]
 
 
-def forecast(job: Job, runs: Path, *, on_gpu: bool, read: Print = fingerprint) -> dict[str, Hits]:
+def cache_hits_for(job: Job, runs: Path, *, on_gpu: bool, read: Print = fingerprint) -> dict[str, CacheHits]:
     """By kind: "latents", "clip", "t5", as far as it can be told: a base or data set of the hub is looked at when it is
     here. Only what the first encode phase makes; what learns is encoded when it has learned."""
     folder, pictures = local_folder(job.spec.model.base), job.pictures
@@ -67,7 +67,7 @@ def forecast(job: Job, runs: Path, *, on_gpu: bool, read: Print = fingerprint) -
     return found
 
 
-def _latents(job: Job, cache: Path, vae: str, dtype: str) -> Hits:
+def _latents(job: Job, cache: Path, vae: str, dtype: str) -> CacheHits:
     """The keys are of pixels, so they are known only where the data set was decoded before."""
     assert job.pictures is not None
     note = keys.views_key(job.spec, job.pictures.fingerprint, vae, TORCH[dtype])
@@ -77,12 +77,12 @@ def _latents(job: Job, cache: Path, vae: str, dtype: str) -> Hits:
     if known:
         return _hits(cache, "latents", {str(key) for key in known.values()}, each)
     views = sum(sizes.values()) * (job.spec.data.variants or 1) + len(job.pictures.held)
-    return Hits(0, views, views * each)
+    return CacheHits(0, views, views * each)
 
 
-def _hits(cache: Path, kind: str, wanted: set[str], each: int) -> Hits:
+def _hits(cache: Path, kind: str, wanted: set[str], each: int) -> CacheHits:
     there = sum((cache / kind / key[:2] / f"{key}.safetensors").is_file() for key in wanted)
-    return Hits(there, len(wanted) - there, (len(wanted) - there) * each)
+    return CacheHits(there, len(wanted) - there, (len(wanted) - there) * each)
 
 
 def _width(folder: Path, encoder: str) -> int:
@@ -92,7 +92,7 @@ def _width(folder: Path, encoder: str) -> int:
     return int(config["d_model"])
 
 
-def night_bytes(jobs: Sequence[Job], *, on_gpu: bool) -> tuple[int, int]:
+def queue_bytes(jobs: Sequence[Job], *, on_gpu: bool) -> tuple[int, int]:
     """What these runs will add to (their folders, the cache), beside what is there."""
     folders = sum(left_to_write(job.run.folder, job.plan.disk_bytes) for job in jobs)
     return folders, _cache_bytes(jobs, jobs[0].run.runs, on_gpu=on_gpu) if jobs else 0
@@ -107,7 +107,7 @@ def _cache_bytes(jobs: Sequence[Job], runs: Path, *, on_gpu: bool) -> int:
     for job in jobs:
         spec = job.spec
         key = spec.data.model_dump_json() + spec.model.model_dump_json()
-        found = forecast(job, runs, on_gpu=on_gpu)
+        found = cache_hits_for(job, runs, on_gpu=on_gpu)
         made = (
             sum(one.bytes + ENTRY * one.missing for one in found.values())
             if found
@@ -139,7 +139,7 @@ def _read_again(job: Job, phase: Encode, *, on_gpu: bool) -> int:
         return 0
     spec = job.spec
     each = BYTES[spec.model.dtype or ("bf16" if on_gpu else "fp32")]
-    shapes = read_shapes(spec.model.base)
+    shapes = read_base_configs(spec.model.base)
     width = shapes.t5["d_model"] if shapes else T5["d_model"]
     long = spec.model.max_sequence_length * width if "t5" in phase.encoders else 0
     return len(keys.captions(spec, job.pictures)) * int(long + CLIP["hidden_size"]) * each
@@ -147,24 +147,24 @@ def _read_again(job: Job, phase: Encode, *, on_gpu: bool) -> int:
 
 def _quantized(spec: Spec, *, on_gpu: bool) -> int:
     """The transformer and T5 as they are kept for the next run."""
-    shapes = read_shapes(spec.model.base) or Shapes(FLUX1, CLIP, T5, VAE)
+    shapes = read_base_configs(spec.model.base) or BaseConfigs(FLUX1, CLIP, T5, VAE)
     plain = BYTES[spec.model.dtype or ("bf16" if on_gpu else "fp32")]
     numbers = [shapes.numbers[part] for part in LARGE]
     return int(sum(matrices * quantized_size.BYTES[spec.model.quantize] + rest * plain for matrices, rest in numbers))
 
 
-def line(found: Mapping[str, Hits]) -> str:
+def line(found: Mapping[str, CacheHits]) -> str:
     """For the plan of one run."""
     parts = [f"{kind} {one.there} of {one.there + one.missing}" for kind, one in found.items()]
     left = sum(one.bytes for one in found.values())
-    return ", ".join(parts) + (f"; {size(left)} to make" if left else "; nothing to make")
+    return ", ".join(parts) + (f"; {format_bytes(left)} to make" if left else "; nothing to make")
 
 
-def as_json(found: Mapping[str, Hits]) -> dict[str, Any]:
+def as_json(found: Mapping[str, CacheHits]) -> dict[str, Any]:
     return {kind: asdict(one) for kind, one in found.items()}
 
 
 def lines(jobs: Sequence[Job], runs: Path, *, on_gpu: bool) -> dict[str, str]:
     """Of every run whose cache can be told."""
-    told = zip(jobs, forecasts(jobs, runs, on_gpu=on_gpu), strict=True)
+    told = zip(jobs, cache_hits_of(jobs, runs, on_gpu=on_gpu), strict=True)
     return {job.plan.name: f"in the cache: {line(found)}" for job, found in told if found}

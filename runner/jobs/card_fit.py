@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
-from runner.base.param_counts import Shapes, read_shapes
-from runner.core.humanize import size
+from runner.base.param_counts import BaseConfigs, read_base_configs
+from runner.core.humanize import format_bytes
 from runner.jobs import memory
 from runner.jobs.job import Job
 from runner.jobs.memory import TABLES, estimate, needs, with_values
@@ -24,10 +24,10 @@ class Estimates:
 
     def __init__(self, *, on_gpu: bool) -> None:
         self.on_gpu = on_gpu
-        self._shapes = cache(read_shapes)
-        self._kept: dict[object, tuple[dict[str, memory.Memory], Fit | None]] = {}
+        self._shapes = cache(read_base_configs)
+        self._kept: dict[object, tuple[dict[str, memory.Memory], CardFit | None]] = {}
 
-    def of(self, job: Job) -> tuple[dict[str, memory.Memory], Fit | None] | None:
+    def of(self, job: Job) -> tuple[dict[str, memory.Memory], CardFit | None] | None:
         """By phase, and the cards that have it, on a GPU; None where the base is not known."""
         spec, plan = job.spec, job.plan
         shapes = self._shapes(spec.model.base)
@@ -43,7 +43,7 @@ class Estimates:
         key = (alike, phases, plan.steps, plan.texts, tuple((plan.sizes or {}).items()))
         if key not in self._kept:
             found = memory.estimate(spec, plan, shapes, on_gpu=self.on_gpu)
-            self._kept[key] = found, fit(spec, plan, shapes) if self.on_gpu else None
+            self._kept[key] = found, fit_card(spec, plan, shapes) if self.on_gpu else None
         return self._kept[key]
 
 
@@ -64,7 +64,7 @@ def lines(job: Job, estimates: Estimates) -> Iterator[str]:
         yield UNKNOWN
         return
     found, fit = known
-    told = ", ".join(f"{name} {size(one.total)}" for name, one in found.items())
+    told = ", ".join(f"{name} {format_bytes(one.total)}" for name, one in found.items())
     yield f"memory: about {told}{'' if fit else ' on the CPU'}"
     if fit:
         yield _cards(fit)
@@ -93,15 +93,15 @@ def _or(ways: Sequence[str]) -> str:
     return ", ".join(ways[:-1]) + (" or " if len(ways) > 1 else "") + ways[-1]
 
 
-def _cards(fit: Fit) -> str:
+def _cards(fit: CardFit) -> str:
     """`fits a card of 40 GB (33.1 GiB for joint); with model.quantize = "int8" 24 GB (16.7 GiB)`"""
     if fit.cards:
-        said = f"fits a card of {fit.cards[0]} GB ({size(fit.needs)} for {fit.phase}, margin included)"
+        said = f"fits a card of {fit.cards[0]} GB ({format_bytes(fit.needs)} for {fit.phase}, margin included)"
     else:
-        said = f"fits no card of up to {CARDS[-1]} GB ({size(fit.needs)} for {fit.phase}, margin included)"
+        said = f"fits no card of up to {CARDS[-1]} GB ({format_bytes(fit.needs)} for {fit.phase}, margin included)"
     for change in fit.changes:
         cards = cards_for(change.needs)
-        said += f"; with {', '.join(change.keys)}: {cards[0]} GB ({size(change.needs)})"
+        said += f"; with {', '.join(change.keys)}: {cards[0]} GB ({format_bytes(change.needs)})"
     return said
 
 
@@ -109,7 +109,7 @@ CARDS = (8, 12, 16, 24, 40, 80)  # GB, as sold
 
 
 @dataclass(frozen=True)
-class Change:
+class SettingChange:
     """Keys of a spec set otherwise, as text and as values by dotted key, and what its largest phase then needs of a card."""
 
     keys: tuple[str, ...]
@@ -118,14 +118,14 @@ class Change:
 
 
 @dataclass(frozen=True)
-class Fit:
+class CardFit:
     """What a run's largest phase needs of a card, margin included; cards: those that have it, in GB as sold; changes: what
     to set for a smaller one, each with all that costs less."""
 
     phase: str
     needs: int
     cards: tuple[int, ...]
-    changes: tuple[Change, ...]
+    changes: tuple[SettingChange, ...]
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -143,7 +143,7 @@ def cards_for(bytes_: int) -> tuple[int, ...]:
     return tuple(card for card in CARDS if bytes_ <= card * 2**30)
 
 
-def fit(spec: Spec, plan: Plan, shapes: Shapes) -> Fit:
+def fit_card(spec: Spec, plan: Plan, shapes: BaseConfigs) -> CardFit:
     name, most = _largest(spec, plan, shapes)
     cards, changes = cards_for(most), []
     for change in ways(spec, plan, shapes):
@@ -152,10 +152,10 @@ def fit(spec: Spec, plan: Plan, shapes: Shapes) -> Fit:
         if cards_for(change.needs) != cards:
             cards = cards_for(change.needs)
             changes.append(change)
-    return Fit(name, most, cards_for(most), tuple(changes))
+    return CardFit(name, most, cards_for(most), tuple(changes))
 
 
-def ways(spec: Spec, plan: Plan, shapes: Shapes) -> Iterator[Change]:
+def ways(spec: Spec, plan: Plan, shapes: BaseConfigs) -> Iterator[SettingChange]:
     """To need less, the cheapest first, each with all those before it."""
     keys: dict[str, str] = {}
     values: dict[str, Any] = {}
@@ -168,10 +168,10 @@ def ways(spec: Spec, plan: Plan, shapes: Shapes) -> Iterator[Change]:
         if text.startswith("model.gradient"):
             keys.pop("inversion.gradient_checkpointing", None)  # which goes without saying then
         told = {key: value for key, value in values.items() if value is not None}
-        yield Change(tuple(keys.values()), _largest(spec, plan, shapes)[1], told)
+        yield SettingChange(tuple(keys.values()), _largest(spec, plan, shapes)[1], told)
 
 
-def _largest(spec: Spec, plan: Plan, shapes: Shapes) -> tuple[str, int]:
+def _largest(spec: Spec, plan: Plan, shapes: BaseConfigs) -> tuple[str, int]:
     name, memory = max(estimate(spec, plan, shapes, on_gpu=True).items(), key=lambda one: one[1].total)
     return name, needs(memory)
 

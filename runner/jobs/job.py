@@ -7,10 +7,10 @@ from pathlib import Path
 
 from runner.data.images import Pictures
 from runner.plan.phases import Plan
-from runner.runs.run import Run, Verdict
-from runner.spec.loader import touches
+from runner.runs.run import Run, RunStatus
+from runner.spec.loader import overlaps
 from runner.spec.schema import Spec
-from runner.spec.source import Source as SpecSource
+from runner.spec.source import SpecOrigin as SpecSource
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,13 @@ class Seen:
     pictures: Pictures | None
     plan: Plan | None
     run: Run
-    verdict: Verdict | None
+    verdict: RunStatus | None
     doubts: tuple[tuple[str, str], ...] = ()
     unread: frozenset[str] = frozenset()
 
     def knows(self, *keys: str) -> bool:
         """Whether the spec says of these keys what the user wrote."""
-        return not any(touches(key, bad) for key in keys for bad in self.unread)
+        return not any(overlaps(key, bad) for key in keys for bad in self.unread)
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,6 @@ class Job:
     plan: Plan
     pictures: Pictures | None  # None: a hub data set not fetched yet
     run: Run
-    verdict: Verdict
+    verdict: RunStatus
     source: SpecSource
     doubts: tuple[tuple[str, str], ...] = ()

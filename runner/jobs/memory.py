@@ -8,9 +8,9 @@ from typing import Any
 
 from runner.base import quantized_size
 from runner.base.layers import linear_layers, run_twice
-from runner.base.param_counts import Shapes, chosen_layers, read_shapes
+from runner.base.param_counts import BaseConfigs, chosen_layers, read_base_configs
 from runner.jobs import activation_memory
-from runner.jobs.activation_memory import Batch, Learning, Width
+from runner.jobs.activation_memory import BatchShape, ByteWidths, TrainableLayers
 from runner.plan.build import MOMENTS, resolutions
 from runner.plan.description import resident
 from runner.plan.phases import (
@@ -21,7 +21,7 @@ from runner.plan.phases import (
     Plan,
     Prior,
     Train,
-    learning,
+    learned_parts,
     recomputed,
     trains_lora,
 )
@@ -62,33 +62,33 @@ class Memory:
 
 def phases(spec: Spec, plan: Plan, *, on_gpu: bool = True) -> dict[str, Memory] | None:
     """By phase; None where the base's configs are not known."""
-    shapes = read_shapes(spec.model.base)
+    shapes = read_base_configs(spec.model.base)
     return estimate(spec, plan, shapes, on_gpu=on_gpu) if shapes else None
 
 
-def estimate(spec: Spec, plan: Plan, shapes: Shapes, *, on_gpu: bool) -> dict[str, Memory]:
+def estimate(spec: Spec, plan: Plan, shapes: BaseConfigs, *, on_gpu: bool) -> dict[str, Memory]:
     found: dict[str, Memory] = {}
     trained = False
     for phase in plan.phases:
         trained = trained or isinstance(phase, Train)
         workspace = GPU_WORKSPACE if on_gpu else CPU_TRAINED if trained else CPU_WORKSPACE
-        desk = _Desk(spec, plan, shapes, on_gpu, workspace)
+        context = _MemoryModel(spec, plan, shapes, on_gpu, workspace)
         match phase:
             case Encode():
-                found[phase.name] = desk.encoding(phase, _learned(plan, phase.at))
+                found[phase.name] = context.encoding(phase, _learned(plan, phase.at))
             case Prior():
                 assert spec.prior is not None
                 if spec.prior.dtype:
-                    desk = replace(desk, spec=with_values(spec, {"model": {"dtype": spec.prior.dtype}}))
+                    context = replace(context, spec=with_values(spec, {"model": {"dtype": spec.prior.dtype}}))
                 encoders = ("text_encoder", "text_encoder_2")
-                found[phase.name] = desk.drawing(encoders, max(resolutions(spec)), spec.prior.batch_size, 0)
+                found[phase.name] = context.drawing(encoders, max(resolutions(spec)), spec.prior.batch_size, 0)
             case Joint() | Inversion() | Lora():
-                found[phase.name] = desk.training(phase)
+                found[phase.name] = context.training(phase)
             case _:
                 size = spec.validation.size or max(resolutions(spec))
                 parts = tuple(part for part in resident(phase) if part.startswith("text_encoder"))
                 side = size if spec.validation.prompts else 0
-                found[phase.name] = desk.drawing((*desk.kept, *parts), side, 1, _learned(plan, plan.steps))
+                found[phase.name] = context.drawing((*context.kept, *parts), side, 1, _learned(plan, plan.steps))
     return found
 
 
@@ -99,10 +99,10 @@ def _learned(plan: Plan, step: int) -> int:
 
 
 @dataclass(frozen=True)
-class _Desk:
+class _MemoryModel:
     spec: Spec
     plan: Plan
-    shapes: Shapes
+    shapes: BaseConfigs
     on_gpu: bool
     workspace: int
 
@@ -111,9 +111,9 @@ class _Desk:
         return BYTES[self.spec.model.dtype or ("bf16" if self.on_gpu else "fp32")]
 
     @property
-    def width(self) -> Width:
+    def width(self) -> ByteWidths:
         """On a CPU autocast leaves the norms in 16 bits."""
-        return Width(self.narrow, 4 if self.on_gpu else self.narrow)
+        return ByteWidths(self.narrow, 4 if self.on_gpu else self.narrow)
 
     def weights(self, parts: tuple[str, ...], narrow: int | None = None) -> int:
         each, numbers = narrow or self.narrow, self.shapes.numbers
@@ -155,7 +155,7 @@ class _Desk:
         if phase.at == 0 and "t5" in phase.encoders:
             rows.append(self.only("text_encoder_2", activation_memory.t5_buffers(self.shapes.t5, 1, t, self.narrow)))
         if phase.latents:
-            narrow = 4 if spec.model.dtype == "fp16" else self.narrow  # Desk.vae_base
+            narrow = 4 if spec.model.dtype == "fp16" else self.narrow  # RunContext.vae_base
             pixels = max(width * height for width, height in self.sizes())
             made = activation_memory.vae_encoder_buffers(self.shapes.vae, pixels, narrow)
             rows.append(Memory(self.weights(("vae",), narrow), 0, 0, 0, made, self.workspace))
@@ -177,7 +177,7 @@ class _Desk:
         )
         first = Memory(self.weights(first_parts), adapters, 0, moments, reading, self.workspace)
         forward = activation_memory.forward_buffers(
-            self.shapes.transformer, Batch(count, (side // 16) ** 2, t), self.width
+            self.shapes.transformer, BatchShape(count, (side // 16) ** 2, t), self.width
         )
         decoded = activation_memory.vae_decoder_buffers(self.shapes.vae, count * side * side, narrow)
         parts = ("transformer", *(("vae",) if side else ()))
@@ -194,10 +194,10 @@ class _Desk:
         images = spec.train.batch_size * (2 if spec.prior else 1)
         texts = images if self.plan.texts is None else min(images, self.plan.texts)  # each is read once
         pixels = max(width * height for width, height in self.sizes())
-        batch = Batch(images, pixels // 256, spec.model.max_sequence_length)
-        rows, text_lora = learning(phase, "token rows"), learning(phase, "text lora")
+        batch = BatchShape(images, pixels // 256, spec.model.max_sequence_length)
+        rows, text_lora = learned_parts(phase, "token rows"), learned_parts(phase, "text lora")
         layers = chosen_layers(shapes, spec.lora.layers) if trains_lora(phase) else {}
-        what = Learning(
+        what = TrainableLayers(
             layers, spec.lora.rank, spec.lora.dropout > 0, "clip" in (*rows, *text_lora), "t5" in rows
         )  # fmt: skip
         parts = resident(phase)
@@ -222,7 +222,7 @@ class _Desk:
         copied = 0 if self.on_gpu else 4 * trained + moments  # the last checkpoint, in host memory
         return Memory(self.weights(parts), 4 * held, 4 * trained, moments + copied, saved, self.workspace)
 
-    def looking(self, batch: Batch) -> int:
+    def looking(self, batch: BatchShape) -> int:
         """Pictures between two steps: the VAE comes to what is there."""
         own = self.spec.validation
         if not (own.every and own.prompts):
@@ -252,9 +252,9 @@ def needs(memory: Memory) -> int:
     return int(memory.total * (1 + FRAGMENTS) + CONTEXT)
 
 
-def most(spec: Spec, plan: Plan, *, on_gpu: bool) -> tuple[int, str] | None:
+def peak(spec: Spec, plan: Plan, *, on_gpu: bool) -> tuple[int, str] | None:
     """(bytes, phase) that a card, or this machine, must have, margin included; None where the base is not known."""
-    shapes = read_shapes(spec.model.base)
+    shapes = read_base_configs(spec.model.base)
     if shapes is None:
         return None
     found = estimate(spec, plan, shapes, on_gpu=on_gpu)

@@ -19,20 +19,20 @@ from runner.base.files import (
 )
 from runner.base.layers import KNOWN
 from runner.core import hub
-from runner.core.errors import Fault, FluxrunError, SpecError, Unreachable
-from runner.core.notify import Target, refusals
-from runner.core.tracebacks import one_line
+from runner.core.errors import Fault, FluxrunError, SpecError, UnreachableError
+from runner.core.notify import Target, target_faults
+from runner.core.tracebacks import summary_line
 from runner.data import class_images, sources
 from runner.data.images import DataError, Pictures, measure
-from runner.data.sources import COLUMNAR, Source
-from runner.jobs.bases import Base, Bases
+from runner.data.sources import COLUMNAR, DatasetSource
+from runner.jobs.bases import BaseRegistry, OpenedBase
 from runner.jobs.batch_faults import batch_faults
 from runner.jobs.job import Job, Seen
 from runner.plan.build import PlanError, make_plan
 from runner.plan.phases import Facts, Plan
-from runner.runs.inputs import inputs_of
-from runner.runs.run import WAYS_OUT, Run
-from runner.spec.loader import Loaded, load_all, load_text, path_at, touches
+from runner.runs.inputs import read_inputs
+from runner.runs.run import MISMATCH_REMEDIES, Run
+from runner.spec.loader import Loaded, load_all, load_text, overlaps, path_at
 from runner.spec.run_names import RunsThere, name_fault
 from runner.spec.schema import Spec
 
@@ -47,13 +47,15 @@ READS: dict[str, tuple[str, ...]] = {
     "prior.prompt": ("prior.images",),
 }
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-Shared = dict[Source, "Pictures | list[tuple[str, str]] | Unreachable | None"]  # what each data set came to, read once
+Shared = dict[
+    DatasetSource, "Pictures | list[tuple[str, str]] | UnreachableError | None"
+]  # what each data set came to, read once
 
 
-def prepare(paths: Sequence[Path], runs: Path, *, fetch: bool, fresh: bool) -> list[Job]:
+def prepare_jobs(paths: Sequence[Path], runs: Path, *, fetch: bool, fresh: bool) -> list[Job]:
     """Raises SpecError with all faults of all specs. `fetch`: hub data sets are loaded and
     the login for a push is tried, so that they can be checked."""
-    seen, faults = survey(paths, runs, fetch=fetch, fresh=fresh)
+    seen, faults = inspect_specs(paths, runs, fetch=fetch, fresh=fresh)
     if faults:
         raise SpecError(faults)
     return jobs_of(seen)
@@ -68,16 +70,16 @@ def jobs_of(seen: Sequence[Seen]) -> list[Job]:
     ]
 
 
-def survey(paths: Sequence[Path], runs: Path, *, fetch: bool, fresh: bool) -> tuple[list[Seen], list[Fault]]:
+def inspect_specs(paths: Sequence[Path], runs: Path, *, fetch: bool, fresh: bool) -> tuple[list[Seen], list[Fault]]:
     """Every run asked for, and every fault of every spec."""
     loaded, faults = load_all(paths, runs)
     there = RunsThere.below(runs)
     shared: Shared = {}
     seen = []
-    bases = Bases()
+    bases = BaseRegistry()
     login = functools.cache(hub.login)  # once for all specs
     for one in loaded:
-        found, told = _looked(one, runs, there, bases, fetch, fresh, shared)
+        found, told = _inspect_all(one, runs, there, bases, fetch, fresh, shared)
         if fetch and found.spec.hub.push and found.plan and not _is_done(found) and (wrong := login().fault):
             found = replace(found, bad=found.bad | {"hub.push"})
             told = [*told, one.source.fault("hub.push", wrong)]
@@ -87,15 +89,15 @@ def survey(paths: Sequence[Path], runs: Path, *, fetch: bool, fresh: bool) -> tu
     return seen, list(dict.fromkeys([*faults, *batch_faults(seen, owner)]))  # the runs of a sweep share many
 
 
-def _looked(
-    loaded: Loaded, runs: Path, there: RunsThere, bases: Bases, fetch: bool, fresh: bool, shared: Shared
+def _inspect_all(
+    loaded: Loaded, runs: Path, there: RunsThere, bases: BaseRegistry, fetch: bool, fresh: bool, shared: Shared
 ) -> tuple[Seen, list[Fault]]:
     """What goes wrong in looking at one run is that run's fault, so that the others are told too."""
     try:
-        return _look(loaded, runs, there, bases, fetch, fresh, shared)
+        return _inspect(loaded, runs, there, bases, fetch, fresh, shared)
     except Exception as error:
         spec = loaded.spec
-        fault = loaded.source.fault("", f"this run cannot be looked at: {one_line(error)}")
+        fault = loaded.source.fault("", f"this run cannot be looked at: {summary_line(error)}")
         return Seen(loaded.source, spec, frozenset({"model", "data"}), None, None, Run(runs, spec.name), None), [fault]
 
 
@@ -105,7 +107,7 @@ def notify_faults(jobs: Sequence[Job], allow_commands: bool) -> list[Fault]:
         job.source.fault(*told)
         for job in jobs
         if job.verdict.state != "done"
-        for told in refusals(Target(**job.spec.notify.model_dump()), allow_commands)
+        for told in target_faults(Target(**job.spec.notify.model_dump()), allow_commands)
     ]
 
 
@@ -113,21 +115,21 @@ def _is_done(seen: Seen) -> bool:
     return seen.verdict is not None and seen.verdict.state == "done"
 
 
-def _look(
-    loaded: Loaded, runs: Path, there: RunsThere, bases: Bases, fetch: bool, fresh: bool, shared: Shared
+def _inspect(
+    loaded: Loaded, runs: Path, there: RunsThere, bases: BaseRegistry, fetch: bool, fresh: bool, shared: Shared
 ) -> tuple[Seen, list[Fault]]:
     spec, source = _absolute(loaded), loaded.source
     told = _base_faults(spec)
     asked = data_source(spec)
     near = source.place("data.source")[0].parent
-    if any(touches(key, bad) for key in DATA for bad in loaded.bad):
-        found: Pictures | list[tuple[str, str]] | Unreachable | None = _misplaced(asked, near)
+    if any(overlaps(key, bad) for key in DATA for bad in loaded.bad):
+        found: Pictures | list[tuple[str, str]] | UnreachableError | None = _misplaced(asked, near)
     else:
         if asked not in shared:  # a sweep reads its data once
             shared[asked] = _misplaced(asked, near) or _pictures(asked, fetch)
         found = shared[asked]
     doubts = []
-    if isinstance(found, Unreachable):
+    if isinstance(found, UnreachableError):
         if spec.train.epochs is not None:
             told.append(
                 ("data.source", f"{found}, and train.epochs counts its pictures; connect, or set train.steps instead")
@@ -150,19 +152,21 @@ def _look(
         told.append(("data.source", str(error)))
     told += broken
     run = Run(runs, spec.name)
-    told = [fault for fault in told if not any(touches(key, bad) for key in _reads(fault[0]) for bad in loaded.bad)]
+    told = [fault for fault in told if not any(overlaps(key, bad) for key in _reads(fault[0]) for bad in loaded.bad)]
     faults = [source.fault(*fault) for fault in told]
     if faults or loaded.bad:
         plan = None
     if plan:
-        verdict = run.verdict(spec, plan, lambda: inputs_of(spec, pictures))
+        verdict = run.verdict(spec, plan, lambda: read_inputs(spec, pictures))
         if verdict.state in ("new", "resume"):
             verdict = run.at_work() or verdict
         if verdict.state == "changed" and not fresh:
-            faults.append(source.fault("name", f"{run.folder} holds another run: {verdict.reason}; {WAYS_OUT}"))
+            faults.append(
+                source.fault("name", f"{run.folder} holds another run: {verdict.reason}; {MISMATCH_REMEDIES}")
+            )
     based = all(key != "model.base" for key, _ in told)  # else nobody can say which base has made class images
     if based and (verdict is None or verdict.state != "done"):  # a run that is done looks at them no more
-        prior = [fault for fault in _prior_faults(spec, runs) if not any(touches(fault[0], bad) for bad in loaded.bad)]
+        prior = [fault for fault in _prior_faults(spec, runs) if not any(overlaps(fault[0], bad) for bad in loaded.bad)]
         told += prior
         faults += [source.fault(key, message) for key, message in prior]
         plan, verdict = (None, None) if prior else (plan, verdict)
@@ -189,34 +193,34 @@ def _absolute(loaded: Loaded) -> Spec:
     return spec.model_copy(update=update)
 
 
-def drafted(text: str, file: Path) -> Spec:
+def draft_plan(text: str, file: Path) -> Spec:
     """The spec that `text` would be as `file`, with absolute paths. Raises SpecError with every fault."""
     return _absolute(load_text(text, file))
 
 
-def plan_of(spec: Spec, pictures: Pictures | None, bases: Bases | None = None) -> Plan:
+def plan_of(spec: Spec, pictures: Pictures | None, bases: BaseRegistry | None = None) -> Plan:
     """Raises PlanError with everything that is wrong, FluxrunError where an image cannot be measured."""
-    return make_plan(spec, _facts(spec, pictures, (bases or Bases()).of(spec)))
+    return make_plan(spec, _facts(spec, pictures, (bases or BaseRegistry()).of(spec)))
 
 
-def data_source(spec: Spec) -> Source:
+def data_source(spec: Spec) -> DatasetSource:
     own = spec.data
-    return Source(own.source, own.config, own.split, own.image_column, own.caption_column, own.prompt)
+    return DatasetSource(own.source, own.config, own.split, own.image_column, own.caption_column, own.prompt)
 
 
 def _prior_faults(spec: Spec, runs: Path) -> list[tuple[str, str]]:
     own = spec.prior
     if own is None:
         return []
-    if wrong_place := class_images.misplaced(Path(own.images), own.count, runs):
+    if wrong_place := class_images.misplaced_folder(Path(own.images), own.count, runs):
         return [("prior.images", wrong_place)]
     base = identity_of(spec.model.base, spec.model.revision)
-    wrong = class_images.disagreement(Path(own.images), own.prompt, base)
+    wrong = class_images.prompt_disagreement(Path(own.images), own.prompt, base)
     return [wrong] if wrong else []
 
 
 def _repository_faults(spec: Spec) -> list[tuple[str, str]]:
-    wrong = hub.id_fault(spec.hub.repo) if spec.hub.push and spec.hub.repo else None
+    wrong = hub.repository_id_fault(spec.hub.repo) if spec.hub.push and spec.hub.repo else None
     return [("hub.repo", wrong)] if wrong else []
 
 
@@ -248,14 +252,14 @@ def _base_faults(spec: Spec) -> list[tuple[str, str]]:
                 f"no such model (found {base!r}); allowed are a hub id (owner/name), a folder beside the spec, {', '.join(BUILTIN)}",
             )
         ]
-    if folder is None and base not in KNOWN and (wrong := hub.id_fault(base)):
+    if folder is None and base not in KNOWN and (wrong := hub.repository_id_fault(base)):
         return [("model.base", wrong)]
     if folder is not None and not (folder / "model_index.json").is_file():
         return [("model.base", f"{folder} holds no model_index.json; name a model in diffusers' layout (FluxPipeline)")]
     return []
 
 
-def _misplaced(asked: Source, near: Path) -> list[tuple[str, str]] | None:
+def _misplaced(asked: DatasetSource, near: Path) -> list[tuple[str, str]] | None:
     """What is wrong with the name of a data set, (key, message) each; None where there may be one."""
     path = Path(asked.text)
     if path.is_absolute() and path.exists():
@@ -274,26 +278,26 @@ def _misplaced(asked: Source, near: Path) -> list[tuple[str, str]] | None:
                 f"(owner/name){f'; did you mean {guess[0]}?' if guess else ''}",
             )
         ]
-    if wrong := hub.id_fault(asked.text):
+    if wrong := hub.repository_id_fault(asked.text):
         return [("data.source", wrong)]
     return None
 
 
-def _pictures(asked: Source, fetch: bool) -> Pictures | list[tuple[str, str]] | Unreachable | None:
-    """The data set, None where only the hub has it, Unreachable where that does not answer, or what is wrong with it: (key,
+def _pictures(asked: DatasetSource, fetch: bool) -> Pictures | list[tuple[str, str]] | UnreachableError | None:
+    """The data set, None where only the hub has it, UnreachableError where that does not answer, or what is wrong with it: (key,
     message) each."""
     try:
-        return sources.read(asked) if fetch or Path(asked.text).exists() else None
-    except Unreachable as error:
+        return sources.read_source(asked) if fetch or Path(asked.text).exists() else None
+    except UnreachableError as error:
         return error
     except DataError as error:
         return list(error.faults)
 
 
-def _facts(spec: Spec, pictures: Pictures | None, base: Base) -> Facts:
+def _facts(spec: Spec, pictures: Pictures | None, base: OpenedBase) -> Facts:
     """Raises FluxrunError where buckets ask for the size of an image that cannot be read."""
     if pictures is None:
-        return Facts(None, None, sources.fingerprint(data_source(spec)), base.print, base.config, base.clip)
+        return Facts(None, None, sources.source_fingerprint(data_source(spec)), base.print, base.config, base.clip)
     count = len(pictures.items) + len(pictures.held)
     sizes = tuple(measure(picture) for picture in pictures.items) if spec.data.buckets else None
     return Facts(pictures.captions, count, pictures.fingerprint, base.print, base.config, base.clip, sizes)

@@ -30,7 +30,7 @@ class Pace:
 
 
 @dataclass(frozen=True)
-class Time:
+class TimeEstimate:
     """What one run of a night will take; seconds and peak are None where no earlier run is alike. about: the batch
     differed, and the time was taken to grow with it."""
 
@@ -41,7 +41,7 @@ class Time:
     about: bool
 
 
-def times(jobs: Sequence[Job], runs: Path, *, on_gpu: bool = True) -> list[Time]:
+def estimate_times(jobs: Sequence[Job], runs: Path, *, on_gpu: bool = True) -> list[TimeEstimate]:
     """In the jobs' order. Alike is what has the same base, sizes, dtype and learning parts; the newest is taken. Where no
     run in the folder is alike, what this machine's book has of such steps on the same kind of device."""
     known, machine = _known(runs), _Machine(jobs, on_gpu)
@@ -49,14 +49,16 @@ def times(jobs: Sequence[Job], runs: Path, *, on_gpu: bool = True) -> list[Time]
     for job in jobs:
         own = dump(job.spec)
         left = steps_left(job)
-        best = _best(known.get(_alike(own)) or machine.paces(own), _images(own))
+        best = _best(known.get(_comparable(own)) or machine.paces(own), _images(own))
         if left == 0:
-            out.append(Time(0, None, 0.0, None, False))
+            out.append(TimeEstimate(0, None, 0.0, None, False))
         elif best is None:
-            out.append(Time(left, None, None, None, False))
+            out.append(TimeEstimate(left, None, None, None, False))
         else:
             pace = best.s_per_step * _images(own) / best.images
-            out.append(Time(left, pace, left * pace + best.beside, best.peak if best.exact else None, not best.exact))
+            out.append(
+                TimeEstimate(left, pace, left * pace + best.beside, best.peak if best.exact else None, not best.exact)
+            )
     return out
 
 
@@ -89,7 +91,7 @@ def _known(runs: Path) -> dict[str, list[Pace]]:
         except (OSError, ValueError):
             continue
         if one := _pace(run.name, tables, state):
-            found.append((float(state.get("updated") or 0), _alike(tables), one))
+            found.append((float(state.get("updated") or 0), _comparable(tables), one))
     out: dict[str, list[Pace]] = {}
     for _, alike, one in sorted(found, key=lambda each: each[0]):
         out.setdefault(alike, []).append(one)
@@ -119,7 +121,7 @@ class _Machine:
 
     @cached_property
     def entries(self) -> dict[str, list[dict[str, Any]]]:
-        return timing_store.read()
+        return timing_store.read_entries()
 
     @cached_property
     def names(self) -> tuple[str, dict[str, str]]:
@@ -152,7 +154,7 @@ class _Machine:
         ]
 
 
-def remember(jobs: Sequence[Job], *, on_gpu: bool) -> None:
+def remember_timing(jobs: Sequence[Job], *, on_gpu: bool) -> None:
     """Put into the machine's book what these runs took, those of them that are done."""
     device, bases = hardware.device_name(on_gpu=on_gpu), timing_store.jobs_on(jobs)
     rows = {}
@@ -162,15 +164,15 @@ def remember(jobs: Sequence[Job], *, on_gpu: bool) -> None:
             key = book_key(device, bases[job.spec.model.base], tables, tables["data"]["resolution"])
             row = {"images": pace.images, "s_per_step": pace.s_per_step, "beside": pace.beside, "peak": pace.peak}
             rows[key] = {name: value for name, value in row.items() if value is not None}
-    timing_store.keep(rows)
+    timing_store.store(rows)
 
 
 def book_key(device: str, base: str, tables: Mapping[str, Any], resolution: object) -> str:
     here = {**tables, "model": {**tables["model"], "base": None}, "data": {**tables["data"], "resolution": resolution}}
-    return timing_store.entry_key(device, base, _alike(here))
+    return timing_store.entry_key(device, base, _comparable(here))
 
 
-def _alike(tables: Mapping[str, Any]) -> str:
+def _comparable(tables: Mapping[str, Any]) -> str:
     """What two runs must share for their steps to take about the same time, as one text."""
     model, data = tables.get("model") or {}, tables.get("data") or {}
     lora, inversion = tables.get("lora") or {}, tables.get("inversion") or {}

@@ -14,9 +14,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from runner.base.param_counts import read_shapes
+from runner.base.param_counts import read_base_configs
 from runner.core import files, locks
-from runner.core.errors import Held
+from runner.core.errors import LockHeldError
 from runner.core.files import read_json
 from runner.jobs.job import Job
 from runner.runs.state import is_number
@@ -25,14 +25,14 @@ FORMAT = 1
 MOST = 500  # entries; the oldest go
 
 
-def book() -> Path:
+def store_path() -> Path:
     cache = os.environ.get("XDG_CACHE_HOME")
     return (Path(cache) if cache else Path.home() / ".cache") / "fluxrun" / "pace.json"
 
 
 def base_name(base: str) -> str:
     """Bases of one shape take the same time, whatever they are called and wherever they are."""
-    shapes = read_shapes(base)
+    shapes = read_base_configs(base)
     if shapes is None:
         return base
     parts = {name: sum(numbers) for name, numbers in shapes.numbers.items()}
@@ -43,11 +43,11 @@ def entry_key(device: str, base: str, alike: str) -> str:
     return json.dumps([device, base, alike])
 
 
-def read() -> dict[str, list[dict[str, Any]]]:
+def read_entries() -> dict[str, list[dict[str, Any]]]:
     """What is kept: by `entry_key` a row for each number of images per step, the newest last."""
     found: dict[str, Any] = {}
     with suppress(OSError):
-        found = read_json(book())
+        found = read_json(store_path())
     entries = found.get("entries") if found.get("format") == FORMAT else None
     if not isinstance(entries, dict):
         return {}
@@ -63,15 +63,15 @@ def _whole(row: object) -> bool:
     return isinstance(row, dict) and all(is_number(row.get(name)) for name in wanted) and row["s_per_step"] > 0
 
 
-def keep(rows: Mapping[str, Mapping[str, Any]]) -> None:
+def store(rows: Mapping[str, Mapping[str, Any]]) -> None:
     """Add a row to each key, in place of one for as many images."""
     if not rows:
         return
-    path = book()
-    with suppress(OSError, Held):
+    path = store_path()
+    with suppress(OSError, LockHeldError):
         files.make_folder(path.parent)
-        with locks.locked(path.with_name(".pace.lock")):
-            entries = read()
+        with locks.hold_lock(path.with_name(".pace.lock")):
+            entries = read_entries()
             for key, row in rows.items():
                 others = [one for one in entries.get(key, ()) if one["images"] != row["images"]]
                 entries[key] = [*others, {**row, "at": time.time()}]

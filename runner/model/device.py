@@ -21,7 +21,7 @@ CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def choose(gpus: str | None) -> torch.device:
+def choose_device(gpus: str | None) -> torch.device:
     """The device of this process: "cpu", a GPU's number, or None for the first GPU if there is one."""
     if gpus == "cpu" or (gpus is None and not torch.cuda.is_available()):
         return torch.device("cpu")
@@ -32,7 +32,7 @@ def choose(gpus: str | None) -> torch.device:
     return torch.device("cuda", int((gpus or "0").split(",")[0]))
 
 
-def prepare(device: torch.device, *, tf32: bool) -> None:
+def prepare_device(device: torch.device, *, tf32: bool) -> None:
     """Process-wide settings: repeatable kernels, and TF32 matmuls where the spec allows them."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats itself only with this
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled_folder()))
@@ -51,12 +51,12 @@ def compiled_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fluxrun" / "compile"
 
 
-def settle_libraries() -> None:
+def preload_libraries() -> None:
     """Import what a run will import and take it out of the garbage collector's way: half a million objects, which every
     collection between phases would walk through. To be called before any model is loaded, else that stays for ever too.
     """
     # which they would import wherever it is installed, and torch's compiler with it, for layers that nobody asks for
-    with _out_of_sight("bitsandbytes"):
+    with _hide_module("bitsandbytes"):
         import diffusers
         import peft
         import transformers
@@ -78,7 +78,7 @@ def settle_libraries() -> None:
 
 
 @contextmanager
-def _out_of_sight(name: str) -> Iterator[None]:
+def _hide_module(name: str) -> Iterator[None]:
     """A module that cannot be imported within; it can be again afterwards. Not where it was already, or where a library has
     seen that it is there."""
     if {name, "diffusers", "transformers", "peft"} & sys.modules.keys():
@@ -101,26 +101,26 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
 
 
-def move(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+def move_module(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Copy to the device without making the host wait (pinned, asynchronous on CUDA)."""
     if device.type != "cuda" or tensor.device == device:
         return tensor.to(device)
-    return pin(tensor, device).to(device, non_blocking=True)
+    return pin_memory(tensor, device).to(device, non_blocking=True)
 
 
-def pin(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+def pin_memory(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """In memory that the device can copy from by itself, where it is a GPU."""
     return tensor.pin_memory() if device.type == "cuda" and tensor.device.type == "cpu" else tensor
 
 
-def held_for(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:
+def to_pinned(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:
     """A tensor's numbers in host memory, from where `Lane` can copy while the device computes."""
     host = tensor.detach().cpu()
     return host.pin_memory() if device.type == "cuda" else host
 
 
 @dataclass(frozen=True)
-class Arriving:
+class PendingCopy:
     """Tensors on their way to the device; they are there, for what is computed from then on, after `wait`."""
 
     tensors: list[torch.Tensor]
@@ -132,26 +132,26 @@ class Arriving:
         return self.tensors
 
 
-class Lane:
+class CopyStream:
     """Copies to the device beside the computation: by a stream of its own on CUDA; elsewhere at once."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
-    def send(self, hosts: Sequence[torch.Tensor]) -> Arriving:
+    def send(self, hosts: Sequence[torch.Tensor]) -> PendingCopy:
         """The memory is the computing stream's, which frees it too: so the copy begins after what computes in it now, and
         nothing may let go of it before `wait`."""
         made = [torch.empty_like(host, device=self.device) for host in hosts]
         if self.stream is None:
             for tensor, host in zip(made, hosts, strict=True):
                 tensor.copy_(host)
-            return Arriving(made, None)
+            return PendingCopy(made, None)
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
             for tensor, host in zip(made, hosts, strict=True):
                 tensor.copy_(host, non_blocking=True)
-            return Arriving(made, self.stream.record_event())
+            return PendingCopy(made, self.stream.record_event())
 
 
 def copy_out(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

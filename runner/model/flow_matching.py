@@ -25,7 +25,7 @@ class Weighting:
 
 
 @dataclass(frozen=True)
-class Noised:
+class NoisyBatch:
     """One micro-batch on its way through the transformer. sigmas [B, 1, 1] in (0, 1]; the rest packed [B, N, 4*C]."""
 
     img: Tensor
@@ -55,11 +55,11 @@ class Flow:
         )
         return (u * len(self.timesteps)).long().clamp(max=len(self.timesteps) - 1)
 
-    def noise(self, latents: Tensor, indices: Tensor, generator: Generator) -> Noised:
+    def noise(self, latents: Tensor, indices: Tensor, generator: Generator) -> NoisyBatch:
         """latents [B, C, h, w] fp32, indices [B]."""
-        return mix(latents, self.sigmas[indices], self.timesteps[indices] / 1000, generator)
+        return add_noise(latents, self.sigmas[indices], self.timesteps[indices] / 1000, generator)
 
-    def errors(self, prediction: Tensor, noised: Noised) -> Tensor:
+    def errors(self, prediction: Tensor, noised: NoisyBatch) -> Tensor:
         """Weighted squared error, a mean per picture; [B], fp32."""
         from diffusers.training_utils import compute_loss_weighting_for_sd3
 
@@ -67,17 +67,17 @@ class Flow:
         return (weights.float() * (prediction.float() - noised.target.float()) ** 2).flatten(1).mean(1)
 
 
-def mix(latents: Tensor, sigmas: Tensor, timesteps: Tensor, generator: Generator) -> Noised:
+def add_noise(latents: Tensor, sigmas: Tensor, timesteps: Tensor, generator: Generator) -> NoisyBatch:
     """latents [B, C, h, w] fp32; sigmas, timesteps [B], in 0..1."""
     eps = torch.randn(latents.shape, generator=generator)
     part = sigmas.view(-1, 1, 1)
     z, eps = pack(latents), pack(eps)
-    return Noised((1 - part) * z + part * eps, eps - z, part, timesteps)
+    return NoisyBatch((1 - part) * z + part * eps, eps - z, part, timesteps)
 
 
-def stack(parts: Sequence[Noised]) -> Noised:
+def collate(parts: Sequence[NoisyBatch]) -> NoisyBatch:
     """Several micro-batches of one size as one."""
-    return Noised(
+    return NoisyBatch(
         torch.cat([part.img for part in parts]),
         torch.cat([part.target for part in parts]),
         torch.cat([part.sigmas for part in parts]),

@@ -79,7 +79,7 @@ class FusedLinear(PeftLinear):  # type: ignore[misc]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.plain and not (args or kwargs):
-            return _together(x, [self])[0]
+            return _fused_forward(x, [self])[0]
         out: Tensor = super().forward(x, *args, **kwargs)
         return out
 
@@ -92,16 +92,16 @@ class FusedLinear(PeftLinear):  # type: ignore[misc]
         return not isinstance(self.lora_dropout[name], nn.Dropout)
 
 
-def together(x: Tensor, *layers: nn.Module) -> list[Tensor]:
+def fused_forward(x: Tensor, *layers: nn.Module) -> list[Tensor]:
     """What each layer makes of x [..., in]: those that are adapted plainly in one step, the others one after the other."""
     plain = [layer for layer in layers if isinstance(layer, FusedLinear) and layer.plain]
     if len({layer.base_layer.weight.dtype for layer in plain}) != 1:
         plain = []
-    made = dict(zip(plain, _together(x, plain), strict=True))
+    made = dict(zip(plain, _fused_forward(x, plain), strict=True))
     return [made[layer] if layer in made else layer(x) for layer in layers]
 
 
-def _together(x: Tensor, layers: Sequence[Any]) -> Sequence[Tensor]:
+def _fused_forward(x: Tensor, layers: Sequence[Any]) -> Sequence[Tensor]:
     if not layers:
         return []
     named = [(layer, layer.active_adapters[0]) for layer in layers]
@@ -116,7 +116,7 @@ def _together(x: Tensor, layers: Sequence[Any]) -> Sequence[Tensor]:
     return [out.view(*x.shape[:-1], -1) for out in found]
 
 
-def fuse(model: nn.Module) -> None:
+def fuse_linears(model: nn.Module) -> None:
     """Let the adapters of plain linear layers take the short way. Quantised layers keep peft's."""
     for module in model.modules():
         if type(module) is PeftLinear and type(module.base_layer) is nn.Linear:

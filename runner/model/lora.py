@@ -37,7 +37,7 @@ def attach_lora(model: Any, shape: LoraShape, seed: int) -> dict[str, nn.Paramet
     """
     from peft import LoraConfig
 
-    from runner.model.fused_lora import fuse
+    from runner.model.fused_lora import fuse_linears
 
     config = LoraConfig(
         r=shape.rank,
@@ -50,8 +50,8 @@ def attach_lora(model: Any, shape: LoraShape, seed: int) -> dict[str, nn.Paramet
     parameters = adapter_parameters(model)
     if len(parameters) != 2 * len(shape.layers):
         raise ValueError(f"peft adapted {len(parameters) // 2} layers, planned were {len(shape.layers)}")
-    spare_casts(model, shape.dropout)
-    fuse(model)
+    skip_dtype_casts(model, shape.dropout)
+    fuse_linears(model)
     where = model.device  # diffusers looks through all modules for it
     for name, parameter in parameters.items():
         parameter.data = parameter.data.to(where, torch.float32)  # its layer may wait elsewhere
@@ -61,7 +61,7 @@ def attach_lora(model: Any, shape: LoraShape, seed: int) -> dict[str, nn.Paramet
     return parameters
 
 
-def spare_casts(model: nn.Module, dropout: float) -> None:
+def skip_dtype_casts(model: nn.Module, dropout: float) -> None:
     """Let adapters take their input as it comes: under autocast peft's cast to fp32 would be cast back at once. Dropout is
     drawn in fp32 all the same."""
     from peft.tuners.tuners_utils import BaseTunerLayer

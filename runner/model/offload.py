@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from runner.model.device import Arriving, Lane, held_for
+from runner.model.device import CopyStream, PendingCopy, to_pinned
 
 Forward = Callable[..., Any]
 
 
-class Chain:
+class BlockOffloader:
     """Blocks that run one after another. A pass that leaves gradients recomputes each block when its turn comes back: what the
     graph then holds are the weights on the device, which go with it.
 
@@ -30,10 +30,10 @@ class Chain:
     """
 
     def __init__(self, blocks: Sequence[nn.Module], device: torch.device) -> None:
-        self.lane = Lane(device)
+        self.lane = CopyStream(device)
         self.places = [list(_places(block)) for block in blocks]  # before an adapter is there: that one stays
-        self.hosts = [[held_for(device, table[name]) for table, name in places] for places in self.places]
-        self.coming: dict[int, Arriving] = {}
+        self.hosts = [[to_pinned(device, table[name]) for table, name in places] for places in self.places]
+        self.coming: dict[int, PendingCopy] = {}
         self.last = 0
         for index, block in enumerate(blocks):
             self._put(index, self.hosts[index])
@@ -82,11 +82,11 @@ def _places(block: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
             yield from ((table, name) for name, tensor in table.items() if tensor is not None)
 
 
-def spread(model: nn.Module, blocks: Sequence[nn.Module], device: torch.device) -> nn.Module:
+def offload_blocks(model: nn.Module, blocks: Sequence[nn.Module], device: torch.device) -> nn.Module:
     """Put a model that is in host memory on the device, but for its blocks, which wait. `model.to` would bring them all."""
     waiting = {id(tensor) for block in blocks for tensor in (*block.parameters(), *block.buffers())}
     for tensor in (*model.parameters(), *model.buffers()):
         if id(tensor) not in waiting:
             tensor.data = tensor.data.to(device)
-    Chain(blocks, device)  # which the blocks hold
+    BlockOffloader(blocks, device)  # which the blocks hold
     return model

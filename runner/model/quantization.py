@@ -19,7 +19,7 @@ from torch.nn.functional import linear
 
 from runner.base.quantized_size import NF4_BLOCK, in_a_block
 from runner.core import files
-from runner.core.errors import BadFile, FluxrunError
+from runner.core.errors import BadFileError, FluxrunError
 from runner.model import tensors
 
 FORMAT = 1  # of the kept files: raise it when what is quantised, or how, changes
@@ -129,14 +129,14 @@ class QuantLinear(nn.Linear):
 # ---- whole models --------------------------------------------------------------------------------------------------
 
 
-def fill(
+def load_quantized(
     model: nn.Module, weights: Mapping[str, Path], scheme: str, dtype: torch.dtype, device: torch.device, kept: Path | None
 ) -> nn.Module:  # fmt: skip
     """Give a model on the meta device its weights, the linear layers of its blocks quantised if `scheme` is not "none", one
     tensor at a time: at no moment is more of the plain model in host memory than one tensor. `weights`: the file of each
     name. `kept`: where the quantised model lies, or is put, so that the next time it is only read.
 
-    Raises BadFile for a name that no file has.
+    Raises BadFileError for a name that no file has.
     """
     whole = getattr(model, "_keep_in_fp32_modules", None) or () if dtype == torch.float16 else ()  # T5 overflows there
     names = list(model.state_dict())
@@ -145,14 +145,14 @@ def fill(
         if scheme != "none" and type(module) is nn.Linear and in_a_block(name):
             module = QuantLinear(module, scheme, own)
             model.set_submodule(name, module)
-        _make_room(module, own, device)
+        _allocate(module, own, device)
     if tie := getattr(model, "tie_weights", None):  # transformers': T5 has its table by two names
         tie()
     if kept is None or not _read_kept(model, kept):
-        given = [_give(model, name, weights[name], device) for name in names if name in weights]
+        given = [_copy_tensor(model, name, weights[name], device) for name in names if name in weights]
         there = {id(tensor) for pair in given for tensor in pair}
         if lacking := [name for name, tensor in _named(model) if id(tensor) not in there]:
-            raise BadFile(
+            raise BadFileError(
                 f"model.base: no file has {lacking[0]} ({len(lacking)} tensors are not there); fetch it again"
             )
         if kept is not None:
@@ -161,7 +161,7 @@ def fill(
     return model.requires_grad_(False).eval()
 
 
-def _make_room(module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+def _allocate(module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
     """Memory for the module's own tensors, all of it before the first is read: between the plain weights that come and go, it
     would end in pieces."""
     for name, parameter in list(module.named_parameters(recurse=False)):
@@ -170,7 +170,7 @@ def _make_room(module: nn.Module, dtype: torch.dtype, device: torch.device) -> N
         module.register_buffer(name, torch.empty_like(buffer, device=device))
 
 
-def _give(model: nn.Module, name: str, file: Path, device: torch.device) -> tuple[Tensor, ...]:
+def _copy_tensor(model: nn.Module, name: str, file: Path, device: torch.device) -> tuple[Tensor, ...]:
     """Copy one tensor of the plain model to its place; gives what it went into."""
     place, _, leaf = name.rpartition(".")
     owner, tensor = model.get_submodule(place), _read(file, name).to(device)
@@ -197,7 +197,7 @@ def _read(path: Path, name: str) -> Tensor:
             tensor: Tensor = opened.get_tensor(name).clone()
             return tensor
     except (SafetensorError, OSError) as error:
-        raise BadFile(f"{path}: {name} cannot be read ({error})") from error
+        raise BadFileError(f"{path}: {name} cannot be read ({error})") from error
 
 
 def _read_kept(model: nn.Module, path: Path) -> bool:
@@ -209,7 +209,7 @@ def _read_kept(model: nn.Module, path: Path) -> bool:
         with torch.no_grad():
             for name, tensor in tensors.verified(path):
                 places.pop(name).copy_(tensor)
-    except (BadFile, KeyError):
+    except (BadFileError, KeyError):
         path.unlink(missing_ok=True)
         return False
     with contextlib.suppress(OSError):  # another user's: then it only looks older

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from runner.model.fused_lora import together
+from runner.model.fused_lora import fused_forward
 
 
-class Recipe:
+class RecomputeOp:
     """How a tensor is made of `inputs`, cheaply, and what its gradient is. Both compute in fp32 where that matters, whatever
     autocast says: the backward pass knows nothing of it. asks: whether `back` wants something of the making."""
 
@@ -34,10 +34,10 @@ class Recipe:
         raise NotImplementedError
 
 
-class Remade:
+class RecomputedTensor:
     """A tensor that is made again in the backward pass, at most once, for all who would have kept it."""
 
-    def __init__(self, recipe: Recipe, inputs: Sequence[Tensor | Remade | Picked]) -> None:
+    def __init__(self, recipe: RecomputeOp, inputs: Sequence[Tensor | RecomputedTensor | OutputOf]) -> None:
         """inputs: some may have to be made again themselves."""
         self.recipe = recipe
         self._inputs = [one.detach() if isinstance(one, Tensor) else one for one in inputs]
@@ -60,10 +60,10 @@ class Remade:
 
 
 @dataclass(frozen=True)
-class Picked:
+class OutputOf:
     """One of several tensors that are made again together, and go when nobody has one of them any more."""
 
-    all: Remade
+    all: RecomputedTensor
     place: int
 
     @property
@@ -71,7 +71,7 @@ class Picked:
         return self.all.again()[self.place]
 
 
-def _make(recipe: Recipe, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def _make(recipe: RecomputeOp, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     kind = inputs[0].device.type
     if not torch.is_autocast_enabled(kind):
         return recipe.make(*inputs)
@@ -79,9 +79,9 @@ def _make(recipe: Recipe, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         return recipe.make(*inputs)
 
 
-class _Remaking(torch.autograd.Function):
+class _Recompute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, recipe: Recipe, remade: Remade | None, *inputs: Tensor) -> Tensor:
+    def forward(ctx: Any, recipe: RecomputeOp, remade: RecomputedTensor | None, *inputs: Tensor) -> Tensor:
         ctx.remade, ctx.recipe = remade, recipe
         if remade is None:
             ctx.save_for_backward(*inputs)
@@ -90,24 +90,24 @@ class _Remaking(torch.autograd.Function):
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        remade: Remade = ctx.remade or Remade(ctx.recipe, ctx.saved_tensors)
+        remade: RecomputedTensor = ctx.remade or RecomputedTensor(ctx.recipe, ctx.saved_tensors)
         made = remade.again()[1:] if remade.recipe.asks else ()
         inputs = remade.inputs
         remade.forget()  # all who kept it have had it: its gradient comes from theirs
         return None, None, *remade.recipe.back(grad, ctx.needs_input_grad[2:], inputs, made)
 
 
-Read = tuple[Tensor, Remade | Picked | None]
+Lazy = tuple[Tensor, RecomputedTensor | OutputOf | None]
 
 
-def remade(recipe: Recipe, *inputs: Tensor | Read, plain: bool) -> Read:
+def recompute(recipe: RecomputeOp, *inputs: Tensor | Lazy, plain: bool) -> Lazy:
     """plain: the same numbers, but kept by autograd's usual way, which checkpointing is built upon."""
     reads = [one if isinstance(one, tuple) else (one, None) for one in inputs]
-    one = None if plain else Remade(recipe, [again or tensor for tensor, again in reads])
-    return _Remaking.apply(recipe, one, *(tensor for tensor, _ in reads)), one  # type: ignore[no-untyped-call]
+    one = None if plain else RecomputedTensor(recipe, [again or tensor for tensor, again in reads])
+    return _Recompute.apply(recipe, one, *(tensor for tensor, _ in reads)), one  # type: ignore[no-untyped-call]
 
 
-class Projections(Recipe):
+class Projections(RecomputeOp):
     """What frozen layers, with their adapters, make of x, under the autocast of its first time. No `back`: the layers have
     autograd's own."""
 
@@ -117,22 +117,22 @@ class Projections(Recipe):
 
     def make(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         with torch.no_grad(), torch.autocast(self.kind, self.dtype, enabled=self.dtype is not None):
-            return tuple(together(inputs[0], *self.layers))
+            return tuple(fused_forward(inputs[0], *self.layers))
 
 
-def projected(read: Read, *layers: nn.Module, again: bool) -> list[Read]:
+def recompute_projections(read: Lazy, *layers: nn.Module, again: bool) -> list[Lazy]:
     """What each layer makes of one tensor. again: of those, too, is kept how they are made."""
     tensor, one = read
-    with not_kept(read):
-        made = together(tensor, *layers)
+    with recompute_on_backward(read):
+        made = fused_forward(tensor, *layers)
     if one is None or not again:
         return [(out, None) for out in made]
-    every = Remade(Projections(layers, tensor.device.type), [one])
-    return [(out, Picked(every, place)) for place, out in enumerate(made)]
+    every = RecomputedTensor(Projections(layers, tensor.device.type), [one])
+    return [(out, OutputOf(every, place)) for place, out in enumerate(made)]
 
 
 @contextmanager
-def not_kept(*reads: Read) -> Iterator[None]:
+def recompute_on_backward(*reads: Lazy) -> Iterator[None]:
     """What is computed within keeps how these tensors are made, in place of them and of views of them."""
     places = {tensor.untyped_storage()._cdata: one for tensor, one in reads if one is not None}
     if not places:

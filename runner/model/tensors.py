@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from runner.core import files, safetensors
-from runner.core.errors import BadFile
+from runner.core.errors import BadFileError
 
 NAMES = {
     torch.float32: "F32",
@@ -27,11 +27,11 @@ NAMES = {
 DIGEST = "sha256"
 
 
-def raw(tensor: Tensor) -> safetensors.Raw:
+def raw(tensor: Tensor) -> safetensors.RawTensor:
     """The bytes of a tensor, in host memory."""
     host = tensor.detach().cpu().contiguous()
     data = host.reshape(-1).view(torch.uint8).numpy().data if host.numel() else memoryview(b"")
-    return safetensors.Raw(NAMES[host.dtype], tuple(host.shape), memoryview(data))
+    return safetensors.RawTensor(NAMES[host.dtype], tuple(host.shape), memoryview(data))
 
 
 def save(
@@ -43,7 +43,7 @@ def save(
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read and verify. Raises BadFile where a bit is not as it was written: safetensors itself checks only the shape
+    """Read and verify. Raises BadFileError where a bit is not as it was written: safetensors itself checks only the shape
     of the file, and loads a flipped bit without a word. Copies: safetensors' own tensors are views of the file, which
     would show what happens to it after it was verified."""
     metadata = safetensors.read_metadata(path)
@@ -52,12 +52,14 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             tensors = {name: _copy(opened.get_tensor(name)) for name in opened.keys()}  # noqa: SIM118 - not iterable
         raws = {name: raw(tensor) for name, tensor in tensors.items()}
     except (SafetensorError, OSError, ValueError) as error:
-        raise BadFile(f"{path}: not a whole safetensors file ({error})") from error
+        raise BadFileError(f"{path}: not a whole safetensors file ({error})") from error
     except KeyError as error:
-        raise BadFile(f"{path}: a dtype that fluxrun never writes ({error})") from error
+        raise BadFileError(f"{path}: a dtype that fluxrun never writes ({error})") from error
     digest = metadata.pop(DIGEST, "none")
     if safetensors.tensors_digest(raws, metadata) != digest:
-        raise BadFile(f"{path}: the content does not match its digest; the file was changed or damaged after writing")
+        raise BadFileError(
+            f"{path}: the content does not match its digest; the file was changed or damaged after writing"
+        )
     return tensors, metadata
 
 
@@ -72,7 +74,7 @@ def _copy(tensor: Tensor) -> Tensor:
 
 def verified(path: Path) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a large file one by one, copies, in the order of names; what they are is only known to be right after
-    the last one, when BadFile is raised where it is not. At no moment is more than one in memory on the file's account."""
+    the last one, when BadFileError is raised where it is not. At no moment is more than one in memory on the file's account."""
     metadata = safetensors.read_metadata(path)
     digest = metadata.pop(DIGEST, "none")
     try:
@@ -86,6 +88,8 @@ def verified(path: Path) -> Iterator[tuple[str, Tensor]]:
                 found.update(chunk)
             yield name, tensor
     except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise BadFile(f"{path}: not a whole safetensors file ({error})") from error
+        raise BadFileError(f"{path}: not a whole safetensors file ({error})") from error
     if found.hexdigest() != digest:
-        raise BadFile(f"{path}: the content does not match its digest; the file was changed or damaged after writing")
+        raise BadFileError(
+            f"{path}: the content does not match its digest; the file was changed or damaged after writing"
+        )

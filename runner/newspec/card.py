@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from runner.base.param_counts import read_shapes
+from runner.base.param_counts import read_base_configs
 from runner.core import hardware
 from runner.core.hardware import gpus_here
-from runner.core.humanize import size
+from runner.core.humanize import format_bytes
 from runner.data.images import Pictures
 from runner.jobs import card_fit, memory
-from runner.jobs.prepare import drafted, plan_of
+from runner.jobs.prepare import draft_plan, plan_of
 from runner.newspec.template import NewError, Values
 from runner.plan.phases import Plan
 from runner.spec.schema import Spec
@@ -42,7 +42,7 @@ def fitting_values(text_with: Callable[[Values], str], file: Path, pictures: Pic
     """The values, by dotted key, with which the spec fits a card of so many bytes: none, or the first that suffice of those
     that `fluxrun plan` names. text_with: the spec's text with given values. Raises NewError, SpecError, PlanError."""
     spec, plan = _planned(text_with({}), file, pictures)
-    shapes = read_shapes(spec.model.base)
+    shapes = read_base_configs(spec.model.base)
     if shapes is None:
         raise NewError(
             OPTION,
@@ -62,18 +62,19 @@ def fitting_values(text_with: Callable[[Values], str], file: Path, pictures: Pic
         if needs < least:
             least, told = needs, f", with {', '.join(change.keys)}"
     raise NewError(
-        OPTION, f"{size(card)} suffice for no setting: the least that {spec.model.base} needs is {size(least)}{told}"
+        OPTION,
+        f"{format_bytes(card)} suffice for no setting: the least that {spec.model.base} needs is {format_bytes(least)}{told}",
     )
 
 
 def _planned(text: str, file: Path, pictures: Pictures | None) -> tuple[Spec, Plan]:
-    spec = drafted(text, file)
+    spec = draft_plan(text, file)
     if spec.train.steps is None:  # memory does not ask how long it is, and epochs would ask for the pictures
         spec = spec.model_copy(update={"train": spec.train.model_copy(update={"steps": 1000, "epochs": None})})
     return spec, plan_of(spec, pictures)
 
 
 def _needs(spec: Spec, plan: Plan) -> int:
-    found = memory.most(spec, plan, on_gpu=True)
+    found = memory.peak(spec, plan, on_gpu=True)
     assert found is not None  # its shapes are known
     return found[0]

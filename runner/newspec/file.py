@@ -6,21 +6,21 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from runner.core.command_line import command as typed
+from runner.core.command_line import fluxrun_command as typed
 from runner.core.errors import SpecError
-from runner.core.humanize import size
+from runner.core.humanize import format_bytes
 from runner.data.images import Pictures
-from runner.jobs.prepare import drafted
+from runner.jobs.prepare import draft_plan
 from runner.newspec.card import card_bytes, fitting_values
 from runner.newspec.from_diffusers import CommandError, draft_of, written
-from runner.newspec.pictures import Found, look_at
+from runner.newspec.pictures import FolderFindings, inspect_folder
 from runner.newspec.template import FIRST, TEMPLATES, NewError, Values, inline, new_spec
 from runner.plan.build import PlanError
 from runner.spec.run_names import allowed
 
 
 @dataclass(frozen=True)
-class Wish:
+class NewSpecRequest:
     """The options, as typed. file: where the spec is to stand; command: the text of --from-command."""
 
     file: Path
@@ -32,51 +32,53 @@ class Wish:
 
 
 @dataclass(frozen=True)
-class New:
+class NewSpec:
     """text: of the whole file, which `fluxrun plan` takes; notes: what was found and set, a line each."""
 
     text: str
     notes: tuple[str, ...]
 
 
-def new_file(wish: Wish) -> New:
+def write_new_spec(wish: NewSpecRequest) -> NewSpec:
     """Raises NewError."""
     if wish.command is not None:
         return _fitted(wish, _command_text(wish), None, "--from-command")
     found = None
     if wish.pictures is not None:
-        found = look_at(wish.pictures, wish.file, TEMPLATES[wish.template].written)
+        found = inspect_folder(wish.pictures, wish.file, TEMPLATES[wish.template].written)
     return _fitted(wish, _template_text(wish, found), found, "FILE")
 
 
-def _fitted(wish: Wish, text_with: Callable[[Values], str], found: Found | None, option: str) -> New:
+def _fitted(
+    wish: NewSpecRequest, text_with: Callable[[Values], str], found: FolderFindings | None, option: str
+) -> NewSpec:
     """With the settings that --card asks for. option: whose fault a spec is that fluxrun would refuse."""
     pictures: Pictures | None = found.pictures if found else None
     notes = [found.told] if found else []
     try:
-        drafted(text_with({}), wish.file)
+        draft_plan(text_with({}), wish.file)
         values: Values = {}
         if wish.card is not None:
             card = card_bytes(wish.card)
             values = fitting_values(text_with, wish.file, pictures, card)
             chosen = ", ".join(f"{key} = {inline(value)}" for key, value in values.items())
-            notes.append(f"fits a card of {size(card)} {f'with {chosen}' if chosen else 'as it is'}")
+            notes.append(f"fits a card of {format_bytes(card)} {f'with {chosen}' if chosen else 'as it is'}")
     except SpecError as error:
         told = "; ".join(f"{fault.key}: {fault.message}" for fault in error.faults)
         raise NewError(option, f"fluxrun would refuse that spec: {told}") from error
     except PlanError as error:
         raise NewError(option, f"fluxrun would refuse that spec: {error}") from error
-    return New(text_with(values), tuple(notes))
+    return NewSpec(text_with(values), tuple(notes))
 
 
-def _template_text(wish: Wish, found: Found | None) -> Callable[[Values], str]:
+def _template_text(wish: NewSpecRequest, found: FolderFindings | None) -> Callable[[Values], str]:
     name = allowed(wish.file.stem)
     own = {**({} if name == wish.file.stem else {"name": name}), **(found.values if found else {})}
     plan, queue = typed("plan", wish.file), typed("queue", wish.file)
     return lambda values: new_spec(wish.template, {**own, **values}, short=wish.short, plan=plan, queue=queue)
 
 
-def _command_text(wish: Wish) -> Callable[[Values], str]:
+def _command_text(wish: NewSpecRequest) -> Callable[[Values], str]:
     assert wish.command is not None
     try:
         draft = draft_of(wish.command)

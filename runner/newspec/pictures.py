@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runner.core.command_line import command as typed
+from runner.core.command_line import fluxrun_command as typed
 from runner.core.errors import FluxrunError
 from runner.data import images, sources
-from runner.data.buckets import STEP, Size, bucket_sizes, nearest
+from runner.data.buckets import STEP, Size, bucket_sizes, nearest_bucket
 from runner.data.image_files import metadata_of
 from runner.data.images import DataError, Pictures
 from runner.data.metadata import IMAGE_COLUMN, columns_of
@@ -27,7 +27,7 @@ LONGEST_PROMPT = 300  # characters of a caption that is drawn as a sample
 
 
 @dataclass(frozen=True)
-class Found:
+class FolderFindings:
     """values: by dotted key, None for a key that the folder makes needless; pictures: as the spec will read them; told: what
     there is, in one line."""
 
@@ -36,7 +36,7 @@ class Found:
     told: str
 
 
-def look_at(folder: Path, file: Path, written: Values) -> Found:
+def inspect_folder(folder: Path, file: Path, written: Values) -> FolderFindings:
     """What a spec in `file` says of the pictures in `folder`. written: the template's values.
 
     Raises NewError.
@@ -53,7 +53,7 @@ def look_at(folder: Path, file: Path, written: Values) -> Found:
         raise NewError(OPTION, str(error)) from error
     word = None
     if "tokens.name" in written and captions:
-        words = words_of(captions)
+        words = token_words(captions)
         word = words[0] if len(words) == 1 else None
         if word is None and len(captions) == len(pictures.items):
             raise NewError(OPTION, f"all {len(captions)} pictures have a caption, and {_not_one(words)}")
@@ -69,7 +69,7 @@ def look_at(folder: Path, file: Path, written: Values) -> Found:
     told = f"{count} picture{'' if count == 1 else 's'}, {len(captions)} with a caption of their own"
     if pictures.folder and (unused := len(pictures.folder.unused) + len(pictures.folder.unread)):
         told += f"; {unused} file{' is' if unused == 1 else 's are'} not used, `{typed('check', file)}` says why"
-    return Found(values, pictures, told)
+    return FolderFindings(values, pictures, told)
 
 
 def _read(folder: Path, prompt: str) -> tuple[str | None, Pictures]:
@@ -84,7 +84,7 @@ def _read(folder: Path, prompt: str) -> tuple[str | None, Pictures]:
 
 def fitting_size(sizes: Sequence[Size]) -> dict[str, Any]:
     """data.resolution and, where not all are square, data.buckets, so that few pictures are enlarged. sizes: (width, height)."""
-    squares = [bucket_sizes(SIDES[0])[0] == nearest(size, bucket_sizes(SIDES[0])) for size in sizes]
+    squares = [bucket_sizes(SIDES[0])[0] == nearest_bucket(size, bucket_sizes(SIDES[0])) for size in sizes]
     buckets = not all(squares)
     lengths = sorted((width * height) ** 0.5 if buckets else min(width, height) for width, height in sizes)
     common = int(lengths[int(ENLARGED * len(lengths))])
@@ -92,7 +92,7 @@ def fitting_size(sizes: Sequence[Size]) -> dict[str, Any]:
     return {"data.resolution": side, **({"data.buckets": True} if buckets else {})}
 
 
-def words_of(captions: Sequence[str]) -> list[str]:
+def token_words(captions: Sequence[str]) -> list[str]:
     """What may be the word to be learned: in every caption, and in capitals or one of RARE; in the first one's order."""
     each = [dict.fromkeys(re.findall(r"\b[A-Za-z_]\w+", caption, re.ASCII)) for caption in captions]
     return [word for word in each[0] if (word.isupper() or word in RARE) and all(word in one for one in each)]

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from runner.base.layers import CLIP_L, FLUX1, adapted_layers, clip_layers
-from runner.core.hashing import key_of
+from runner.core.hashing import content_key
 from runner.data import tokens
-from runner.data.buckets import Size, group
+from runner.data.buckets import Size, group_by_bucket
 from runner.plan.disk import run_bytes
 from runner.plan.keys import OPEN_ENDED, RESULT_FORMAT, _result_values
 from runner.plan.phases import ENCODERS, Encode, Export, Facts, Inversion, Joint, Lora, Part, Phase, Plan, Prior, Train
@@ -79,7 +79,7 @@ def _sizes(spec: Spec, facts: Facts) -> dict[Size, int] | None:
     if facts.images is None:
         return None
     sizes = facts.sizes or ((1, 1),) * (facts.images - spec.data.holdout)
-    return {size: len(found) for size, found in group(sizes, resolutions(spec), spec.data.buckets).items()}
+    return {size: len(found) for size, found in group_by_bucket(sizes, resolutions(spec), spec.data.buckets).items()}
 
 
 def _texts(spec: Spec, facts: Facts) -> int | None:
@@ -108,11 +108,11 @@ def _phases(
 ) -> tuple[Phase, ...]:
     length = None if spec.schedule.name in OPEN_ENDED else max(text_stop, lora_stop)
     values = json.dumps(_result_values(spec), sort_keys=True)
-    key = key_of("run", RESULT_FORMAT, values, length, facts.data, facts.base)
+    key = content_key("run", RESULT_FORMAT, values, length, facts.data, facts.base)
 
     def chained(*what: str | int) -> str:
         nonlocal key
-        key = key_of(key, *what)
+        key = content_key(key, *what)
         return key
 
     text, lora = _text_part(spec, facts, known), Part("lora", (), _lora_count(spec, facts))
@@ -142,7 +142,7 @@ def _phases(
     ]
     shown = json.dumps(made, sort_keys=True)
     read = ENCODERS if known and "t5" in live else ("clip",)
-    phases.append(Export("export", start, pictures, read, key_of(key, "export", shown)))
+    phases.append(Export("export", start, pictures, read, content_key(key, "export", shown)))
     return tuple(phases)
 
 
@@ -187,7 +187,7 @@ def _notes(spec: Spec, facts: Facts, asked: int, steps: int) -> Iterator[str]:
 
 
 def _caption_notes(facts: Facts, known: Sequence[tokens.Placeholder]) -> Iterator[str]:
-    bare = [caption for caption in facts.captions or () if known and not tokens.named(caption, known)]
+    bare = [caption for caption in facts.captions or () if known and not tokens.tokens_in_caption(caption, known)]
     if bare:
         yield (
             f"{len(bare)} of {len(facts.captions or ())} captions name no token, so their images teach it nothing "
@@ -220,7 +220,7 @@ def _layer_faults(spec: Spec, facts: Facts) -> Iterator[tuple[str, str]]:
 def _token_faults(spec: Spec, facts: Facts, known: Sequence[tokens.Placeholder]) -> Iterator[tuple[str, str]]:
     if not facts.captions:  # unknown, or all held out, which is told elsewhere
         return
-    used = {name for caption in facts.captions for name in tokens.named(caption, known)}
+    used = {name for caption in facts.captions for name in tokens.tokens_in_caption(caption, known)}
     for index, placeholder in enumerate(known):
         if placeholder.name not in used:
             yield (

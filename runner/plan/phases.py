@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from runner.core.hashing import key_of
+from runner.core.hashing import content_key
 from runner.data import tokens
 from runner.data.buckets import Size
 from runner.spec.schema import Spec
@@ -109,7 +109,7 @@ Train = Joint | Inversion | Lora
 Phase = Prior | Encode | Train | Export
 
 
-def learning(phase: Phase, what: str) -> tuple[str, ...]:
+def learned_parts(phase: Phase, what: str) -> tuple[str, ...]:
     """The encoders whose `what` learns in this phase."""
     parts = phase.trains if isinstance(phase, Train) else ()
     return tuple(encoder for part in parts if part.what == what for encoder in part.encoders)
@@ -153,7 +153,7 @@ class Plan:
     def training_key(self) -> str:
         """Of the trained weights, whatever is shown and exported of them."""
         last = self.training[-1]
-        return key_of(last.key, last.stop)
+        return content_key(last.key, last.stop)
 
     @property
     def training(self) -> tuple[Train, ...]:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from runner.base.layers import linear_layers
-from runner.core.humanize import some
-from runner.preflight.tokenizers import FOLDERS, Reader
+from runner.core.humanize import list_some
+from runner.preflight.tokenizers import FOLDERS, CaptionReader
 
 WEIGHTS = {
     "transformer": "diffusion_pytorch_model",
@@ -43,7 +43,7 @@ def check_base(folder: Path, variant: str | None) -> tuple[list[str], dict[str, 
         if (folder / name / "spiece.model").is_file() and not (folder / name / "tokenizer.json").is_file():
             continue  # read by sentencepiece, which the check does not try
         try:
-            Reader(folder, encoder)
+            CaptionReader(folder, encoder)
         except (OSError, ValueError, KeyError) as error:
             told.append(f"{folder / name}: its tokenizer cannot be read ({error}); fetch it again")
     return told, numbers
@@ -84,10 +84,10 @@ def _tensors(folder: Path, part: str, variant: str | None) -> dict[str, tuple[in
     pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLED)
     if other:
         hint = "set or take out model.variant" if variant else "set model.variant where their names have one"
-        raise BadPart(f"{folder} holds no {whole.name} (found {some(other)}); {hint}, or fetch it again")
+        raise BadPart(f"{folder} holds no {whole.name} (found {list_some(other)}); {hint}, or fetch it again")
     if pickled:
         raise BadPart(
-            f"{folder} holds only pickled weights (found {some(pickled)}), which can run code when they are read; "
+            f"{folder} holds only pickled weights (found {list_some(pickled)}), which can run code when they are read; "
             "save the model as safetensors"
         )
     raise BadPart(f"{folder} holds no weights; it must have {whole.name}, or {index.name} and its shards")
@@ -100,14 +100,14 @@ def _shards(index: Path) -> dict[str, tuple[int, ...]]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadPart(f"{index} is not an index of shards ({type(error).__name__}: {error}); fetch it again") from error
     if outside := [name for name in shards if Path(name).name != name]:
-        raise BadPart(f"{index} names files outside its folder ({some(outside)}); fetch it again")
+        raise BadPart(f"{index} names files outside its folder ({list_some(outside)}); fetch it again")
     if missing := [name for name in shards if not (index.parent / name).is_file()]:
         raise BadPart(
-            f"{index} names {len(shards)} shards, of which {len(missing)} are missing ({some(missing)}); fetch them again"
+            f"{index} names {len(shards)} shards, of which {len(missing)} are missing ({list_some(missing)}); fetch them again"
         )
     tensors = {shard: read_header(index.parent / shard) for shard in shards}
     if lost := [name for name, shard in names.items() if name not in tensors[shard]]:
-        raise BadPart(f"{index} names tensors that their shards do not hold ({some(lost)}); fetch it again")
+        raise BadPart(f"{index} names tensors that their shards do not hold ({list_some(lost)}); fetch it again")
     return {name: shape for each in tensors.values() for name, shape in each.items()}
 
 

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from runner.core.humanize import count, some
+from runner.core.humanize import list_some, pluralize
 from runner.data import tokens
 from runner.data.images import Picture
 from runner.data.tokens import Placeholder
 from runner.jobs.job import Seen
 from runner.preflight.finding import Finding, at
-from runner.preflight.tokenizers import CLIP_READS, NAMES, Reader
+from runner.preflight.tokenizers import CLIP_READS, NAMES, CaptionReader
 
 LONGEST_T5 = 512  # what model.max_sequence_length may be
 LONGEST_SHOWN = 100  # characters of what is cut off
 
-ReaderOf = Callable[[Path, str, tuple[str, ...]], Reader]
+ReaderOf = Callable[[Path, str, tuple[str, ...]], CaptionReader]
 
 
 def check_text(seen: Seen, base: Path | None, reader: ReaderOf) -> Iterator[Finding]:
@@ -35,7 +35,7 @@ def check_text(seen: Seen, base: Path | None, reader: ReaderOf) -> Iterator[Find
 
 def _unnamed(seen: Seen, pictures: Sequence[Picture], known: Sequence[Placeholder]) -> Iterator[Finding]:
     for index, one in enumerate(known):
-        without = [picture for picture in pictures if one.name not in tokens.named(picture.caption, known)]
+        without = [picture for picture in pictures if one.name not in tokens.tokens_in_caption(picture.caption, known)]
         if 0 < len(without) < len(pictures):  # all of them: the plan refuses it
             other = [picture for picture in without if one.name.lower() in picture.caption.lower()]
             hint = f" ({len(other)} in other letters: it counts only as it is written)" if other else ""
@@ -65,7 +65,7 @@ def _too_long(
             )  # fmt: skip
             continue
         read = {
-            caption: own.read(tokens.expand(caption, known), pieces, limit)
+            caption: own.read(tokens.expand_placeholders(caption, known), pieces, limit)
             for caption in dict.fromkeys(one.caption for one in pictures)
         }
         cut = [(picture, found) for picture in pictures if (found := read[picture.caption]).unread]
@@ -73,8 +73,8 @@ def _too_long(
         if lost:
             yield at(
                 seen.source, "error", "data.source",
-                f"in {count(len(lost), 'caption')} a token stands behind the {limit} tokens that {NAMES[encoder]} reads "
-                f"({some(lost)}), so it learns nothing from them; name it earlier in the caption",
+                f"in {pluralize(len(lost), 'caption')} a token stands behind the {limit} tokens that {NAMES[encoder]} reads "
+                f"({list_some(lost)}), so it learns nothing from them; name it earlier in the caption",
             )  # fmt: skip
         if cut:
             raised = encoder == "t5" and limit < LONGEST_T5
@@ -82,7 +82,7 @@ def _too_long(
             key = "data.source" if encoder == "clip" else "model.max_sequence_length"
             yield at(
                 seen.source, "warning", key,
-                f"{count(len(cut), 'caption')} longer than the {limit} tokens that {NAMES[encoder]} reads; {way}, or live "
+                f"{pluralize(len(cut), 'caption')} longer than the {limit} tokens that {NAMES[encoder]} reads; {way}, or live "
                 "with what is cut off",
                 [f"{picture.name} has {found.count}; cut off: {_written(found.unread, known)!r}" for picture, found in cut],
             )  # fmt: skip
@@ -90,15 +90,15 @@ def _too_long(
 
 def _prompts(seen: Seen, known: Sequence[Placeholder]) -> Iterator[Finding]:
     spec = seen.spec
-    if known and spec.prior and (inside := tokens.named(spec.prior.prompt, known)):
+    if known and spec.prior and (inside := tokens.tokens_in_caption(spec.prior.prompt, known)):
         yield at(
             seen.source, "warning", "prior.prompt",
-            f"the class prompt names the token {some(sorted(inside))} (found {spec.prior.prompt!r}), which then learns "
+            f"the class prompt names the token {list_some(sorted(inside))} (found {spec.prior.prompt!r}), which then learns "
             "the whole class; describe the class without it",
         )  # fmt: skip
     shown = spec.validation.prompts
-    if known and shown and not any(tokens.named(prompt, known) for prompt in shown):
-        names = some([one.name for one in known])
+    if known and shown and not any(tokens.tokens_in_caption(prompt, known) for prompt in shown):
+        names = list_some([one.name for one in known])
         yield at(
             seen.source, "warning", "validate.prompts",
             f"no prompt names a token that is learned ({names}), so the pictures would not show it; write it into one",

@@ -10,18 +10,18 @@ from runner.base.files import cached_base
 from runner.base.param_counts import numbers_of
 from runner.core import hub
 from runner.core.errors import Fault
-from runner.core.tracebacks import one_line
+from runner.core.tracebacks import summary_line
 from runner.jobs.job import Job, Seen
 from runner.preflight.base_files import check_base
 from runner.preflight.captions import check_text
 from runner.preflight.devices import check_devices
 from runner.preflight.disk import check_disk, check_folder, check_runs_folder
 from runner.preflight.finding import Finding, at, here, in_order
-from runner.preflight.fingerprints import look_at
+from runner.preflight.fingerprints import fingerprint_image
 from runner.preflight.hub import check_access, check_push, check_wandb, hub_cache
 from runner.preflight.images import check_data, pictures_of
 from runner.preflight.libraries import check_libraries
-from runner.preflight.tokenizers import Reader
+from runner.preflight.tokenizers import CaptionReader
 from runner.preflight.values import check_values
 
 
@@ -29,8 +29,8 @@ def check(seen: Sequence[Seen], faults: Sequence[Fault], runs: Path, gpus: str |
     """The worst first. `faults`: what the specs are refused for anyway; `gpus`, `slots`: as a queue takes them."""
     found = [Finding("error", fault.message, fault.file, fault.line, fault.key) for fault in sorted(faults)]
     bases, numbers, download = _bases(seen, found)
-    looks = look_at([picture for one in seen for picture in pictures_of(one)])
-    reader = cache(lambda base, encoder, pieces: Reader(base, encoder))
+    looks = fingerprint_image([picture for one in seen for picture in pictures_of(one)])
+    reader = cache(lambda base, encoder, pieces: CaptionReader(base, encoder))
     for one in seen:
         found += [at(one.source, "warning", *doubt) for doubt in one.doubts]
         found += _of_one(one, "data.source", lambda one: check_data(one, looks))
@@ -56,7 +56,7 @@ def _of_one(seen: Seen, key: str, look: Callable[[Seen], Iterable[Finding]]) -> 
         return list(look(seen))
     except Exception as error:
         file, line = seen.source.place(key)  # whose folder the traceback's path has nothing to do with
-        return [Finding("warning", f"could not be checked: {one_line(error)}", file, line, key)]
+        return [Finding("warning", f"could not be checked: {summary_line(error)}", file, line, key)]
 
 
 def _of_all(what: str, look: Callable[[], Iterable[Finding]]) -> list[Finding]:
@@ -64,7 +64,7 @@ def _of_all(what: str, look: Callable[[], Iterable[Finding]]) -> list[Finding]:
     try:
         return list(look())
     except Exception as error:
-        return [here("warning", f"{what} could not be checked: {one_line(error)}")]
+        return [here("warning", f"{what} could not be checked: {summary_line(error)}")]
 
 
 def _base(seen: Seen) -> tuple[str, str | None, str | None]:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from runner.base import quantized_size
 from runner.base.files import BUILTIN
-from runner.base.param_counts import read_shapes
+from runner.base.param_counts import read_base_configs
 from runner.core import hardware
 from runner.core.hardware import Gpu, gpus_here, memory_available
-from runner.core.humanize import size
+from runner.core.humanize import format_bytes
 from runner.engine import slots
 from runner.jobs import card_fit, memory
 from runner.jobs.card_fit import less_memory
@@ -28,7 +28,7 @@ SMALL = 2**30  # bytes of weights below which a base needs no GPU
 
 
 @dataclass(frozen=True)
-class Need:
+class MemoryFloor:
     """Bytes that a run's phases take at most. least: weights, and what learns with its optimizer's numbers; likely: with
     activations and margin, by `runner.jobs.memory`, None where the base's configs are not known."""
 
@@ -38,7 +38,7 @@ class Need:
     likely_phase: str
 
 
-def needed(spec: Spec, plan: Plan, numbers: Mapping[str, int], on_gpu: bool) -> Need:
+def memory_floor(spec: Spec, plan: Plan, numbers: Mapping[str, int], on_gpu: bool) -> MemoryFloor:
     """`numbers`: of each of the base's parts, as its files tell them."""
     each = memory.BYTES[spec.model.dtype or ("bf16" if on_gpu else "fp32")]
     away = memory.LARGE if on_gpu and spec.model.offload != "none" else ()
@@ -50,8 +50,8 @@ def needed(spec: Spec, plan: Plan, numbers: Mapping[str, int], on_gpu: bool) -> 
             most = max(most, (int(sum(parts) + trained * 4 * (2 + MOMENTS[spec.optimizer.name])), phase.name))
         else:
             most = max(most, (max(parts, default=0), phase.name))  # one after the other
-    likely, name = memory.most(spec, plan, on_gpu=on_gpu) or (None, "")
-    return Need(*most, likely, name)
+    likely, name = memory.peak(spec, plan, on_gpu=on_gpu) or (None, "")
+    return MemoryFloor(*most, likely, name)
 
 
 def _bytes(spec: Spec, part: str, plain: float) -> float:
@@ -97,7 +97,10 @@ def check_devices(
         yield from _on_gpus(one, plan, chosen, numbers.get(one.spec.model.base, {}))
     yield here(
         "note",
-        "GPUs: " + ", ".join(f"{gpu.name} {gpu.model}, {size(gpu.free)} of {size(gpu.total)} free" for gpu in chosen),
+        "GPUs: "
+        + ", ".join(
+            f"{gpu.name} {gpu.model}, {format_bytes(gpu.free)} of {format_bytes(gpu.total)} free" for gpu in chosen
+        ),
     )
 
 
@@ -108,19 +111,19 @@ def _on_gpus(seen: Seen, plan: Plan, gpus: Sequence[Gpu], numbers: Mapping[str, 
             seen.source, "error", "compute.gpus",
             f"more GPUs than there are (found {spec.compute.gpus}, there are {len(gpus)}); lower it",
         )  # fmt: skip
-    need = needed(spec, plan, numbers, on_gpu=True)
+    need = memory_floor(spec, plan, numbers, on_gpu=True)
     gpu = min(gpus, key=lambda one: one.free)
-    has = f"GPU {gpu.name} ({gpu.model}) has {size(gpu.free)} of {size(gpu.total)} free"
+    has = f"GPU {gpu.name} ({gpu.model}) has {format_bytes(gpu.free)} of {format_bytes(gpu.total)} free"
     if need.least > gpu.free:
         way = "use a larger GPU" if need.least > gpu.total else "end what holds its memory (`nvidia-smi` names it)"
         yield at(
             seen.source, "error", "model.base",
-            f"phase {need.least_phase} needs at least {size(need.least)} for its weights, and {has}; {way}",
+            f"phase {need.least_phase} needs at least {format_bytes(need.least)} for its weights, and {has}; {way}",
         )  # fmt: skip
     elif need.likely is not None and need.likely > gpu.free:
         yield at(
             seen.source, "warning", "model.base",
-            f"phase {need.likely_phase} needs about {size(need.likely)}, margin included, and {has}; "
+            f"phase {need.likely_phase} needs about {format_bytes(need.likely)}, margin included, and {has}; "
             f"{_smaller(spec, plan, need, gpu)}; `fluxrun check SPEC --step` measures it",
         )  # fmt: skip
     if spec.model.dtype in (None, "bf16") and gpu.capability is not None and gpu.capability < 8:
@@ -136,19 +139,19 @@ def _on_gpus(seen: Seen, plan: Plan, gpus: Sequence[Gpu], numbers: Mapping[str, 
     if available is not None and largest > available:
         yield at(
             seen.source, "warning", "model.base",
-            f"the largest part takes {size(largest)} of this machine's memory while it is loaded, and {size(available)} are "
+            f"the largest part takes {format_bytes(largest)} of this machine's memory while it is loaded, and {format_bytes(available)} are "
             "free, swap included; end other programs, or add swap",
         )  # fmt: skip
 
 
-def _smaller(spec: Spec, plan: Plan, need: Need, gpu: Gpu) -> str:
+def _smaller(spec: Spec, plan: Plan, need: MemoryFloor, gpu: Gpu) -> str:
     """What to do where the estimate is above what is free."""
     if need.likely is not None and need.likely <= gpu.total:
         return "end what holds its memory (`nvidia-smi` names it)"
-    shapes = read_shapes(spec.model.base)
+    shapes = read_base_configs(spec.model.base)
     for change in card_fit.ways(spec, plan, shapes) if shapes else ():
         if change.needs <= gpu.free:
-            return f"set {', '.join(change.keys)} ({size(change.needs)})"
+            return f"set {', '.join(change.keys)} ({format_bytes(change.needs)})"
     return "use a larger GPU"
 
 
@@ -158,23 +161,23 @@ def _on_the_cpu(
     available = memory_available()
     for one, plan in planned:
         of_base = numbers.get(one.spec.model.base, {})
-        need = needed(one.spec, plan, of_base, on_gpu=False)
+        need = memory_floor(one.spec, plan, of_base, on_gpu=False)
         if available is not None and need.least > available:
             yield at(
                 one.source, "error", "model.base",
-                f"phase {need.least_phase} needs at least {size(need.least)} for its weights on the CPU, and this machine has "
-                f"{size(available)} of memory free, swap included; use a GPU, or a machine with more",
+                f"phase {need.least_phase} needs at least {format_bytes(need.least)} for its weights on the CPU, and this machine has "
+                f"{format_bytes(available)} of memory free, swap included; use a GPU, or a machine with more",
             )  # fmt: skip
         elif available is not None and need.likely is not None and need.likely > available:
             yield at(
                 one.source, "warning", "model.base",
-                f"phase {need.likely_phase} needs up to {size(need.likely)} on the CPU, and this machine has "
-                f"{size(available)} of memory free, swap included; {less_memory(one.spec, on_gpu=False)}",
+                f"phase {need.likely_phase} needs up to {format_bytes(need.likely)} on the CPU, and this machine has "
+                f"{format_bytes(available)} of memory free, swap included; {less_memory(one.spec, on_gpu=False)}",
             )  # fmt: skip
         elif need.least > SMALL and not told:
             yield at(
                 one.source, "warning", "model.base",
-                f"no GPU was found, so {size(need.least)} of weights are trained on the CPU, where a step takes minutes; use a "
+                f"no GPU was found, so {format_bytes(need.least)} of weights are trained on the CPU, where a step takes minutes; use a "
                 "machine with an NVIDIA GPU, or say --gpus cpu if that is meant",
             )  # fmt: skip
         if one.spec.model.attention in ON_A_GPU:

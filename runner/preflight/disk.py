@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from runner.core import hardware
-from runner.core.errors import Held
-from runner.core.humanize import count, size
-from runner.jobs.cache_hits import night_bytes
+from runner.core.errors import LockHeldError
+from runner.core.humanize import format_bytes, pluralize
+from runner.jobs.cache_hits import queue_bytes
 from runner.jobs.job import Seen
 from runner.jobs.prepare import jobs_of
 from runner.plan.disk import SPARE
@@ -25,31 +25,31 @@ def check_disk(
     """What all runs will write against what is free. gpus: as --gpus takes them; `download`: bytes of bases that come into
     `hub_cache`."""
     jobs = [job for job in jobs_of(seen) if job.verdict.state != "done"]
-    folders, cached = night_bytes(jobs, on_gpu=gpus != "cpu" and hardware.NVIDIA.is_dir())
+    folders, cached = queue_bytes(jobs, on_gpu=gpus != "cpu" and hardware.NVIDIA.is_dir())
     disk = _existing(runs)
     free = shutil.disk_usage(disk).free
     with_base = download if hub_cache and _same_disk(_existing(hub_cache), disk) else 0
     need = folders + cached + with_base
     if jobs and need + SPARE > free:
-        base = f", {size(with_base)} for the base's files" if with_base else ""
+        base = f", {format_bytes(with_base)} for the base's files" if with_base else ""
         ways = ["free some space"]
         ways += ["lower checkpoint.keep"] if any(job.spec.checkpoint.keep > 1 for job in jobs) else []
         ways += ["queue fewer specs"] if len(jobs) > 1 else []
         yield here(
             "error",
-            f"disk: the night wants about {size(need + SPARE)} ({size(folders)} in {count(len(jobs), 'run folder')}, "
-            f"{size(cached)} in the cache{base}, {size(SPARE)} to spare beside a checkpoint), and {runs} has room for "
-            f"{size(free)}; {' or '.join(ways)}",
+            f"disk: the night wants about {format_bytes(need + SPARE)} ({format_bytes(folders)} in {pluralize(len(jobs), 'run folder')}, "
+            f"{format_bytes(cached)} in the cache{base}, {format_bytes(SPARE)} to spare beside a checkpoint), and {runs} has room for "
+            f"{format_bytes(free)}; {' or '.join(ways)}",
         )
     elif jobs:
         yield here(
             "note",
-            f"disk: about {size(need)} will be written, {size(SPARE)} must stay free beside it, {size(free)} are free",
+            f"disk: about {format_bytes(need)} will be written, {format_bytes(SPARE)} must stay free beside it, {format_bytes(free)} are free",
         )
     if hub_cache and download and not with_base and download > (room := shutil.disk_usage(_existing(hub_cache)).free):
         yield here(
             "error",
-            f"disk: the base's files take {size(download)}, and {hub_cache} has room for {size(room)}; free some space, or "
+            f"disk: the base's files take {format_bytes(download)}, and {hub_cache} has room for {format_bytes(room)}; free some space, or "
             "set HF_HOME to a larger disk",
         )
 
@@ -69,7 +69,7 @@ def check_folder(seen: Seen) -> Iterator[Finding]:
         return
     try:
         seen.run.refuse_if_held()
-    except Held as error:
+    except LockHeldError as error:
         yield at(seen.source, "warning", "name", f"{error}; a queue leaves this run out")
 
 

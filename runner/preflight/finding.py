@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from runner.core.errors import Fault
-from runner.core.humanize import count, printable, some
-from runner.spec.source import Source
+from runner.core.humanize import escape_unprintable, list_some, pluralize
+from runner.spec.source import SpecOrigin
 
 Level = Literal["error", "warning", "note"]
 LEVELS: tuple[Level, ...] = ("error", "warning", "note")
@@ -37,13 +37,13 @@ class Finding:
         return Fault(self.file, self.line or 1, self.key, self.message) if self.file else None
 
     def __str__(self) -> str:
-        return f"{self.level}: {self.fault or printable(self.message)}"
+        return f"{self.level}: {self.fault or escape_unprintable(self.message)}"
 
     def lines(self, most: int = 10) -> list[str]:
         """As told on a screen: the finding, then at most so many of its lines."""
         shown = self.more if len(self.more) <= most + 1 else (*self.more[:most], f"and {len(self.more) - most} more")
         same = [f"    {same_in(self.also)}"] if self.also else []
-        return [str(self), *(f"    {printable(line)}" for line in shown), *same]
+        return [str(self), *(f"    {escape_unprintable(line)}" for line in shown), *same]
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -57,7 +57,7 @@ class Finding:
         }
 
 
-def at(source: Source, level: Level, key: str, message: str, more: Iterable[str] = ()) -> Finding:
+def at(source: SpecOrigin, level: Level, key: str, message: str, more: Iterable[str] = ()) -> Finding:
     """About a key of a spec."""
     file, line = source.place(key)
     return Finding(level, source.relative(key, message), file, line, key, tuple(more))
@@ -82,6 +82,6 @@ def in_order(found: Iterable[Finding]) -> list[Finding]:
 
 def same_in(places: Sequence[tuple[Path, int]]) -> str:
     """Where else the same is to be mended."""
-    return printable(
-        f"the same in {count(len(places), 'more place')}: {some([f'{file}:{line}' for file, line in places])}"
+    return escape_unprintable(
+        f"the same in {pluralize(len(places), 'more place')}: {list_some([f'{file}:{line}' for file, line in places])}"
     )

@@ -25,7 +25,7 @@ THUMB = 16
 
 
 @dataclass(frozen=True)
-class Look:
+class ImageFingerprint:
     """size: upright (width, height); pixels: a digest; hash: 64 bits of "darker than its right neighbour"; animated: it has
     more frames than the first, which is read."""
 
@@ -36,7 +36,7 @@ class Look:
     animated: bool = False
 
 
-def look(picture: Picture) -> Look | str:
+def fingerprint_images(picture: Picture) -> ImageFingerprint | str:
     """Or why it cannot be read, after decoding it whole as training would."""
     try:
         with images.in_turn(picture):
@@ -45,7 +45,7 @@ def look(picture: Picture) -> Look | str:
         return str(error)
 
 
-def _look(picture: Picture) -> Look:
+def _look(picture: Picture) -> ImageFingerprint:
     import numpy as np
     from PIL import Image
 
@@ -58,27 +58,27 @@ def _look(picture: Picture) -> Look:
     digest = hashlib.sha256(repr(upright.size).encode())
     for top in range(0, upright.height, 256):  # in strips: a large picture's bytes are not wanted twice
         digest.update(upright.crop((0, top, upright.width, min(top + 256, upright.height))).tobytes())
-    return Look(upright.size, digest.hexdigest(), int.from_bytes(bits.tobytes(), "big"), thumb, animated)
+    return ImageFingerprint(upright.size, digest.hexdigest(), int.from_bytes(bits.tobytes(), "big"), thumb, animated)
 
 
-def look_at(pictures: Iterable[Picture]) -> dict[str, Look | str]:
+def fingerprint_image(pictures: Iterable[Picture]) -> dict[str, ImageFingerprint | str]:
     """By `Picture.where`. Files are decoded in threads, rows of a data set in turn."""
     each = {picture.where: picture for picture in pictures}
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="look") as pool:
-        files = {where: pool.submit(look, one) for where, one in each.items() if Path(where).is_file()}
-        rows = {where: look(one) for where, one in each.items() if where not in files}
+        files = {where: pool.submit(fingerprint_images, one) for where, one in each.items() if Path(where).is_file()}
+        rows = {where: fingerprint_images(one) for where, one in each.items() if where not in files}
         return {where: rows[where] if where in rows else files[where].result() for where in each}
 
 
 @dataclass(frozen=True)
-class Alike:
+class Duplicate:
     """Pictures that show the same, by their index. `copies`: those among them that are the same to the pixel."""
 
     members: tuple[int, ...]
     copies: tuple[tuple[int, ...], ...]
 
 
-def alike(looks: Sequence[Look]) -> list[Alike]:
+def duplicates(looks: Sequence[ImageFingerprint]) -> list[Duplicate]:
     """Every group of two or more. What looks like one of a group belongs to it."""
     import numpy as np
 
@@ -105,7 +105,7 @@ def alike(looks: Sequence[Look]) -> list[Alike]:
     for at, members in enumerate(same.values()):
         found.setdefault(root(at), []).append(members)
     groups = [
-        Alike(tuple(sorted(index for kind in kinds for index in kind)), tuple(map(tuple, kinds)))
+        Duplicate(tuple(sorted(index for kind in kinds for index in kind)), tuple(map(tuple, kinds)))
         for kinds in found.values()
     ]
     return [one for one in groups if len(one.members) > 1]

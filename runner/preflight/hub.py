@@ -11,7 +11,7 @@ from typing import Any
 
 from runner.base.files import PARTS
 from runner.core import hub
-from runner.core.humanize import size
+from runner.core.humanize import format_bytes
 from runner.jobs.job import Seen
 from runner.preflight.finding import Finding, at
 
@@ -69,13 +69,15 @@ def check_access(seen: Seen, folder: Path | None) -> tuple[list[Finding], int]:
         # Whatever else the client raises, and it has many ways to, is no verdict on the base.
         return said(
             "warning",
-            f"{own.base} is {there}, and whether it can be fetched is unknown: the hub does not answer ({hub.told(error)}); "
+            f"{own.base} is {there}, and whether it can be fetched is unknown: the hub does not answer ({hub.describe_error(error)}); "
             "the run fails if it cannot, and the others go on",
         )
     bytes_ = sum(one.size or 0 for one in info.siblings or () if any(fnmatch(one.rfilename, mark) for mark in WANTED))
     if folder:
         bytes_ = max(0, bytes_ - sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()))
-    return [at(seen.source, "note", "model.base", f"{own.base} is {there}: {size(bytes_)} are fetched first")], bytes_
+    return [
+        at(seen.source, "note", "model.base", f"{own.base} is {there}: {format_bytes(bytes_)} are fetched first")
+    ], bytes_
 
 
 def logged_in() -> bool:

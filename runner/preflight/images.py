@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from runner.core.humanize import count, some
+from runner.core.humanize import list_some, pluralize
 from runner.data import class_images
-from runner.data.buckets import Size, group
+from runner.data.buckets import Size, group_by_bucket
 from runner.data.image_files import PictureFolder, metadata_of
 from runner.data.images import Picture
 from runner.data.sources import reasons
 from runner.jobs.job import Seen
 from runner.plan.build import resolutions
 from runner.preflight.finding import Finding, at
-from runner.preflight.fingerprints import Look, alike
+from runner.preflight.fingerprints import ImageFingerprint, duplicates
 
 LEAST_SHOWN = 0.5  # of a picture, else it is told that the crop hides more than it shows
 
-Looks = Mapping[str, Look | str]
+Looks = Mapping[str, ImageFingerprint | str]
 
 
 def pictures_of(seen: Seen) -> tuple[Picture, ...]:
@@ -64,7 +64,7 @@ def _twice(seen: Seen, looks: Looks) -> Iterator[Finding]:
     read = [
         (picture, found)
         for picture in (*seen.pictures.items, *seen.pictures.held)
-        if isinstance(found := looks[picture.where], Look)
+        if isinstance(found := looks[picture.where], ImageFingerprint)
     ]
 
     def parted(members: Sequence[int]) -> bool:
@@ -73,7 +73,7 @@ def _twice(seen: Seen, looks: Looks) -> Iterator[Finding]:
     twins: list[str] = []
     leaks: list[str] = []
     near: list[str] = []
-    for same_view in alike([found for _, found in read]):
+    for same_view in duplicates([found for _, found in read]):
         names = _and([read[index][0].name for index in same_view.members])
         told = names if len(same_view.copies) == 1 else f"{names} (nearly)"
         if any(parted(same) for same in same_view.copies):
@@ -83,19 +83,19 @@ def _twice(seen: Seen, looks: Looks) -> Iterator[Finding]:
     if leaks:
         yield at(
             seen.source, "error", "data.holdout",
-            f"{count(len(leaks), 'picture')} both trained on and held out, so the eval loss would be of what was trained "
+            f"{pluralize(len(leaks), 'picture')} both trained on and held out, so the eval loss would be of what was trained "
             "on; keep one copy of each in the data", leaks,
         )  # fmt: skip
     if near:
         yield at(
             seen.source, "warning", "data.holdout",
-            f"{count(len(near), 'picture')} nearly both trained on and held out, so the eval loss would flatter the run; "
+            f"{pluralize(len(near), 'picture')} nearly both trained on and held out, so the eval loss would flatter the run; "
             "keep one copy of each in the data", near,
         )  # fmt: skip
     if twins:
         yield at(
             seen.source, "warning", "data.source",
-            f"{count(len(twins), 'picture')} there more than once, so shown more often than others; keep one copy of each "
+            f"{pluralize(len(twins), 'picture')} there more than once, so shown more often than others; keep one copy of each "
             "in the data, or leave it so on purpose", twins,
         )  # fmt: skip
 
@@ -111,8 +111,8 @@ def _sizes(seen: Seen, looks: Looks) -> Iterator[Finding]:
     if not seen.knows("data.resolution", "data.buckets"):
         return
     own = seen.spec.data
-    read = [(one, found.size) for one in seen.pictures.items if isinstance(found := looks[one.where], Look)]
-    grouped = group([size for _, size in read], resolutions(seen.spec), own.buckets)
+    read = [(one, found.size) for one in seen.pictures.items if isinstance(found := looks[one.where], ImageFingerprint)]
+    grouped = group_by_bucket([size for _, size in read], resolutions(seen.spec), own.buckets)
     small: list[str] = []
     hidden: list[str] = []
     for size, chosen in grouped.items():
@@ -126,14 +126,14 @@ def _sizes(seen: Seen, looks: Looks) -> Iterator[Finding]:
     if small:
         yield at(
             seen.source, "warning", "data.resolution",
-            f"{count(len(small), 'picture')} smaller than trained at, so enlarged and blurred (found "
+            f"{pluralize(len(small), 'picture')} smaller than trained at, so enlarged and blurred (found "
             f"{own.resolution!r}); lower data.resolution, or take larger pictures", small,
         )  # fmt: skip
     if hidden:
         way = "" if own.buckets else "; data.buckets = true trains each in its shape"
         yield at(
             seen.source, "warning", "data.buckets" if own.buckets else "data.resolution",
-            f"{count(len(hidden), 'picture')} of which a crop shows less than half{way}", hidden,
+            f"{pluralize(len(hidden), 'picture')} of which a crop shows less than half{way}", hidden,
         )  # fmt: skip
     if grouped:
         yield _table(seen, {size: len(chosen) for size, chosen in grouped.items()})
@@ -147,7 +147,7 @@ def _table(seen: Seen, counts: Mapping[Size, int]) -> Finding:
     few = [_by(size) for size, number in counts.items() if known and number < train.batch_size]
     said = f"training pictures: {', '.join(table)}"
     if few:
-        said += f"; batches of {train.batch_size} at {some(few)} repeat pictures, for there are fewer"
+        said += f"; batches of {train.batch_size} at {list_some(few)} repeat pictures, for there are fewer"
     if seen.plan:
         images = seen.plan.steps * train.batch_size * train.accumulate * seen.spec.compute.gpus
         said += f"; {seen.plan.steps} steps show each {images / sum(counts.values()):.3g} times"
@@ -172,11 +172,15 @@ def _left_out(seen: Seen, key: str, folder: PictureFolder | None) -> Iterator[Fi
 
 
 def _animated(seen: Seen, looks: Looks) -> Iterator[Finding]:
-    moving = [one.name for one in pictures_of(seen) if isinstance(found := looks[one.where], Look) and found.animated]
+    moving = [
+        one.name
+        for one in pictures_of(seen)
+        if isinstance(found := looks[one.where], ImageFingerprint) and found.animated
+    ]
     if moving:
         yield at(
             seen.source, "warning", "data.source",
-            f"{count(len(moving), 'picture')} animated ({some(moving)}); only the first frame is used, save others as "
+            f"{pluralize(len(moving), 'picture')} animated ({list_some(moving)}); only the first frame is used, save others as "
             "pictures of their own",
         )  # fmt: skip
 
@@ -194,27 +198,27 @@ def _captions(seen: Seen) -> Iterator[Finding]:
         names = sorted(folder.name(path) for path in empty)
         yield at(
             seen.source, "warning", "data.source",
-            f"{count(len(empty), 'caption file')} empty ({some(names)}), so data.prompt is read instead; write the "
+            f"{pluralize(len(empty), 'caption file')} empty ({list_some(names)}), so data.prompt is read instead; write the "
             "captions, or delete the files",
         )  # fmt: skip
     if folder.alone:
         yield at(
             seen.source, "warning", "data.source",
-            f"{count(len(folder.alone), 'caption file')} without a picture beside it ({some(folder.names(folder.alone))}); "
+            f"{pluralize(len(folder.alone), 'caption file')} without a picture beside it ({list_some(folder.names(folder.alone))}); "
             "a picture's caption is NAME.txt beside NAME.png",
         )  # fmt: skip
     if folder.shared:
         told = [f"{_and(folder.names(paths))}: {folder.name(folder.captions[paths[0]])}" for paths in folder.shared]
         yield at(
             seen.source, "warning", "data.source",
-            f"{count(len(folder.shared), 'caption file')} shared by pictures of one name, each of which takes its caption "
+            f"{pluralize(len(folder.shared), 'caption file')} shared by pictures of one name, each of which takes its caption "
             "from it; rename the pictures, if that was not meant", told,
         )  # fmt: skip
     if bare and len(bare) < len(folder.pictures):
         yield at(
             seen.source, "note", "data.prompt",
             f"{len(bare)} of {len(folder.pictures)} pictures have no caption of their own and read data.prompt "
-            f"({some(folder.names(bare))})",
+            f"({list_some(folder.names(bare))})",
         )  # fmt: skip
 
 
@@ -227,12 +231,14 @@ def _classes(seen: Seen, looks: Looks) -> Iterator[Finding]:
     side = max(resolutions(seen.spec))
     read = [(one.name.removeprefix("class/"), looks[one.where]) for one in there]
     small = [
-        f"{name} is {_by(found.size)}" for name, found in read if isinstance(found, Look) and min(found.size) < side
+        f"{name} is {_by(found.size)}"
+        for name, found in read
+        if isinstance(found, ImageFingerprint) and min(found.size) < side
     ]
     if small:
         yield at(
             seen.source, "warning", "prior.images",
-            f"{count(len(small), 'class image')} smaller than trained at ({side}), so enlarged and blurred; name another "
+            f"{pluralize(len(small), 'class image')} smaller than trained at ({side}), so enlarged and blurred; name another "
             "folder, for the base to make them as large", small,
         )  # fmt: skip
     if len(there) < own.count:

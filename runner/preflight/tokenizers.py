@@ -17,14 +17,14 @@ _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
 @dataclass(frozen=True)
-class Read:
+class TruncatedCaption:
     """count: tokens with the marks of begin and end; unread: the text behind what the encoder sees."""
 
     count: int
     unread: str
 
 
-class Reader:
+class CaptionReader:
     """An encoder's tokenizer; raises OSError or ValueError where its files are missing or broken."""
 
     def __init__(self, base: Path, encoder: str) -> None:
@@ -32,13 +32,13 @@ class Reader:
         self.tokenizer = _tokenizer(base / FOLDERS[encoder], encoder)
         self.added: set[str] = set()
 
-    def read(self, caption: str, pieces: Sequence[str], limit: int) -> Read:
+    def read(self, caption: str, pieces: Sequence[str], limit: int) -> TruncatedCaption:
         """`caption` with placeholders put in; `pieces`: new vocabulary that this encoder learns."""
         marks = 2 if self.encoder == "clip" else 1
         ids, spans = self._plain(caption, pieces)
         room = limit - marks
         cut = spans[room][0] if len(ids) > room else len(caption)
-        return Read(len(ids) + marks, caption[cut:].strip())
+        return TruncatedCaption(len(ids) + marks, caption[cut:].strip())
 
     def taken(self, pieces: Sequence[str]) -> list[str]:
         """Those that the tokenizer brings itself."""

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from runner.core.files import make_folder
-from runner.core.humanize import clock, size
+from runner.core.humanize import format_bytes, format_duration
 from runner.core.signals import StopRequest
 from runner.data import images, sources, tokens
-from runner.data.buckets import Size, bucket_sizes, group
+from runner.data.buckets import Size, bucket_sizes, group_by_bucket
 from runner.data.images import Picture
 from runner.engine import slots
 from runner.engine.progress import Screen
@@ -27,7 +27,7 @@ from runner.jobs.job import Job, Seen
 from runner.jobs.prepare import data_source, plan_of
 from runner.plan.build import resolutions
 from runner.preflight.finding import Finding, at
-from runner.runs.run import Run, Verdict
+from runner.runs.run import Run, RunStatus
 from runner.spec.schema import Spec, dump
 
 STEPS = 4  # so that both sides of a pivot are there, and the median is not of the first step
@@ -47,7 +47,7 @@ def try_steps(seen: Sequence[Seen], gpus: str | None) -> list[Finding]:
             make_folder(scratch / "runs")
             places = make_slots(gpus, 1, most, scratch / "runs")
             run_queue(jobs, scratch / "runs", places, Screen(), stop, retries=0, fail_fast=False)
-            timing.remember(jobs, on_gpu=slots.on_gpus(places))
+            timing.remember_timing(jobs, on_gpu=slots.on_gpus(places))
         return [_told(one, shape, job) for one, shape, job in tried]
 
 
@@ -63,8 +63,8 @@ def _told(seen: Seen, shape: Size, job: Job) -> Finding:
     pace, steps = float(state["s_per_step"]), seen.plan.steps if seen.plan else 0
     return at(
         seen.source, "note", "data.resolution",
-        f"a step of {what} takes {pace:.3g} s, its peak is {size(state['peak_memory_bytes'])}; {steps} such steps take "
-        f"{clock(pace * steps)}",
+        f"a step of {what} takes {pace:.3g} s, its peak is {format_bytes(state['peak_memory_bytes'])}; {steps} such steps take "
+        f"{format_duration(pace * steps)}",
     )  # fmt: skip
 
 
@@ -84,7 +84,7 @@ def _trials(seen: Sequence[Seen], scratch: Path) -> Iterator[tuple[Seen, Size, J
 
 def _shapes(spec: Spec, pictures: Sequence[Picture]) -> dict[Size, list[Picture]]:
     sizes = [images.measure(picture) if spec.data.buckets else (1, 1) for picture in pictures]
-    found = group(sizes, resolutions(spec), spec.data.buckets)
+    found = group_by_bucket(sizes, resolutions(spec), spec.data.buckets)
     return {shape: [pictures[index] for index in chosen] for shape, chosen in found.items()}
 
 
@@ -96,7 +96,7 @@ def _trial(seen: Seen, shape: Size, pictures: Sequence[Picture], scratch: Path, 
     make_folder(folder)
     for index, picture in enumerate(pictures[: own.train.batch_size]):
         images.decode(picture).save(folder / f"{index}.png")
-        missing = {one.name for one in known} - tokens.named(picture.caption, known)
+        missing = {one.name for one in known} - tokens.tokens_in_caption(picture.caption, known)
         (folder / f"{index}.txt").write_text(" ".join([picture.caption, *sorted(missing)]), encoding="utf-8")
     side = next(one for one in resolutions(own) if shape in (bucket_sizes(one) if own.data.buckets else ((one, one),)))
     reading: dict[str, Any] = {"source": str(folder), "resolution": side, "holdout": 0, "repeats": 1}
@@ -118,6 +118,6 @@ def _trial(seen: Seen, shape: Size, pictures: Sequence[Picture], scratch: Path, 
         count = len(list(classes.glob("*.png")))
         changed["prior"] = own.prior.model_copy(update={"images": str(classes), "count": count})
     spec = own.model_copy(update=changed)
-    read = sources.read(data_source(spec))
+    read = sources.read_source(data_source(spec))
     run = Run(scratch / "runs", spec.name)
-    return Job(seen.source.file, spec, plan_of(spec, read), read, run, Verdict("new", "a trial"), seen.source)
+    return Job(seen.source.file, spec, plan_of(spec, read), read, run, RunStatus("new", "a trial"), seen.source)

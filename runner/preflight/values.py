@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from runner.base.files import clip_config, local_folder, transformer_config
 from runner.base.layers import CLIP_L, FLUX1, clip_layers, linear_layers, lora_layers
-from runner.core.humanize import count
+from runner.core.humanize import pluralize
 from runner.core.notify import Target, literal_secrets
 from runner.jobs.job import Seen
 from runner.preflight.finding import Finding, at
@@ -79,7 +79,7 @@ def _ranks(seen: Seen) -> Iterator[Finding]:
         if narrow:
             yield at(
                 seen.source, "warning", key,
-                f"more than {len(narrow)} of {count(len(layers), 'layer')} can use, the narrowest of which is {min(narrow)} wide "
+                f"more than {len(narrow)} of {pluralize(len(layers), 'layer')} can use, the narrowest of which is {min(narrow)} wide "
                 f"(found {rank}): the rest costs memory and learns nothing; lower it to {min(narrow)}",
             )  # fmt: skip
 

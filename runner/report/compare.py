@@ -10,13 +10,13 @@ from typing import Any
 from rich.cells import cell_len
 
 from runner.core import files
-from runner.core.command_line import command
+from runner.core.command_line import fluxrun_command
 from runner.core.errors import FluxrunError
-from runner.core.humanize import clock
+from runner.core.humanize import format_duration
 from runner.report.tables import GAP, LONGEST_VALUE, column, spec_text, wrapped
-from runner.runs.index import Record, comparable, differing, record_of, short_labels, telling
+from runner.runs.index import Record, comparable_key, differing_keys, distinguishing_keys, record_of, short_labels
 from runner.runs.run import Run, find_runs
-from runner.runs.sample_files import shots
+from runner.runs.sample_files import samples_of
 from runner.tracking.history import read_history
 
 SIGMA = "eval/sigma "
@@ -45,11 +45,11 @@ def compare(runs: Path, names: Sequence[str]) -> dict[str, Any]:
     specs = [record.spec for record in records]
     by_sigma = [_last_look(run) for run in chosen]
     sigmas = sorted({sigma for one in by_sigma for sigma in one})
-    told = telling(records)
-    following = [key for key in differing(specs) if key not in told]
+    told = distinguishing_keys(records)
+    following = [key for key in differing_keys(specs) if key not in told]
     return {
         "runs": [record.name for record in records],
-        "comparable": comparable(specs),
+        "comparable": comparable_key(specs),
         "differing": {key: [spec.get(key) for spec in specs] for key in (*told, *following)},
         "following": following,
         "metrics": {name: [getattr(record, name) for record in records] for name in METRICS},
@@ -61,7 +61,9 @@ def _chosen(runs: Path, names: Sequence[str]) -> list[Run]:
     known = {run.name: run for run in find_runs(runs)}
     wanted = list(dict.fromkeys(name.strip("/") for name in names))
     if unknown := [name for name in wanted if name not in known]:
-        raise FluxrunError(f"no such run in {runs}: {', '.join(unknown)}; `{command('results', runs=runs)}` lists them")
+        raise FluxrunError(
+            f"no such run in {runs}: {', '.join(unknown)}; `{fluxrun_command('results', runs=runs)}` lists them"
+        )
     if len(wanted) < 2:
         raise FluxrunError(f"comparing takes two runs or more (found {', '.join(wanted)})")
     return [known[name] for name in wanted]
@@ -130,7 +132,7 @@ def _metric(name: str, values: Sequence[Any], compares: bool) -> tuple[str, list
     """With the best of the losses marked, where they compare."""
     known = [value for value in values if value is not None]
     shown: dict[str, Any] = {
-        "wall_s": clock,
+        "wall_s": format_duration,
         "peak_memory_bytes": lambda value: f"{value / 2**30:.2f} GiB",
         "s_per_step": lambda value: f"{value:.3g}",
         "eval_loss": lambda value: f"{value:.4f}{' *' if compares and min(known) == value < max(known) else ''}",
@@ -171,7 +173,7 @@ def _verdicts(found: Mapping[str, Any]) -> Iterator[str]:
 
 def write_sheet(runs: Path, names: Sequence[str], out: Path) -> None:
     """The runs' last pictures side by side, a row per prompt and seed that all of them drew. Raises FluxrunError."""
-    from runner.core.contact_sheet import sheet
+    from runner.core.contact_sheet import draw_contact_sheet
 
     chosen = _chosen(runs, names)
     drawn = [_last_pictures(run, record_of(run)) for run in chosen]
@@ -180,15 +182,15 @@ def write_sheet(runs: Path, names: Sequence[str], out: Path) -> None:
         raise FluxrunError("these runs share no picture of the same prompt and seed; set validate.prompts alike")
     rows = [(f"{prompt} (seed {seed})", [_opened(one[prompt, seed]) for one in drawn]) for prompt, seed in shared]
     buffer = io.BytesIO()
-    sheet(rows, short_labels([run.name for run in chosen])).save(buffer, "PNG")
-    files.folder_for(out)
+    draw_contact_sheet(rows, short_labels([run.name for run in chosen])).save(buffer, "PNG")
+    files.output_folder(out)
     files.write_bytes(out, [buffer.getvalue()])
 
 
 def _last_pictures(run: Run, record: Record) -> dict[tuple[str, int], Path]:
     own, steps = record.spec, run.sample_files()
     numbers = steps[max(steps)] if steps else {}
-    wanted = shots(own.get("validate.prompts", []), own.get("validate.count", 1), own.get("seed", 0))
+    wanted = samples_of(own.get("validate.prompts", []), own.get("validate.count", 1), own.get("seed", 0))
     return {shot: numbers[number] for number, shot in enumerate(wanted) if number in numbers}
 
 

@@ -18,13 +18,13 @@ from typing import Any
 from urllib.parse import quote
 
 from runner.core import files
-from runner.core.command_line import command
-from runner.core.humanize import clock
+from runner.core.command_line import fluxrun_command
+from runner.core.humanize import format_duration
 from runner.report.tables import LONGEST_VALUE, number_text, spec_text, steps_text
 from runner.report.thumbnails import Thumbs, evenly
-from runner.runs.index import Record, comparable, record_of, short_labels, swept_keys, telling
+from runner.runs.index import Record, comparable_key, distinguishing_keys, record_of, short_labels, swept_keys
 from runner.runs.run import Run, find_runs
-from runner.runs.sample_files import shots
+from runner.runs.sample_files import samples_of
 from runner.runs.short_names import shortened
 from runner.tracking.history import Series, read_history
 
@@ -63,10 +63,10 @@ def render(runs: Path) -> str:
 
     found = _folders(runs)
     records = [one.record for one in found]
-    keys = telling(records)
+    keys = distinguishing_keys(records)
     swept, long = swept_keys(records), _long_keys(keys, records)
     first = [key for key in keys if key in swept or key not in long]
-    compares = comparable(record.spec for record in records)
+    compares = comparable_key(record.spec for record in records)
     data = {"compares": compares, "runs": [_curves(one) for one in found], "shots": _pictures(runs, found)}
     scripts = [(PAGE / name).read_text(encoding="utf-8") for name in ("uPlot.iife.min.js", "report.js")]
     environment = Environment(
@@ -124,7 +124,7 @@ def _summary(found: Sequence[Folder]) -> dict[str, Any]:
     return {
         "count": len(found),
         "states": sorted(states.items(), key=lambda item: order.index(item[0]) if item[0] in order else 9),
-        "wall": clock(sum(one.record.wall_s or 0.0 for one in found)),
+        "wall": format_duration(sum(one.record.wall_s or 0.0 for one in found)),
         "best": best and {"label": best.label, "at": found.index(best), "loss": f"{best.record.eval_loss:.4f}"},
         "failed": [one.run.name for one in found if one.record.state == "failed"],
     }
@@ -147,7 +147,7 @@ def _row(one: Folder) -> dict[str, Any]:
         "train": (number_text(record.train_loss, ".4f"), record.train_loss),
         "steps": (steps_text(record), one.step),
         "pace": (number_text(record.s_per_step, ".3g"), record.s_per_step),
-        "wall": (clock(record.wall_s) if record.wall_s else "", record.wall_s),
+        "wall": (format_duration(record.wall_s) if record.wall_s else "", record.wall_s),
         "memory": (number_text(memory and memory / 2**30, ".2f"), memory),
     }
 
@@ -233,7 +233,7 @@ def _shots(spec: Mapping[str, Any]) -> list[tuple[str, int]]:
     prompts, count, seed = spec.get("validate.prompts", []), spec.get("validate.count", 1), spec.get("seed", 0)
     if not isinstance(prompts, list) or type(count) is not int or type(seed) is not int:
         return []
-    return shots([str(prompt) for prompt in prompts], min(count, 64), seed)
+    return samples_of([str(prompt) for prompt in prompts], min(count, 64), seed)
 
 
 def _link(path: Path, runs: Path) -> str:
@@ -290,7 +290,7 @@ def _commands(one: Folder, runs: Path) -> list[tuple[str, str]]:
         if record.steps and run.checkpoint_files():
             out.append(("export again", ["export", run.name]))
     out.append(("watch in TensorBoard", ["board"]))
-    return [(what, command(*words, runs=runs)) for what, words in out]
+    return [(what, fluxrun_command(*words, runs=runs)) for what, words in out]
 
 
 def _last_lines(path: Path) -> list[str]:

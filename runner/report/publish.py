@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 
 
-def read_ahead() -> None:
+def preload() -> None:
     """Import what writing them needs, so that it is there when the last run is done."""
     with suppress(Exception):  # what is wrong with it is told when they are written
         import_module("runner.tracking.hparams")
@@ -19,7 +19,7 @@ def read_ahead() -> None:
         import_module("tensorboard.summary.writer.record_writer")
 
 
-def prepare_morning(runs: Path, tell: Callable[[str], None]) -> None:
+def publish(runs: Path, tell: Callable[[str], None]) -> None:
     """Write both. They show what is there already, so whatever is wrong with them must not fail a queue whose runs are done."""
     from runner.report.page import write_report
     from runner.tracking.hparams import write_board

@@ -16,7 +16,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from runner.core.humanize import clock
+from runner.core.humanize import format_duration
 from runner.runs.index import Record, swept_keys
 from runner.runs.short_names import shortened
 
@@ -232,7 +232,7 @@ def _whole(value: float | None) -> str:
 
 
 def _wall(seconds: float | None) -> str:
-    return clock(seconds) if seconds else ""
+    return format_duration(seconds) if seconds else ""
 
 
 def _memory(size: float | None) -> str:

@@ -16,7 +16,7 @@ from runner.core import files
 from runner.core.notify import without_secrets
 from runner.runs.run import Run, find_runs
 from runner.spec.origins import DEFAULT, origins_in
-from runner.spec.rules import follows
+from runner.spec.rules import follow_default
 from runner.spec.schema import flat
 
 
@@ -139,24 +139,24 @@ def _read_spec(run: Run) -> tuple[dict[str, Any], dict[str, str]]:
     spec = {key: value for key, value in found.items() if not isinstance(value, list) or value}
     told = origins_in(text)
     if not told:
-        return spec, {key: "unknown" for key in spec if not follows(key, spec)}
+        return spec, {key: "unknown" for key in spec if not follow_default(key, spec)}
     return spec, {key: told.get(key, "unknown") for key in spec if told.get(key) != DEFAULT}
 
 
-def differing(specs: Iterable[Mapping[str, Any]]) -> list[str]:
+def differing_keys(specs: Iterable[Mapping[str, Any]]) -> list[str]:
     """The keys whose values are not the same in all of them, in the spec's order."""
     known = [spec for spec in specs if spec]
     keys = dict.fromkeys(key for spec in known for key in spec)
     return [key for key in keys if any(spec.get(key) != known[0].get(key) for spec in known)]
 
 
-def telling(records: Iterable[Record]) -> list[str]:
+def distinguishing_keys(records: Iterable[Record]) -> list[str]:
     """The differing keys that tell the runs apart: what was swept, then what was set.
 
     A default that differs only where one of those does follows from it, as lora.alpha does from lora.rank, and is left out.
     """
     known = [record for record in records if record.spec]
-    keys = differing(record.spec for record in known)
+    keys = differing_keys(record.spec for record in known)
     swept = swept_keys(known)
     told = [key for key in keys if key in swept]
     told += [key for key in keys if key not in swept and any(key in record.origins for record in known)]
@@ -164,7 +164,9 @@ def telling(records: Iterable[Record]) -> list[str]:
     for record in known:
         groups.setdefault(repr([record.spec.get(key) for key in told]), []).append(record)
     alike = [[record.spec for record in group] for group in groups.values()]
-    independent = {key for group in alike for key in differing(group)}  # as where fluxrun's own defaults have changed
+    independent = {
+        key for group in alike for key in differing_keys(group)
+    }  # as where fluxrun's own defaults have changed
     return told + [key for key in keys if key in independent and key not in told]
 
 
@@ -175,9 +177,9 @@ def swept_keys(records: Iterable[Record]) -> set[str]:
 EVALUATED_ON = ("model.base", "data.source", "data.holdout", "data.resolution", "data.prompt", "train.guidance")
 
 
-def comparable(specs: Iterable[Mapping[str, Any]]) -> bool:
+def comparable_key(specs: Iterable[Mapping[str, Any]]) -> bool:
     """Whether the eval losses are of the same pictures under the same base."""
-    return not set(differing(specs)) & set(EVALUATED_ON)
+    return not set(differing_keys(specs)) & set(EVALUATED_ON)
 
 
 def short_labels(names: Sequence[str]) -> list[str]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from runner.base.files import file_digests, local_folder
-from runner.core.humanize import some
+from runner.core.humanize import list_some
 from runner.data.images import Pictures
 from runner.spec.schema import Spec
 
@@ -15,7 +15,7 @@ Digests = Mapping[str, str]
 
 
 @dataclass(frozen=True)
-class Inputs:
+class TrainingInputs:
     """By name inside the data set or the base: digests of the pictures ("" where only the whole set's is known), their
     captions, digests of the base's files. Empty for what only the hub has."""
 
@@ -27,7 +27,7 @@ class Inputs:
         return {"pictures": dict(self.pictures), "captions": dict(self.captions), "base": dict(self.base)}
 
     @classmethod
-    def read(cls, found: Mapping[str, Any]) -> Inputs | None:
+    def read(cls, found: Mapping[str, Any]) -> TrainingInputs | None:
         """From JSON; None where it says nothing of the kind."""
         parts = [found.get(name) for name in ("pictures", "captions", "base")]
         if not all(isinstance(part, dict) and all(isinstance(one, str) for one in part.values()) for part in parts):
@@ -35,18 +35,20 @@ class Inputs:
         return cls(*(part for part in parts if part is not None))
 
 
-def inputs_of(spec: Spec, pictures: Pictures | None) -> Inputs:
+def read_inputs(spec: Spec, pictures: Pictures | None) -> TrainingInputs:
     """As they are now. spec: with absolute paths."""
     folder = local_folder(spec.model.base)
     every = (*pictures.items, *pictures.held) if pictures else ()
-    return Inputs(
+    return TrainingInputs(
         {one.name: one.digest for one in every},
         {one.name: one.caption for one in every},
         file_digests(folder) if folder else {},
     )
 
 
-def changes(old: Inputs, new: Inputs, then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def describe_changes(
+    old: TrainingInputs, new: TrainingInputs, then: Mapping[str, Any], now: Mapping[str, Any]
+) -> list[str]:
     """What is another now, in words, with the folder or id where that is another, too; nothing of what is not known on
     both sides. then, now: the specs by dotted key, for what is no part of a run's key."""
     data, base = [], []
@@ -68,14 +70,14 @@ def _files(what: str, old: Digests, new: Digests) -> Iterator[str]:
         ("changed", {name for name in old.keys() & new.keys() if old[name] != new[name]}),
     ):
         if names:
-            yield f"{what} {how}: {some(sorted(names))}"
+            yield f"{what} {how}: {list_some(sorted(names))}"
 
 
 def _captions(old: Digests, new: Digests) -> Iterator[str]:
     other = sorted(name for name in old.keys() & new.keys() if old[name] != new[name])
     if other:
         first = f"{'the first: ' if len(other) > 1 else ''}{_short(old[other[0]])} -> {_short(new[other[0]])}"
-        yield f"captions changed: {some(other)} ({first})"
+        yield f"captions changed: {list_some(other)} ({first})"
 
 
 def _short(text: str) -> str:

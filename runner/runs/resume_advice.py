@@ -10,11 +10,11 @@ from runner.plan.description import describe
 from runner.plan.phases import Plan
 from runner.spec.schema import Spec
 
-Ends = tuple[int, int]  # the steps at which the text side and the LoRA stop learning; 0: they never do
+PhaseEnds = tuple[int, int]  # the steps at which the text side and the LoRA stop learning; 0: they never do
 Span = tuple[int, int, bool, bool]  # start, stop, whether the text side learns, whether the LoRA does
 
 
-def advice(known: Mapping[str, Any], spec: Spec, plan: Plan, step: int) -> Iterator[str]:
+def resume_advice(known: Mapping[str, Any], spec: Spec, plan: Plan, step: int) -> Iterator[str]:
     """known: the old run's plan.json; spec, plan: what is asked for now; step: of the old run's newest checkpoint."""
     old, new = _ends(known.get("phases")), _ends([describe(phase) for phase in plan.training])
     if old is None or new is None or _goes_on(old, new, step):
@@ -29,7 +29,7 @@ def advice(known: Mapping[str, Any], spec: Spec, plan: Plan, step: int) -> Itera
             return
 
 
-def _why(old: Ends, new: Ends, step: int) -> str:
+def _why(old: PhaseEnds, new: PhaseEnds, step: int) -> str:
     for before, now in zip(_spans(old), _spans(new), strict=False):
         if before[2:] != now[2:]:
             return (
@@ -43,7 +43,7 @@ def _why(old: Ends, new: Ends, step: int) -> str:
     return f"it is at step {step} already, and would now end at step {max(new)}"
 
 
-def _keys(spec: Spec, ends: Ends, total: int, steps: int) -> list[str]:
+def _keys(spec: Spec, ends: PhaseEnds, total: int, steps: int) -> list[str]:
     """The lines of a spec that give these ends; [] where none do."""
     told = [] if total == steps else [f"train.steps = {total}"]
     if total != steps and spec.train.steps is None:
@@ -79,7 +79,7 @@ def _share(stop: int, steps: int) -> float | None:
     return None
 
 
-def _ends(phases: Any) -> Ends | None:
+def _ends(phases: Any) -> PhaseEnds | None:
     text = lora = 0
     if not isinstance(phases, list):
         return None
@@ -96,13 +96,13 @@ def _ends(phases: Any) -> Ends | None:
     return (text, lora) if text or lora else None
 
 
-def _spans(ends: Ends) -> list[Span]:
+def _spans(ends: PhaseEnds) -> list[Span]:
     stops = sorted({*ends} - {0})
     starts = [0, *stops]
     return [(start, stop, stop <= ends[0], stop <= ends[1]) for start, stop in zip(starts, stops, strict=False)]
 
 
-def _goes_on(old: Ends, new: Ends, step: int) -> bool:
+def _goes_on(old: PhaseEnds, new: PhaseEnds, step: int) -> bool:
     """Whether a checkpoint of the old run at `step` is one of the new run, too."""
     for before, now in zip(_spans(old), _spans(new), strict=False):
         same = (before[0], *before[2:]) == (now[0], *now[2:])

@@ -11,18 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from runner.core import files, locks, safetensors
-from runner.core.errors import BadFile, Held, Refused
+from runner.core.errors import BadFileError, LockHeldError, RunMismatchError
 from runner.core.files import read_json
-from runner.core.hashing import key_of
+from runner.core.hashing import content_key
 from runner.core.process_identity import Process
 from runner.core.user_text import read_user_text
 from runner.plan.description import as_json
 from runner.plan.keys import NOT_IN_KEY, OPEN_ENDED, RECOMPUTING, SPAN_KEYS
 from runner.plan.phases import Plan
 from runner.runs import resume_advice
-from runner.runs.checkpoint_files import steps_in
-from runner.runs.inputs import Inputs, changes
-from runner.runs.state import PROGRESS, is_number, is_text, read_state, writable
+from runner.runs.checkpoint_files import checkpoint_steps
+from runner.runs.inputs import TrainingInputs, describe_changes
+from runner.runs.state import PROGRESS_FIELDS, is_number, is_text, json_state, read_state
 from runner.spec.origins import annotated
 from runner.spec.rules import DERIVED, is_default
 from runner.spec.run_names import names_in
@@ -33,7 +33,7 @@ FOREIGN_PATIENCE = 600.0  # seconds without a heartbeat after which another host
 
 
 @dataclass(frozen=True)
-class Verdict:
+class RunStatus:
     """What a run folder says of a plan. state: new, done, resume, changed; running, waiting: a queue has it now."""
 
     state: str
@@ -79,7 +79,7 @@ class Run:
         name = str(_spec_tables(folder / "spec.toml").get("name", folder.name))
         depth = len(Path(name).parts)
         if folder.parts[-depth:] != Path(name).parts:
-            raise Refused(
+            raise RunMismatchError(
                 f"{folder} holds the spec of a run named {name!r}; rename the folder, or the run in spec.toml"
             )
         return cls(folder.parents[depth - 1], name)
@@ -88,7 +88,7 @@ class Run:
 
     def locked(self) -> AbstractContextManager[None]:
         """Held by whoever writes: shortly by a queue that enlists the run, for a whole attempt by its trainer."""
-        return locks.locked(self.lock_file)
+        return locks.hold_lock(self.lock_file)
 
     def lease(self) -> Lease:
         found = read_json(self.lease_file)
@@ -110,13 +110,13 @@ class Run:
         plan: Plan,
         version: str,
         origin: Callable[[str], str] = _unsaid,
-        inputs: Callable[[], Inputs] | None = None,
+        inputs: Callable[[], TrainingInputs] | None = None,
     ) -> int:
         """Make the run this process's to start, and write what it is. The number of the attempt to come.
 
         `origin`: where a dotted key's value came from; `inputs`: what it is trained on, file by file. The spec that stands
         there already must give the same training.
-        Raises Held, Refused.
+        Raises LockHeldError, Refused.
         """
         self._no_links()
         files.make_folder(self.folder)  # here alone: a folder that vanishes while its run trains is not made again
@@ -127,34 +127,34 @@ class Run:
                 self.told_to_stop()  # what an earlier queue was told is not meant for this one
                 self._claim(spec, plan, version, origin, inputs)
                 return self._lease(self.lease().attempt + 1)
-        except Held:  # by the lock: name who started its holder
+        except LockHeldError:  # by the lock: name who started its holder
             raise self._held() from None
 
-    def at_work(self) -> Verdict | None:
+    def at_work(self) -> RunStatus | None:
         """What another process is doing about it now: running, or waiting in a queue."""
         holder, state = self.holder(), self.state()
         if holder is None or holder == Process.own() or state["state"] not in ("running", "waiting"):
             return None
         where = "" if holder.here else f" on {holder.host}"
         if state["state"] == "waiting":
-            return Verdict("waiting", f"in the queue of process {holder.pid}{where}")
+            return RunStatus("waiting", f"in the queue of process {holder.pid}{where}")
         pid = locks.lock_holder(self.lock_file) or holder.pid
         since = state.get("attempt_started")
         began = time.strftime(", since %Y-%m-%d %H:%M", time.localtime(since)) if since else ""
         step, steps = (f"{state[key]:.0f}" if key in state else "?" for key in ("step", "steps"))
-        return Verdict("running", f"process {pid}{where} trains it{began}; at step {step} of {steps}")
+        return RunStatus("running", f"process {pid}{where} trains it{began}; at step {step} of {steps}")
 
     def refuse_if_held(self) -> None:
-        """Raises Held where a queue has it, perhaps without having begun."""
+        """Raises LockHeldError where a queue has it, perhaps without having begun."""
         if self.holder():
             raise self._held()
 
-    def _held(self) -> Held:
+    def _held(self) -> LockHeldError:
         holder = self.lease().holder
         who = f"process {holder.pid}{'' if holder.here else f' on {holder.host}'}" if holder else "another process"
-        return Held(f"{who} is working on {self.folder}; wait for it, or stop it")
+        return LockHeldError(f"{who} is working on {self.folder}; wait for it, or stop it")
 
-    def taken_over(self) -> Held | None:
+    def taken_over(self) -> LockHeldError | None:
         """For a queue, which enlisted it: whether another process has the run by now, and which."""
         holder = self.lease().holder
         return self._held() if holder and holder != Process.own() else None
@@ -171,13 +171,13 @@ class Run:
             files.write_json(self.lease_file, {"format": FORMAT, "attempt": lease.attempt, "holder": None})
 
     def take(self, attempt: int) -> None:
-        """Begin an attempt, under the lock. Raises Held where a later one has begun."""
+        """Begin an attempt, under the lock. Raises LockHeldError where a later one has begun."""
         self.attempt = attempt
         self.fence()
         for folder in (self.checkpoints, self.samples):
             files.make_folder(folder)
         for folder in (self.folder, self.checkpoints, self.samples):
-            files.sweep_aside(folder)
+            files.remove_partial_files(folder)
 
     def tell_to_stop(self) -> None:
         """For a queue that has not begun it yet; of one that trains, the trainer is told by a signal."""
@@ -192,7 +192,9 @@ class Run:
     def fence(self) -> None:
         """To be asked before anything is committed: a process that lost its run unknowingly must not write."""
         if (now := self.lease().attempt) != self.attempt:
-            raise Held(f"{self.folder}: attempt {now} has begun, this is attempt {self.attempt}; nothing was written")
+            raise LockHeldError(
+                f"{self.folder}: attempt {now} has begun, this is attempt {self.attempt}; nothing was written"
+            )
 
     def gone(self) -> str:
         """What to say of a run that was enlisted and whose folder is not there any more; "" where it is."""
@@ -218,7 +220,9 @@ class Run:
         """A run folder from elsewhere may hold links that lead out of it."""
         for path in (self.checkpoints, self.quarantine, self.samples, self.export, self.log_file, self.lock_file):
             if path.is_symlink():
-                raise Refused(f"{path} is a symbolic link; fluxrun writes only inside a run's own folder: take it away")
+                raise RunMismatchError(
+                    f"{path} is a symbolic link; fluxrun writes only inside a run's own folder: take it away"
+                )
 
     # ---- state -----------------------------------------------------------------------------------------------------
 
@@ -253,17 +257,17 @@ class Run:
         }
         before = {key: value for key, value in read_state(self.state_file).items() if key in kept}
         now = {"format": FORMAT, **before, "state": state, "name": self.name, "updated": time.time(), **more}
-        files.write_json(self.state_file, writable(now), durable=durable)
+        files.write_json(self.state_file, json_state(now), durable=durable)
 
     def end(self, state: str, reason: str, **more: Any) -> None:
         """Keep what the state says of progress; replace what it says of the present."""
-        facts = {key: value for key, value in read_state(self.state_file).items() if key in PROGRESS}
+        facts = {key: value for key, value in read_state(self.state_file).items() if key in PROGRESS_FIELDS}
         self.write_state(state, **facts, error=reason, **more)
 
     def amend(self, **more: Any) -> None:
         """Change single values of the state, whatever it is; None takes one out."""
         now = {**read_json(self.state_file), **more}
-        files.write_json(self.state_file, writable(now))
+        files.write_json(self.state_file, json_state(now))
 
     def began(self) -> float | None:
         """When it was first started, in seconds since 1970."""
@@ -272,47 +276,47 @@ class Run:
 
     # ---- done, and why ---------------------------------------------------------------------------------------------
 
-    def verdict(self, spec: Spec, plan: Plan, inputs: Callable[[], Inputs] | None = None) -> Verdict:
+    def verdict(self, spec: Spec, plan: Plan, inputs: Callable[[], TrainingInputs] | None = None) -> RunStatus:
         """Done means: the same key, and the outputs exist. `inputs`: what it would be trained on now."""
         state = read_state(self.state_file)
         if not self.spec_file.is_file():
-            return Verdict("new", "no run folder yet")
+            return RunStatus("new", "no run folder yet")
         if state.get("state") == "done" and state.get("plan_key") == plan.key and self._exports_exist(state):
-            return Verdict("done", "same spec, data and base; its exports are there")
+            return RunStatus("done", "same spec, data and base; its exports are there")
         step, key = self._newest()
         known = read_json(self.plan_file)
         if known.get("training_key") == plan.training_key:
             if known.get("key") != plan.key:
-                return Verdict("resume", "what is exported or shown changed; the training is kept")
+                return RunStatus("resume", "what is exported or shown changed; the training is kept")
             at = f"interrupted; last checkpoint at step {step} of {plan.steps}"
-            return Verdict("resume", at if step else "no checkpoint yet")
+            return RunStatus("resume", at if step else "no checkpoint yet")
         try:
             changed = self.differences(spec)
         except (ValueError, RecursionError) as error:
-            return Verdict("changed", f"its spec.toml cannot be read ({error})")
+            return RunStatus("changed", f"its spec.toml cannot be read ({error})")
         stops = {phase.key: phase.stop for phase in plan.training}
         fits = step <= stops.get(key, -1)
         if not changed and (fits or not (known or step)):  # a queue died while it wrote plan.json, or it was lost since
-            return Verdict("resume", f"its plan.json is lost; last checkpoint at step {step} of {plan.steps}")
+            return RunStatus("resume", f"its plan.json is lost; last checkpoint at step {step} of {plan.steps}")
         others = self._other_inputs(spec, inputs)
         told = "; ".join([*changed.values(), *others])
         if not changed:
-            return Verdict("changed", told or _unnamed_change(spec))
+            return RunStatus("changed", told or _unnamed_change(spec))
         if changed.keys() <= set(SPAN_KEYS) and not others:
             if fits:
-                return Verdict("resume", f"{told}; goes on from step {step} of {plan.steps}")
+                return RunStatus("resume", f"{told}; goes on from step {step} of {plan.steps}")
             if spec.schedule.name not in OPEN_ENDED:
                 told += f"; the {spec.schedule.name} schedule depends on where it ends"
             else:
-                told += "".join(f"; {line}" for line in resume_advice.advice(known, spec, plan, step))
-        return Verdict("changed", told)
+                told += "".join(f"; {line}" for line in resume_advice.resume_advice(known, spec, plan, step))
+        return RunStatus("changed", told)
 
-    def _other_inputs(self, spec: Spec, inputs: Callable[[], Inputs] | None) -> list[str]:
+    def _other_inputs(self, spec: Spec, inputs: Callable[[], TrainingInputs] | None) -> list[str]:
         """Pictures, captions and files of the base that are not the ones it was trained on, as far as that was written."""
-        old = Inputs.read(read_json(self.inputs_file))
+        old = TrainingInputs.read(read_json(self.inputs_file))
         if old is None or inputs is None:
             return []
-        return changes(old, inputs(), flat(_spec_tables(self.spec_file)), flat(dump(spec)))
+        return describe_changes(old, inputs(), flat(_spec_tables(self.spec_file)), flat(dump(spec)))
 
     def _exports_exist(self, state: Mapping[str, Any]) -> bool:
         exports = state.get("exports")
@@ -323,7 +327,7 @@ class Run:
         for step, path in self.checkpoint_files():
             try:
                 return step, safetensors.read_metadata(path).get("phase_key", "")
-            except BadFile:
+            except BadFileError:
                 continue
         return 0, ""
 
@@ -343,10 +347,15 @@ class Run:
         return {key: f"{key}: {_value(old.get(key))} -> {_value(new.get(key))}" for key in other if key not in derived}
 
     def _claim(
-        self, spec: Spec, plan: Plan, version: str, origin: Callable[[str], str], inputs: Callable[[], Inputs] | None
+        self,
+        spec: Spec,
+        plan: Plan,
+        version: str,
+        origin: Callable[[str], str],
+        inputs: Callable[[], TrainingInputs] | None,
     ) -> None:
         if (verdict := self.verdict(spec, plan, inputs)).state == "changed":
-            raise Refused(f"{self.folder} holds another run ({verdict.reason}); {WAYS_OUT}")
+            raise RunMismatchError(f"{self.folder} holds another run ({verdict.reason}); {MISMATCH_REMEDIES}")
         resolved = {**dump(spec), VERSION_TABLE: {"version": version}}
 
         def told(key: str) -> str:
@@ -357,8 +366,8 @@ class Run:
         if inputs is not None:
             files.write_json(self.inputs_file, {"format": FORMAT, **inputs().as_json()})
         files.write_text(self.spec_file, annotated(resolved, told))  # after the plan: with a spec there is a run
-        digest = key_of(str(sorted(map(str, dump(spec).items()))))
-        facts = {key: value for key, value in read_state(self.state_file).items() if key in PROGRESS}
+        digest = content_key(str(sorted(map(str, dump(spec).items()))))
+        facts = {key: value for key, value in read_state(self.state_file).items() if key in PROGRESS_FIELDS}
         self.write_state(
             "waiting", **facts, plan_key=plan.key, spec_digest=digest, steps=plan.steps, base=spec.model.base
         )
@@ -382,18 +391,18 @@ class Run:
         return found if isinstance(found, str) else None
 
     def pin(self, what: str, value: str, way_out: str) -> None:
-        """Remember what the training sees that no key could know beforehand. Raises Refused where it is another now."""
+        """Remember what the training sees that no key could know beforehand. Raises RunMismatchError where it is another now."""
         self.fence()
         pinned = {name: found for name, found in read_json(self.pins_file).items() if is_text(found)}
         if pinned.setdefault(what, value) != value:
             then, now = (str(one) if len(str(one)) < 40 else f"{one[:12]}..." for one in (pinned[what], value))
-            raise Refused(
+            raise RunMismatchError(
                 f"{what}: {self.folder} was begun with {then}, now it is {now}; {way_out}, or give this spec another `name`"
             )
         files.write_json(self.pins_file, pinned)
 
     def put_aside(self) -> Path:
-        """Move the whole folder out of the way, for --fresh; nothing trained is deleted. Raises Held."""
+        """Move the whole folder out of the way, for --fresh; nothing trained is deleted. Raises LockHeldError."""
         with self.locked():
             self.refuse_if_held()
             target = _free_name(self.folder.with_name(f"{self.folder.name}.old"))
@@ -410,7 +419,7 @@ class Run:
 
     def checkpoint_files(self) -> list[tuple[int, Path]]:
         """(step, file), newest first."""
-        return steps_in(self.checkpoints)
+        return checkpoint_steps(self.checkpoints)
 
     def set_apart(self, bad: Path, reason: str) -> Path:
         """Move a file that does not verify to quarantine/, with the reason beside it; it is never deleted."""
@@ -424,7 +433,9 @@ class Run:
         return target
 
 
-WAYS_OUT = "give this spec another `name`, undo the change, or queue it with --fresh, which moves the old folder aside"
+MISMATCH_REMEDIES = (
+    "give this spec another `name`, undo the change, or queue it with --fresh, which moves the old folder aside"
+)
 
 
 def _unnamed_change(spec: Spec) -> str:

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 LONGEST = 40  # characters of a prompt in a tag
 
 
-def shots(prompts: Sequence[str], count: int, first: int) -> list[tuple[str, int]]:
+def samples_of(prompts: Sequence[str], count: int, first: int) -> list[tuple[str, int]]:
     """(prompt, seed) of every picture: `count` of each prompt, with seeds counting up from `first`."""
     return [(prompt, first + number) for prompt in prompts for number in range(count)]
 
 
-def shot_tag(prompt: str, seed: int) -> str:
+def sample_tag(prompt: str, seed: int) -> str:
     """The tag of a picture in trackers: equal in all runs for the same prompt and seed, and only then.
 
     "a TOK on snow", 3 -> "samples/a-TOK-on-snow/3"; where the words alone would not tell it from another prompt, a digest

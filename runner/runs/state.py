@@ -27,7 +27,7 @@ def _table_of(kind: Callable[[object], bool]) -> Callable[[object], bool]:
 
 
 # How far a run came and what it made: true after it has ended, too. The rest of a state is about the present.
-PROGRESS: dict[str, Callable[[object], bool]] = {
+PROGRESS_FIELDS: dict[str, Callable[[object], bool]] = {
     "phase": is_text,
     **dict.fromkeys(("step", "skipped_steps", "best_step", "exported_step", "peak_memory_bytes"), is_number),
     "memory_before_models": is_number,
@@ -37,8 +37,8 @@ PROGRESS: dict[str, Callable[[object], bool]] = {
     "export_errors": _table_of(is_number),
     "phases": _table_of(_table_of(is_number)),
 }
-KINDS: dict[str, Callable[[object], bool]] = {
-    **PROGRESS,
+STATE_FIELDS: dict[str, Callable[[object], bool]] = {
+    **PROGRESS_FIELDS,
     **dict.fromkeys(("state", "name", "error", "warning", "plan_key", "spec_digest", "base"), is_text),
     **dict.fromkeys(
         ("format", "attempts", "split", "steps", "started", "attempt_started", "finished", "updated"), is_number
@@ -47,7 +47,7 @@ KINDS: dict[str, Callable[[object], bool]] = {
 }
 
 
-def writable(state: Mapping[str, Any]) -> dict[str, Any]:
+def json_state(state: Mapping[str, Any]) -> dict[str, Any]:
     """Less what is not there: None, and losses that are no number, for which JSON has no word."""
     return {
         key: value
@@ -58,5 +58,5 @@ def writable(state: Mapping[str, Any]) -> dict[str, Any]:
 
 def read_state(path: Path) -> dict[str, Any]:
     """state.json, less what is not of the kind that belongs there; {} where it does not even say the state."""
-    found = {key: value for key, value in read_json(path).items() if key in KINDS and KINDS[key](value)}
+    found = {key: value for key, value in read_json(path).items() if key in STATE_FIELDS and STATE_FIELDS[key](value)}
     return found if "state" in found else {}

@@ -17,7 +17,7 @@ from runner.spec.toml_lines import key_lines, line_of
 KEY = "extends"
 DEEPEST = 8  # files in a chain; more is a mistake rather than a wish
 
-Places = Mapping[Where, tuple[Path, int]]
+Locations = Mapping[Where, tuple[Path, int]]
 Reader = Callable[[Path], tuple[dict[str, Any], dict[Where, int]]]
 
 
@@ -27,7 +27,9 @@ def read_with_lines(file: Path) -> tuple[dict[str, Any], dict[Where, int]]:
     return tables, key_lines(text)
 
 
-def merged(file: Path, below: tuple[Path, ...] = (), read: Reader = read_with_lines) -> tuple[dict[str, Any], Places]:
+def read_merged(
+    file: Path, below: tuple[Path, ...] = (), read: Reader = read_with_lines
+) -> tuple[dict[str, Any], Locations]:
     """The tables of a spec file laid over those of the file it extends, and file and line of each key.
 
     below: the files that led here; read: how a file is read, so that its caller may keep what several extend. Raises
@@ -35,14 +37,14 @@ def merged(file: Path, below: tuple[Path, ...] = (), read: Reader = read_with_li
     """
     found, lines = read(file)
     tables = dict(found)
-    places: Places = {where: (file, line) for where, line in lines.items()}
+    places: Locations = {where: (file, line) for where, line in lines.items()}
     if KEY not in tables:
         return tables, places
     told, chain = tables.pop(KEY), (*below, file)
     base = _base(told, chain, line_of(lines, (KEY,)))
-    under, under_places = merged(base, chain, read)
+    under, under_places = read_merged(base, chain, read)
     replaced: set[Where] = set()
-    laid = _laid_over(under, tables, replaced)
+    laid = _deep_merge(under, tables, replaced)
     kept = {where: place for where, place in under_places.items() if not _inside(where, replaced)}
     return laid, {**kept, **places}
 
@@ -66,7 +68,7 @@ def _base(told: Any, chain: tuple[Path, ...], line: int) -> Path:
     return base
 
 
-def _laid_over(
+def _deep_merge(
     under: Mapping[str, Any], over: Mapping[str, Any], replaced: set[Where], at: Where = ()
 ) -> dict[str, Any]:
     """`replaced`: gets the keys of which nothing is left."""
@@ -74,7 +76,7 @@ def _laid_over(
     for key, value in over.items():
         where = (*at, key)
         if isinstance(value, dict) and isinstance(tables.get(key), dict):
-            tables[key] = _laid_over(tables[key], value, replaced, where)
+            tables[key] = _deep_merge(tables[key], value, replaced, where)
         else:
             tables[key] = value
             replaced.add(where)
@@ -85,7 +87,7 @@ def _inside(where: Where, replaced: Collection[Where]) -> bool:
     return any(where[:length] in replaced for length in range(1, len(where) + 1))
 
 
-def place_of(places: Places, where: Where) -> tuple[Path, int] | None:
+def location_of(places: Locations, where: Where) -> tuple[Path, int] | None:
     """File and line of a key, else of the nearest table around it."""
     for length in range(len(where), 0, -1):
         if where[:length] in places:
@@ -93,14 +95,14 @@ def place_of(places: Places, where: Where) -> tuple[Path, int] | None:
     return None
 
 
-def mere_bases(files: Iterable[Path], read: Reader = read_with_lines) -> set[Path]:
+def base_only_files(files: Iterable[Path], read: Reader = read_with_lines) -> set[Path]:
     """Those files that others of these extend and that are no whole spec: nobody means them as runs."""
     found: dict[Path, dict[str, Any]] = {}
     extended: set[Path] = set()
     for file in files:
         try:
             own, _ = read(file)
-            found[file.resolve()] = merged(file, read=read)[0]
+            found[file.resolve()] = read_merged(file, read=read)[0]
         except SpecError:
             continue  # told when the file is read as a spec
         if isinstance(told := own.get(KEY), str):

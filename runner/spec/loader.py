@@ -16,18 +16,18 @@ from pydantic import ValidationError
 from runner.core.errors import Fault, SpecError
 from runner.core.user_text import read_user_text
 from runner.spec import sweeps
-from runner.spec.extends import Reader, mere_bases, merged, read_with_lines
+from runner.spec.extends import Reader, base_only_files, read_merged, read_with_lines
 from runner.spec.messages import KeyFault, explain
 from runner.spec.origins import origins_in
-from runner.spec.rules import broken_rules, drop_unused_inversion, fill_defaults, secrets
+from runner.spec.rules import broken_rules, drop_unused_inversion, fill_defaults, secret_values
 from runner.spec.run_names import allowed, clashes, names_in
 from runner.spec.schema import RUN_NAME, VERSION_TABLE, Spec
-from runner.spec.source import Source, dotted_keys
+from runner.spec.source import SpecOrigin, dotted_keys
 from runner.spec.sweeps import put
 from runner.spec.toml_lines import key_lines
 
 # For required keys that are missing or wrong, so that the rest of the spec can still be looked at.
-STAND_INS: dict[str, Any] = {
+PLACEHOLDER_VALUES: dict[str, Any] = {
     "model": {"base": "builtin:tiny"},
     "model.base": "builtin:tiny",
     "data": {"source": "."},
@@ -41,7 +41,7 @@ class Loaded:
     whatever else is wrong can be told in the same go."""
 
     spec: Spec
-    source: Source
+    source: SpecOrigin
     bad: frozenset[str] = frozenset()
 
 
@@ -57,7 +57,7 @@ def load_all(paths: Sequence[Path], runs: Path | None = None) -> tuple[list[Load
     """The same, with the faults beside what could be read. `runs`: where a sweep's runs may lie already."""
     faults: list[Fault] = []
     read = functools.cache(read_with_lines)  # a file that many extend is read once
-    asked = [one for file in _files(paths, faults, read) if (one := _asked(file, faults, read)) is not None]
+    asked = [one for file in _files(paths, faults, read) if (one := _requested(file, faults, read)) is not None]
     if refused := list(_too_many(asked)):
         for one in asked:  # what else is wrong with them is told in the same go
             _build(one.first(), one.source, faults)
@@ -77,13 +77,13 @@ def load_text(text: str, file: Path) -> Loaded:
     tables.pop("sweep", None)
     tables.setdefault("name", file.stem)
     places = {where: (file, line) for where, line in key_lines(text).items()}
-    loaded = _build(tables, Source(file, places), faults)
+    loaded = _build(tables, SpecOrigin(file, places), faults)
     if faults or loaded is None:
         raise SpecError(faults)
     return loaded
 
 
-def path_at(text: str, source: Source, key: str) -> Path:
+def path_at(text: str, source: SpecOrigin, key: str) -> Path:
     """The path that a key's text names, relative to the file that it stands in."""
     return (source.place(key)[0].parent / Path(text).expanduser()).resolve()
 
@@ -95,7 +95,7 @@ def _files(paths: Sequence[Path], faults: list[Fault], read: Reader) -> list[Pat
             inside = sorted(path.glob("*.toml"))
             if not inside:
                 faults.append(Fault(path, 1, "", "no *.toml in this folder; name a spec file, or a folder of them"))
-            bases = mere_bases(inside, read)
+            bases = base_only_files(inside, read)
             files += [file for file in inside if file.resolve() not in bases]
         else:
             files.append(path)
@@ -103,20 +103,20 @@ def _files(paths: Sequence[Path], faults: list[Fault], read: Reader) -> list[Pat
 
 
 @dataclass(frozen=True)
-class Asked:
+class RequestedSpec:
     """A spec file as read: its tables less [sweep], and the lists that are to be swept."""
 
     tables: dict[str, Any]
-    source: Source
+    source: SpecOrigin
     sweep: dict[str, Any]
 
     def first(self) -> dict[str, Any]:
         return _with(self.tables, self.tables["name"], {key: values[0] for key, values in self.sweep.items()})
 
 
-def _asked(file: Path, faults: list[Fault], read: Reader) -> Asked | None:
+def _requested(file: Path, faults: list[Fault], read: Reader) -> RequestedSpec | None:
     try:
-        tables, places = merged(file, read=read)
+        tables, places = read_merged(file, read=read)
     except SpecError as error:
         faults += error.faults
         return None
@@ -125,17 +125,17 @@ def _asked(file: Path, faults: list[Fault], read: Reader) -> Asked | None:
         drop_unused_inversion(tables)
     origins = origins_in(read_user_text(file)) if own is not None else {}
     sweep = sweeps.flat(tables.pop("sweep", {}))
-    source = Source(file, places, {}, frozenset(dotted_keys(tables)), origins)
+    source = SpecOrigin(file, places, {}, frozenset(dotted_keys(tables)), origins)
     tables.setdefault("name", file.stem)
     bad = [
-        Fault(*Source(file, places, sweep).place(key.removeprefix("sweep.")), key, message)
+        Fault(*SpecOrigin(file, places, sweep).place(key.removeprefix("sweep.")), key, message)
         for key, message in sweeps.faults(sweep, tables)
     ]
     faults += bad
-    return None if bad else Asked(tables, source, sweep)
+    return None if bad else RequestedSpec(tables, source, sweep)
 
 
-def _too_many(asked: Sequence[Asked]) -> Iterator[Fault]:
+def _too_many(asked: Sequence[RequestedSpec]) -> Iterator[Fault]:
     """More runs than one command takes, counted without making them."""
     counts = [sweeps.count(one.sweep) for one in asked]
     alone = [(one, message) for one in asked if (message := sweeps.too_many(one.sweep))]
@@ -150,7 +150,9 @@ def _too_many(asked: Sequence[Asked]) -> Iterator[Fault]:
         )
 
 
-def _variants(asked: Asked, runs: Path | None, there: Collection[str]) -> Iterator[tuple[dict[str, Any], Source]]:
+def _variants(
+    asked: RequestedSpec, runs: Path | None, there: Collection[str]
+) -> Iterator[tuple[dict[str, Any], SpecOrigin]]:
     """The tables of each run that a file asks for: one, or the product of [sweep]'s lists."""
     name, source = asked.tables["name"], asked.source
     if not asked.sweep:
@@ -167,7 +169,7 @@ def _variants(asked: Asked, runs: Path | None, there: Collection[str]) -> Iterat
     for run_name, swept in sweeps.expand(name, asked.sweep, there, holds):
         yield (
             _with(asked.tables, run_name, swept),
-            Source(source.file, source.places, swept, source.written, source.origins),
+            SpecOrigin(source.file, source.places, swept, source.written, source.origins),
         )
 
 
@@ -178,9 +180,9 @@ def _with(tables: dict[str, Any], name: str, swept: Mapping[str, Any]) -> dict[s
     return {**variant, "name": name}
 
 
-def _build(tables: dict[str, Any], source: Source, faults: list[Fault]) -> Loaded | None:
+def _build(tables: dict[str, Any], source: SpecOrigin, faults: list[Fault]) -> Loaded | None:
     """Adds every fault: of single keys, and of keys that do not go together. None where nothing can be made of it."""
-    told = list(secrets(tables))
+    told = list(secret_values(tables))
     spec, wrong = _validated(tables, source.swept)
     hidden = {key for key, _ in told}
     told += [(one.key, one.message) for one in wrong if one.key not in hidden]  # a secret's own fault would show it
@@ -192,7 +194,7 @@ def _build(tables: dict[str, Any], source: Source, faults: list[Fault]) -> Loade
     if spec is not None:
         rules = broken_rules(spec, tables)
         told += [
-            (rule.key, rule.message) for rule in rules if not any(touches(k, b) for k in rule.reads for b in unknown)
+            (rule.key, rule.message) for rule in rules if not any(overlaps(k, b) for k in rule.reads for b in unknown)
         ]
     told = [(key, message) for key, message in told if not (_required(message) and _meant(key, wrong))]
     faults += [source.fault(key, message) for key, message in told]
@@ -205,14 +207,14 @@ def _required(message: str) -> bool:
 
 def _meant(key: str, wrong: Sequence[KeyFault]) -> bool:
     """Whether a misspelt key stands for this one: what it lacks is then that key's fault alone."""
-    return any(touches(key, meant) for one in wrong for meant in one.meant)
+    return any(overlaps(key, meant) for one in wrong for meant in one.meant)
 
 
-def _rest_of(tables: dict[str, Any], bad: frozenset[str], source: Source) -> tuple[Spec | None, frozenset[str]]:
+def _rest_of(tables: dict[str, Any], bad: frozenset[str], source: SpecOrigin) -> tuple[Spec | None, frozenset[str]]:
     """The spec without its faulty keys, and without the tables that are none without those; what else was left out."""
-    rest, left_out = _without(tables, bad), bad
-    for key in bad & STAND_INS.keys():
-        put(rest, key, STAND_INS[key])
+    rest, left_out = _drop_keys(tables, bad), bad
+    for key in bad & PLACEHOLDER_VALUES.keys():
+        put(rest, key, PLACEHOLDER_VALUES[key])
     if "name" in bad:
         rest["name"] = allowed(source.file.stem)
     for _ in range(3):
@@ -220,9 +222,9 @@ def _rest_of(tables: dict[str, Any], bad: frozenset[str], source: Source) -> tup
         if spec is not None or not wrong:
             return spec, left_out - bad
         more = frozenset(_table_around(one.key) for one in wrong) - {""}
-        rest, left_out = _without(rest, more), left_out | more
-        for key in more & STAND_INS.keys():
-            put(rest, key, STAND_INS[key])
+        rest, left_out = _drop_keys(rest, more), left_out | more
+        for key in more & PLACEHOLDER_VALUES.keys():
+            put(rest, key, PLACEHOLDER_VALUES[key])
     return None, left_out - bad
 
 
@@ -269,11 +271,11 @@ def _is_written(key: str, tables: Any) -> bool:
     return True
 
 
-def touches(key: str, bad: str) -> bool:
+def overlaps(key: str, bad: str) -> bool:
     return key == bad or key.startswith(f"{bad}.") or bad.startswith(f"{key}.")
 
 
-def _without(tables: dict[str, Any], bad: frozenset[str]) -> dict[str, Any]:
+def _drop_keys(tables: dict[str, Any], bad: frozenset[str]) -> dict[str, Any]:
     """A copy less the named keys; entries of arrays are taken out from the back."""
     rest = copy.deepcopy(tables)
     for key in sorted(bad, key=lambda name: [int(p) if p.isdigit() else -1 for p in name.split(".")], reverse=True):

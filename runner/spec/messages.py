@@ -22,7 +22,7 @@ from runner.spec.keys import (
     number,
     spec_keys,
 )
-from runner.spec.unknown_keys import show, unknown
+from runner.spec.unknown_keys import show_value, unknown_key_faults
 
 TAGS = {"none", "sigma_sqrt", "logit_normal", "mode", "cosmap", "adamw", "adamw8bit", "prodigy"}
 
@@ -44,7 +44,7 @@ def explain(
     path = _real_path(detail["loc"], tables)
     name, kind, found = ".".join(map(str, path)), detail["type"], detail["input"]
     if kind == "extra_forbidden":
-        return KeyFault(name, *unknown(path, found, tables, written, swept))
+        return KeyFault(name, *unknown_key_faults(path, found, tables, written, swept))
     if kind == "missing":
         return KeyFault(name, _missing(path))
     if kind in ("literal_error", "union_tag_invalid"):
@@ -77,7 +77,8 @@ def _no_choice(name: str, path: Where, kind: str, found: Any, context: Mapping[s
     if found == []:
         return KeyFault(name, _told("expected at least one name, got []", path, kind, found))
     return KeyFault(
-        name, f"not one of the names allowed (found {show(found)}); allowed are {', '.join([*more, *choices])}{guess}"
+        name,
+        f"not one of the names allowed (found {show_value(found)}); allowed are {', '.join([*more, *choices])}{guess}",
     )
 
 
@@ -120,7 +121,7 @@ def _expected(path: Where, kind: str, found: Any, detail: Mapping[str, Any]) -> 
         word = next((word for name, word in BOUNDS.items() if name in limits), "")
         wanted = f"{word} {number(next(iter(limits.values())))}" if word else ""
     if not wanted:
-        return f"{detail['msg'][0].lower()}{detail['msg'][1:]} (found {show(found)})"
+        return f"{detail['msg'][0].lower()}{detail['msg'][1:]} (found {show_value(found)})"
     return f"expected {wanted}, got {_got(found)}"
 
 
@@ -129,7 +130,7 @@ def _got(found: Any) -> str:
         return "a table"
     if isinstance(found, list) and found and all(isinstance(one, Mapping) for one in found):
         return "a list of tables"
-    return show(found)
+    return show_value(found)
 
 
 def _to_type(path: Where, about: Any, kind: str, found: Any) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from runner.spec.attention import HALF
 from runner.spec.schema import Inversion, Spec
-from runner.spec.unknown_keys import show
+from runner.spec.unknown_keys import show_value
 
 SECRET_KEYS = {
     "token", "hf_token", "hub_token", "huggingface_token", "access_token", "api_key", "apikey", "wandb_api_key",
@@ -18,7 +18,7 @@ SECRET_KEYS = {
 
 
 # Keys whose default is another key's value, as `fill_defaults` says.
-FOLLOWED = {
+FOLLOWED_DEFAULTS = {
     "lora.alpha": "lora.rank",
     "inversion.lr": "train.lr",
     "text_lora.alpha": "text_lora.rank",
@@ -27,9 +27,9 @@ FOLLOWED = {
 }
 
 
-def follows(key: str, values: Mapping[str, Any]) -> str | None:
+def follow_default(key: str, values: Mapping[str, Any]) -> str | None:
     """The key that `key` has its value from, where nobody set it; `values`: a resolved spec's, by dotted key."""
-    followed = FOLLOWED.get(key, "")
+    followed = FOLLOWED_DEFAULTS.get(key, "")
     return followed if followed in values and values.get(key) == values[followed] else None
 
 
@@ -106,7 +106,7 @@ def _float(value: Any) -> Any:
     return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-def secrets(tables: Any, path: str = "") -> Iterator[tuple[str, str]]:
+def secret_values(tables: Any, path: str = "") -> Iterator[tuple[str, str]]:
     """Keys and values that look like a credential; the value is not shown."""
     said = "no secret may stand in a spec (not shown); take it out, use the environment variable HF_TOKEN or `hf auth login`"
     wandb = said.replace("HF_TOKEN or `hf auth login`", "WANDB_API_KEY or `wandb login`")
@@ -118,11 +118,11 @@ def secrets(tables: Any, path: str = "") -> Iterator[tuple[str, str]]:
         ):
             yield key, wandb if "wandb" in str(name).lower() else said
         else:
-            yield from secrets(value, key)
+            yield from secret_values(value, key)
 
 
 @dataclass(frozen=True)
-class Broken:
+class BrokenRule:
     """Keys that do not go together. `reads`: all that this was found out from; where one of them is faulty itself,
     nothing can be said."""
 
@@ -131,13 +131,13 @@ class Broken:
     reads: tuple[str, ...]
 
 
-def broken_rules(spec: Spec, written: Mapping[str, Any]) -> Iterator[Broken]:
+def broken_rules(spec: Spec, written: Mapping[str, Any]) -> Iterator[BrokenRule]:
     """`written`: the tables as the user wrote them."""
     yield from _length(spec)
     yield from _tokens(spec, written)
     yield from _evaluation(spec)
     if spec.model.attention in HALF and spec.model.dtype == "fp32":
-        yield Broken(
+        yield BrokenRule(
             "model.attention",
             f'{spec.model.attention} takes bf16 and fp16 alone (model.dtype is fp32); use "native"',
             ("model.attention", "model.dtype"),
@@ -148,41 +148,47 @@ def broken_rules(spec: Spec, written: Mapping[str, Any]) -> Iterator[Broken]:
     yield from _schedule(spec)
 
 
-def _length(spec: Spec) -> Iterator[Broken]:
+def _length(spec: Spec) -> Iterator[BrokenRule]:
     reads = ("train.steps", "train.epochs")
     if spec.train.steps is None and spec.train.epochs is None:
-        yield Broken("train.steps", "required key is missing; write steps = 1000 (or epochs = 10) below [train]", reads)
+        yield BrokenRule(
+            "train.steps", "required key is missing; write steps = 1000 (or epochs = 10) below [train]", reads
+        )
     if spec.train.steps is not None and spec.train.epochs is not None:
-        yield Broken(
+        yield BrokenRule(
             "train.epochs", f"train.steps is set too (found {spec.train.epochs}); take one of the two out", reads
         )
 
 
-def _tokens(spec: Spec, written: Mapping[str, Any]) -> Iterator[Broken]:
+def _tokens(spec: Spec, written: Mapping[str, Any]) -> Iterator[BrokenRule]:
     for index, name in _repeated(token.name for token in spec.tokens):
         key = f"tokens.{index}.name"
-        yield Broken(key, f"another token has this name (found {show(name)}); give each its own", (key,))
+        yield BrokenRule(key, f"another token has this name (found {show_value(name)}); give each its own", (key,))
     for index, word in _repeated(token.placeholder for token in spec.tokens):
         key = f"tokens.{index}.placeholder"
-        said = f"another token has this placeholder (found {show(word)}); give each its own, or take it out of all"
-        yield Broken(key, said, (key,))
+        said = (
+            f"another token has this placeholder (found {show_value(word)}); give each its own, or take it out of all"
+        )
+        yield BrokenRule(key, said, (key,))
     if not spec.tokens and "inversion" in written:
         way = "" if spec.text_lora else "add a [[tokens]] table with a name, or "
-        yield Broken("inversion", f"there are no tokens to learn; {way}take [inversion] out", ("inversion", "tokens"))
+        yield BrokenRule(
+            "inversion", f"there are no tokens to learn; {way}take [inversion] out", ("inversion", "tokens")
+        )
     if spec.inversion.encoders not in (("clip",), ("clip", "t5")):
-        yield Broken(
+        yield BrokenRule(
             "inversion.encoders",
-            f'not a choice of encoders (found {show(list(spec.inversion.encoders))}); allowed are ["clip"] and ["clip", "t5"]',
+            f'not a choice of encoders (found {show_value(list(spec.inversion.encoders))}); allowed are ["clip"] and ["clip", "t5"]',
             ("inversion.encoders",),
         )
     if spec.lora.until == 0 and not spec.tokens and spec.text_lora is None:
-        yield Broken(
+        yield BrokenRule(
             "lora.until",
             "nothing is left to train (found 0); raise it, or add a [[tokens]] table for textual inversion",
             ("lora.until", "tokens", "text_lora"),
         )
     if spec.text_lora is not None and spec.tokens:
-        yield Broken(
+        yield BrokenRule(
             "text_lora",
             "CLIP cannot learn a LoRA and token rows in one run; take [text_lora] or [[tokens]] out",
             ("text_lora", "tokens"),
@@ -200,7 +206,7 @@ def _repeated(words: Iterable[str | None]) -> Iterator[tuple[int, str]]:
         seen.add(word)
 
 
-def _evaluation(spec: Spec) -> Iterator[Broken]:
+def _evaluation(spec: Spec) -> Iterator[BrokenRule]:
     """What goes by the eval loss wants it to be taken."""
     ways = []
     if spec.validation.every is None:
@@ -210,39 +216,39 @@ def _evaluation(spec: Spec) -> Iterator[Broken]:
     ruled = [name for name, value in spec.stop.model_dump().items() if value is not None]
     for key in [f"stop.{name}" for name in ruled] + (["export.best"] if spec.export.best else []):
         for way in ways:
-            yield Broken(key, f"goes by the eval loss, which {way}", (key, "validate.every", "validate.loss"))
+            yield BrokenRule(key, f"goes by the eval loss, which {way}", (key, "validate.every", "validate.loss"))
 
 
-def _offload(spec: Spec) -> Iterator[Broken]:
+def _offload(spec: Spec) -> Iterator[BrokenRule]:
     own = spec.model
     if own.offload == "none":
         return
     for table, every in (("model", own.gradient_checkpointing), ("inversion", spec.inversion.gradient_checkpointing)):
         if every == "selective" or (every is not None and every > 1):
             key = f"{table}.gradient_checkpointing"
-            message = f"blocks that are offloaded are all recomputed (found {show(every)}); take this key out"
-            yield Broken(key, message, (key, "model.offload"))
+            message = f"blocks that are offloaded are all recomputed (found {show_value(every)}); take this key out"
+            yield BrokenRule(key, message, (key, "model.offload"))
     if own.compile:
-        yield Broken(
+        yield BrokenRule(
             "model.compile",
             "compiled blocks cannot be offloaded (found true); take this key or model.offload out",
             ("model.compile", "model.offload"),
         )
 
 
-def _selective(spec: Spec) -> Iterator[Broken]:
+def _selective(spec: Spec) -> Iterator[BrokenRule]:
     for table in ("model", "inversion"):
         if getattr(spec, table).gradient_checkpointing != "selective":
             continue
         key = f"{table}.gradient_checkpointing"
         if spec.model.compile:
-            yield Broken(
+            yield BrokenRule(
                 key,
                 'compiled blocks are recomputed as a whole (found "selective"); use true, or a number for every n-th',
                 (key, "model.compile"),
             )
         if spec.lora.dropout > 0:
-            yield Broken(
+            yield BrokenRule(
                 key,
                 f'dropout would be drawn anew (found "selective", lora.dropout is {spec.lora.dropout:g}); use true, or a number '
                 "for every n-th",
@@ -250,7 +256,7 @@ def _selective(spec: Spec) -> Iterator[Broken]:
             )
 
 
-def _prodigy(spec: Spec) -> Iterator[Broken]:
+def _prodigy(spec: Spec) -> Iterator[BrokenRule]:
     if spec.optimizer.name != "prodigy":
         return
     own = {
@@ -259,7 +265,7 @@ def _prodigy(spec: Spec) -> Iterator[Broken]:
     }
     for key, lr in own.items():
         if lr is not None and lr != spec.train.lr:
-            yield Broken(
+            yield BrokenRule(
                 key,
                 f"Prodigy estimates one step size for everything it trains, so all learning rates are one (found {lr:g}, "
                 f'train.lr is {spec.train.lr:g}); take this key out, or use optimizer.name = "adamw"',
@@ -267,28 +273,28 @@ def _prodigy(spec: Spec) -> Iterator[Broken]:
             )
 
 
-def _schedule(spec: Spec) -> Iterator[Broken]:
+def _schedule(spec: Spec) -> Iterator[BrokenRule]:
     steps, own = spec.train.steps, spec.schedule
     if steps is not None and own.warmup > steps:
-        yield Broken(
+        yield BrokenRule(
             "schedule.warmup",
             f"longer than the run (found {own.warmup}, train.steps is {steps}); lower it",
             ("schedule.warmup", "train.steps"),
         )
     if own.warmup and own.name == "constant":
-        yield Broken(
+        yield BrokenRule(
             "schedule.warmup",
             f'the constant schedule has no warm-up (found {own.warmup}); use schedule.name = "constant_with_warmup"',
             ("schedule.warmup", "schedule.name"),
         )
     if own.cycles != 1 and own.name != "cosine_with_restarts":
-        yield Broken(
+        yield BrokenRule(
             "schedule.cycles",
             f'only cosine_with_restarts has cycles (found {own.cycles}); take it out, or use schedule.name = "cosine_with_restarts"',
             ("schedule.cycles", "schedule.name"),
         )
     if own.power != 1 and own.name != "polynomial":
-        yield Broken(
+        yield BrokenRule(
             "schedule.power",
             f'only polynomial has a power (found {own.power:g}); take it out, or use schedule.name = "polynomial"',
             ("schedule.power", "schedule.name"),

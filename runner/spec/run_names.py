@@ -14,7 +14,7 @@ from pathlib import Path
 
 from runner.core import files
 from runner.spec.export_names import webui_file
-from runner.spec.unknown_keys import show
+from runner.spec.unknown_keys import show_value
 
 # What the runs folder and every run's folder hold under fixed names, in lower case: some disks ignore case.
 IN_RUNS_FOLDER = {
@@ -34,7 +34,7 @@ OTHER_NAME = "set another `name` in this spec (letters, digits and . _ = , + -)"
 DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{number}" for port in ("com", "lpt") for number in range(10))}
 
 ASIDE = (
-    len("..") + 7 + len(files.ASIDE)
+    len("..") + 7 + len(files.PARTIAL_SUFFIX)
 )  # bytes of `.FILE.PID.partial` beside the file's own name, a PID of up to 7 digits
 LONGEST_PATH = 4095  # bytes, on Linux
 LONGEST_RUNS_FOLDER = LONGEST_PATH - 255  # with room below it for the cache's files
@@ -99,7 +99,7 @@ class RunsThere:
 def name_fault(name: str, runs: Path, there: RunsThere, *, swept: bool = False) -> str | None:
     """Why a run of this name cannot have its folder below `runs`, or None. swept: a sweep gave the name."""
     outer, _, inner = name.partition("/")
-    found = f"(found {show(f'{outer}/...' if swept else name)})"
+    found = f"(found {show_value(f'{outer}/...' if swept else name)})"
     own = there.names.get(name.lower())
     way_out = _moving(runs, name) if own == name else OTHER_NAME
     if why := reserved(name) or (None if own == name else unportable(name)):
@@ -170,25 +170,25 @@ def clashes(named: Sequence[tuple[str, Path, bool]]) -> Iterator[tuple[int, str]
         if swept:
             yield (
                 position,
-                f"a sweep has this name (found {show(outer)}, also in {where}); give one of the two another `name`",
+                f"a sweep has this name (found {show_value(outer)}, also in {where}); give one of the two another `name`",
             )
         elif first != name:
             yield (
                 position,
                 (
-                    f"two names differ in case alone (found {show(name)}, {show(first)} in {where}), and some disks ignore case; "
+                    f"two names differ in case alone (found {show_value(name)}, {show_value(first)} in {where}), and some disks ignore case; "
                     "give one of them another `name`"
                 ),
             )
         else:
-            yield position, f"two runs have this name (found {show(name)}, also in {where}); give each its own"
+            yield position, f"two runs have this name (found {show_value(name)}, also in {where}); give each its own"
     for position, (name, _, _) in enumerate(named):
         if name.lower() in holders:
             inside, where = holders[name.lower()]
             yield (
                 position,
                 (
-                    f"its folder would hold another run's (found {show(name)}, and {show(inside)} in {where}); give one of the two "
+                    f"its folder would hold another run's (found {show_value(name)}, and {show_value(inside)} in {where}); give one of the two "
                     "another `name`"
                 ),
             )

@@ -9,19 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from runner.core.errors import Fault
-from runner.spec.extends import Places, place_of
+from runner.spec.extends import Locations, location_of
 from runner.spec.keys import Where
 from runner.spec.origins import DEFAULT
 
 
 @dataclass(frozen=True)
-class Source:
+class SpecOrigin:
     """Where a spec came from, so that later checks can point at a line. `places`: of its keys, in the file itself or in
     one that it extends; `swept`: what [sweep] set; `written`: every dotted key that stands somewhere; `origins`: of a run
     folder's own spec, what it says of where each value came from."""
 
     file: Path
-    places: Places
+    places: Locations
     swept: Mapping[str, Any] = field(default_factory=dict)
     written: frozenset[str] = frozenset()
     origins: Mapping[str, str] = field(default_factory=dict)
@@ -31,7 +31,7 @@ class Source:
             where: Where = ("sweep", key) if ("sweep", key) in self.places else ("sweep", *key.split("."))
         else:
             where = tuple(int(part) if part.isdigit() else part for part in key.split(".") if part)
-        return place_of(self.places, where) or (self.file, 1)
+        return location_of(self.places, where) or (self.file, 1)
 
     def fault(self, key: str, message: str) -> Fault:
         return Fault(*self.place(key), key, self.relative(key, message))

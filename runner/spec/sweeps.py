@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runner.core.hashing import key_of
+from runner.core.hashing import content_key
 from runner.spec.schema import LONGEST_RUN_NAME, RUN_NAME
-from runner.spec.unknown_keys import show
+from runner.spec.unknown_keys import show_value
 
 MOST_RUNS = 10_000  # of one command
 LONGEST_VALUE = 40  # characters of a value's name, less its digest
@@ -49,7 +49,7 @@ def faults(sweep: Mapping[str, Any], tables: dict[str, Any]) -> Iterator[tuple[s
         if "/" in name:
             yield (
                 "name",
-                f"the runs of a sweep are called NAME/KEY=VALUE, so its NAME has no / (found {show(name)}); take it out",
+                f"the runs of a sweep are called NAME/KEY=VALUE, so its NAME has no / (found {show_value(name)}); take it out",
             )
         if len(name) > LONGEST_NAME:
             yield "name", f"too long for a sweep (found {len(name)} characters); at most {LONGEST_NAME} are allowed"
@@ -57,7 +57,7 @@ def faults(sweep: Mapping[str, Any], tables: dict[str, Any]) -> Iterator[tuple[s
         if not isinstance(values, list) or not values:
             yield (
                 f"sweep.{key}",
-                f'expected a list of values, got {show(values)}; write it as in "lora.rank" = [4, 8, 16]',
+                f'expected a list of values, got {show_value(values)}; write it as in "lora.rank" = [4, 8, 16]',
             )
         elif key in ("name", ""):
             yield f"sweep.{key}", "a sweep names its runs itself; sweep another key"
@@ -65,7 +65,7 @@ def faults(sweep: Mapping[str, Any], tables: dict[str, Any]) -> Iterator[tuple[s
             yield f"sweep.{key}", "every run of a sweep tells the same; write it below [notify], outside of [sweep]"
         elif twice := [text for text, count in Counter(map(_exact, values)).items() if count > 1]:
             found = next(value for value in values if _exact(value) == twice[0])
-            yield f"sweep.{key}", f"a value stands in the list twice (found {show(found)}); take one out"
+            yield f"sweep.{key}", f"a value stands in the list twice (found {show_value(found)}); take one out"
         elif wrong := _no_place(tables, key):
             yield f"sweep.{key}", wrong
 
@@ -182,7 +182,7 @@ def _with_digest(value: Any, longest: int) -> str:
     """What can be kept of the value, and what tells it from every other one."""
     plain = unicodedata.normalize("NFKD", str(value)).encode("ascii", "ignore").decode()  # a letter without its accent
     kept = _earlier(plain)[:longest].strip("-")
-    digest = key_of(_exact(value))[:DIGEST]
+    digest = content_key(_exact(value))[:DIGEST]
     return f"{kept}-{digest}" if kept else digest
 
 
@@ -203,7 +203,7 @@ def _joined(name: str, swept: Swept, texts: Sequence[str]) -> str:
         ]
         label = ",".join(f"{key}={text}" for key, text in zip(keys, short, strict=True))
     if len(label) > room:
-        label = f"{label[: max(0, room - DIGEST - 1)]}-{key_of(_exact(swept))[:DIGEST]}"
+        label = f"{label[: max(0, room - DIGEST - 1)]}-{content_key(_exact(swept))[:DIGEST]}"
     return f"{name}/{label.lstrip('-')}"
 
 

@@ -10,13 +10,13 @@ from runner.spec.keys import Where, keys_of, models_in, spec_keys
 from runner.spec.other_trainers import NO_KEY, NOT_THERE, PROGRAMS, named_by
 
 
-def show(value: Any) -> str:
+def show_value(value: Any) -> str:
     """A value as found, short, with control characters escaped."""
     text = repr(value) if not isinstance(value, bool) else str(value).lower()
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def unknown(
+def unknown_key_faults(
     path: Where, value: Any, tables: Mapping[str, Any], written: Mapping[str, Any], swept: Collection[str] = ()
 ) -> tuple[str, tuple[str, ...]]:
     """(message, the keys that were meant) of a key that is not allowed where it stands. tables: the spec with its
@@ -25,7 +25,7 @@ def unknown(
     here = sorted(keys_of(path[:-1], tables))
     is_table = isinstance(value, Mapping) or (isinstance(value, list) and value and isinstance(value[0], Mapping))
     is_swept = ".".join(map(str, path)) in swept
-    found = "in [sweep]" if is_swept else show(value)
+    found = "in [sweep]" if is_swept else show_value(value)
     text = f"unknown {'table' if is_table else 'key'} (found {found}); allowed here: {', '.join(here)}"
     why, meant = _what_was_meant(path, here)
     for key in meant:

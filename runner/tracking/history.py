@@ -29,12 +29,12 @@ class History:
         self.path = path
         if path.is_file() and not path.is_symlink():
             kept = [line for line in _lines(path) if line["step"] <= start]
-            with files.if_there_is_room():
+            with files.ignore_disk_errors():
                 files.write_text(path, "".join(f"{json.dumps(line)}\n" for line in kept))
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         line = json.dumps({"step": step, **{name: _short(value) for name, value in values.items()}})
-        with files.if_there_is_room():  # a gap in a curve is no reason to stop; a checkpoint that fails is
+        with files.ignore_disk_errors():  # a gap in a curve is no reason to stop; a checkpoint that fails is
             handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
             try:
                 os.write(handle, f"{line}\n".encode())

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.core import files
-from runner.runs.index import Record, record_of, short_labels, telling
+from runner.runs.index import Record, distinguishing_keys, record_of, short_labels
 from runner.runs.run import Run, find_runs
 from runner.runs.state import is_number
 
@@ -43,7 +43,7 @@ LAYOUT: Mapping[str, Mapping[str, Sequence[str]]] = {
 def write_board(runs: Path) -> None:
     """For every run that TensorBoard has something of."""
     records = _records(runs)
-    keys = telling(records.values())
+    keys = distinguishing_keys(records.values())
     for run in find_runs(runs):
         if any(path.name != FILE for path in run.folder.glob("events.out.tfevents.*")):
             _write(run, records, keys)
@@ -52,7 +52,7 @@ def write_board(runs: Path) -> None:
 def write_session(run: Run) -> None:
     """For one run, as it begins; the keys that differ are those of all runs that are there."""
     records = _records(run.runs)
-    _write(run, records, telling(records.values()))
+    _write(run, records, distinguishing_keys(records.values()))
 
 
 def _records(runs: Path) -> dict[str, Record]:

@@ -19,11 +19,11 @@ from runner.cache.keys import Entry
 from runner.cache.store import Cache
 from runner.checkpoint.storage import Weights
 from runner.core import hashing
-from runner.core.errors import Interrupted
-from runner.core.events import Say
-from runner.core.hashing import key_of
+from runner.core.errors import InterruptedRunError
+from runner.core.events import EventLog
+from runner.core.hashing import content_key
 from runner.data import class_images, images, tokens
-from runner.data.buckets import Size, View, group
+from runner.data.buckets import CropView, Size, group_by_bucket
 from runner.data.images import Picture, Pictures
 from runner.model import device
 from runner.model.base import Base
@@ -33,23 +33,23 @@ from runner.plan.build import resolutions
 from runner.plan.phases import Plan
 from runner.spec.schema import Spec
 from runner.training.distributed import Ranks
-from runner.training.model_pool import Shelf
+from runner.training.model_pool import ModelPool
 
 EVAL_SIGMAS = tuple(k / 10 for k in range(1, 10))
 
 
 @dataclass(frozen=True)
-class Desk:
+class RunContext:
     spec: Spec
     plan: Plan
     pictures: Pictures
     base: Base
     cache: Cache
-    say: Say
+    event_log: EventLog
     ranks: Ranks
     stop_requested: Callable[[], bool]
     split: int = 1  # parts that a micro-batch is cut into, where the memory was too small for it whole
-    shelf: Shelf = field(default_factory=Shelf)
+    model_pool: ModelPool = field(default_factory=ModelPool)
     prints: dict[str, str] = field(default_factory=dict)  # fingerprints of the base's parts, once per run
 
     def part_print(self, part: str) -> str:
@@ -59,7 +59,7 @@ class Desk:
 
     @property
     def base_print(self) -> str:
-        return key_of("base", *map(self.part_print, PARTS_OF_BASE))
+        return content_key("base", *map(self.part_print, PARTS_OF_BASE))
 
     @property
     def base_identity(self) -> BaseIdentity:
@@ -77,7 +77,7 @@ class Desk:
     def _grouped(self, pictures: Sequence[Picture]) -> dict[Size, tuple[Picture, ...]]:
         buckets = self.spec.data.buckets
         sizes = [images.measure(picture) if buckets else (1, 1) for picture in pictures]
-        found = group(sizes, resolutions(self.spec), buckets)
+        found = group_by_bucket(sizes, resolutions(self.spec), buckets)
         return {size: tuple(pictures[index] for index in chosen) for size, chosen in found.items()}
 
     @property
@@ -91,7 +91,7 @@ class Desk:
         return class_images.pictures(Path(own.images), own.count, own.prompt) if own else ()
 
     @property
-    def eval_points(self) -> tuple[tuple[View, tuple[float, ...]], ...]:
+    def eval_points(self) -> tuple[tuple[CropView, tuple[float, ...]], ...]:
         """What the eval loss is taken at: every held-out picture at every sigma. Where none is held out, every sigma once,
         each at another of the training pictures: a look shall cost a few steps, and tells less there anyway."""
         views = self.eval_views
@@ -100,29 +100,29 @@ class Desk:
         return tuple((view, EVAL_SIGMAS[at :: len(views)]) for at, view in enumerate(views))
 
     @cached_property
-    def eval_views(self) -> tuple[View, ...]:
+    def eval_views(self) -> tuple[CropView, ...]:
         """The held-out pictures, or some training ones: their middles, at each one's first size."""
         chosen = self.pictures.held or self.pictures.items[: len(EVAL_SIGMAS)]
-        first: dict[str, View] = {}
+        first: dict[str, CropView] = {}
         for size, pictures in self._grouped(chosen).items():
             for picture in pictures:
-                first.setdefault(picture.name, View(picture, size, None))
+                first.setdefault(picture.name, CropView(picture, size, None))
         return tuple(first[picture.name] for picture in chosen)
 
     @cached_property
-    def views(self) -> tuple[View, ...]:
+    def views(self) -> tuple[CropView, ...]:
         """Everything that training and evaluation look at."""
         trained = [
-            View(picture, size, variant)
+            CropView(picture, size, variant)
             for size, pictures in self.groups.items()
             for picture in pictures
             for variant in range(self.variants)
         ]
-        classes = [View(picture, size, None) for size in self.groups for picture in self.class_pictures]
+        classes = [CropView(picture, size, None) for size in self.groups for picture in self.class_pictures]
         return tuple(dict.fromkeys([*trained, *classes, *self.eval_views]))
 
     @cached_property
-    def latent_keys(self) -> dict[View, str]:
+    def latent_keys(self) -> dict[CropView, str]:
         """A key is of the pixels, so every picture must be decoded for it; the cache remembers what that came to."""
         note = keys.views_key(self.spec, self.pictures.fingerprint, self.part_print("vae"), str(self.vae_base.dtype))
         known = self.cache.note(note) if note else {}
@@ -136,14 +136,14 @@ class Desk:
         drawn = {view: self._latent_key(pixels) for view, pixels in self.pixels(classes)}
         return {view: drawn[view] if view in drawn else known[_name(view)] for view in self.views}
 
-    def pixels(self, views: Sequence[View]) -> Iterator[tuple[View, Any]]:
+    def pixels(self, views: Sequence[CropView]) -> Iterator[tuple[CropView, Any]]:
         """Each view's pixels; every picture is decoded once, by `data.workers` threads."""
         own, seed = self.spec.data, self.spec.seed
-        by_picture: dict[Picture, list[View]] = {}
+        by_picture: dict[Picture, list[CropView]] = {}
         for view in views:
             by_picture.setdefault(view.picture, []).append(view)
 
-        def cut(picture: Picture) -> list[tuple[View, Any]]:
+        def cut(picture: Picture) -> list[tuple[CropView, Any]]:
             with images.in_turn(picture):
                 upright = images.decode(picture)
                 return [
@@ -167,7 +167,7 @@ class Desk:
 
     def _latent_key(self, pixels: Any) -> str:
         dtype = str(self.vae_base.dtype)
-        return key_of("latents", pixels.tobytes(), json.dumps(pixels.shape), self.part_print("vae"), dtype)
+        return content_key("latents", pixels.tobytes(), json.dumps(pixels.shape), self.part_print("vae"), dtype)
 
     # ---- captions --------------------------------------------------------------------------------------------------
 
@@ -182,7 +182,7 @@ class Desk:
 
     def text_key(self, encoder: str, caption: str, pooling: str, weights: Weights) -> str:
         """`caption` as written; the encoder as `weights` have changed it."""
-        written = tokens.expand(caption, self.plan.placeholders)
+        written = tokens.expand_placeholders(caption, self.plan.placeholders)
         return self.text_keys(encoder, weights)(keys.entry(self.spec, encoder, written, pooling))
 
     def text_keys(self, encoder: str, weights: Weights) -> Callable[[Entry], str]:
@@ -202,18 +202,18 @@ class Desk:
 
     def check_stop(self) -> None:
         if self.stop_requested():
-            raise Interrupted("stopped before training was complete; the same command goes on")
+            raise InterruptedRunError("stopped before training was complete; the same command goes on")
 
 
-def _name(view: View) -> str:
+def _name(view: CropView) -> str:
     width, height = view.size
     return f"{view.picture.name}|{width}x{height}|{view.variant}"
 
 
-def open_base_of(spec: Spec, gpus: str | None, cache: Cache) -> Base:
+def open_base(spec: Spec, gpus: str | None, cache: Cache) -> Base:
     """The spec's base on the device that `gpus` chooses, with the process set up for it."""
-    own, where = spec.model, device.choose(gpus)
-    device.prepare(where, tf32=own.tf32)
+    own, where = spec.model, device.choose_device(gpus)
+    device.prepare_device(where, tf32=own.tf32)
     dtype = device.resolve_dtype(own.dtype, where)
     return loading.open_base(
         own.base, own.revision, own.variant, where, dtype, own.quantize, cache.folder, own.offload == "blocks"

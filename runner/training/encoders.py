@@ -20,70 +20,74 @@ from runner.core.errors import FluxrunError
 from runner.data import tokens
 from runner.model import lora
 from runner.model.base import Base
-from runner.model.device import move, release
+from runner.model.device import move_module, release
 from runner.model.flux1 import latents, loading, text_encoders
 from runner.model.lora import text_lora_shape
 from runner.plan.phases import Encode, Plan, recomputed
 from runner.spec.schema import Spec
-from runner.training.context import Desk
-from runner.training.model_pool import Shelf
+from runner.training.context import RunContext
+from runner.training.model_pool import ModelPool
 
 
-def encode_latents(desk: Desk) -> None:
-    missing = [view for view, key in desk.latent_keys.items() if not desk.cache.has("latents", key)]
-    made = {desk.latent_keys[view]: view for view in missing}  # equal pixels are encoded once
-    desk.say.line(f"encode: latents of {len(set(desk.latent_keys.values()))} views, {len(made)} to make")
+def encode_latents(context: RunContext) -> None:
+    missing = [view for view, key in context.latent_keys.items() if not context.cache.has("latents", key)]
+    made = {context.latent_keys[view]: view for view in missing}  # equal pixels are encoded once
+    context.event_log.line(f"encode: latents of {len(set(context.latent_keys.values()))} views, {len(made)} to make")
     if not made:
         return
-    desk.shelf.clear(desk.base)
-    vae = loading.load_vae(desk.vae_base)
-    desk.say.begin_phase("encode latents", 0, len(made), "views")
-    for done, (view, pixels) in enumerate(desk.pixels(list(made.values())), 1):
+    context.model_pool.clear(context.base)
+    vae = loading.load_vae(context.vae_base)
+    context.event_log.begin_phase("encode latents", 0, len(made), "views")
+    for done, (view, pixels) in enumerate(context.pixels(list(made.values())), 1):
         moments = latents.encode_image(vae, torch.from_numpy(pixels.copy()).permute(2, 0, 1))
-        desk.cache.put("latents", desk.latent_keys[view], moments, {"image": view.picture.name})
-        desk.say.progress(done, len(made), "views")
-        desk.check_stop()
+        context.cache.put("latents", context.latent_keys[view], moments, {"image": view.picture.name})
+        context.event_log.progress(done, len(made), "views")
+        context.check_stop()
     del vae
-    release(desk.base.device)
+    release(context.base.device)
 
 
 def encode_texts(
-    desk: Desk, encoder: str, weights: Weights, own: Mapping[str, Entry], others: Sequence[Desk] = ()
+    context: RunContext, encoder: str, weights: Weights, own: Mapping[str, Entry], others: Sequence[RunContext] = ()
 ) -> None:
     """`own`: what this run reads, by key; `others`: runs that come later."""
     later: dict[str, Entry] = {}
     for other in others:
         later |= other.entries(encoder, Weights())
     if own:
-        desk.say.line(f"encode: {encoder} embeddings of {len(own)} texts, {_count(desk, encoder, own)} to make")
-    if ahead := _count(desk, encoder, later.keys() - own.keys()):
-        desk.say.line(f"encode: {encoder} embeddings of {ahead} texts for runs that come later")
+        context.event_log.line(
+            f"encode: {encoder} embeddings of {len(own)} texts, {_count(context, encoder, own)} to make"
+        )
+    if ahead := _count(context, encoder, later.keys() - own.keys()):
+        context.event_log.line(f"encode: {encoder} embeddings of {ahead} texts for runs that come later")
     entries = {**own, **later}
-    if not _count(desk, encoder, entries):
+    if not _count(context, encoder, entries):
         return
-    lock = files.make_folder(desk.cache.folder, within=desk.cache.folder.parent) / f".{encoder}.lock"
-    with locks.locked(lock, patience=math.inf, waiting=desk.check_stop):  # another slot may be making the very same
-        missing = [(key, one) for key, one in entries.items() if not desk.cache.has(encoder, key)]
+    lock = files.make_folder(context.cache.folder, within=context.cache.folder.parent) / f".{encoder}.lock"
+    with locks.hold_lock(
+        lock, patience=math.inf, waiting=context.check_stop
+    ):  # another slot may be making the very same
+        missing = [(key, one) for key, one in entries.items() if not context.cache.has(encoder, key)]
         if missing:
-            _make_texts(desk, encoder, weights, missing)
-    release(desk.base.device)
+            _make_texts(context, encoder, weights, missing)
+    release(context.base.device)
 
 
-def _count(desk: Desk, encoder: str, keys: Iterable[str]) -> int:
-    return sum(not desk.cache.has(encoder, key) for key in keys)
+def _count(context: RunContext, encoder: str, keys: Iterable[str]) -> int:
+    return sum(not context.cache.has(encoder, key) for key in keys)
 
 
-def _make_texts(desk: Desk, encoder: str, weights: Weights, missing: Sequence[tuple[str, Entry]]) -> None:
+def _make_texts(context: RunContext, encoder: str, weights: Weights, missing: Sequence[tuple[str, Entry]]) -> None:
     if encoder == "t5" and "t5" not in weights.rows:  # a T5 that learned was beside the transformer already
-        desk.shelf.clear(desk.base)
-    live = desk.shelf.live.get(encoder)
+        context.model_pool.clear(context.base)
+    live = context.model_pool.live.get(encoder)
     if live is None or not live.holds(weights):
-        live = LiveEncoder.load(desk, encoder, weights)
-    desk.say.begin_phase(f"encode {encoder}", 0, len(missing), "texts")
+        live = LiveEncoder.load(context, encoder, weights)
+    context.event_log.begin_phase(f"encode {encoder}", 0, len(missing), "texts")
     for done, (key, one) in enumerate(missing, 1):
-        desk.cache.put(encoder, key, live.read(one).cpu(), {})
-        desk.say.progress(done, len(missing), "texts")
-        desk.check_stop()
+        context.cache.put(encoder, key, live.read(one).cpu(), {})
+        context.event_log.progress(done, len(missing), "texts")
+        context.check_stop()
 
 
 def reads(plan: Plan, encoder: str) -> bool:
@@ -91,7 +95,7 @@ def reads(plan: Plan, encoder: str) -> bool:
     return any(isinstance(phase, Encode) and phase.at == 0 and encoder in phase.encoders for phase in plan.phases)
 
 
-def frozen_t5(base: Base, cache: Cache, shelf: Shelf, spec: Spec, written: Sequence[str]) -> list[Tensor]:
+def frozen_t5(base: Base, cache: Cache, model_pool: ModelPool, spec: Spec, written: Sequence[str]) -> list[Tensor]:
     """What the base's own T5 makes of texts, [T, width] each; it is loaded only if the cache lacks one."""
     prints = {part: fingerprint(base.folder / part) for part in keys.PARTS["t5"]}
     entries = [keys.entry(spec, "t5", one, "diffusers") for one in written]
@@ -99,7 +103,7 @@ def frozen_t5(base: Base, cache: Cache, shelf: Shelf, spec: Spec, written: Seque
     wanted = [keys.text_key("t5", one, prints, str(base.dtype), held=held) for one in entries]
 
     def make() -> None:
-        shelf.clear(base)
+        model_pool.clear(base)
         live = LiveEncoder("t5", loading.load_t5(base), loading.load_tokenizer(base, "t5"), 0.0)
         for key, one in zip(wanted, entries, strict=True):
             cache.put("t5", key, live.read(one).cpu(), {})
@@ -123,58 +127,60 @@ class LiveEncoder:
 
     @classmethod
     def load(
-        cls, desk: Desk, encoder: str, weights: Weights, *, learn_rows: bool = False, learn_lora: bool = False
+        cls, context: RunContext, encoder: str, weights: Weights, *, learn_rows: bool = False, learn_lora: bool = False
     ) -> LiveEncoder:
         """`weights` are copied in. Where there is nothing to copy yet and it shall learn, it is initialised here, since
         rows are drawn at the table's scale."""
-        tokenizer, model = loading.load_tokenizer(desk.base, encoder), loading.load_encoder(desk.base, encoder)
+        tokenizer, model = loading.load_tokenizer(context.base, encoder), loading.load_encoder(context.base, encoder)
         made = cls(encoder, model, tokenizer, text_encoders.table_std(model))
         if encoder == "t5" and learn_rows:
-            from runner.model.flux1.recompute_t5 import spare
+            from runner.model.flux1.recompute_t5 import enable_recompute
 
-            how = recomputed(desk.spec, rows=True)
+            how = recomputed(context.spec, rows=True)
             twice = how not in ("selective", 0)
-            made.again = twice and not desk.base.offload  # where each block does so by itself
-            spare(model, plain=twice or desk.base.offload, again=how == "selective")
+            made.again = twice and not context.base.offload  # where each block does so by itself
+            enable_recompute(model, plain=twice or context.base.offload, again=how == "selective")
         if encoder in weights.rows or learn_rows:
-            counts = [(len(placeholder.pieces), placeholder.initializer) for placeholder in desk.plan.placeholders]
-            made.first_rows = text_encoders.initial_rows(model, tokenizer, counts, desk.spec.seed, encoder).to(
-                desk.base.device
+            counts = [(len(placeholder.pieces), placeholder.initializer) for placeholder in context.plan.placeholders]
+            made.first_rows = text_encoders.initial_rows(model, tokenizer, counts, context.spec.seed, encoder).to(
+                context.base.device
             )
             if encoder not in weights.rows:
                 for vectors, phrase in counts:
                     pieces = len(tokenizer(phrase, add_special_tokens=False).input_ids) if phrase else 0
                     if pieces > vectors:
-                        desk.say.line(
+                        context.event_log.line(
                             f"tokens.initializer {phrase!r} has {pieces} pieces in {encoder}: its first {vectors} are used; "
                             f"tokens.vectors = {pieces} would use all"
                         )
             rows = weights.rows.get(encoder, made.first_rows)
-            made.rows = nn.Parameter(rows.clone().to(desk.base.device), requires_grad=learn_rows)
-            text_encoders.attach_rows(model, tokenizer, desk.pieces, made.rows)
+            made.rows = nn.Parameter(rows.clone().to(context.base.device), requires_grad=learn_rows)
+            text_encoders.attach_token_rows(model, tokenizer, context.pieces, made.rows)
         if encoder == "clip" and (weights.text_lora or learn_lora):
-            made.adapter = lora.attach_lora(model, text_lora_shape(desk.spec, desk.base), desk.spec.seed)
+            made.adapter = lora.attach_lora(model, text_lora_shape(context.spec, context.base), context.spec.seed)
             if weights.text_lora:
                 lora.set_tensors(made.adapter, weights.text_lora)
             for parameter in made.adapter.values():
                 parameter.requires_grad_(learn_lora)
-        length = desk.spec.model.max_sequence_length
-        for caption in desk.captions:
-            written = tokens.expand(caption, desk.plan.placeholders)
+        length = context.spec.model.max_sequence_length
+        for caption in context.captions:
+            written = tokens.expand_placeholders(caption, context.plan.placeholders)
             made.ids[caption] = made._ids(written, length)
         if learn_rows:
-            made.check_tokens(desk)
+            made.check_tokens(context)
         return made
 
-    def check_tokens(self, desk: Desk) -> None:
+    def check_tokens(self, context: RunContext) -> None:
         """Rows that no caption brings as far as the encoder would learn nothing: each reads only so many tokens.
 
         Raises FluxrunError for a token that is cut off everywhere; says so where it is cut off in some captions.
         """
-        for placeholder in desk.plan.placeholders:
+        for placeholder in context.plan.placeholders:
             wanted = set(self.tokenizer.convert_tokens_to_ids(list(placeholder.pieces)))
             naming = [
-                one for one in desk.pictures.captions if tokens.named(one, desk.plan.placeholders) & {placeholder.name}
+                one
+                for one in context.pictures.captions
+                if tokens.tokens_in_caption(one, context.plan.placeholders) & {placeholder.name}
             ]
             cut = [caption for caption in naming if not wanted <= set(self.ids[caption].tolist())]
             if not cut:
@@ -186,7 +192,7 @@ class LiveEncoder:
             )
             if len(cut) == len(naming):
                 raise FluxrunError(told)
-            desk.say.line(told)
+            context.event_log.line(told)
 
     def holds(self, weights: Weights) -> bool:
         """Whether it is as `weights` say, to the bit."""
@@ -237,16 +243,18 @@ class LiveEncoder:
 class CachedEncoder:
     """The same by look-up: embeddings wait in host memory, and the encoder is not there."""
 
-    def __init__(self, desk: Desk, encoder: str, weights: Weights) -> None:
-        self.device, self.encoder = desk.base.device, encoder
-        key, known = desk.text_keys(encoder, weights), desk.plan.placeholders
+    def __init__(self, context: RunContext, encoder: str, weights: Weights) -> None:
+        self.device, self.encoder = context.base.device, encoder
+        key, known = context.text_keys(encoder, weights), context.plan.placeholders
         wanted = {
-            (caption, pooling): key(keys.entry(desk.spec, encoder, tokens.expand(caption, known), pooling))
-            for caption in desk.captions
-            for pooling in (keys.poolings(desk.spec) if encoder == "clip" else ("diffusers",))
+            (caption, pooling): key(
+                keys.entry(context.spec, encoder, tokens.expand_placeholders(caption, known), pooling)
+            )
+            for caption in context.captions
+            for pooling in (keys.poolings(context.spec) if encoder == "clip" else ("diffusers",))
         }
-        own = desk.entries(encoder, weights)
-        found = desk.cache.read(encoder, wanted.values(), lambda: encode_texts(desk, encoder, weights, own))
+        own = context.entries(encoder, weights)
+        found = context.cache.read(encoder, wanted.values(), lambda: encode_texts(context, encoder, weights, own))
         self.values = {read: found[key] for read, key in wanted.items()}
 
     def look_up(self, captions: Sequence[str], pooling: str) -> Tensor:
@@ -255,7 +263,7 @@ class CachedEncoder:
         return torch.stack([self.values[caption, chosen] for caption in captions])
 
     def embed(self, captions: Sequence[str], pooling: str) -> Tensor:
-        return move(self.look_up(captions, pooling), self.device)
+        return move_module(self.look_up(captions, pooling), self.device)
 
     def settle(self) -> None:
         """Nothing here changes."""

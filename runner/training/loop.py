@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from runner.core.errors import Interrupted, NonFinite
+from runner.core.errors import InterruptedRunError, NonFiniteError
 from runner.training.distributed import Ranks
 from runner.training.optimizers import Optimizer
 
@@ -45,7 +45,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Meters:
+class TrainState:
     """What crosses a checkpoint beside weights and optimizer; JSON values. skipped: steps that updated nothing, in_row:
     the last ones of them; best: the lowest eval loss, of best_step; ended: by which rule training ended early; scaler: the
     gradient scaler's own state; curve: [step, smoothed loss], evenly spaced."""
@@ -62,7 +62,7 @@ class Meters:
 
 
 @dataclass(frozen=True)
-class Early:
+class EarlyStopping:
     """When training ends before its last step, by the eval loss of a look: it was not lower for `no_better_for` steps; it
     is above `loss_above`; it has come down to `at`. None where a rule is off. `keep_best`: the best step is saved."""
 
@@ -71,7 +71,7 @@ class Early:
     at: float | None = None
     keep_best: bool = False
 
-    def reason(self, meters: Meters, step: int) -> str:
+    def reason(self, meters: TrainState, step: int) -> str:
         loss, best, best_step = meters.eval_loss, meters.best, meters.best_step
         if loss is None or best_step is None:
             return ""
@@ -87,7 +87,7 @@ class Early:
 
 
 @dataclass(frozen=True)
-class Loop:
+class LoopConfig:
     """Steps start+1 .. stop; `last` is the run's last one. A checkpoint every `save_every` steps, and once
     `save_seconds` have passed since the one before; a look every `look_every`."""
 
@@ -99,26 +99,26 @@ class Loop:
     save_every: int
     save_seconds: float | None
     look_every: int | None
-    early: Early = Early()
+    early: EarlyStopping = EarlyStopping()
 
 
 def train(
     objective: Objective,
     optimizer: Optimizer,
     factor: Callable[[int], float],
-    loop: Loop,
-    meters: Meters,
+    loop: LoopConfig,
+    meters: TrainState,
     ranks: Ranks,
     scaler: torch.amp.GradScaler,
     *,
-    save: Callable[[int, Meters], None],
+    save: Callable[[int, TrainState], None],
     report: Callable[[Step], None],
     look: Callable[[int], float | None],
     stop_requested: Callable[[], bool],
 ) -> None:
     """`save(step, meters)` is called every `save_every` steps, at the end (also an early one) and before stopping;
-    `look(step)` gives the eval loss, in the leading rank and where it is wanted. Raises Interrupted after the last save,
-    NonFinite where too many steps in a row had no finite gradient.
+    `look(step)` gives the eval loss, in the leading rank and where it is wanted. Raises InterruptedRunError after the last save,
+    NonFiniteError where too many steps in a row had no finite gradient.
     """
     step, saved = loop.start, time.monotonic()
     if meters.scaler:
@@ -156,14 +156,14 @@ def train(
             )
         )
         if meters.in_row == BAD_STEPS:
-            raise NonFinite(
+            raise NonFiniteError(
                 f"step {step}: no finite loss or gradient in {BAD_STEPS} steps in a row (loss {value}, gradient norm "
                 f"{grad_norm}); nothing of them reached the weights. Lower train.lr (with Prodigy, optimizer.d_coef)"
                 + (", or use model.dtype bf16 or fp32" if scaler.is_enabled() else "")
             )
         better = False
         if step == loop.last or (loop.look_every and step % loop.look_every == 0):
-            before, meters = meters.best_step, looked(meters, step, look(step))
+            before, meters = meters.best_step, is_validation_step(meters, step, look(step))
             better = loop.early.keep_best and meters.best_step != before
             if step < loop.last and ranks.leads:
                 meters = replace(meters, ended=loop.early.reason(meters, step))
@@ -177,10 +177,10 @@ def train(
         if ended:
             return
         if asked:
-            raise Interrupted(f"stopped after step {step}; the same command goes on from there")
+            raise InterruptedRunError(f"stopped after step {step}; the same command goes on from there")
 
 
-def looked(meters: Meters, step: int, eval_loss: float | None) -> Meters:
+def is_validation_step(meters: TrainState, step: int, eval_loss: float | None) -> TrainState:
     """With what a look has shown."""
     if eval_loss is None:
         return meters
@@ -189,7 +189,7 @@ def looked(meters: Meters, step: int, eval_loss: float | None) -> Meters:
     return replace(meters, eval_loss=eval_loss)
 
 
-def _after(meters: Meters, step: int, value: float, good: bool, calibrating: bool) -> Meters:
+def _after(meters: TrainState, step: int, value: float, good: bool, calibrating: bool) -> TrainState:
     """A gradient scaler finds its scale by overflowing: those steps are skipped too, but tell of nothing wrong."""
     if good:
         smoothed = value if meters.smoothed is None else SMOOTHING * meters.smoothed + (1 - SMOOTHING) * value

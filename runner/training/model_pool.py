@@ -19,7 +19,7 @@ from runner.spec.schema import Model
 
 
 @dataclass
-class Shelf:
+class ModelPool:
     """One transformer at most. It is lent whole: whoever takes it is its only owner until it is put back, so one that
     was on its way when something went wrong is never seen again. `live`: encoders that have just learned, for the one
     pass that encodes what they make of the captions."""
@@ -41,10 +41,10 @@ class Shelf:
         """Take it back for the next one, as it was lent; a compiled one is dropped, since its code has adapters in it."""
         if own.compile:
             return
-        from runner.model.flux1.recompute import unspare
+        from runner.model.flux1.recompute import disable_recompute
 
         lora.detach_lora(model)
-        unspare(model)
+        disable_recompute(model)
         transformer.forget_shapes(model)
         transformer.set_attention(model, "native")
         model.disable_gradient_checkpointing()  # type: ignore[operator]

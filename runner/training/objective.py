@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from runner.core.seeds import derive
 from runner.data import buckets
-from runner.data.buckets import Size, View
+from runner.data.buckets import CropView, Size
 from runner.model import flow_matching
-from runner.model.device import autocast, move, pin
+from runner.model.device import autocast, move_module, pin_memory
 from runner.model.flux1.latents import LatentScale, draw_latents
-from runner.model.flux1.transformer import Text, predictor
-from runner.training.context import EVAL_SIGMAS, Desk
+from runner.model.flux1.transformer import PromptEmbeds, predictor
+from runner.training.context import EVAL_SIGMAS, RunContext
 from runner.training.encoders import CachedEncoder, LiveEncoder, encode_latents
-from runner.training.prefetch import Ahead
+from runner.training.prefetch import Prefetcher
 
 Encoders = Mapping[str, LiveEncoder | CachedEncoder]
 
@@ -29,7 +29,7 @@ class Prepared:
     """A part of a micro-batch in pinned host memory. texts: embeddings by encoder, of those that look them up; h, w: of the
     latents; shown: how many are no class images; dropout: seed of the adapters'."""
 
-    noised: flow_matching.Noised
+    noised: flow_matching.NoisyBatch
     texts: Mapping[str, Tensor]
     captions: list[str]
     pooling: str
@@ -43,52 +43,52 @@ class FlowObjective:
     """The reference's loss on one micro-batch. Every random number comes from (seed, step, place in the step's batch),
     so that two micro-batches of two are one of four."""
 
-    def __init__(self, desk: Desk, transformer: nn.Module, encoders: Encoders) -> None:
-        spec, base = desk.spec, desk.base
-        self.desk, self.transformer, self.encoders = desk, transformer, encoders
-        self.moments = _moments(desk)
-        self.counts: dict[Size, int] = {size: len(found) * spec.data.repeats for size, found in desk.groups.items()}
+    def __init__(self, context: RunContext, transformer: nn.Module, encoders: Encoders) -> None:
+        spec, base = context.spec, context.base
+        self.context, self.transformer, self.encoders = context, transformer, encoders
+        self.moments = _moments(context)
+        self.counts: dict[Size, int] = {size: len(found) * spec.data.repeats for size, found in context.groups.items()}
         self.scale = LatentScale.of(base)
         weighting = spec.train.weighting.model_dump(exclude={"scheme"})
         self.flow = flow_matching.Flow(base, flow_matching.Weighting(spec.train.weighting.scheme, **weighting))
         self.predict = predictor(transformer, spec.train.guidance, base.device, base.dtype)
-        self.ahead = Ahead(self.prepare, beside=base.device.type != "cpu")
+        self.ahead = Prefetcher(self.prepare, beside=base.device.type != "cpu")
 
     def close(self) -> None:
         self.ahead.close()
 
     # ---- training --------------------------------------------------------------------------------------------------
 
-    def batch(self, step: int, micro: int) -> list[tuple[View, str]]:
+    def batch(self, step: int, micro: int) -> list[tuple[CropView, str]]:
         """(view, caption) of the micro-batch; with prior preservation as many class images behind."""
-        own, desk = self.desk.spec, self.desk
-        accumulate = own.train.accumulate * desk.ranks.count
-        size, shown = buckets.batch(
+        own, context = self.context.spec, self.context
+        accumulate = own.train.accumulate * context.ranks.count
+        size, shown = buckets.draw_batch(
             own.seed, step, micro, images=own.train.batch_size, accumulate=accumulate, counts=self.counts
         )
-        group, out = desk.groups[size], []
+        group, out = context.groups[size], []
         for place, (index, epoch) in enumerate(shown):
             picture = group[index % len(group)]
             number = epoch * own.data.repeats + index // len(group)
-            variant = buckets.variant(own.seed, picture.name, number, desk.variants)
+            variant = buckets.variant(own.seed, picture.name, number, context.variants)
             draw = random.Random(derive(own.seed, "caption", step, micro * own.train.batch_size + place))
             dropped = draw.random() < own.data.caption_dropout
-            out.append((View(picture, size, variant), "" if dropped else picture.caption))
+            out.append((CropView(picture, size, variant), "" if dropped else picture.caption))
         if own.prior:
-            classes = {size: len(desk.class_pictures)}
-            _, drawn = buckets.batch(
+            classes = {size: len(context.class_pictures)}
+            _, drawn = buckets.draw_batch(
                 own.seed, step, micro, images=own.train.batch_size, accumulate=accumulate, counts=classes, what="class"
             )
-            out += [(View(desk.class_pictures[index], size, None), own.prior.prompt) for index, _ in drawn]
+            out += [(CropView(context.class_pictures[index], size, None), own.prior.prompt) for index, _ in drawn]
         return out
 
     def prepare(self, step: int, micro: int) -> Prepared:
         """All of a part of a micro-batch that needs no device."""
-        desk, own, device = self.desk, self.desk.spec, self.desk.base.device
-        whole, part = divmod(micro, desk.split)
-        whole = whole * desk.ranks.count + desk.ranks.rank
+        context, own, device = self.context, self.context.spec, self.context.base.device
+        whole, part = divmod(micro, context.split)
+        whole = whole * context.ranks.count + context.ranks.rank
         count = own.train.batch_size
-        chosen = range(count)[part * count // desk.split : (part + 1) * count // desk.split]
+        chosen = range(count)[part * count // context.split : (part + 1) * count // context.split]
         batch = self.batch(step, whole)
         places = [*chosen, *(count + at for at in chosen)] if own.prior else [*chosen]
         parts = []
@@ -99,43 +99,45 @@ class FlowObjective:
             parts.append(self.flow.noise(latents, self.flow.draw(1, generator), generator))
         captions, pooling = [batch[place][1] for place in places], self._pooling(step, whole)
         texts = {
-            name: pin(encoder.look_up(captions, pooling), device)
+            name: pin_memory(encoder.look_up(captions, pooling), device)
             for name, encoder in self.encoders.items()
             if isinstance(encoder, CachedEncoder)
         }
         dropout = derive(own.seed, "dropout", step, whole, *([part] if part else []))
         h, w = self.moments[batch[0][0]].shape[-2:]
-        noised = _each(flow_matching.stack(parts), lambda tensor: pin(tensor, device))
+        noised = _each(flow_matching.collate(parts), lambda tensor: pin_memory(tensor, device))
         return Prepared(noised, texts, captions, pooling, h, w, len(chosen), dropout)
 
     def loss(self, step: int, micro: int) -> Tensor:
         """`micro` counts the parts of micro-batches, of which a step has accumulate * split on each rank."""
-        desk, own, device = self.desk, self.desk.spec, self.desk.base.device
-        last = micro + 1 == own.train.accumulate * desk.split
+        context, own, device = self.context, self.context.spec, self.context.base.device
+        last = micro + 1 == own.train.accumulate * context.split
         made = self.ahead.get((step, micro), then=(step + 1, 0) if last else (step, micro + 1))
-        noised = _each(made.noised, lambda tensor: move(tensor, device))
+        noised = _each(made.noised, lambda tensor: move_module(tensor, device))
         if own.lora.dropout > 0:  # dropout can only draw from the global generator
             torch.manual_seed(made.dropout)
         txt, vec = (
-            move(made.texts[name], device)
+            move_module(made.texts[name], device)
             if name in made.texts
             else self.encoders[name].embed(made.captions, made.pooling)
             for name in ("t5", "clip")
         )
-        with autocast(device, desk.base.dtype):
-            prediction = self.predict(noised, Text(txt, vec), made.h, made.w)
+        with autocast(device, context.base.dtype):
+            prediction = self.predict(noised, PromptEmbeds(txt, vec), made.h, made.w)
         errors = self.flow.errors(prediction, noised)
         shown = made.shown
         return errors[:shown].mean() + (own.prior.weight * errors[shown:].mean() if own.prior else 0.0)
 
     def _pooling(self, step: int, micro: int) -> str:
-        own = self.desk.spec
+        own = self.context.spec
         if own.inversion.pooling != "both":
             return own.inversion.pooling
         return random.Random(derive(own.seed, "pooling", step, micro)).choice(("diffusers", "eos"))
 
-    def read(self, captions: list[str], pooling: str) -> Text:
-        return Text(self.encoders["t5"].embed(captions, pooling), self.encoders["clip"].embed(captions, pooling))
+    def read(self, captions: list[str], pooling: str) -> PromptEmbeds:
+        return PromptEmbeds(
+            self.encoders["t5"].embed(captions, pooling), self.encoders["clip"].embed(captions, pooling)
+        )
 
     def settle(self) -> None:
         for encoder in self.encoders.values():
@@ -146,26 +148,26 @@ class FlowObjective:
     def evaluate(self) -> dict[float, float]:
         """Unweighted loss at nine fixed sigmas, each a mean over its pictures; noise fixed by the picture's name alone, so
         that runs of any seed and weighting compare."""
-        desk, device = self.desk, self.desk.base.device
-        points = desk.eval_points
+        context, device = self.context, self.context.base.device
+        points = context.eval_points
         total, shown = dict.fromkeys(EVAL_SIGMAS, 0.0), Counter(sigma for _, sigmas in points for sigma in sigmas)
-        pooling = "eos" if desk.spec.inversion.pooling == "eos" else "diffusers"
+        pooling = "eos" if context.spec.inversion.pooling == "eos" else "diffusers"
         self.transformer.eval()
         for view, all_sigmas in points:
             moments = self.moments[view]
             mean = (moments.float().chunk(2)[0][None] - self.scale.shift) * self.scale.scaling
             with torch.no_grad():
                 text = self.read([view.picture.caption], pooling)
-            fits = desk.spec.train.batch_size // desk.split
+            fits = context.spec.train.batch_size // context.split
             for start in range(0, len(all_sigmas), fits):
                 sigmas = all_sigmas[start : start + fits]
                 parts = []
                 for sigma in sigmas:
                     generator = torch.Generator().manual_seed(derive(0, "eval", view.picture.name, str(sigma)))
-                    parts.append(flow_matching.mix(mean, torch.tensor([sigma]), torch.tensor([sigma]), generator))
-                noised = _each(flow_matching.stack(parts), lambda tensor: move(tensor, device))
-                read = Text(text.txt.expand(len(sigmas), -1, -1), text.vec.expand(len(sigmas), -1))
-                with torch.no_grad(), autocast(device, desk.base.dtype):
+                    parts.append(flow_matching.add_noise(mean, torch.tensor([sigma]), torch.tensor([sigma]), generator))
+                noised = _each(flow_matching.collate(parts), lambda tensor: move_module(tensor, device))
+                read = PromptEmbeds(text.txt.expand(len(sigmas), -1, -1), text.vec.expand(len(sigmas), -1))
+                with torch.no_grad(), autocast(device, context.base.dtype):
                     made = self.predict(noised, read, *moments.shape[-2:])
                 for sigma, error in zip(
                     sigmas, (made.float() - noised.target).square().flatten(1).mean(1), strict=True
@@ -175,13 +177,13 @@ class FlowObjective:
         return total
 
 
-def _moments(desk: Desk) -> dict[View, Tensor]:
+def _moments(context: RunContext) -> dict[CropView, Tensor]:
     """What every view became in the VAE; equal pixels share one tensor."""
-    found = desk.cache.read("latents", desk.latent_keys.values(), lambda: encode_latents(desk))
-    return {view: found[key] for view, key in desk.latent_keys.items()}
+    found = context.cache.read("latents", context.latent_keys.values(), lambda: encode_latents(context))
+    return {view: found[key] for view, key in context.latent_keys.items()}
 
 
-def _each(noised: flow_matching.Noised, change: Callable[[Tensor], Tensor]) -> flow_matching.Noised:
-    return flow_matching.Noised(
+def _each(noised: flow_matching.NoisyBatch, change: Callable[[Tensor], Tensor]) -> flow_matching.NoisyBatch:
+    return flow_matching.NoisyBatch(
         *(change(part) for part in (noised.img, noised.target, noised.sigmas, noised.timesteps))
     )

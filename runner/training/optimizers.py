@@ -15,7 +15,7 @@ from runner.core.errors import FluxrunError
 
 
 @dataclass(frozen=True)
-class Group:
+class ParameterGroup:
     """Parameters that share a learning rate; names are those of the checkpoint."""
 
     parameters: Mapping[str, nn.Parameter]
@@ -67,7 +67,7 @@ PRODIGY_SCALARS = ("d", "d_max", "d_numerator", "d_denom", "d_hat", "k")
 class Optimizer:
     """A torch optimizer that knows its parameters by name."""
 
-    def __init__(self, groups: list[Group], numbers: Adam | Adam8bit | ProdigyNumbers) -> None:
+    def __init__(self, groups: list[ParameterGroup], numbers: Adam | Adam8bit | ProdigyNumbers) -> None:
         self.groups = groups
         self.names = {parameter: name for group in groups for name, parameter in group.parameters.items()}
         rows = [

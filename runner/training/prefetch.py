@@ -7,10 +7,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, TypeVar
 
 Made = TypeVar("Made")
-Place = tuple[int, int]  # (step, micro)
+StepIndex = tuple[int, int]  # (step, micro)
 
 
-class Ahead(Generic[Made]):
+class Prefetcher(Generic[Made]):
     """`make` must be a function of its arguments alone, so that nothing but the time depends on who calls it when.
 
     Not `beside` what computes on the CPU itself: a second thread brings OpenMP workers of its own, which wait by spinning
@@ -21,9 +21,9 @@ class Ahead(Generic[Made]):
         self.make, self.beside = make, beside
         self.pool = ThreadPoolExecutor(1, "ahead")
         self.pool.submit(int)  # starts the thread now: a signal while it starts would leave it to itself
-        self.next: tuple[Place, Future[Made]] | None = None
+        self.next: tuple[StepIndex, Future[Made]] | None = None
 
-    def get(self, wanted: Place, then: Place) -> Made:
+    def get(self, wanted: StepIndex, then: StepIndex) -> Made:
         """What `make` gives for `wanted`; it begins with `then`, what is likely to be wanted next."""
         waiting, self.next = self.next, None
         made = waiting[1].result() if waiting and waiting[0] == wanted else self.make(*wanted)

@@ -16,49 +16,49 @@ from PIL import Image
 from runner.checkpoint.storage import Checkpoint
 from runner.checkpoint.writer import Writer
 from runner.core import files
-from runner.core.command_line import command
-from runner.core.events import Say
+from runner.core.command_line import fluxrun_command
+from runner.core.events import EventLog
 from runner.model import device
 from runner.plan.phases import Inversion, Joint, Lora, Phase, Plan
 from runner.runs.run import Run
-from runner.runs.sample_files import shot_tag, shots
+from runner.runs.sample_files import sample_tag, samples_of
 from runner.spec.schema import Spec, dump, flat
 from runner.tracking.history import History
 from runner.tracking.hparams import write_session
 from runner.tracking.trackers import trackers
-from runner.training.loop import Meters, Step, looked
-from runner.training.phases.export import Delivered, sample_file
-from runner.training.validation import Look
+from runner.training.loop import Step, TrainState, is_validation_step
+from runner.training.phases.export import ExportResult, sample_file
+from runner.training.validation import Validator
 
 HEARTBEAT = 1.0  # seconds between writes of the step into state.json
 
 
 @dataclass(frozen=True)
-class Spent:
+class TimeSpent:
     """On one phase, over all attempts. peak: bytes, as `device.peak_memory` counts them."""
 
     seconds: float
     peak: int
 
 
-class Clerk:
+class RunRecorder:
     """Writes down how one run goes: checkpoints, state, log, events."""
 
     def __init__(
-        self, run: Run, plan: Plan, spec: Spec, say: Say, progress: Checkpoint | None, where: torch.device,
+        self, run: Run, plan: Plan, spec: Spec, event_log: EventLog, progress: Checkpoint | None, where: torch.device,
         kept: int,
     ) -> None:  # fmt: skip
         """`kept`: bytes that an earlier run left on the device on purpose."""
-        self.run, self.plan, self.spec, self.say, self.where = run, plan, spec, say, where
+        self.run, self.plan, self.spec, self.event_log, self.where = run, plan, spec, event_log, where
         self.phase: Phase = plan.phases[0]
         self.began, self.beat = time.monotonic(), 0.0
         self.seconds: list[float] = []
         self.at_step = progress.step if progress else 0
-        self.meters = Meters(**progress.scalars["meters"]) if progress else Meters()
+        self.meters = TrainState(**progress.scalars["meters"]) if progress else TrainState()
         self.loss = self.meters.smoothed
         self.before = run.state()
-        self.spent: dict[str, Spent] = {
-            name: Spent(facts.get("seconds", 0.0), int(facts.get("peak_memory_bytes", 0)))
+        self.spent: dict[str, TimeSpent] = {
+            name: TimeSpent(facts.get("seconds", 0.0), int(facts.get("peak_memory_bytes", 0)))
             for name, facts in self.before.get("phases", {}).items()
         }
         self.entered: float | None = None
@@ -67,15 +67,15 @@ class Clerk:
             *trackers(run.folder, run.name, spec.track.to, self.at_step, flat(dump(spec))),
         ]
         if "tensorboard" in spec.track.to:
-            with files.if_there_is_room():
+            with files.ignore_disk_errors():
                 write_session(run)
         pivots = {phase.stop for phase in plan.training}
-        self.writer = Writer(run.checkpoints, spec.checkpoint.keep, pivots, run.fence, say.log)
+        self.writer = Writer(run.checkpoints, spec.checkpoint.keep, pivots, run.fence, event_log.log)
         self.held = device.held_memory(where) - kept
         device.reset_peak(where)
         run.write_state(
             "running", attempts=run.attempt, started=self.before.get("started") or time.time(),
-            attempt_started=time.time(), step=self.at_step, versions=versions(),
+            attempt_started=time.time(), step=self.at_step, versions=library_versions(),
         )  # fmt: skip
 
     def facts(self) -> dict[str, Any]:
@@ -107,19 +107,19 @@ class Clerk:
         self.heartbeat(durable=True)
         if isinstance(phase, Joint | Inversion | Lora):
             done = progress.step if progress else phase.start
-            self.say.line(f"{phase.name}: steps {done + 1} to {phase.stop}")
-            self.say.begin_phase(phase.name, done, phase.stop, "steps")
+            self.event_log.line(f"{phase.name}: steps {done + 1} to {phase.stop}")
+            self.event_log.begin_phase(phase.name, done, phase.stop, "steps")
         else:
-            self.say.line(f"{phase.name}: started")
+            self.event_log.line(f"{phase.name}: started")
 
     def leave(self) -> None:
         """The phase has ended, or the run in the middle of it."""
         if self.entered is None:
             return
-        before = self.spent.get(self.phase.name, Spent(0.0, 0))
+        before = self.spent.get(self.phase.name, TimeSpent(0.0, 0))
         seconds = before.seconds + time.monotonic() - self.entered
         self.spent[self.phase.name], self.entered = (
-            Spent(seconds, max(before.peak, device.peak_memory(self.where))),
+            TimeSpent(seconds, max(before.peak, device.peak_memory(self.where))),
             None,
         )
 
@@ -136,11 +136,11 @@ class Clerk:
             )  # fmt: skip
         if step.skipped:
             self.meters = replace(self.meters, skipped=self.meters.skipped + 1)
-            self.say.line(
+            self.event_log.line(
                 f"step {step.number} skipped: loss {step.loss}, gradient norm {step.grad_norm}; nothing was updated"
             )
         stop = self.phase.stop if isinstance(self.phase, Joint | Inversion | Lora) else self.plan.steps
-        self.say.step(step.number, step.smoothed, step.seconds, stop, self.plan.steps)
+        self.event_log.step(step.number, step.smoothed, step.seconds, stop, self.plan.steps)
         if time.monotonic() - self.beat > HEARTBEAT:
             self.heartbeat()
 
@@ -150,25 +150,25 @@ class Clerk:
         self.run.fence()
         self.run.write_state("running", durable=durable, **self.facts())
 
-    def show(self, step: int, look: Look) -> None:
+    def show(self, step: int, look: Validator) -> None:
         """The eval loss, and pictures where there are any."""
         self.run.fence()  # drawing takes its time
-        self.meters = looked(self.meters, step, look.eval_loss)
+        self.meters = is_validation_step(self.meters, step, look.eval_loss)
         if look.eval_loss is not None:
             values = {"eval/loss": look.eval_loss}
             values |= {f"eval/sigma {sigma:.1f}": loss for sigma, loss in look.by_sigma.items()}
             for tracker in self.trackers:
                 tracker.scalars(values, step)
-            self.say.log(f"eval loss at step {step}: {look.eval_loss:.5f}")
+            self.event_log.log(f"eval loss at step {step}: {look.eval_loss:.5f}")
         for index, picture in enumerate(look.pictures):
             files.write_png(sample_file(self.run, step, index), picture)
         self.show_pictures(step, look.pictures)
 
     def show_pictures(self, step: int, pictures: Sequence[Image.Image]) -> None:
         own = self.spec.validation
-        for picture, shot in zip(pictures, shots(own.prompts, own.count, self.spec.seed), strict=False):
+        for picture, shot in zip(pictures, samples_of(own.prompts, own.count, self.spec.seed), strict=False):
             for tracker in self.trackers:
-                tracker.picture(shot_tag(*shot), picture, step)
+                tracker.picture(sample_tag(*shot), picture, step)
 
     def sum_up(self) -> None:
         """What HParams shows of a run beside its eval loss."""
@@ -186,7 +186,7 @@ class Clerk:
         self.writer.close()
         self.leave()
         if self.run.lease().attempt == self.run.attempt and self.run.state().get("state") == "running":
-            with files.if_there_is_room():
+            with files.ignore_disk_errors():
                 self.run.write_state("running", durable=False, **self.facts())
         for tracker in self.trackers:
             tracker.close()
@@ -204,21 +204,21 @@ class Clerk:
     def end_training(self, progress: Checkpoint) -> None:
         if ended := progress.scalars["meters"]["ended"]:
             self.meters = replace(self.meters, ended=ended)
-            self.say.line(f"training ends early: {ended}")
+            self.event_log.line(f"training ends early: {ended}")
 
-    def finish(self, delivered: Delivered) -> None:
+    def finish(self, delivered: ExportResult) -> None:
         more = export_facts(self.run, delivered)
         if self.spec.hub.push:  # true until the push is through, also if this process ends before it
             more["warning"] = (
-                f"not pushed yet; `{command('export', self.run.name, '--push', runs=self.run.runs)}` does it"
+                f"not pushed yet; `{fluxrun_command('export', self.run.name, '--push', runs=self.run.runs)}` does it"
             )
         self.run.fence()
         self.sum_up()
         self.run.write_state("done", **self.facts(), finished=time.time(), **more)
-        self.say.line(f"done: {self.run.export}")
+        self.event_log.line(f"done: {self.run.export}")
 
 
-def export_facts(run: Run, delivered: Delivered) -> dict[str, Any]:
+def export_facts(run: Run, delivered: ExportResult) -> dict[str, Any]:
     """What the state holds of an export."""
     exports = sorted(path.relative_to(run.folder).as_posix() for path in run.export.iterdir() if path.is_file())
     worst = max(delivered.errors.values(), default=None)
@@ -226,6 +226,6 @@ def export_facts(run: Run, delivered: Delivered) -> dict[str, Any]:
     return {"exports": exports, "exported_step": delivered.step, **errors}
 
 
-def versions() -> dict[str, str]:
+def library_versions() -> dict[str, str]:
     names = ("fluxrun", "torch", "diffusers", "transformers", "peft")
     return {"python": platform.python_version(), **{name: version(name) for name in names}}

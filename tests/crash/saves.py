@@ -17,7 +17,7 @@ import torch
 from runner.checkpoint.storage import Checkpoint, Weights, named
 from runner.checkpoint.writer import Writer
 from runner.core import files
-from runner.core.events import Say
+from runner.core.events import EventLog
 from runner.runs.run import Run
 from runner.training.run import newest_checkpoint
 
@@ -62,7 +62,7 @@ def new_run(parent: Path | None = None) -> Run:
 def newest(run: Run, lines: Callable[[str], None] = lambda _: None) -> Checkpoint | None:
     """What a run that starts now would go on from: the real loader, with its fallback and quarantine."""
     plan: Any = SimpleNamespace(training=[SimpleNamespace(key="key", stop=99)], steps=99)
-    return newest_checkpoint(run, plan, Say(lambda event: lines(str(event.get("text")))))
+    return newest_checkpoint(run, plan, EventLog(lambda event: lines(str(event.get("text")))))
 
 
 class Roomy(files.Disk):

@@ -18,13 +18,13 @@ from saves import Run, content, encoded, made, new_run, newest, whole
 from runner.cache.store import Cache
 from runner.checkpoint import storage
 from runner.checkpoint.storage import Weights, file_name, named
-from runner.core.errors import BadFile
+from runner.core.errors import BadFileError
 from runner.model import tensors
 from runner.plan.phases import Encode
-from runner.training.context import Desk
+from runner.training.context import RunContext
 from runner.training.encoders import CachedEncoder
 from runner.training.objective import _moments
-from runner.training.phases.encode import encode
+from runner.training.phases.encode import encode_phase
 
 SIZE = 12_000  # 48 KB
 GOOD, OLDER, OTHER = encoded(made(40, SIZE)), encoded(made(30, SIZE)), encoded(made(50, SIZE))
@@ -139,7 +139,7 @@ def test_a_dtype_we_never_write_is_a_bad_file(tmp_path: Path) -> None:
     header = b'{"__metadata__":{"format":"1"},"a":{"dtype":"F8_E5M2","shape":[8],"data_offsets":[0,8]}}'
     header += b" " * (-len(header) % 8)
     path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
-    with pytest.raises(BadFile, match="a dtype that fluxrun never writes"):
+    with pytest.raises(BadFileError, match="a dtype that fluxrun never writes"):
         tensors.load(path)
 
 
@@ -172,10 +172,10 @@ def test_damaged_and_swapped_cache_entries_are_made_again(house: House) -> None:
     spec = house.spec(drop="[[tokens]]")
     text = spec.read_text()
     spec.write_text(text[: text.index("[inversion]")] + text[text.index("[lora]") :])
-    desk = desk_of(spec)
-    encode(desk, next(phase for phase in desk.plan.phases if isinstance(phase, Encode)), Weights())
-    clean = read_by_training(desk)
-    before = {path: path.read_bytes() for path in sorted(desk.cache.folder.rglob("*.safetensors"))}
+    context = desk_of(spec)
+    encode_phase(context, next(phase for phase in context.plan.phases if isinstance(phase, Encode)), Weights())
+    clean = read_by_training(context)
+    before = {path: path.read_bytes() for path in sorted(context.cache.folder.rglob("*.safetensors"))}
     clip, *_, one, other = (path for path in before if path.parts[-3] in ("clip", "latents"))
     t5 = next(path for path in before if path.parts[-3] == "t5")
     clip.write_bytes(before[clip][:-1] + bytes([before[clip][-1] ^ 1]))
@@ -183,15 +183,18 @@ def test_damaged_and_swapped_cache_entries_are_made_again(house: House) -> None:
     one.write_bytes(before[other])
     other.write_bytes(before[one])
     assert sum(path.read_bytes() != data for path, data in before.items()) == 4
-    again = read_by_training(desk)
+    again = read_by_training(context)
     assert clean.keys() == again.keys()
     assert all(torch.equal(clean[name], again[name]) for name in clean)
     assert all(path.read_bytes() == data for path, data in before.items())
 
 
-def read_by_training(desk: Desk) -> dict[object, torch.Tensor]:
-    encoders = [CachedEncoder(desk, name, Weights()) for name in ("clip", "t5")]
-    return {**_moments(desk), **{(one.encoder, *key): value for one in encoders for key, value in one.values.items()}}
+def read_by_training(context: RunContext) -> dict[object, torch.Tensor]:
+    encoders = [CachedEncoder(context, name, Weights()) for name in ("clip", "t5")]
+    return {
+        **_moments(context),
+        **{(one.encoder, *key): value for one in encoders for key, value in one.values.items()},
+    }
 
 
 def test_every_damage_to_a_cache_entry_is_noticed(tmp_path: Path) -> None:

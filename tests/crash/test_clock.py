@@ -18,11 +18,11 @@ from saves import STEPS, made, new_run, newest, writer
 from torch import Tensor, nn
 
 from runner.checkpoint.storage import file_name
-from runner.runs.checkpoint_files import steps_in
+from runner.runs.checkpoint_files import checkpoint_steps
 from runner.training import loop
 from runner.training.distributed import Ranks
-from runner.training.loop import Loop, Meters
-from runner.training.optimizers import Adam, Group, Optimizer
+from runner.training.loop import LoopConfig, TrainState
+from runner.training.optimizers import Adam, Optimizer, ParameterGroup
 
 DAY, YEAR = 86_400.0, 31_556_952.0
 
@@ -45,7 +45,7 @@ def test_the_newest_is_the_highest_step_whatever_the_files_times(jump: str) -> N
     if jump in ("reversed", "in ten years"):  # the negative control
         assert old != STEPS[-1]
     writer(run, keep=1).write(made(60))  # prunes by steps, too
-    assert [step for step, _ in steps_in(run.checkpoints)] == [60, 20]
+    assert [step for step, _ in checkpoint_steps(run.checkpoints)] == [60, 20]
 
 
 def by_time(folder: os.PathLike[str]) -> int:
@@ -69,9 +69,9 @@ def saved_at(clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> list[in
     """The steps of eight at which a checkpoint is due, at least every minute."""
     monkeypatch.setattr(loop, "time", clock)
     learner, saved = Weight(), list[int]()
-    optimizer = Optimizer([Group({"lora/w": learner.weight}, 0.1, 0.0)], Adam(0.9, 0.999, 1e-8))
+    optimizer = Optimizer([ParameterGroup({"lora/w": learner.weight}, 0.1, 0.0)], Adam(0.9, 0.999, 1e-8))
     loop.train(
-        learner, optimizer, lambda _: 1.0, Loop(0, 8, 8, 1, 1.0, 100, 60.0, None), Meters(), Ranks(),
+        learner, optimizer, lambda _: 1.0, LoopConfig(0, 8, 8, 1, 1.0, 100, 60.0, None), TrainState(), Ranks(),
         torch.amp.GradScaler("cpu", enabled=False),
         save=lambda step, _: saved.append(step), report=lambda _: None, look=lambda _: 0.0, stop_requested=lambda: False,
     )  # fmt: skip

@@ -25,8 +25,8 @@ from test_power_cut import tried
 
 from runner.checkpoint.writer import Writer
 from runner.core import files
-from runner.core.errors import Code, Paused
-from runner.engine.worker_main import verdict
+from runner.core.errors import DiskError, ExitCode
+from runner.engine.worker_main import classify_error
 
 ERRORS = [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS]
 
@@ -54,10 +54,10 @@ def mounts(tmp_path: Path) -> Iterator[Callable[..., Path]]:
                 tried("umount", "-l", str(folder))
 
 
-def save_fails(saving: Writer, step: int, size: int = 900) -> tuple[Code, str]:
-    with pytest.raises((OSError, Paused)) as raised:
+def save_fails(saving: Writer, step: int, size: int = 900) -> tuple[ExitCode, str]:
+    with pytest.raises((OSError, DiskError)) as raised:
         saving.write(made(step, size))
-    return verdict(raised.value)
+    return classify_error(raised.value)
 
 
 def stands(run: Run, step: int, size: int = 900) -> bool:
@@ -76,7 +76,7 @@ def test_a_full_tmpfs(mounts: Callable[..., Path], limit: str) -> None:
     for step in range(10, last + 1, 10):
         saving.write(made(step, size))
     before = content(run.checkpoints)
-    assert save_fails(saving, last + 10, size)[0] is Code.DISK
+    assert save_fails(saving, last + 10, size)[0] is ExitCode.DISK
     assert acknowledged(said[-1]) == last
     assert content(run.checkpoints) == before
     assert stands(run, last, size)
@@ -120,7 +120,7 @@ def test_an_error_that_only_fsync_reports(mounts: Callable[..., Path]) -> None:
     counting.log.clear()
     code, reason = save_fails(saving, 30, SIZE)
     assert counting.log == ["create", *["write"] * 6, "sync", "close", "unlink"]  # every write was said to be well
-    assert (code, reason) == (Code.DISK, "No space left on device; the checkpoint before it stands")
+    assert (code, reason) == (ExitCode.DISK, "No space left on device; the checkpoint before it stands")
     assert content(run.checkpoints) == before
     grow("32m")
     saving.write(made(30, SIZE))
@@ -160,7 +160,7 @@ def test_a_limit_on_the_size_of_files() -> None:
         code, reason = save_fails(saving, 20)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert (code, reason) == (Code.DISK, "File too large; the checkpoint before it stands")
+    assert (code, reason) == (ExitCode.DISK, "File too large; the checkpoint before it stands")
     assert content(run.checkpoints) == before
     saving.write(made(20))
     assert stands(run, 20)
@@ -202,14 +202,14 @@ def test_every_error_at_every_operation(lasting: bool) -> None:
                 assert stands(run, 40)
             else:
                 code, reason = save_fails(saving, 40)
-                assert (code, said) == (Code.DISK, [])
+                assert (code, said) == (ExitCode.DISK, [])
                 assert os.strerror(error) in reason
                 after = content(run.checkpoints)
                 if name == "sync_folder":  # it is there and whole, only not for sure
                     assert after.pop("step-000040.safetensors")
                 if lasting:  # what cannot be removed is swept at the next start
-                    files.sweep_aside(run.checkpoints)
-                    after = {one: data for one, data in after.items() if not one.endswith(files.ASIDE)}
+                    files.remove_partial_files(run.checkpoints)
+                    after = {one: data for one, data in after.items() if not one.endswith(files.PARTIAL_SUFFIX)}
                 assert after == before
                 assert stands(run, 40 if name == "sync_folder" else 30)
                 writer(run).write(made(40))
@@ -227,7 +227,7 @@ def test_a_disk_that_gives_back_other_bytes_pauses_the_run() -> None:
     run, said = new_run(), []
     writer(run).write(made(30))
     code, reason = save_fails(writer(run, disk=Forgetful(), log=said.append), 40, 3000)
-    assert (code, said) == (Code.DISK, [])
+    assert (code, said) == (ExitCode.DISK, [])
     assert "read back right after it was written: the disk is failing" in reason
     assert stands(run, 30)
 
@@ -241,7 +241,7 @@ def test_no_room_is_told_in_numbers_before_a_byte_is_written() -> None:
 
     run, small = new_run(), Small()
     code, reason = save_fails(writer(run, disk=small), 40, 500_000)
-    assert code is Code.DISK
+    assert code is ExitCode.DISK
     assert reason == (
         f"no room for the checkpoint of step 40 in {run.checkpoints}: 5 MiB free, it needs 17; the checkpoint before "
         "it stands. Free some space, then the same command goes on"

@@ -15,7 +15,7 @@ from night import go_on, lora
 from PIL import Image
 
 from runner.checkpoint import storage
-from runner.core.errors import BadFile
+from runner.core.errors import BadFileError
 
 BANNED = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
 CALLS = {"torch.load", "torch.save", "yaml.load", "os.system", "eval", "exec", "compile", "__import__"}
@@ -221,7 +221,7 @@ HEADERS: dict[str, bytes] = {
 def test_a_hostile_header_is_a_bad_file(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "step-000002.safetensors"
     path.write_bytes(HEADERS[kind])
-    with pytest.raises(BadFile, match="step-000002"):
+    with pytest.raises(BadFileError, match="step-000002"):
         storage.read(path)
     assert list(tmp_path.iterdir()) == [path]
 
@@ -305,8 +305,8 @@ def test_class_images_and_columns_are_opened_as_narrowly(tmp_path: Path) -> None
     (tmp_path / "rows").mkdir()
     rows = {"image": [{"bytes": picture("EPS"), "path": "1.png"}], "text": ["a thing"]}
     Dataset.from_dict(rows).to_parquet(tmp_path / "rows" / "0.parquet")
-    source = sources.Source(str(tmp_path / "rows" / "0.parquet"), None, "train", "image", "text", None)
-    [two] = sources.read(source).items
+    source = sources.DatasetSource(str(tmp_path / "rows" / "0.parquet"), None, "train", "image", "text", None)
+    [two] = sources.read_source(source).items
     for bad in (one, two):
         with pytest.raises(FluxrunError, match="not a readable image"):
             images.decode(bad)

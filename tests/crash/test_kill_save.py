@@ -27,8 +27,8 @@ from torch import set_num_threads
 from runner.checkpoint.storage import Checkpoint, file_name
 from runner.checkpoint.writer import Writer
 from runner.core import files
-from runner.core.errors import BadFile
-from runner.runs.checkpoint_files import steps_in
+from runner.core.errors import BadFileError
+from runner.runs.checkpoint_files import checkpoint_steps
 
 WRITER = Path(__file__).parent / "torchless.py"
 
@@ -114,7 +114,7 @@ def faults(run: Run, load: Load) -> tuple[int, int]:
     """(lost, wrong): whether what was acknowledged is gone, and whether what is found is not what was saved."""
     try:
         found = load(run)
-    except (BadFile, ValueError):
+    except (BadFileError, ValueError):
         return 0, 1
     if found is None:
         return int(last_said(run) > 0), 0
@@ -146,8 +146,8 @@ def kill_everywhere(
 
 
 def the_next_save_works(run: Run, keep: int) -> None:
-    files.sweep_aside(run.checkpoints)
-    assert {path for _, path in steps_in(run.checkpoints)} == set(run.checkpoints.iterdir())
+    files.remove_partial_files(run.checkpoints)
+    assert {path for _, path in checkpoint_steps(run.checkpoints)} == set(run.checkpoints.iterdir())
     found = newest(run)
     step = found.step + 10 if found else STEPS[0]
     writer(run, keep=keep).write(made(step))
@@ -219,8 +219,8 @@ def test_the_torchless_writer_does_what_the_writer_does() -> None:
     lines = (other.folder / "said").read_text().splitlines()
     assert [line for line in lines if line.isidentifier()] == counting.log
     assert [line for line in lines if acknowledged(line)] == (run.folder / "said").read_text().splitlines()
-    assert [path.name for _, path in steps_in(other.checkpoints)] == [file_name(50), file_name(20)]
-    for _, path in steps_in(run.checkpoints):
+    assert [path.name for _, path in checkpoint_steps(other.checkpoints)] == [file_name(50), file_name(20)]
+    for _, path in checkpoint_steps(run.checkpoints):
         assert path.read_bytes() == (other.checkpoints / path.name).read_bytes()
 
 

@@ -22,8 +22,8 @@ from test_kill_save import Deadly
 
 from runner.checkpoint.storage import Checkpoint
 from runner.core import files
-from runner.core.errors import Code, Paused
-from runner.engine.worker_main import verdict
+from runner.core.errors import DiskError, ExitCode
+from runner.engine.worker_main import classify_error
 
 EXT4_IOC_SHUTDOWN = 2 << 30 | 4 << 16 | ord("X") << 8 | 125  # _IOR('X', 125, __u32)
 NO_LOG_FLUSH = struct.pack("I", 2)
@@ -125,12 +125,12 @@ def test_the_power_may_go_at_any_operation(ext4: Ext4) -> None:
             for step in (10, 30):
                 saving.write(made(step))
             disk.left = at
-            ended = Code.DONE
+            ended = ExitCode.DONE
             try:
                 saving.write(made(40))
-            except (OSError, Paused) as error:
-                ended = verdict(error)[0]
-            assert ended is (Code.DONE if at == operations else Code.DISK)  # the last one is the unlink
+            except (OSError, DiskError) as error:
+                ended = classify_error(error)[0]
+            assert ended is (ExitCode.DONE if at == operations else ExitCode.DISK)  # the last one is the unlink
             assert disk.left <= 0, "the power was not cut"
             ext4.start_again()
             found = newest(run)

@@ -22,7 +22,7 @@ from saves import STEPS, Run, acknowledged, made, new_run, newest, whole, writer
 from runner.checkpoint.storage import Checkpoint
 from runner.checkpoint.writer import Writer
 from runner.core import files
-from runner.core.errors import BadFile
+from runner.core.errors import BadFileError
 
 SECTOR = 512
 ENOUGH = 50_000  # states, which a writer that syncs does not reach
@@ -131,19 +131,21 @@ def cut_everywhere(
 ) -> Tally:  # fmt: skip
     run, tally = new_run(), Tally()
     said = 0
-    known: dict[frozenset[tuple[str, bytes]], Checkpoint | BadFile | None] = {}
+    known: dict[frozenset[tuple[str, bytes]], Checkpoint | BadFileError | None] = {}
 
     def visit(states: Iterator[dict[str, bytes]]) -> None:
         for state in states:
             if tally.states == ENOUGH:
                 return
             tally.states += 1
-            looked_at = frozenset((name, data) for name, data in state.items() if not name.endswith(files.ASIDE))
+            looked_at = frozenset(
+                (name, data) for name, data in state.items() if not name.endswith(files.PARTIAL_SUFFIX)
+            )
             if looked_at not in known:
                 known[looked_at] = loaded(state)
                 tally.loads += 1
             found = known[looked_at]
-            tally.wrong += isinstance(found, BadFile) or (found is not None and not whole(found))
+            tally.wrong += isinstance(found, BadFileError) or (found is not None and not whole(found))
             tally.lost += said > (found.step if isinstance(found, Checkpoint) else 0)
 
     def log(line: str) -> None:
@@ -159,13 +161,13 @@ def cut_everywhere(
     return tally
 
 
-def loaded(state: dict[str, bytes]) -> Checkpoint | BadFile | None:
+def loaded(state: dict[str, bytes]) -> Checkpoint | BadFileError | None:
     run: Run = new_run()
     for name, data in state.items():
         (run.checkpoints / name).write_bytes(data)
     try:
         return newest(run)
-    except BadFile as error:
+    except BadFileError as error:
         return error
     finally:
         shutil.rmtree(run.runs)

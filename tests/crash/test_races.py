@@ -15,10 +15,10 @@ from conftest import House
 from night import assert_same, failing, go_on, lora, unbroken
 
 from runner.core import files
-from runner.core.errors import FluxrunError, Held
+from runner.core.errors import FluxrunError, LockHeldError
 from runner.core.process_identity import Process
 from runner.jobs.job import Job
-from runner.jobs.prepare import prepare
+from runner.jobs.prepare import prepare_jobs
 from runner.runs import run as run_module
 from runner.runs.run import FORMAT, Run
 
@@ -26,7 +26,7 @@ RACERS = 50
 
 
 def job_of(house: House) -> Job:
-    [job] = prepare([lora(house)], house.folder / "runs", fetch=False, fresh=False)
+    [job] = prepare_jobs([lora(house)], house.folder / "runs", fetch=False, fresh=False)
     return job
 
 
@@ -96,7 +96,7 @@ def test_who_still_holds_a_run(house: House) -> None:
     job = job_of(house)
     living = parent()
     leased(job.run, living)
-    with pytest.raises(Held, match=f"process {living.pid} is working on"):
+    with pytest.raises(LockHeldError, match=f"process {living.pid} is working on"):
         job.run.enlist(job.spec, job.plan, "0")
     assert living.started is not None
     for dead in (replace(living, started=living.started + 1), replace(living, boot="an earlier one"),
@@ -131,7 +131,7 @@ def test_a_process_on_another_host_is_believed_while_the_state_changes(
 ) -> None:
     job = job_of(house)
     leased(job.run, replace(Process.own(), host="elsewhere", pid=7))
-    with pytest.raises(Held, match="process 7 on elsewhere is working on"):
+    with pytest.raises(LockHeldError, match="process 7 on elsewhere is working on"):
         job.run.enlist(job.spec, job.plan, "0")
     now = time.time()
     monkeypatch.setattr(run_module.time, "time", lambda: now + run_module.FOREIGN_PATIENCE - 5)
@@ -189,16 +189,16 @@ def overtaken(then: Any, at: int) -> Any:
 
 
 def test_an_attempt_that_is_over_before_it_begins(house: House) -> None:
-    from runner.core.errors import Code
+    from runner.core.errors import ExitCode
     from runner.core.signals import StopRequest
-    from runner.engine.worker_main import Told, Warm, train_run
+    from runner.engine.worker_main import TrainRequest, WorkerState, train_run
 
     job = job_of(house)
     job.run.enlist(job.spec, job.plan, "0")
     job.run.next_attempt()
     before = tree(job.run)
     told: list[Any] = []
-    assert train_run(Told(job.run.folder, 1), "cpu", told.append, StopRequest(), Warm()) == Code.HELD
+    assert train_run(TrainRequest(job.run.folder, 1), "cpu", told.append, StopRequest(), WorkerState()) == ExitCode.HELD
     assert told[-1]["reason"] == f"{job.run.folder}: attempt 2 has begun, this is attempt 1; nothing was written"
     assert tree(job.run) == before
 
@@ -222,7 +222,7 @@ def test_a_queue_that_dies_while_it_enlists(house: House, monkeypatch: pytest.Mo
                 job.run.enlist(job.spec, job.plan, "0")
             except KeyboardInterrupt:
                 assert kept < 4
-    [again] = prepare([house.folder / "a.toml"], house.folder / "runs", fetch=False, fresh=False)
+    [again] = prepare_jobs([house.folder / "a.toml"], house.folder / "runs", fetch=False, fresh=False)
     assert again.verdict.state == ("resume" if kept > 1 else "new")
     assert again.run.enlist(again.spec, again.plan, "0") > 0
 

@@ -15,7 +15,7 @@ from conftest import House, export_bytes, stopping_after
 from night import assert_same, failing, go_on, index, log, lora, state, unbroken
 from safetensors.torch import load_file
 
-from runner.core.errors import Code, NonFinite
+from runner.core.errors import ExitCode, NonFiniteError
 
 SPACING = 2.0**-15  # of exported bf16 numbers between 2**-8 and 2**-7: the same weights but for a last bit
 
@@ -130,7 +130,7 @@ def test_given_up_after_the_retries(house: House) -> None:
 
 
 def test_a_known_failure_is_not_tried_again(house: House) -> None:
-    with failing(lambda: NonFinite("nothing but NaN"), lambda *_: True) as failed:
+    with failing(lambda: NonFiniteError("nothing but NaN"), lambda *_: True) as failed:
         assert house.fluxrun("queue", lora(house)).code == 1
     assert failed == [0]
     assert (state(house)["state"], state(house)["error"]) == ("failed", "nothing but NaN")
@@ -172,10 +172,10 @@ def test_control_half_the_batch_without_twice_the_accumulation_is_seen(
     house: House, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A split that only ever looks at a batch's first half."""
-    from runner.training.loop import Loop
+    from runner.training.loop import LoopConfig
 
-    made = Loop.__init__
-    monkeypatch.setattr(Loop, "__init__", lambda self, *a: made(self, *a[:3], 1, *a[4:]))
+    made = LoopConfig.__init__
+    monkeypatch.setattr(LoopConfig, "__init__", lambda self, *a: made(self, *a[:3], 1, *a[4:]))
     with failing(no_memory, lambda *at: at[3] > 1):
         go_on(house, lora(house))
     name = Path("a/export/pytorch_lora_weights.safetensors")
@@ -216,10 +216,10 @@ def test_trouble_with_the_disk_pauses_the_run_and_the_next_goes_on(house: House,
 
 @pytest.mark.parametrize("name", ["ENOSPC", "EDQUOT", "EIO", "EROFS", "EFBIG", "ENOENT", "EMFILE"])
 def test_which_errors_are_the_disks(name: str) -> None:
-    from runner.engine.worker_main import verdict
+    from runner.engine.worker_main import classify_error
 
-    code, _ = verdict(OSError(getattr(errno, name), "x"))
-    assert code == (Code.CRASHED if name in ("ENOENT", "EMFILE") else Code.DISK)
+    code, _ = classify_error(OSError(getattr(errno, name), "x"))
+    assert code == (ExitCode.CRASHED if name in ("ENOENT", "EMFILE") else ExitCode.DISK)
 
 
 def test_one_runs_failure_leaves_the_others_as_if_alone(house: House, whole: Path) -> None:

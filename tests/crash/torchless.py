@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from runner.core import files, safetensors
-from runner.runs.checkpoint_files import file_name, steps_in
+from runner.runs.checkpoint_files import checkpoint_name, checkpoint_steps
 
 STEPS, PIVOT, KEEP, LENGTH = (10, 20, 30, 40, 50), 20, 1, 300
 
@@ -23,9 +23,9 @@ class Telling(files.Disk):
         return super().__getattribute__(name)
 
 
-def rounded(values: list[float]) -> safetensors.Raw:
+def rounded(values: list[float]) -> safetensors.RawTensor:
     data = struct.pack(f"<{len(values)}f", *values)
-    return safetensors.Raw("F32", (len(values),), memoryview(data))
+    return safetensors.RawTensor("F32", (len(values),), memoryview(data))
 
 
 def save(folder: Path, step: int, disk: files.Disk, speak_first: bool) -> None:
@@ -42,8 +42,8 @@ def save(folder: Path, step: int, disk: files.Disk, speak_first: bool) -> None:
     if speak_first:
         print(f"checkpoint at step {step}", flush=True)
     digest = safetensors.tensors_digest(tensors, header)
-    safetensors.write_tensors(folder / file_name(step), tensors, {**header, "sha256": digest}, disk=disk)
-    there = [(number, path) for number, path in steps_in(folder) if number <= step and number != PIVOT]
+    safetensors.write_tensors(folder / checkpoint_name(step), tensors, {**header, "sha256": digest}, disk=disk)
+    there = [(number, path) for number, path in checkpoint_steps(folder) if number <= step and number != PIVOT]
     for _, path in there[KEEP:]:
         disk.unlink(path)
     if not speak_first:

@@ -14,7 +14,7 @@ from runner.checkpoint import storage
 from runner.checkpoint.storage import Checkpoint, file_name
 from runner.checkpoint.writer import Writer
 from runner.core import files, safetensors
-from runner.runs.checkpoint_files import steps_in
+from runner.runs.checkpoint_files import checkpoint_steps
 
 
 class Around(files.Disk):
@@ -85,14 +85,14 @@ class InPlace(files.Disk):
 
 def final(path: Path) -> Path:
     """.NAME.PID.partial -> NAME"""
-    return path.with_name(path.name[1:].rsplit(".", 2)[0]) if path.name.endswith(files.ASIDE) else path
+    return path.with_name(path.name[1:].rsplit(".", 2)[0]) if path.name.endswith(files.PARTIAL_SUFFIX) else path
 
 
 class PrunesFirst(Writer):
     """Makes room for the new checkpoint before there is one (as accelerate does)."""
 
     def write(self, made: Checkpoint) -> None:
-        for _, path in steps_in(self.folder)[max(0, self.keep - 1) :]:
+        for _, path in checkpoint_steps(self.folder)[max(0, self.keep - 1) :]:
             self.disk.unlink(path)
         storage.write(self.folder / file_name(made.step), made, disk=self.disk)
         self.log(f"checkpoint at step {made.step}")
@@ -122,7 +122,7 @@ def highest(run: Run) -> Checkpoint | None:
     """A loader that takes the highest number and believes it: shape and header are right, or it fails."""
     from safetensors.torch import load_file
 
-    there = steps_in(run.checkpoints)
+    there = checkpoint_steps(run.checkpoints)
     if not there:
         return None
     step, path = there[0]

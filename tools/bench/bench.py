@@ -127,16 +127,16 @@ class Turns:
 def train_here(asked: Asked, folder: Path, heard: Callable[[int], bool]) -> Path:
     """Train as a trainer process does, but in this one. `heard(step)` is called at the end of every step, and stops the
     run by True. The folder of the run."""
-    from runner.core.errors import Code
-    from runner.engine.worker_main import Told, Warm, train_run
-    from runner.jobs.prepare import prepare
+    from runner.core.errors import ExitCode
+    from runner.engine.worker_main import TrainRequest, WorkerState, train_run
+    from runner.jobs.prepare import prepare_jobs
     from runner.model import device
 
     file = folder / "bench.toml"
     file.write_text(asked.text)
-    [job] = prepare([file], folder / "runs", fetch=False, fresh=False)
+    [job] = prepare_jobs([file], folder / "runs", fetch=False, fresh=False)
     attempt = job.run.enlist(job.spec, job.plan, "bench")
-    device.settle_libraries()
+    device.preload_libraries()
     enough, ended = False, ""
 
     def send(event: Any) -> None:
@@ -146,9 +146,9 @@ def train_here(asked: Asked, folder: Path, heard: Callable[[int], bool]) -> Path
         if event["say"] == "step" and not enough:
             enough = heard(event["number"])
 
-    code = train_run(Told(job.run.folder, attempt), "cpu", send, lambda: enough, Warm())  # type: ignore[arg-type]
+    code = train_run(TrainRequest(job.run.folder, attempt), "cpu", send, lambda: enough, WorkerState())  # type: ignore[arg-type]
     if not enough:
-        raise SystemExit(f"the run ended too early, with {Code(code).name}: {ended}")
+        raise SystemExit(f"the run ended too early, with {ExitCode(code).name}: {ended}")
     job.run.give_up()
     return job.run.folder
 

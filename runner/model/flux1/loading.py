@@ -19,19 +19,19 @@ from torch import nn
 
 from runner.base.files import PARTS, fingerprint, local_folder
 from runner.core import hub
-from runner.core.errors import FluxrunError, Unreachable, disk_trouble
-from runner.core.hashing import key_of
+from runner.core.errors import FluxrunError, UnreachableError, is_disk_error
+from runner.core.hashing import content_key
 from runner.model import quantization
 from runner.model.base import Base
 from runner.model.flux1.transformer import Rotary, blocks_of
-from runner.model.offload import spread
+from runner.model.offload import offload_blocks
 
 
 def open_base(
     text: str, revision: str | None, variant: str | None, device: torch.device, dtype: torch.dtype,
     quantize: str = "none", cache: Path | None = None, offload: bool = False,
 ) -> Base:  # fmt: skip
-    """Find the base on disk (`builtin:tiny`, a folder), or fetch its diffusers parts from the hub. Raises Unreachable where
+    """Find the base on disk (`builtin:tiny`, a folder), or fetch its diffusers parts from the hub. Raises UnreachableError where
     the hub does not answer, FluxrunError where it does not give them."""
     folder = local_folder(text)
     if folder is None:
@@ -48,11 +48,15 @@ def _fetched(text: str, revision: str | None) -> Path:
         return Path(snapshot_download(text, revision=revision, allow_patterns=wanted))
     except Exception as error:
         # The client has an exception for each way of not being answered, and passes on those of the libraries below it.
-        if disk_trouble(error):
+        if is_disk_error(error):
             raise
-        if hub.passing(error):
-            raise Unreachable(f"{text} cannot be fetched: the hub does not answer ({hub.told(error)})") from error
-        raise FluxrunError(f"{text} cannot be fetched ({hub.told(error)}); `fluxrun check` says more") from error
+        if hub.is_transient(error):
+            raise UnreachableError(
+                f"{text} cannot be fetched: the hub does not answer ({hub.describe_error(error)})"
+            ) from error
+        raise FluxrunError(
+            f"{text} cannot be fetched ({hub.describe_error(error)}); `fluxrun check` says more"
+        ) from error
 
 
 def quiet() -> None:
@@ -76,7 +80,7 @@ def load_t5(base: Base) -> nn.Module:
     from transformers import T5EncoderModel
 
     made: Any = _load_large(T5EncoderModel, empty_t5, base, "text_encoder_2")
-    return spread(made, list(made.encoder.block), base.device) if base.offload else made  # type: ignore[no-any-return]
+    return offload_blocks(made, list(made.encoder.block), base.device) if base.offload else made  # type: ignore[no-any-return]
 
 
 def empty_t5(folder: Path) -> Any:
@@ -113,7 +117,7 @@ def load_transformer(base: Base) -> nn.Module:
 
     made: Any = _load_large(FluxTransformer2DModel, empty_transformer, base, "transformer")
     made.pos_embed = Rotary(made.pos_embed)
-    return spread(made, blocks_of(made), base.device) if base.offload else made  # type: ignore[no-any-return]
+    return offload_blocks(made, blocks_of(made), base.device) if base.offload else made  # type: ignore[no-any-return]
 
 
 def load_tokenizer(base: Base, encoder: str) -> Any:
@@ -161,11 +165,13 @@ def filled(empty: Callable[[Path], Any], base: Base, part: str) -> nn.Module:
         model = empty(folder)
     kept = None
     if base.quantize != "none" and base.cache:
-        key = key_of(
+        key = content_key(
             "quantized", quantization.FORMAT, fingerprint(folder), base.variant, base.quantize, str(base.dtype)
         )
         kept = base.cache / "quantized" / key[:2] / f"{key}.safetensors"
-    return quantization.fill(model, weight_files(folder, base.variant), base.quantize, base.dtype, base.device, kept)
+    return quantization.load_quantized(
+        model, weight_files(folder, base.variant), base.quantize, base.dtype, base.device, kept
+    )
 
 
 def weight_files(folder: Path, variant: str | None) -> dict[str, Path]:

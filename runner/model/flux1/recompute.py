@@ -14,7 +14,16 @@ from diffusers.models.transformers.transformer_flux import FluxSingleTransformer
 from torch import Tensor, nn
 
 from runner.model.flux1.transformer import blocks_of
-from runner.model.recomputation import Read, Recipe, gelu, heads, norm_back, not_kept, projected, remade
+from runner.model.recomputation import (
+    Lazy,
+    RecomputeOp,
+    gelu,
+    heads,
+    norm_back,
+    recompute,
+    recompute_on_backward,
+    recompute_projections,
+)
 
 Table = tuple[Tensor, Tensor]  # cosines and sines [N, D] of each token's angles, every angle twice side by side
 LIMIT = 65504  # of fp16, where diffusers clips the residual stream too
@@ -24,7 +33,7 @@ LIMIT = 65504  # of fp16, where diffusers clips the residual stream too
 
 
 @dataclass(frozen=True)
-class Modulation(Recipe):
+class Modulation(RecomputeOp):
     """x [B, N, d], shift and scale [B, d] -> LayerNorm(x) * (1 + scale) + shift."""
 
     eps: float
@@ -53,7 +62,7 @@ class Modulation(Recipe):
         return found
 
 
-class Turning(Recipe):
+class RotaryNorm(RecomputeOp):
     """For each norm an x [B, N_i, heads * D] -> their RMS norms over D, one behind the other, turned by angle: [B, N, heads, D].
     turn: cosines + i sines [N, 1, D / 2]."""
 
@@ -83,7 +92,7 @@ class Turning(Recipe):
         ]
 
 
-class Activation(Recipe):
+class Activation(RecomputeOp):
     """GELU by tanh."""
 
     def make(self, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -95,7 +104,7 @@ class Activation(Recipe):
         return (torch.ops.aten.gelu_backward(grad, inputs[0], approximate="tanh"),)
 
 
-class Joining(Recipe):
+class ConcatGelu(RecomputeOp):
     """Attention's output [B, N, d] and the GELU of an MLP's [B, N, inner], side by side: what a single block's last layer reads."""
 
     def make(self, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -116,7 +125,7 @@ class Joining(Recipe):
         )
 
 
-class Joined(Recipe):
+class Concat(RecomputeOp):
     """Text's and image's [B, N_i, d], one behind the other."""
 
     def make(self, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -132,26 +141,26 @@ class Joined(Recipe):
 # ---- the blocks ------------------------------------------------------------------------------------------------------
 
 
-def turn_of(table: Table) -> Tensor:
+def rotary_norm(table: Table) -> Tensor:
     cos, sin = table
     return torch.complex(cos[:, None, ::2].float(), sin[:, None, ::2].float())
 
 
-def attend(attn: Any, queries: Read, keys: Read, values: Read) -> Tensor:
+def attend(attn: Any, queries: Lazy, keys: Lazy, values: Lazy) -> Tensor:
     """Queries and keys [B, N, heads, D], values [B, N, heads * D] -> [B, N, heads * D]."""
     read = heads(values[0], attn.head_dim)
-    with not_kept(queries, keys, values):
+    with recompute_on_backward(queries, keys, values):
         found: Tensor = dispatch_attention_fn(queries[0], keys[0], read, backend=attn.processor._attention_backend)
     return found.flatten(2, 3).to(read.dtype)
 
 
-def added(x: Tensor, gate: Tensor, what: Tensor) -> Tensor:
+def gated_residual(x: Tensor, gate: Tensor, what: Tensor) -> Tensor:
     """x + gate * what."""
     out = torch.addcmul(x, gate[:, None], what)
     return out.clip(-LIMIT, LIMIT) if out.dtype == torch.float16 else out
 
 
-class Lean:
+class RecomputeBlock:
     """In front of a block of diffusers'. plain: whether it keeps what others do, since it runs under checkpointing; again:
     whether it makes again what its layers make of what they read together."""
 
@@ -174,63 +183,70 @@ class Lean:
         raise NotImplementedError
 
 
-class LeanDouble(Lean, FluxTransformerBlock):  # type: ignore[misc]
+class RecomputeDoubleBlock(RecomputeBlock, FluxTransformerBlock):  # type: ignore[misc]
     def lean(self, img: Tensor, txt: Tensor, temb: Tensor, table: Table) -> tuple[Tensor, Tensor]:
         attn = self.attn
         of_img, of_txt = (norm.linear(norm.silu(temb)).chunk(6, 1) for norm in (self.norm1, self.norm1_context))
-        read = remade(Modulation(self.norm1.norm.eps), img, *of_img[:2], plain=self.plain)
-        q, k, v = projected(read, attn.to_q, attn.to_k, attn.to_v, again=self.again)
-        read = remade(Modulation(self.norm1_context.norm.eps), txt, *of_txt[:2], plain=self.plain)
-        txt_q, txt_k, txt_v = projected(read, attn.add_q_proj, attn.add_k_proj, attn.add_v_proj, again=self.again)
-        turn, length = turn_of(table), txt.shape[1]
-        queries = remade(Turning(turn, attn.norm_added_q, attn.norm_q), txt_q, q, plain=self.plain)
-        keys = remade(Turning(turn, attn.norm_added_k, attn.norm_k), txt_k, k, plain=self.plain)
-        attended = attend(attn, queries, keys, remade(Joined(), txt_v, v, plain=self.plain))
-        img = added(img, of_img[2], attn.to_out[0](attended[:, length:]))
-        txt = added(txt, of_txt[2], attn.to_add_out(attended[:, :length]))
+        read = recompute(Modulation(self.norm1.norm.eps), img, *of_img[:2], plain=self.plain)
+        q, k, v = recompute_projections(read, attn.to_q, attn.to_k, attn.to_v, again=self.again)
+        read = recompute(Modulation(self.norm1_context.norm.eps), txt, *of_txt[:2], plain=self.plain)
+        txt_q, txt_k, txt_v = recompute_projections(
+            read, attn.add_q_proj, attn.add_k_proj, attn.add_v_proj, again=self.again
+        )
+        turn, length = rotary_norm(table), txt.shape[1]
+        queries = recompute(RotaryNorm(turn, attn.norm_added_q, attn.norm_q), txt_q, q, plain=self.plain)
+        keys = recompute(RotaryNorm(turn, attn.norm_added_k, attn.norm_k), txt_k, k, plain=self.plain)
+        attended = attend(attn, queries, keys, recompute(Concat(), txt_v, v, plain=self.plain))
+        img = gated_residual(img, of_img[2], attn.to_out[0](attended[:, length:]))
+        txt = gated_residual(txt, of_txt[2], attn.to_add_out(attended[:, :length]))
         img = self._fed(img, self.norm2, self.ff, of_img)
         return self._fed(txt, self.norm2_context, self.ff_context, of_txt), img
 
     def _fed(self, x: Tensor, norm: nn.LayerNorm, ff: Any, modulated: Sequence[Tensor]) -> Tensor:
         """One stream's MLP, added. modulated: shift, scale, gate of attention's, then the MLP's."""
-        read = remade(Modulation(norm.eps), x, *modulated[3:5], plain=self.plain)
-        [inner] = projected(read, ff.net[0].proj, again=self.again)
-        read = remade(Activation(), inner, plain=self.plain)
-        with not_kept(read):
+        read = recompute(Modulation(norm.eps), x, *modulated[3:5], plain=self.plain)
+        [inner] = recompute_projections(read, ff.net[0].proj, again=self.again)
+        read = recompute(Activation(), inner, plain=self.plain)
+        with recompute_on_backward(read):
             out = ff.net[2](read[0])
-        return added(x, modulated[5], out)
+        return gated_residual(x, modulated[5], out)
 
 
-class LeanSingle(Lean, FluxSingleTransformerBlock):  # type: ignore[misc]
+class RecomputeSingleBlock(RecomputeBlock, FluxSingleTransformerBlock):  # type: ignore[misc]
     last = False  # of the model, which goes on with the image alone: the text is then only what others attend to
 
     def lean(self, img: Tensor, txt: Tensor, temb: Tensor, table: Table) -> tuple[Tensor, Tensor]:
         attn = self.attn
-        x, turn, length = torch.cat([txt, img], dim=1), turn_of(table), txt.shape[1]
+        x, turn, length = torch.cat([txt, img], dim=1), rotary_norm(table), txt.shape[1]
         first = length if self.last else 0  # of the tokens that anything comes of
         shift, scale, gate = self.norm.linear(self.norm.silu(temb)).chunk(3, 1)
-        read = remade(Modulation(self.norm.norm.eps), x, shift, scale, plain=self.plain)
+        read = recompute(Modulation(self.norm.norm.eps), x, shift, scale, plain=self.plain)
         if first:
             own, one = read
-            inner, q = projected((own[:, first:], one), self.proj_mlp, attn.to_q, again=False)
-            k, v = projected(read, attn.to_k, attn.to_v, again=False)
+            inner, q = recompute_projections((own[:, first:], one), self.proj_mlp, attn.to_q, again=False)
+            k, v = recompute_projections(read, attn.to_k, attn.to_v, again=False)
         else:
-            inner, q, k, v = projected(read, self.proj_mlp, attn.to_q, attn.to_k, attn.to_v, again=self.again)
-        queries = remade(Turning(turn[first:], attn.norm_q), q, plain=self.plain)
-        keys = remade(Turning(turn, attn.norm_k), k, plain=self.plain)
+            inner, q, k, v = recompute_projections(
+                read, self.proj_mlp, attn.to_q, attn.to_k, attn.to_v, again=self.again
+            )
+        queries = recompute(RotaryNorm(turn[first:], attn.norm_q), q, plain=self.plain)
+        keys = recompute(RotaryNorm(turn, attn.norm_k), k, plain=self.plain)
         attended = attend(attn, queries, keys, v)
-        read = remade(Joining(), attended, inner, plain=self.plain)
-        with not_kept(read):
+        read = recompute(ConcatGelu(), attended, inner, plain=self.plain)
+        with recompute_on_backward(read):
             out = self.proj_out(read[0])
-        out = added(x[:, first:], gate, out)
+        out = gated_residual(x[:, first:], gate, out)
         return (txt, out) if self.last else (out[:, :length], out[:, length:])
 
 
-def spare(transformer: Any, *, plain: Collection[nn.Module] = (), again: bool = False) -> None:
+def enable_recompute(transformer: Any, *, plain: Collection[nn.Module] = (), again: bool = False) -> None:
     """Let its blocks keep less; the plain ones as much as ever, for checkpointing, which keeps nothing of it. again: still
     less, for more time, but for the last block: when its turn comes in the backward pass all would be there anyway. Without
     gradients, as for pictures, they go on as diffusers' own."""
-    lean: dict[type, Any] = {FluxTransformerBlock: LeanDouble, FluxSingleTransformerBlock: LeanSingle}
+    lean: dict[type, Any] = {
+        FluxTransformerBlock: RecomputeDoubleBlock,
+        FluxSingleTransformerBlock: RecomputeSingleBlock,
+    }
     block: Any
     twice = {id(block) for block in plain}
     for block in blocks_of(transformer):
@@ -238,15 +254,18 @@ def spare(transformer: Any, *, plain: Collection[nn.Module] = (), again: bool = 
             block.__class__ = lean[type(block)]
             block.plain, block.again = id(block) in twice, again
     *_, last = blocks_of(transformer)
-    if isinstance(last, Lean):
+    if isinstance(last, RecomputeBlock):
         last.again = False
-    if isinstance(last, LeanSingle):
+    if isinstance(last, RecomputeSingleBlock):
         last.last = True
 
 
-def unspare(transformer: Any) -> None:
+def disable_recompute(transformer: Any) -> None:
     """diffusers' own again."""
-    stock: dict[type, Any] = {LeanDouble: FluxTransformerBlock, LeanSingle: FluxSingleTransformerBlock}
+    stock: dict[type, Any] = {
+        RecomputeDoubleBlock: FluxTransformerBlock,
+        RecomputeSingleBlock: FluxSingleTransformerBlock,
+    }
     for block in blocks_of(transformer):
         if type(block) in stock:
             block.__class__ = stock[type(block)]

@@ -12,10 +12,19 @@ import torch
 from torch import Tensor, nn
 from transformers.models.t5.modeling_t5 import T5Block
 
-from runner.model.recomputation import Read, Recipe, gelu, heads, norm_back, not_kept, projected, remade
+from runner.model.recomputation import (
+    Lazy,
+    RecomputeOp,
+    gelu,
+    heads,
+    norm_back,
+    recompute,
+    recompute_on_backward,
+    recompute_projections,
+)
 
 
-class Scaling(Recipe):
+class RMSNormOp(RecomputeOp):
     """x [B, T, d] -> its RMS norm over d, in the dtype of T5's weight."""
 
     def __init__(self, norm: Any) -> None:
@@ -32,7 +41,7 @@ class Scaling(Recipe):
         return (norm_back(inputs[0], self.weight.float(), self.eps, grad.float()).to(inputs[0].dtype),)
 
 
-class Gating(Recipe):
+class GatedGelu(RecomputeOp):
     """a, b [B, T, inner] -> gelu(a) * b, the GELU by tanh."""
 
     def make(self, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -48,7 +57,7 @@ class Gating(Recipe):
         )
 
 
-class LeanT5Block(T5Block):  # type: ignore[misc]
+class RecomputeT5Block(T5Block):  # type: ignore[misc]
     """plain: whether it keeps what others do, since it runs under checkpointing; again: whether it makes again what its layers
     make of what they read together."""
 
@@ -73,23 +82,23 @@ class LeanT5Block(T5Block):  # type: ignore[misc]
 
     def _attended(self, x: Tensor, bias: Tensor) -> Tensor:
         own = self.layer[0].SelfAttention
-        reads = projected(self._normed(self.layer[0], x), own.q, own.k, own.v, again=self.again)
+        reads = recompute_projections(self._normed(self.layer[0], x), own.q, own.k, own.v, again=self.again)
         q, k, v = (heads(tensor, own.key_value_proj_dim).transpose(1, 2) for tensor, _ in reads)
-        with not_kept(*reads):
+        with recompute_on_backward(*reads):
             found = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=1.0)
         out: Tensor = own.o(found.transpose(1, 2).flatten(2))
         return out
 
     def _fed(self, x: Tensor) -> Tensor:
         own = self.layer[-1].DenseReluDense
-        sides = projected(self._normed(self.layer[-1], x), own.wi_0, own.wi_1, again=self.again)
-        gated, _ = remade(Gating(), *sides, plain=self.plain)
+        sides = recompute_projections(self._normed(self.layer[-1], x), own.wi_0, own.wi_1, again=self.again)
+        gated, _ = recompute(GatedGelu(), *sides, plain=self.plain)
         kept = own.wo.weight.dtype  # in fp32 by some
         out: Tensor = own.wo(gated.to(kept) if kept.is_floating_point else gated)
         return out
 
-    def _normed(self, layer: Any, x: Tensor) -> Read:
-        return remade(Scaling(layer.layer_norm), x, plain=self.plain)
+    def _normed(self, layer: Any, x: Tensor) -> Lazy:
+        return recompute(RMSNormOp(layer.layer_norm), x, plain=self.plain)
 
 
 def clamped(x: Tensor) -> Tensor:
@@ -98,11 +107,11 @@ def clamped(x: Tensor) -> Tensor:
     return x if x.dtype != torch.float16 else x.clamp(1000 - most, most - 1000)
 
 
-def spare(encoder: Any, *, plain: bool, again: bool = False) -> None:
+def enable_recompute(encoder: Any, *, plain: bool, again: bool = False) -> None:
     """Let a T5EncoderModel's blocks keep less, if they are of the kind that FLUX has. plain, again: see `LeanT5Block`."""
     if not encoder.config.is_gated_act or encoder.config.dense_act_fn != "gelu_new":
         return
     for block in encoder.encoder.block:
         if type(block) is T5Block:
-            block.__class__ = LeanT5Block
+            block.__class__ = RecomputeT5Block
             block.plain, block.again = plain, again

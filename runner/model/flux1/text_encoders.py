@@ -12,7 +12,7 @@ from runner.core.errors import FluxrunError
 from runner.core.seeds import derive
 
 
-class Rows(nn.Module):
+class TokenRows(nn.Module):
     """A frozen embedding table with a few learned rows behind it.
 
     Ids from `first` on are new tokens; `first` is the tokenizer's length, which may lie below the table's (T5-XXL's
@@ -36,7 +36,7 @@ class Rows(nn.Module):
         return torch.where((ids >= self.first)[..., None], learned, known)
 
 
-def attach_rows(encoder: Any, tokenizer: Any, pieces: Sequence[str], rows: nn.Parameter) -> None:
+def attach_token_rows(encoder: Any, tokenizer: Any, pieces: Sequence[str], rows: nn.Parameter) -> None:
     """Give a loaded encoder and its tokenizer the new vocabulary, as load_textual_inversion will at inference. Raises
     FluxrunError where the tokenizer has an entry of this name."""
     vocabulary = tokenizer.get_vocab()
@@ -47,7 +47,7 @@ def attach_rows(encoder: Any, tokenizer: Any, pieces: Sequence[str], rows: nn.Pa
         )
     first = len(tokenizer)
     tokenizer.add_tokens(list(pieces))
-    encoder.set_input_embeddings(Rows(encoder.get_input_embeddings(), first, rows))
+    encoder.set_input_embeddings(TokenRows(encoder.get_input_embeddings(), first, rows))
 
 
 def table_std(encoder: Any) -> float:

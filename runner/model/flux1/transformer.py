@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from runner.base import layers
 from runner.core.errors import FluxrunError
-from runner.model.flow_matching import Noised
+from runner.model.flow_matching import NoisyBatch
 from runner.model.flux1.latents import image_ids
 from runner.spec.attention import ON_A_GPU
 
@@ -44,7 +44,7 @@ def run_twice(transformer: Any, every: int) -> list[nn.Module]:
     return [blocks[place] for place in layers.run_twice(len(blocks), every)]
 
 
-def recompute(transformer: Any, blocks: Collection[nn.Module]) -> None:
+def enable_gradient_checkpointing(transformer: Any, blocks: Collection[nn.Module]) -> None:
     """Gradient checkpointing of these: their activations are made again in the backward pass."""
     chosen = {id(block) for block in blocks}
 
@@ -55,14 +55,14 @@ def recompute(transformer: Any, blocks: Collection[nn.Module]) -> None:
 
 
 @dataclass(frozen=True)
-class Text:
+class PromptEmbeds:
     """What the transformer reads. txt [B, T, t5 width], vec [B, clip width]."""
 
     txt: Tensor
     vec: Tensor
 
 
-Predict = Callable[[Noised, Text, int, int], Tensor]
+Predict = Callable[[NoisyBatch, PromptEmbeds, int, int], Tensor]
 
 
 def predictor(transformer: nn.Module, guidance: float, device: torch.device, dtype: torch.dtype) -> Predict:
@@ -80,7 +80,7 @@ def predictor(transformer: nn.Module, guidance: float, device: torch.device, dty
     def told(count: int) -> Tensor | None:
         return torch.full((count,), guidance, device=device) if guided else None
 
-    def predict(noised: Noised, text: Text, h: int, w: int) -> Tensor:
+    def predict(noised: NoisyBatch, text: PromptEmbeds, h: int, w: int) -> Tensor:
         count, length = text.txt.shape[:2]
         txt_ids, img_ids = ids(length, h, w)
         with rotary_of(transformer, (length, h, w)):

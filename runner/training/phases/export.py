@@ -17,16 +17,16 @@ from runner.base.files import licence, transformer_config
 from runner.cache.store import Cache
 from runner.checkpoint.storage import Checkpoint, Weights
 from runner.core import contact_sheet, files, hub
-from runner.core.command_line import command
-from runner.core.errors import Interrupted
-from runner.core.events import Say
+from runner.core.command_line import fluxrun_command
+from runner.core.errors import InterruptedRunError
+from runner.core.events import EventLog
 from runner.data import tokens
-from runner.data.tokens import Placeholder, expand
+from runner.data.tokens import Placeholder, expand_placeholders
 from runner.export import formats, pipeline, verify, webui
-from runner.export.about import About, Shapes
+from runner.export.about import AdapterShapes, ExportInfo
 from runner.export.loss_curve import draw_curve
 from runner.export.model_card import CURVE, model_card
-from runner.export.pipeline import Exported
+from runner.export.pipeline import ExportedFiles
 from runner.model.base import Base
 from runner.model.device import DTYPES, release
 from runner.model.lora import lora_shape, text_lora_shape
@@ -35,20 +35,20 @@ from runner.runs.run import Run
 from runner.spec import export_names
 from runner.spec.schema import Spec, dump, flat
 from runner.training.encoders import frozen_t5
-from runner.training.model_pool import Shelf
+from runner.training.model_pool import ModelPool
 
 
 @dataclass(frozen=True)
-class Order:
+class ExportRequest:
     """What an export needs to know; the training data is not among it."""
 
     run: Run
     spec: Spec
     base: Base
-    say: Say
+    event_log: EventLog
     stop_requested: Callable[[], bool]
     cache: Cache
-    shelf: Shelf
+    model_pool: ModelPool
 
     @property
     def placeholders(self) -> tuple[Placeholder, ...]:
@@ -60,7 +60,7 @@ class Order:
 
 
 @dataclass(frozen=True)
-class Delivered:
+class ExportResult:
     """step: the checkpoint's; errors: of each weight file, the largest; pictures: (prompt, picture)."""
 
     step: int
@@ -68,18 +68,18 @@ class Delivered:
     pictures: Sequence[tuple[str, Image.Image]]
 
 
-def deliver(order: Order, made: Checkpoint | None) -> Delivered:
+def export_phase(order: ExportRequest, made: Checkpoint | None) -> ExportResult:
     """Make `export/` and `samples/` from a checkpoint; the files in `export/` are the old ones or the new, never mixed.
 
-    Raises BadFile where a file does not give back what was trained; the run is then not done.
+    Raises BadFileError where a file does not give back what was trained; the run is then not done.
     """
     run, spec, step = order.run, order.spec, made.step if made else 0
     weights = made.weights if made else Weights()
     run.fence()
-    aside = run.export.with_name(f".export{files.ASIDE}")
+    aside = run.export.with_name(f".export{files.PARTIAL_SUFFIX}")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
-    shapes = Shapes(
+    shapes = AdapterShapes(
         lora_shape(spec, order.base) if weights.lora else None,
         text_lora_shape(spec, order.base) if weights.text_lora else None,
     )
@@ -91,7 +91,7 @@ def deliver(order: Order, made: Checkpoint | None) -> Delivered:
         name = f"samples/{index}.png"
         files.make_folder(aside / "samples")
         shutil.copyfile(sample_file(run, step, index), aside / name)
-        shown.append((expand(prompt, order.placeholders), name))
+        shown.append((expand_placeholders(prompt, order.placeholders), name))
     points = made.scalars["meters"].get("curve") if made else None
     if points:
         files.make_folder(aside / "samples")
@@ -102,14 +102,14 @@ def deliver(order: Order, made: Checkpoint | None) -> Delivered:
     files.write_text(aside / "README.md", card)
     run.fence()
     files.replace_folder(aside, run.export)
-    return Delivered(step, errors, pictures)
+    return ExportResult(step, errors, pictures)
 
 
 def sample_file(run: Run, step: int, index: int) -> Path:
     return run.samples / f"step-{step:06d}-{index}.png"
 
 
-def _about(order: Order, step: int) -> About:
+def _about(order: ExportRequest, step: int) -> ExportInfo:
     own = order.spec.model.base
     settings = {
         key: value
@@ -117,7 +117,7 @@ def _about(order: Order, step: int) -> About:
         if not key.startswith(("data.source", "model.base", "prior.images", "hub", "notify"))
     }
     config = transformer_config(own, order.base.folder) or {}
-    return About(
+    return ExportInfo(
         order.spec.name, Path(own).name if Path(own).is_dir() else own, step, order.placeholders, settings,
         licence(own, order.base.folder), export_day(order.run), bool(config.get("guidance_embeds")),
         version("fluxrun"),
@@ -130,14 +130,16 @@ def export_day(run: Run) -> str | None:
     return webui.day_of(float(fixed) if fixed else run.began())
 
 
-def _stored(weights: Weights, shapes: Shapes, dtype: torch.dtype) -> tuple[Weights, Shapes]:
+def _stored(weights: Weights, shapes: AdapterShapes, dtype: torch.dtype) -> tuple[Weights, AdapterShapes]:
     """What diffusers loads of the files."""
     folded, its_shapes = formats.folded(weights, shapes)
     return formats.rounded(folded, dtype), its_shapes
 
 
-def _written(folder: Path, weights: Weights, shapes: Shapes, about: About, dtype: torch.dtype) -> dict[str, float]:
-    """Write every weight file and read it back; the largest error of each. Raises BadFile with the layer."""
+def _written(
+    folder: Path, weights: Weights, shapes: AdapterShapes, about: ExportInfo, dtype: torch.dtype
+) -> dict[str, float]:
+    """Write every weight file and read it back; the largest error of each. Raises BadFileError with the layer."""
     stored, errors = formats.rounded(weights, dtype), {}
     if weights.lora or weights.text_lora:
         trained = formats.adapter(formats.rounded(weights, torch.float32), shapes)
@@ -155,18 +157,18 @@ def _written(folder: Path, weights: Weights, shapes: Shapes, about: About, dtype
 
 
 def _verified_pictures(
-    order: Order, step: int, stored: Weights, shapes: Shapes, folder: Path
+    order: ExportRequest, step: int, stored: Weights, shapes: AdapterShapes, folder: Path
 ) -> list[tuple[str, Image.Image]]:
     """Load the files as their users will, compare, and draw with what was loaded: before (the base) and after."""
     own, placeholders, run = order.spec.validation, order.placeholders, order.run
-    shots = sample_files.shots(own.prompts, own.count, order.spec.seed)
+    shots = sample_files.samples_of(own.prompts, own.count, order.spec.seed)
     exported = formats.exported_files(folder, order.spec.name, placeholders)
-    order.say.line("export: reading the files back with diffusers")
+    order.event_log.line("export: reading the files back with diffusers")
     plain, learned = _read_prompts(order, stored, shapes, exported, [prompt for prompt, _ in shots])
-    transformer = order.shelf.take(order.base)
+    transformer = order.model_pool.take(order.base)
     pipe = pipeline.image_pipeline(order.base, transformer, with_vae=bool(shots))
     size = pipeline.size_of(order.spec)
-    order.say.begin_phase("pictures", 0, 2 * len(shots), "pictures")
+    order.event_log.begin_phase("pictures", 0, 2 * len(shots), "pictures")
     columns: list[list[Image.Image]] = []
     for at, reads in ((0, plain), (step, learned)):
         if columns and exported.lora:
@@ -175,31 +177,31 @@ def _verified_pictures(
                 verify.loaded_lora(pipe.transformer, stored.lora, shapes.lora)
         column = []
         for index, (read, (_, seed)) in enumerate(zip(reads, shots, strict=True)):
-            column.append(pipeline.draw(pipe, read, seed, steps=own.steps, size=size))
+            column.append(pipeline.draw_image(pipe, read, seed, steps=own.steps, size=size))
             run.fence()
             files.write_png(sample_file(run, at, index), column[-1])
-            order.say.progress(len(columns) * len(shots) + index + 1, 2 * len(shots), "pictures")
+            order.event_log.progress(len(columns) * len(shots) + index + 1, 2 * len(shots), "pictures")
             if order.stop_requested():
-                raise Interrupted("stopped before the exports were complete; the same command goes on")
+                raise InterruptedRunError("stopped before the exports were complete; the same command goes on")
         columns.append(column)
-    order.shelf.put(order.base, order.spec.model, transformer)
-    order.say.end_phase()
+    order.model_pool.put(order.base, order.spec.model, transformer)
+    order.event_log.end_phase()
     if shots:
         rows = [(prompt, [before, after]) for (prompt, _), before, after in zip(shots, *columns, strict=True)]
         run.fence()
-        files.write_png(run.samples / "before-after.png", contact_sheet.sheet(rows, ("before", "after")))
+        files.write_png(run.samples / "before-after.png", contact_sheet.draw_contact_sheet(rows, ("before", "after")))
     return [(prompt, picture) for (prompt, _), picture in zip(shots, columns[1], strict=True)]
 
 
 def _read_prompts(
-    order: Order, stored: Weights, shapes: Shapes, exported: Exported, prompts: Sequence[str]
-) -> tuple[list[pipeline.Read], list[pipeline.Read]]:
+    order: ExportRequest, stored: Weights, shapes: AdapterShapes, exported: ExportedFiles, prompts: Sequence[str]
+) -> tuple[list[pipeline.EncodedPrompt], list[pipeline.EncodedPrompt]]:
     """The prompts as the base reads them, and with what was learned in the text encoders; that is compared on the way."""
     length = order.spec.model.max_sequence_length
-    written = [expand(prompt, order.placeholders) for prompt in prompts]
+    written = [expand_placeholders(prompt, order.placeholders) for prompt in prompts]
     live = "t5" in stored.rows  # else T5 reads what it read before the training, and the cache has that
     pipe = pipeline.text_pipeline(order.base, None, with_t5=live)
-    read = functools.partial(frozen_t5, order.base, order.cache, order.shelf, order.spec)
+    read = functools.partial(frozen_t5, order.base, order.cache, order.model_pool, order.spec)
     plain = pipeline.read_prompts(pipe, prompts, length, texts=None if live else read(prompts))
     if exported.embeddings:
         pipeline.load_embeddings(pipe, exported.embeddings, order.placeholders)
@@ -214,10 +216,10 @@ def _read_prompts(
     return plain, learned
 
 
-def push(order: Order) -> None:
+def push(order: ExportRequest) -> None:
     """Upload the export folder. What goes wrong is told in the log and in the state, and ends nothing."""
     own, repo = order.spec.hub, hub.repository(order.spec.hub.repo, order.spec.name)
-    order.say.line(f"export: pushing to {repo}")
+    order.event_log.line(f"export: pushing to {repo}")
     try:
         wrong = hub.push(order.run.export, repo, own.private, f"{order.spec.name}, by fluxrun", order.stop_requested)
     except KeyboardInterrupt:
@@ -226,7 +228,7 @@ def push(order: Order) -> None:
     if wrong is None:
         order.run.amend(warning=None)
         return
-    again = command("export", order.spec.name, "--push", runs=order.run.runs)
+    again = fluxrun_command("export", order.spec.name, "--push", runs=order.run.runs)
     warning = f"not pushed to {repo} ({wrong}); `{again}` tries again"
-    order.say.line(f"warning: {warning}")
+    order.event_log.line(f"warning: {warning}")
     order.run.amend(warning=warning)

@@ -13,48 +13,52 @@ from runner.data import class_images
 from runner.export import pipeline
 from runner.model.device import DTYPES, release
 from runner.plan.build import resolutions
-from runner.training.context import Desk
+from runner.training.context import RunContext
 
 STEPS = 28  # FluxPipeline's default; [validate] is about looking, and shall change nothing of the training
 
 
-def fill_classes(desk: Desk) -> None:
+def prior_phase(context: RunContext) -> None:
     """Top the folder up. Another run's images of the same prompt and base count, others' are refused (FluxrunError); an
     interrupted filling goes on where it stopped."""
-    own = desk.spec.prior
+    own = context.spec.prior
     assert own is not None
     folder = files.make_folder(Path(own.images))
-    with locks.locked(folder / ".lock", patience=math.inf, waiting=desk.check_stop):  # another run may be filling it
-        base_model = desk.base_identity
-        if wrong := class_images.disagreement(folder, own.prompt, base_model):  # another run may have filled it by now
+    with locks.hold_lock(
+        folder / ".lock", patience=math.inf, waiting=context.check_stop
+    ):  # another run may be filling it
+        base_model = context.base_identity
+        if wrong := class_images.prompt_disagreement(
+            folder, own.prompt, base_model
+        ):  # another run may have filled it by now
             raise FluxrunError(f"{wrong[0]}: {wrong[1]}")
         there = len(class_images.paths(folder))
-        desk.say.line(f"prior: {there} class images in {folder}, {max(0, own.count - there)} to make")
+        context.event_log.line(f"prior: {there} class images in {folder}, {max(0, own.count - there)} to make")
         if there >= own.count:
             return
-        class_images.remember(folder, own.prompt, base_model)
-        dtype = DTYPES[own.dtype] if own.dtype else desk.base.dtype
-        base = replace(desk.base, dtype=dtype)
-        desk.shelf.clear(base)
+        class_images.write_note(folder, own.prompt, base_model)
+        dtype = DTYPES[own.dtype] if own.dtype else context.base.dtype
+        base = replace(context.base, dtype=dtype)
+        context.model_pool.clear(base)
         pipe = pipeline.text_pipeline(base, None)
-        [read] = pipeline.read_prompts(pipe, [own.prompt], desk.spec.model.max_sequence_length)
+        [read] = pipeline.read_prompts(pipe, [own.prompt], context.spec.model.max_sequence_length)
         del pipe
         release(base.device)
-        transformer = desk.shelf.take(base)
+        transformer = context.model_pool.take(base)
         pipe = pipeline.image_pipeline(base, transformer)
-        desk.say.begin_phase("class images", there, own.count, "images")
+        context.event_log.begin_phase("class images", there, own.count, "images")
         number = 0
         while (there := len(class_images.paths(folder))) < own.count:
             numbers: list[int] = []
             while len(numbers) < min(own.batch_size, own.count - there):
-                if not class_images.made_path(folder, number).exists():
+                if not class_images.generated_path(folder, number).exists():
                     numbers.append(number)
                 number += 1
             seeds = [derive(0, "class image", own.prompt, one) for one in numbers]
-            made = pipeline.draw_batch(pipe, read, seeds, steps=STEPS, size=max(resolutions(desk.spec)))
+            made = pipeline.draw_batch(pipe, read, seeds, steps=STEPS, size=max(resolutions(context.spec)))
             for one, image in zip(numbers, made, strict=True):
-                files.write_png(class_images.made_path(folder, one), image)
-            desk.say.progress(there + len(made), own.count, "images")
-            desk.check_stop()
-        desk.shelf.put(base, desk.spec.model, transformer)
-    release(desk.base.device)
+                files.write_png(class_images.generated_path(folder, one), image)
+            context.event_log.progress(there + len(made), own.count, "images")
+            context.check_stop()
+        context.model_pool.put(base, context.spec.model, transformer)
+    release(context.base.device)

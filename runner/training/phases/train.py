@@ -11,117 +11,119 @@ from torch import nn
 from runner.checkpoint import storage
 from runner.checkpoint.storage import Checkpoint, Weights
 from runner.model import lora
-from runner.model.flux1.transformer import blocks_of, recompute, run_twice, set_attention
+from runner.model.flux1.transformer import blocks_of, enable_gradient_checkpointing, run_twice, set_attention
 from runner.model.lora import lora_shape
-from runner.plan.phases import Inversion, Joint, Lora, learning, recomputed, trains_lora
+from runner.plan.phases import Inversion, Joint, Lora, learned_parts, recomputed, trains_lora
 from runner.spec.schema import Spec, Stop
 from runner.training import optimizers
-from runner.training.context import Desk
+from runner.training.context import RunContext
 from runner.training.encoders import CachedEncoder, LiveEncoder
-from runner.training.loop import Early, Loop, Meters, Step, train
+from runner.training.loop import EarlyStopping, LoopConfig, Step, TrainState, train
 from runner.training.objective import Encoders, FlowObjective
-from runner.training.optimizers import Adam, Adam8bit, Group, Optimizer, ProdigyNumbers, schedule
-from runner.training.validation import Look
+from runner.training.optimizers import Adam, Adam8bit, Optimizer, ParameterGroup, ProdigyNumbers, schedule
+from runner.training.validation import Validator
 
 TrainPhase = Joint | Inversion | Lora
 ROW_POINTS = 100  # of norm and drift over a run: each waits for the device
 
 
 def train_phase(
-    desk: Desk, phase: TrainPhase, before: Checkpoint | None,
+    context: RunContext, phase: TrainPhase, before: Checkpoint | None,
     save: Callable[[Checkpoint], None], settle: Callable[[], None], report: Callable[[Step], None],
-    show: Callable[[int, Look], None],
+    show: Callable[[int, Validator], None],
 ) -> Checkpoint:  # fmt: skip
     """Train one phase from where `before` stands (this phase's own checkpoint, or the end of the one before it).
 
     `save` may only begin to write; `settle` returns once all of it is written, and is for a phase that ends too early: the
     next one need not wait for the disk.
     """
-    desk.shelf.live.clear()
+    context.model_pool.live.clear()
     past = before.weights if before else Weights()
-    meters = Meters(**before.scalars["meters"]) if before else Meters()
-    transformer, adapter = load_transformer(desk, phase, past)
-    encoders = load_encoders(desk, phase, past)
-    optimizer = build_optimizer(desk.spec, trainable(phase, adapter, encoders))
+    meters = TrainState(**before.scalars["meters"]) if before else TrainState()
+    transformer, adapter = load_transformer(context, phase, past)
+    encoders = load_encoders(context, phase, past)
+    optimizer = build_optimizer(context.spec, trainable(phase, adapter, encoders))
     if before:
         optimizer.restore(before.optimizer, before.scalars["optimizer"])
-    objective = FlowObjective(desk, transformer, encoders)
+    objective = FlowObjective(context, transformer, encoders)
     last: list[Checkpoint] = [before] if before else []
 
-    def keep(step: int, now: Meters) -> None:
+    def keep(step: int, now: TrainState) -> None:
         tensors, numbers = optimizer.state()
         scalars = {"optimizer": numbers, "meters": vars(now)}
         weights = weights_now(past, adapter, encoders)
         last[:] = [storage.copied(Checkpoint(phase.name, phase.key, step, weights, tensors, scalars))]
-        if desk.ranks.leads:
+        if context.ranks.leads:
             save(last[0])
 
     def look(step: int) -> float | None:
-        if not desk.ranks.leads:
+        if not context.ranks.leads:
             return None
-        found = Look.at(desk, objective, step)
+        found = Validator.at(context, objective, step)
         show(step, found)
         return found.eval_loss
 
     def tell(step: Step) -> None:
-        measured = step.number % max(1, desk.plan.steps // ROW_POINTS) == 0 or step.number == phase.stop
-        report(replace(step, rows=row_sizes(desk, encoders)) if measured and desk.ranks.leads else step)
+        measured = step.number % max(1, context.plan.steps // ROW_POINTS) == 0 or step.number == phase.stop
+        report(replace(step, rows=row_sizes(context, encoders)) if measured and context.ranks.leads else step)
 
-    own = desk.spec
-    loop = Loop(
-        before.step if before else phase.start, phase.stop, desk.plan.steps, own.train.accumulate * desk.split,
+    own = context.spec
+    loop = LoopConfig(
+        before.step if before else phase.start, phase.stop, context.plan.steps, own.train.accumulate * context.split,
         own.train.max_grad_norm, own.checkpoint.every, own.checkpoint.minutes and 60 * own.checkpoint.minutes,
         own.validation.every,
-        Early(**own.stop.model_dump(), keep_best=own.export.best or own.stop != Stop()),
+        EarlyStopping(**own.stop.model_dump(), keep_best=own.export.best or own.stop != Stop()),
     )  # fmt: skip
     try:
         train(
-            objective, optimizer, build_schedule(desk), loop, meters, desk.ranks,
-            torch.amp.GradScaler(desk.base.device.type, enabled=desk.base.dtype == torch.float16),
-            save=keep, report=tell, look=look, stop_requested=desk.stop_requested,
+            objective, optimizer, build_schedule(context), loop, meters, context.ranks,
+            torch.amp.GradScaler(context.base.device.type, enabled=context.base.dtype == torch.float16),
+            save=keep, report=tell, look=look, stop_requested=context.stop_requested,
         )  # fmt: skip
     except BaseException:
         settle()
         raise
     finally:
         objective.close()
-    desk.shelf.put(desk.base, desk.spec.model, transformer)
-    desk.shelf.live = {name: one for name, one in encoders.items() if isinstance(one, LiveEncoder)}
+    context.model_pool.put(context.base, context.spec.model, transformer)
+    context.model_pool.live = {name: one for name, one in encoders.items() if isinstance(one, LiveEncoder)}
     return last[0]
 
 
-def load_transformer(desk: Desk, phase: TrainPhase, past: Weights) -> tuple[nn.Module, dict[str, nn.Parameter]]:
+def load_transformer(
+    context: RunContext, phase: TrainPhase, past: Weights
+) -> tuple[nn.Module, dict[str, nn.Parameter]]:
     """The frozen base with its adapter, {} where it has none yet; the adapter learns only if the phase says so."""
-    transformer = desk.shelf.take(desk.base)
-    set_attention(transformer, desk.spec.model.attention)
-    how = recomputed(desk.spec, rows=bool(learning(phase, "token rows")))
+    transformer = context.model_pool.take(context.base)
+    set_attention(transformer, context.spec.model.attention)
+    how = recomputed(context.spec, rows=bool(learned_parts(phase, "token rows")))
     twice = [] if how == "selective" else run_twice(transformer, how)
-    if desk.base.offload:  # which recomputes all of them by itself
+    if context.base.offload:  # which recomputes all of them by itself
         twice = blocks_of(transformer)
     elif twice:
-        recompute(transformer, twice)
-    if not desk.spec.model.compile:  # the compiler sees to it by itself
-        from runner.model.flux1.recompute import spare
+        enable_gradient_checkpointing(transformer, twice)
+    if not context.spec.model.compile:  # the compiler sees to it by itself
+        from runner.model.flux1.recompute import enable_recompute
 
-        spare(transformer, plain=twice, again=how == "selective")
+        enable_recompute(transformer, plain=twice, again=how == "selective")
     adapter: dict[str, nn.Parameter] = {}
     if trains_lora(phase) or past.lora:
-        adapter = lora.attach_lora(transformer, lora_shape(desk.spec, desk.base), desk.spec.seed)
+        adapter = lora.attach_lora(transformer, lora_shape(context.spec, context.base), context.spec.seed)
         if past.lora:
             lora.set_tensors(adapter, past.lora)
         for parameter in adapter.values():
             parameter.requires_grad_(trains_lora(phase))
-    if desk.spec.model.compile:
+    if context.spec.model.compile:
         transformer.compile_repeated_blocks()  # type: ignore[operator]
     return transformer.train(), adapter  # for LoRA's dropout; FLUX has none of its own
 
 
-def load_encoders(desk: Desk, phase: TrainPhase, past: Weights) -> Encoders:
-    rows, adapted = learning(phase, "token rows"), learning(phase, "text lora")
+def load_encoders(context: RunContext, phase: TrainPhase, past: Weights) -> Encoders:
+    rows, adapted = learned_parts(phase, "token rows"), learned_parts(phase, "text lora")
     return {
-        name: LiveEncoder.load(desk, name, past, learn_rows=name in rows, learn_lora=name in adapted)
+        name: LiveEncoder.load(context, name, past, learn_rows=name in rows, learn_lora=name in adapted)
         if name in (*rows, *adapted)
-        else CachedEncoder(desk, name, past)
+        else CachedEncoder(context, name, past)
         for name in ("clip", "t5")
     }
 
@@ -149,7 +151,7 @@ def weights_now(past: Weights, adapter: Mapping[str, nn.Parameter], encoders: En
     return Weights({name: value.detach() for name, value in adapter.items()}, rows, text_lora)
 
 
-def row_sizes(desk: Desk, encoders: Encoders) -> dict[str, float]:
+def row_sizes(context: RunContext, encoders: Encoders) -> dict[str, float]:
     """Of every token in every encoder that learns it: "rows/norm TOK clip", the mean length of its vectors; and
     "rows/drift TOK clip", their mean way from where they began, as a part of the length that they began with."""
     found = {}
@@ -160,7 +162,7 @@ def row_sizes(desk: Desk, encoders: Encoders) -> dict[str, float]:
         now, first = encoder.rows.detach(), encoder.first_rows
         sizes = torch.stack([now.norm(dim=1), (now - first).norm(dim=1), first.norm(dim=1)]).cpu()
         start = 0
-        for placeholder in desk.plan.placeholders:
+        for placeholder in context.plan.placeholders:
             norm, way, began = sizes[:, start : start + len(placeholder.pieces)].mean(1).tolist()
             found[f"rows/norm {placeholder.name} {name}"] = norm
             found[f"rows/drift {placeholder.name} {name}"] = way / began
@@ -182,7 +184,7 @@ def build_optimizer(spec: Spec, kinds: Mapping[str, Mapping[str, nn.Parameter]])
         lr, weight_decay = rates[kind]
         if parameters:
             assert lr is not None  # the spec resolves it
-            groups.append(Group(parameters, lr * scale, weight_decay))
+            groups.append(ParameterGroup(parameters, lr * scale, weight_decay))
     numbers = own.model_dump(exclude={"name", "weight_decay"})
     kinds_of: dict[str, type[optimizers.Adam | optimizers.Adam8bit | optimizers.ProdigyNumbers]] = {
         "adamw": Adam, "adamw8bit": Adam8bit, "prodigy": ProdigyNumbers,
@@ -190,6 +192,6 @@ def build_optimizer(spec: Spec, kinds: Mapping[str, Mapping[str, nn.Parameter]])
     return Optimizer(groups, kinds_of[own.name](**numbers))
 
 
-def build_schedule(desk: Desk) -> Callable[[int], float]:
-    own = desk.spec.schedule
-    return schedule(own.name, warmup=own.warmup, steps=desk.plan.steps, cycles=own.cycles, power=own.power)
+def build_schedule(context: RunContext) -> Callable[[int], float]:
+    own = context.spec.schedule
+    return schedule(own.name, warmup=own.warmup, steps=context.plan.steps, cycles=own.cycles, power=own.power)
