@@ -30,9 +30,8 @@ from runner.runs.index import write_index
 from runner.runs.inputs import read_inputs
 
 IDLE_ATTEMPTS = 3  # in a row without a newly saved step, then a crashing run is given up
-SAME_FAILURES = (
-    3  # runs in a row that fail alike, then the queue stops: a broken driver should not burn the whole night
-)
+# runs in a row that fail alike, then the queue stops: a broken driver should not burn the whole night
+SAME_FAILURES = 3
 HANG_FLOOR = 600.0  # seconds without a sign of life in a training phase, at least, before a trainer is taken for stuck
 HANG_STEPS = 50  # the same in steps, of the slowest so far
 TICK = 0.05  # seconds between looks at the trainers

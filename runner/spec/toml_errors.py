@@ -14,9 +14,8 @@ LONGEST = 80  # characters of what was found
 SECRET = re.compile(
     r"hf_\w|(?:^|[\s,{])[\"']?(?:(?:hf_|hub_)?token|api_?key|password|secret)[\"']?\s*[=:]", re.IGNORECASE
 )
-TYPOGRAPHIC = (
-    "\u201c\u201d\u201e\u201f\u2033\u2018\u2019\u201a\u2032\u00ab\u00bb\uff02\uff07"  # what stands for quotes elsewhere
-)
+# what stands for quotes elsewhere
+TYPOGRAPHIC = "\u201c\u201d\u201e\u201f\u2033\u2018\u2019\u201a\u2032\u00ab\u00bb\uff02\uff07"
 KEY = r"""(?:[A-Za-z0-9_-]+|"[^"]*"|'[^']*')(?:\s*\.\s*(?:[A-Za-z0-9_-]+|"[^"]*"|'[^']*'))*"""
 ASSIGNMENT = re.compile(rf"\s*(?P<key>{KEY})\s*=(?P<value>.*)")
 HEADER = re.compile(r"\s*(?P<open>\[\[?)\s*(?P<name>[A-Za-z_\"'][^\]#]*?)\s*(?P<close>\]*)\s*(?:#.*)?$")
