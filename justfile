@@ -24,11 +24,18 @@ crash *ARGS:
 mutants *ARGS:
     {{venv}}python tools/mutants.py {{ARGS}}
 
-# lint, format and types
+# check style, format, imports between packages, declared dependencies and types; changes nothing
 lint:
+    {{venv}}ruff check .
+    {{venv}}ruff format --check .
+    {{venv}}lint-imports
+    {{venv}}deptry runner
+    {{venv}}mypy
+
+# fix what ruff can fix, and format
+fmt:
     {{venv}}ruff check --fix .
     {{venv}}ruff format .
-    {{venv}}mypy
 
 # write docs/keys.md, the key reference, from the spec's models
 keys:

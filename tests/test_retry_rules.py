@@ -113,7 +113,7 @@ def test_out_of_memory_cuts_the_micro_batch(house: House, batch: int, told: str)
         said = queue(house, "a", "--retries", "0")  # it is no crash
     assert (said.code, began) == (0, ["a begins", "a begins"])
     assert said.err == f"a: out of memory; trying again with {told} to a step\n"
-    parts = int(told.split(" and ")[1].split()[0])
+    parts = int(told.split(" and ")[1].split(maxsplit=1)[0])
     assert json.loads((house.folder / "runs" / "a" / "state.json").read_text())["split"] == parts
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from runner.core.user_text import NotUTF8, decode_user_text, read_user_text
+from runner.core.user_text import NotUtf8Error, decode_user_text, read_user_text
 
 WESTERN = (
     'not UTF-8 but probably Windows-1252 or Latin-1 (found byte 0xfc on line 2, there "ü"); save the file as UTF-8'
@@ -31,7 +31,7 @@ WESTERN = (
     ],
 )
 def test_another_encoding_is_named_with_its_line(raw: bytes, line: int, message: str) -> None:
-    with pytest.raises(NotUTF8) as caught:
+    with pytest.raises(NotUtf8Error) as caught:
         decode_user_text(raw)
     assert (caught.value.line, caught.value.message) == (line, message)
 

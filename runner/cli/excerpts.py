@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from runner.core.errors import Fault
-from runner.core.user_text import NotUTF8, read_user_text
+from runner.core.user_text import NotUtf8Error, read_user_text
 
 WIDEST = 160  # characters of a line that are shown
 HIDDEN = "(not shown)"  # what a fault about a secret says
@@ -39,7 +39,7 @@ def _stands_in(key: str, line: str) -> bool:
 def _lines(file: Path) -> list[str]:
     try:
         return read_user_text(file).split("\n")
-    except (OSError, NotUTF8):
+    except (OSError, NotUtf8Error):
         return []
 
 

@@ -16,7 +16,7 @@ UTF8_MARK = b"\xef\xbb\xbf"
 SAVE = "save the file as UTF-8"
 
 
-class NotUTF8(ValueError):
+class NotUtf8Error(ValueError):
     """`what` names what the file is, `message` also what to do; neither names the file. `line` counts from 1."""
 
     def __init__(self, what: str, line: int = 1) -> None:
@@ -25,19 +25,19 @@ class NotUTF8(ValueError):
 
 
 def read_user_text(path: Path) -> str:
-    """A file's text with its lines ended by "\\n", without a byte order mark. Raises NotUTF8, and OSError as `open` does."""
+    """A file's text with its lines ended by "\\n", without a byte order mark. Raises NotUtf8Error, and OSError as `open` does."""
     return decode_user_text(path.read_bytes()).replace("\r\n", "\n").replace("\r", "\n")
 
 
 def decode_user_text(raw: bytes) -> str:
-    """The same of a file's bytes, whose line ends are kept. Raises NotUTF8."""
+    """The same of a file's bytes, whose line ends are kept. Raises NotUtf8Error."""
     for mark, encoding in MARKS:
         if raw.startswith(mark):
-            raise NotUTF8(f"not UTF-8 but {encoding}")
+            raise NotUtf8Error(f"not UTF-8 but {encoding}")
     raw = raw.removeprefix(UTF8_MARK)
     if b"\x00" in raw:  # ASCII text in UTF-16 has one in each pair of bytes
         line = raw.count(b"\n", 0, raw.index(b"\x00")) + 1
-        raise NotUTF8(f"not text in UTF-8 (found a zero byte on line {line}, as UTF-16 has)", line)
+        raise NotUtf8Error(f"not text in UTF-8 (found a zero byte on line {line}, as UTF-16 has)", line)
     try:
         return raw.decode()
     except UnicodeDecodeError as error:
@@ -48,7 +48,7 @@ def decode_user_text(raw: bytes) -> str:
             told = f'but probably Windows-1252 or Latin-1 (found byte 0x{byte:02x} on line {line}, there "{letter}")'
         else:
             told = f"(found byte 0x{byte:02x} on line {line})"
-        raise NotUTF8(f"not UTF-8 {told}", line) from error
+        raise NotUtf8Error(f"not UTF-8 {told}", line) from error
 
 
 def _looks_western(raw: bytes) -> bool:

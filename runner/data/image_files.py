@@ -51,7 +51,7 @@ HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"
 MOST_PIXELS = 1 << 28  # 16,384 x 16,384: the AVIF decoder's own limit; 0.8 GB of memory in RGB
 
 
-class TooManyPixels(ValueError):
+class TooManyPixelsError(ValueError):
     """A picture that would take too much memory, by what its header says."""
 
     def __init__(self, pixels: int) -> None:
@@ -206,14 +206,14 @@ def _not_a_file(path: Path) -> str | None:
 
 
 def read_caption(path: Path) -> str:
-    """On one line. Raises NotUTF8, and OSError."""
+    """On one line. Raises NotUtf8Error, and OSError."""
     return " ".join(read_user_text(path).split())
 
 
 def open_picture(source: Path | io.BytesIO, ending: str) -> Image:
     """A picture undecoded, by the decoders of READ alone. Pillow's warnings about it are nothing a user can act on.
 
-    Raises TooManyPixels, and what Pillow raises.
+    Raises TooManyPixelsError, and what Pillow raises.
     """
     from PIL import Image
 
@@ -231,11 +231,11 @@ def open_picture(source: Path | io.BytesIO, ending: str) -> Image:
         opened = Image.open(source, formats=formats)
     except Image.DecompressionBombError as error:
         found = re.search(r"\d+", str(error))
-        raise TooManyPixels(int(found[0]) if found else 2 * MOST_PIXELS) from error
+        raise TooManyPixelsError(int(found[0]) if found else 2 * MOST_PIXELS) from error
     pixels = opened.width * opened.height
     if pixels > MOST_PIXELS:
         opened.close()
-        raise TooManyPixels(pixels)
+        raise TooManyPixelsError(pixels)
     return opened
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from runner.core.errors import FluxrunError
 from runner.core.seeds import derive
-from runner.data.image_files import PictureFolder, TooManyPixels
+from runner.data.image_files import PictureFolder, TooManyPixelsError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -114,7 +114,7 @@ def measure(picture: Picture) -> tuple[int, int]:
 
 
 def _unreadable(picture: Picture, error: Exception) -> FluxrunError:
-    way_out = "scale it down" if isinstance(error, TooManyPixels) else "mend it or take it out of the data"
+    way_out = "scale it down" if isinstance(error, TooManyPixelsError) else "mend it or take it out of the data"
     return FluxrunError(f"{picture.where}: not a readable image ({error}); {way_out}")
 
 

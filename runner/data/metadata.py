@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.core.humanize import list_some
-from runner.core.user_text import NotUTF8, decode_user_text
+from runner.core.user_text import NotUtf8Error, decode_user_text
 from runner.data.images import DataError
 
 IMAGE_COLUMN = "image"  # the default, which no metadata file need have
@@ -30,7 +30,7 @@ def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         return
     try:
         text = decode_user_text(file.read_bytes())
-    except NotUTF8 as error:
+    except NotUtf8Error as error:
         raise DataError(f"{file}: {error.message}") from error
     if file.suffix == ".csv":
         reader = csv.DictReader(io.StringIO(text, newline=""))

@@ -14,7 +14,7 @@ from runner.core import hub
 from runner.core.errors import UnreachableError
 from runner.core.hashing import content_key, sha256_file
 from runner.core.humanize import list_some
-from runner.core.user_text import SAVE, NotUTF8, read_user_text
+from runner.core.user_text import SAVE, NotUtf8Error, read_user_text
 from runner.data.image_files import (
     HEIC,
     METADATA,
@@ -128,7 +128,7 @@ def _side_captions(found: PictureFolder) -> dict[Path, str | None]:
     for path in dict.fromkeys(found.captions.values()):
         try:
             texts[path] = " ".join(read_user_text(path).split())
-        except NotUTF8 as error:
+        except NotUtf8Error as error:
             wrong.append(f"{path}: {error.what}")
         except OSError as error:
             wrong.append(f"{path}: {error.strerror}")

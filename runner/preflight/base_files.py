@@ -23,7 +23,7 @@ LONGEST_HEADER = 100_000_000  # bytes, safetensors' own limit
 Tensors = Mapping[str, tuple[int, ...]]
 
 
-class BadPart(Exception):
+class BadPartError(Exception):
     """What is wrong with one of a base's files."""
 
 
@@ -37,7 +37,7 @@ def check_base(folder: Path, variant: str | None) -> tuple[list[str], dict[str, 
             numbers[part] = sum(math.prod(shape) for shape in tensors.values())
             if part == "transformer":
                 _layers_agree(folder / part, tensors)
-        except BadPart as error:
+        except BadPartError as error:
             told.append(str(error))
     for encoder, name in FOLDERS.items():
         if (folder / name / "spiece.model").is_file() and not (folder / name / "tokenizer.json").is_file():
@@ -70,9 +70,9 @@ def _scheduler(folder: Path) -> Iterator[str]:
 
 
 def _tensors(folder: Path, part: str, variant: str | None) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of a part. Raises BadPart."""
+    """Name and shape of every tensor of a part. Raises BadPartError."""
     if not (folder / "config.json").is_file():
-        raise BadPart(f"{folder} holds no config.json; the base's {part} is missing, fetch it again")
+        raise BadPartError(f"{folder} holds no config.json; the base's {part} is missing, fetch it again")
     stem, mark = WEIGHTS[part], f".{variant}" if variant else ""
     whole = folder / f"{stem}{mark}.safetensors"
     index = folder / f"{stem}.safetensors.index{mark}.json"
@@ -84,13 +84,13 @@ def _tensors(folder: Path, part: str, variant: str | None) -> dict[str, tuple[in
     pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLED)
     if other:
         hint = "set or take out model.variant" if variant else "set model.variant where their names have one"
-        raise BadPart(f"{folder} holds no {whole.name} (found {list_some(other)}); {hint}, or fetch it again")
+        raise BadPartError(f"{folder} holds no {whole.name} (found {list_some(other)}); {hint}, or fetch it again")
     if pickled:
-        raise BadPart(
+        raise BadPartError(
             f"{folder} holds only pickled weights (found {list_some(pickled)}), which can run code when they are read; "
             "save the model as safetensors"
         )
-    raise BadPart(f"{folder} holds no weights; it must have {whole.name}, or {index.name} and its shards")
+    raise BadPartError(f"{folder} holds no weights; it must have {whole.name}, or {index.name} and its shards")
 
 
 def _shards(index: Path) -> dict[str, tuple[int, ...]]:
@@ -98,21 +98,21 @@ def _shards(index: Path) -> dict[str, tuple[int, ...]]:
         names: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         shards = sorted(set(names.values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BadPart(f"{index} is not an index of shards ({type(error).__name__}: {error}); fetch it again") from error
+        raise BadPartError(f"{index} is not an index of shards ({type(error).__name__}: {error}); fetch it again") from error
     if outside := [name for name in shards if Path(name).name != name]:
-        raise BadPart(f"{index} names files outside its folder ({list_some(outside)}); fetch it again")
+        raise BadPartError(f"{index} names files outside its folder ({list_some(outside)}); fetch it again")
     if missing := [name for name in shards if not (index.parent / name).is_file()]:
-        raise BadPart(
+        raise BadPartError(
             f"{index} names {len(shards)} shards, of which {len(missing)} are missing ({list_some(missing)}); fetch them again"
         )
     tensors = {shard: read_header(index.parent / shard) for shard in shards}
     if lost := [name for name, shard in names.items() if name not in tensors[shard]]:
-        raise BadPart(f"{index} names tensors that their shards do not hold ({list_some(lost)}); fetch it again")
+        raise BadPartError(f"{index} names tensors that their shards do not hold ({list_some(lost)}); fetch it again")
     return {name: shape for each in tensors.values() for name, shape in each.items()}
 
 
 def read_header(path: Path) -> dict[str, tuple[int, ...]]:
-    """Name and shape of a safetensors file's tensors. Raises BadPart where header and size do not agree."""
+    """Name and shape of a safetensors file's tensors. Raises BadPartError where header and size do not agree."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -124,9 +124,9 @@ def read_header(path: Path) -> dict[str, tuple[int, ...]]:
         end = 8 + length + max((int(one["data_offsets"][1]) for one in found.values()), default=0)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         start = "a Git LFS pointer" if text == b"" and _is_pointer(path) else "no safetensors header"
-        raise BadPart(f"{path} is not whole ({start}, {size:,} bytes); fetch it again") from error
+        raise BadPartError(f"{path} is not whole ({start}, {size:,} bytes); fetch it again") from error
     if end != size:
-        raise BadPart(f"{path} is not whole (found {size:,} bytes, its header says {end:,}); fetch it again")
+        raise BadPartError(f"{path} is not whole (found {size:,} bytes, its header says {end:,}); fetch it again")
     return tensors
 
 
@@ -140,11 +140,11 @@ def _layers_agree(folder: Path, tensors: Tensors) -> None:
     try:
         wanted = linear_layers(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BadPart(f"{folder / 'config.json'} is not a FLUX transformer's ({error!r}); fetch it again") from error
+        raise BadPartError(f"{folder / 'config.json'} is not a FLUX transformer's ({error!r}); fetch it again") from error
     for name, shape in wanted.items():
         found = tensors.get(f"{name}.weight")
         if found != shape:
-            raise BadPart(
+            raise BadPartError(
                 f"{folder}: {name}.weight is {'missing' if found is None else list(found)}, its config.json says "
                 f"{list(shape)}; they are not of one model, fetch it again"
             )

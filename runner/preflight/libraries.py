@@ -41,12 +41,12 @@ def _optional(seen: Seen) -> Iterator[Finding]:
     if seen.spec.optimizer.name == "adamw8bit" and find_spec("bitsandbytes") is None:
         yield at(
             seen.source, "error", "optimizer.name",
-            'adamw8bit needs bitsandbytes, which is not installed; pip install "fluxrun[8bit]"',
+            'adamw8bit needs bitsandbytes, which is not installed; pip install "fluxrun[bitsandbytes]"',
         )  # fmt: skip
     if seen.spec.model.quantize == "nf4" and find_spec("bitsandbytes") is None:
         yield at(
             seen.source, "error", "model.quantize",
-            'nf4 needs bitsandbytes, which is not installed; pip install "fluxrun[quant]", or use int8 or fp8, which need '
+            'nf4 needs bitsandbytes, which is not installed; pip install "fluxrun[bitsandbytes]", or use int8 or fp8, which need '
             "nothing",
         )  # fmt: skip
     package, wanted = PACKAGES.get(seen.spec.model.attention, ("torch", ""))

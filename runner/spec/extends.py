@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.core.errors import Fault, SpecError
-from runner.core.user_text import NotUTF8, read_user_text
+from runner.core.user_text import NotUtf8Error, read_user_text
 from runner.spec.toml_errors import toml_faults
 from runner.spec.toml_lines import Path as Where
 from runner.spec.toml_lines import key_lines, line_of
@@ -125,7 +125,7 @@ def read_toml(file: Path) -> tuple[dict[str, Any], str]:
         return tomllib.loads(text), text
     except FileNotFoundError:
         raise _refused(file, "no such file; a SPEC is a TOML file, or a folder of them") from None
-    except NotUTF8 as error:
+    except NotUtf8Error as error:
         raise _refused(file, error.message, error.line) from error
     except OSError as error:
         raise _refused(file, f"cannot be read ({error.strerror}); name a TOML file that you may read") from error

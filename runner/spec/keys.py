@@ -75,7 +75,7 @@ def kind_of(annotation: Any) -> str:
     if text.startswith("tuple["):  # a list and nothing else
         return "a list of text" if names == ["text", "a list"] else "a list"
     if "Literal[" in text:
-        choices = text[text.index("Literal[") + 8 :].split("]")[0].replace("'", "")
+        choices = text[text.index("Literal[") + 8 :].split("]", maxsplit=1)[0].replace("'", "")
         first = [name for name in names if name != "a list" and "true or false" in names]
         names = [*first, f"one of {choices}", *(name for name in names if name == "a list")]
     return " or ".join(dict.fromkeys(names)) or "another value"

@@ -144,7 +144,7 @@ def _adamw8bit(rows: list[dict[str, Any]], numbers: Adam8bit) -> torch.optim.Opt
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
         raise FluxrunError(
-            'optimizer.name = "adamw8bit" needs bitsandbytes, which is not installed; pip install "fluxrun[8bit]"'
+            'optimizer.name = "adamw8bit" needs bitsandbytes, which is not installed; pip install "fluxrun[bitsandbytes]"'
         ) from error
     built: torch.optim.Optimizer = AdamW8bit(rows, betas=(numbers.beta1, numbers.beta2), eps=numbers.eps)
     return built
