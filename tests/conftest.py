@@ -101,7 +101,7 @@ class Inline:
         """Nothing to end."""
 
 
-supervisor.Trainer = Inline  # type: ignore[assignment, misc]
+supervisor.Worker = Inline  # type: ignore[assignment, misc]
 
 
 class House:

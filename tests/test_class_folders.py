@@ -216,17 +216,17 @@ def test_class_images_exchanged_before_they_are_read_are_noticed(house: House, m
     from runner.training import run as training_run
 
     path, folder = spec(house, "a", "a dog"), own_pictures(house)
-    encode = training_run.encode
+    encode = training_run.encode_phase
 
     def exchanged(*all_: Any) -> None:
         Image.new("RGB", (64, 64), "red").save(folder / "dog1.png")
         encode(*all_)
 
-    monkeypatch.setattr(training_run, "encode", exchanged)
+    monkeypatch.setattr(training_run, "encode_phase", exchanged)
     said = house.fluxrun("queue", path)
     assert said.code == 1
     assert "a: failed: the class images: " in said.err
-    monkeypatch.setattr(training_run, "encode", encode)
+    monkeypatch.setattr(training_run, "encode_phase", encode)
     shutil.copy(PICTURES / "02.png", folder / "dog1.png")
     assert house.fluxrun("queue", path).code == 0
     noted(folder, prompt="a cat", base="me/other")

@@ -152,7 +152,7 @@ EIGHT_BIT = '[optimizer]\nname = "adamw8bit"\n'
 def gib(house: House, phase: str = "lora", more: str = "", quantize: str = "none", **changes: str) -> float:
     """Of a card, margin included."""
     spec, plan = planned(house, more=more, **{**CLIP_ONLY, **changes})
-    found = memory.phases(memory._set(spec, {"model": {"quantize": quantize}}), plan)
+    found = memory.phases(memory.with_values(spec, {"model": {"quantize": quantize}}), plan)
     assert found is not None
     return memory.needs(found[phase]) / 2**30
 
@@ -203,10 +203,12 @@ def test_a_text_of_several_pictures_is_kept_once(house: House) -> None:
 
 def test_pictures_while_training_bring_the_vae(house: House) -> None:
     spec, plan = planned(house, **CLIP_ONLY)
-    spec = memory._set(spec, {"model": {"gradient_checkpointing": True}, "validation": {"size": 2048, "every": 2}})
+    spec = memory.with_values(
+        spec, {"model": {"gradient_checkpointing": True}, "validation": {"size": 2048, "every": 2}}
+    )
     found, without = (
         memory.phases(spec, plan),
-        memory.phases(memory._set(spec, {"validation": {"every": None}}), plan),
+        memory.phases(memory.with_values(spec, {"validation": {"every": None}}), plan),
     )
     assert found is not None
     assert without is not None

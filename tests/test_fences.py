@@ -337,7 +337,7 @@ def test_what_changes_between_plan_and_start_is_refused(
     from runner.engine import supervisor
 
     run = Run(house.folder / "runs", "a")
-    inline = supervisor.Trainer
+    inline = supervisor.Worker
 
     class Late(inline):  # type: ignore[misc, valid-type]
         def order(self, folder: Path, *more: Any) -> None:
@@ -349,7 +349,7 @@ def test_what_changes_between_plan_and_start_is_refused(
                 run.spec_file.write_text(run.spec_file.read_text().replace("rank = 4", "rank = 5"))
             super().order(folder, *more)
 
-    monkeypatch.setattr(supervisor, "Trainer", Late)
+    monkeypatch.setattr(supervisor, "Worker", Late)
     said = house.fluxrun("queue", house.spec("a"), "--gpus", "cpu", "--no-check")
     assert said.code == 1
     assert said.err == (

@@ -193,7 +193,7 @@ def test_layout_and_spec_are_there_for_their_plugins(night: House) -> None:
 def test_a_real_run_and_its_resume_are_one_session(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = house.spec(steps="steps = 2", lr="lr = 1e-2\nuntil = 1.0")
     with monkeypatch.context() as night:
-        night.setattr("runner.engine.supervisor.prepare_morning", lambda *_: None)
+        night.setattr("runner.engine.supervisor.publish", lambda *_: None)
         assert house.fluxrun("queue", spec).code == 0
     folder = house.folder / "runs" / "a"
     assert hparams(folder)["start"].hparams["train.steps"].number_value == 2  # before there is a morning

@@ -29,6 +29,7 @@ from runner.model import base, flow_matching, lora, tensors
 from runner.model.flux1 import loading, text_encoders
 from runner.model.flux1.latents import LatentScale, draw_latents, image_ids, pack
 from runner.model.flux1.transformer import PromptEmbeds, predictor
+from runner.runs import checkpoint_files
 from runner.spec.schema import Token
 from runner.training import optimizers
 
@@ -61,7 +62,7 @@ def test_our_safetensors_are_everyones_and_repeatable(tmp_path: Path) -> None:
 
 
 def test_every_flipped_bit_is_noticed(tmp_path: Path) -> None:
-    path = tmp_path / storage.file_name(7)
+    path = tmp_path / checkpoint_files.checkpoint_name(7)
     storage.write(
         path, Checkpoint("joint", "key", 7, Weights({"a": torch.randn(8, 8)}), {"a/exp_avg": torch.randn(8)}, {"n": 1})
     )
@@ -81,11 +82,11 @@ def test_every_flipped_bit_is_noticed(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_under_another_name_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / storage.file_name(7)
+    path = tmp_path / checkpoint_files.checkpoint_name(7)
     storage.write(path, Checkpoint("lora", "key", 7, Weights(), {}, {}))
-    path.rename(tmp_path / storage.file_name(8))
+    path.rename(tmp_path / checkpoint_files.checkpoint_name(8))
     with pytest.raises(BadFileError, match="the header says step 7"):
-        storage.read(tmp_path / storage.file_name(8))
+        storage.read(tmp_path / checkpoint_files.checkpoint_name(8))
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
@@ -448,7 +449,7 @@ def test_a_checkpoint_at_t5_xxls_size_holds_rows_not_tables(name: str, tmp_path:
         embedding(torch.tensor([[5, 32100, 32101, 1]])).float().square().sum().backward()
         optimizer.step(1.0)
     kept, scalars = optimizer.state()
-    path = tmp_path / storage.file_name(2)
+    path = tmp_path / checkpoint_files.checkpoint_name(2)
     storage.write(
         path, Checkpoint("inversion", "key", 2, Weights(rows={"t5": rows.detach()}), kept, {"optimizer": scalars})
     )

@@ -14,6 +14,7 @@ from conftest import House, export_bytes
 from safetensors.torch import load_file
 
 from runner.checkpoint import storage
+from runner.runs import checkpoint_files
 
 
 def test_a_pivotal_run_leaves_what_the_contract_names(done: House) -> None:
@@ -57,7 +58,7 @@ def test_a_pivotal_run_leaves_what_the_contract_names(done: House) -> None:
 
 def test_rows_and_lora_learn_in_their_phases_only(done: House) -> None:
     folder = done.folder / "runs" / "a" / "checkpoints"
-    at = {step: storage.read(folder / storage.file_name(step)) for step in (2, 3, 4, 6)}
+    at = {step: storage.read(folder / checkpoint_files.checkpoint_name(step)) for step in (2, 3, 4, 6)}
     for encoder, width in (("clip", 64), ("t5", 96)):
         rows = {step: at[step].weights.rows[encoder] for step in at}
         assert rows[2].shape == (2, width)

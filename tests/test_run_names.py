@@ -337,13 +337,13 @@ def test_a_run_whose_folder_vanishes_is_told_and_the_next_goes_on(
 def test_a_trainer_killed_with_its_folder_gone_is_not_tried_again(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Killed(supervisor.Trainer):  # what stands in for a trainer here, in this process
+    class Killed(supervisor.Worker):  # what stands in for a trainer here, in this process
         def poll(self) -> list[Any]:
             shutil.rmtree(self.told[0])
             self.code = -9
             return []
 
-    monkeypatch.setattr(supervisor, "Trainer", Killed)
+    monkeypatch.setattr(supervisor, "Worker", Killed)
     house.write("a.toml", LORA)
     said = house.fluxrun("queue", "a.toml", "--no-check")
     assert said.code == 3
@@ -358,7 +358,7 @@ def test_a_runs_folder_that_cannot_be_read_is_one_line(house: House, monkeypatch
     def refused(runs: Path) -> None:
         raise PermissionError(13, "Permission denied", str(runs))
 
-    monkeypatch.setattr(run_names, "find_runs", refused)
+    monkeypatch.setattr(run_names, "names_in", refused)
     said = house.fluxrun("plan", named(house, "a").name)
     assert (said.code, said.err) == (
         3, "fluxrun: runs: Permission denied; the same command goes on once that is mended\n",

@@ -147,7 +147,7 @@ def test_what_it_said_is_in_no_log_once_it_has_begun(tmp_path: Path, monkeypatch
 def test_trainers_that_get_no_run_are_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One for each run, as far as there are slots, whose locks they leave alone; what was taken out is the queue's."""
     starting(monkeypatch, "import time; time.sleep(600)")
-    monkeypatch.setattr(supervisor, "Trainer", Worker)
+    monkeypatch.setattr(supervisor, "Worker", Worker)
     own = slots.make_slots("cpu", 4, 1, tmp_path / "runs")
     with supervisor.warmed(own, 2) as warm:
         assert [*warm] == [0, 1]

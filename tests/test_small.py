@@ -192,7 +192,7 @@ def test_offloaded_blocks_train_to_the_same_bits(house: House, monkeypatch: pyte
         order.append((chains.index(chain), index))
         there.append(len(chain.coming) + 1)
 
-    monkeypatch.setattr(offload, "Lane", Sent)
+    monkeypatch.setattr(offload, "CopyStream", Sent)
     monkeypatch.setattr(offload.BlockOffloader, "__init__", noted)
     monkeypatch.setattr(offload.BlockOffloader, "_come", coming)
     objective, kinds = objective_of(desk_of(with_model(house, f'{lines}\noffload = "blocks"', **changes)))

@@ -149,7 +149,7 @@ def test_a_run_that_cannot_be_looked_at_is_told_with_the_others(house: House, mo
     def unreadable(*_: object) -> None:
         raise PermissionError(13, "Permission denied", "base/vae")
 
-    monkeypatch.setattr("runner.jobs.prepare.fingerprint", unreadable)
+    monkeypatch.setattr("runner.jobs.bases.fingerprint", unreadable)
     spec, other = house.spec(), house.spec("b", name='name = "SKS"', base='base = "some/model"')
     said = house.fluxrun("plan", spec, other)
     assert said.code == 2

@@ -89,8 +89,8 @@ def trainers(script: Mapping[str, Sequence[Attempt]]) -> Iterator[list[str]]:
             self.lives = False
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(supervisor, "Trainer", Scripted)
+        patch.setattr(supervisor, "Worker", Scripted)
         patch.setattr(supervisor, "TICK", 0.0)
-        patch.setattr(supervisor, "prepare_morning", lambda *_: None)  # the page of nights without numbers
-        patch.setattr(supervisor, "read_ahead", nothing)
+        patch.setattr(supervisor, "publish", lambda *_: None)  # the page of nights without numbers
+        patch.setattr(supervisor, "preload", nothing)
         yield told

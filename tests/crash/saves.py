@@ -18,6 +18,7 @@ from runner.checkpoint.storage import Checkpoint, Weights, named
 from runner.checkpoint.writer import Writer
 from runner.core import files
 from runner.core.events import EventLog
+from runner.runs.checkpoint_files import checkpoint_name
 from runner.runs.run import Run
 from runner.training.run import newest_checkpoint
 
@@ -90,9 +91,9 @@ def content(folder: Path) -> dict[str, bytes]:
 
 def encoded(checkpoint: Checkpoint) -> bytes:
     """Its file."""
-    from runner.checkpoint.storage import file_name, write
+    from runner.checkpoint.storage import write
 
     with tempfile.TemporaryDirectory(dir=memory()) as folder:
-        path = Path(folder) / file_name(checkpoint.step)
+        path = Path(folder) / checkpoint_name(checkpoint.step)
         write(path, checkpoint)
         return path.read_bytes()

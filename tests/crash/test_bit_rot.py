@@ -17,10 +17,11 @@ from saves import Run, content, encoded, made, new_run, newest, whole
 
 from runner.cache.store import Cache
 from runner.checkpoint import storage
-from runner.checkpoint.storage import Weights, file_name, named
+from runner.checkpoint.storage import Weights, named
 from runner.core.errors import BadFileError
 from runner.model import tensors
 from runner.plan.phases import Encode
+from runner.runs.checkpoint_files import checkpoint_name
 from runner.training.context import RunContext
 from runner.training.encoders import CachedEncoder
 from runner.training.objective import _moments
@@ -55,8 +56,8 @@ def damages() -> Iterator[tuple[str, bytes]]:
 
 def damaged_run(data: bytes) -> Run:
     run = new_run()
-    (run.checkpoints / file_name(30)).write_bytes(OLDER)
-    (run.checkpoints / file_name(40)).write_bytes(data)
+    (run.checkpoints / checkpoint_name(30)).write_bytes(OLDER)
+    (run.checkpoints / checkpoint_name(40)).write_bytes(data)
     return run
 
 
@@ -66,7 +67,7 @@ def test_every_damage_is_noticed_and_the_step_before_taken() -> None:
     right = named(made(40, SIZE))
     for what, data in damages():
         run = damaged_run(data)
-        silent[what] = silent.get(what, 0) + loaded_silently(run.checkpoints / file_name(40), right)
+        silent[what] = silent.get(what, 0) + loaded_silently(run.checkpoints / checkpoint_name(40), right)
         lines: list[str] = []
         found = newest(run, lines.append)
         assert found is not None
@@ -76,7 +77,7 @@ def test_every_damage_is_noticed_and_the_step_before_taken() -> None:
         assert bad.read_bytes() == data
         reason = bad.with_name(f"{bad.name}.txt").read_text().strip()
         assert lines == [f"{reason}; moved to {bad}, trying the checkpoint before it", "resuming at step 30 of 99"]
-        assert list(content(run.checkpoints)) == [file_name(30)]
+        assert list(content(run.checkpoints)) == [checkpoint_name(30)]
         counts[what] = counts.get(what, 0) + 1
         shutil.rmtree(run.runs)
     cases = sum(counts.values())
@@ -101,14 +102,14 @@ def loaded_silently(path: Path, right: dict[str, torch.Tensor]) -> bool:
 
 def test_two_checkpoints_swapped_are_both_noticed() -> None:
     run = new_run()
-    (run.checkpoints / file_name(20)).write_bytes(encoded(made(20, SIZE)))
-    (run.checkpoints / file_name(30)).write_bytes(GOOD)
-    (run.checkpoints / file_name(40)).write_bytes(OLDER)
+    (run.checkpoints / checkpoint_name(20)).write_bytes(encoded(made(20, SIZE)))
+    (run.checkpoints / checkpoint_name(30)).write_bytes(GOOD)
+    (run.checkpoints / checkpoint_name(40)).write_bytes(OLDER)
     found = newest(run)
     assert found is not None
     assert found.step == 20
     assert {path.name: path.read_text() for path in run.quarantine.glob("*.txt")} == {
-        f"step-0000{wrong}.safetensors-1.txt": f"{run.checkpoints / file_name(wrong)}: the header says step {said}\n"
+        f"step-0000{wrong}.safetensors-1.txt": f"{run.checkpoints / checkpoint_name(wrong)}: the header says step {said}\n"
         for wrong, said in ((30, 40), (40, 30))
     }
 
@@ -116,7 +117,7 @@ def test_two_checkpoints_swapped_are_both_noticed() -> None:
 def test_nothing_in_quarantine_is_overwritten() -> None:
     run = new_run()
     for number in (1, 2, 3):
-        (run.checkpoints / file_name(40)).write_bytes(GOOD[: -10 * number])
+        (run.checkpoints / checkpoint_name(40)).write_bytes(GOOD[: -10 * number])
         assert newest(run) is None
     bad = [path for path in sorted(run.quarantine.iterdir()) if path.suffix != ".txt"]
     assert [path.read_bytes() for path in bad] == [GOOD[: -10 * number] for number in (1, 2, 3)]
@@ -125,7 +126,7 @@ def test_nothing_in_quarantine_is_overwritten() -> None:
 def test_what_was_verified_no_longer_depends_on_its_file() -> None:
     """safetensors' own tensors are views of the file: a byte changed after the check would reach the training."""
     run = damaged_run(GOOD)
-    path = run.checkpoints / file_name(40)
+    path = run.checkpoints / checkpoint_name(40)
     ours, theirs = storage.read(path), load_file(path)
     with path.open("r+b") as file:
         file.seek(-4, 2)
@@ -135,7 +136,7 @@ def test_what_was_verified_no_longer_depends_on_its_file() -> None:
 
 
 def test_a_dtype_we_never_write_is_a_bad_file(tmp_path: Path) -> None:
-    path = tmp_path / file_name(40)
+    path = tmp_path / checkpoint_name(40)
     header = b'{"__metadata__":{"format":"1"},"a":{"dtype":"F8_E5M2","shape":[8],"data_offsets":[0,8]}}'
     header += b" " * (-len(header) % 8)
     path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
@@ -150,7 +151,7 @@ def test_what_cannot_be_opened_is_not_called_bad(error: OSError, monkeypatch: py
     real = Path.open
 
     def refused(path: Path, *arguments: object, **more: object) -> object:
-        if path.name == file_name(40):
+        if path.name == checkpoint_name(40):
             raise error
         return real(path, *arguments, **more)  # type: ignore[call-overload]
 

@@ -17,8 +17,7 @@ from conftest import House, export_bytes
 from saves import STEPS, made, new_run, newest, writer
 from torch import Tensor, nn
 
-from runner.checkpoint.storage import file_name
-from runner.runs.checkpoint_files import checkpoint_steps
+from runner.runs.checkpoint_files import checkpoint_name, checkpoint_steps
 from runner.training import loop
 from runner.training.distributed import Ranks
 from runner.training.loop import LoopConfig, TrainState
@@ -36,7 +35,7 @@ def test_the_newest_is_the_highest_step_whatever_the_files_times(jump: str) -> N
         at = {"reversed": now - number * 60, "all alike": now, "1970": 0.0, "in ten years": now + 10 * YEAR - number}[
             jump
         ]
-        os.utime(run.checkpoints / file_name(step), (at, at))
+        os.utime(run.checkpoints / checkpoint_name(step), (at, at))
     found = newest(run)
     assert found is not None
     assert found.step == STEPS[-1]

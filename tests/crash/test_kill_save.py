@@ -24,11 +24,11 @@ from conftest import PROJECT
 from saves import STEPS, Run, acknowledged, made, new_run, newest, whole, writer
 from torch import set_num_threads
 
-from runner.checkpoint.storage import Checkpoint, file_name
+from runner.checkpoint.storage import Checkpoint
 from runner.checkpoint.writer import Writer
 from runner.core import files
 from runner.core.errors import BadFileError
-from runner.runs.checkpoint_files import checkpoint_steps
+from runner.runs.checkpoint_files import checkpoint_name, checkpoint_steps
 
 WRITER = Path(__file__).parent / "torchless.py"
 
@@ -219,7 +219,7 @@ def test_the_torchless_writer_does_what_the_writer_does() -> None:
     lines = (other.folder / "said").read_text().splitlines()
     assert [line for line in lines if line.isidentifier()] == counting.log
     assert [line for line in lines if acknowledged(line)] == (run.folder / "said").read_text().splitlines()
-    assert [path.name for _, path in checkpoint_steps(other.checkpoints)] == [file_name(50), file_name(20)]
+    assert [path.name for _, path in checkpoint_steps(other.checkpoints)] == [checkpoint_name(50), checkpoint_name(20)]
     for _, path in checkpoint_steps(run.checkpoints):
         assert path.read_bytes() == (other.checkpoints / path.name).read_bytes()
 

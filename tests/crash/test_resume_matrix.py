@@ -61,9 +61,9 @@ MOMENTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "at an epoch's edge": lambda: stopping_after(EPOCH),
     "at the pivot": lambda: stopping_after(PIVOT),
     "in the first step after the pivot": lambda: at_micro(PIVOT, 1),
-    "in encode": lambda: cut("runner.training.run", "encode"),
+    "in encode": lambda: cut("runner.training.run", "encode_phase"),
     "in export": lambda: cut("runner.training.phases.export", "_verified_pictures"),
-    "after the export, before done": lambda: cut("runner.training.run", "deliver"),
+    "after the export, before done": lambda: cut("runner.training.run", "export_phase"),
     "at the last step": lambda: stopping_after(STEPS),
 }
 FAST = [

@@ -11,10 +11,10 @@ from safetensors import SafetensorError
 from saves import Run
 
 from runner.checkpoint import storage
-from runner.checkpoint.storage import Checkpoint, file_name
+from runner.checkpoint.storage import Checkpoint
 from runner.checkpoint.writer import Writer
 from runner.core import files, safetensors
-from runner.runs.checkpoint_files import checkpoint_steps
+from runner.runs.checkpoint_files import checkpoint_name, checkpoint_steps
 
 
 class Around(files.Disk):
@@ -94,7 +94,7 @@ class PrunesFirst(Writer):
     def write(self, made: Checkpoint) -> None:
         for _, path in checkpoint_steps(self.folder)[max(0, self.keep - 1) :]:
             self.disk.unlink(path)
-        storage.write(self.folder / file_name(made.step), made, disk=self.disk)
+        storage.write(self.folder / checkpoint_name(made.step), made, disk=self.disk)
         self.log(f"checkpoint at step {made.step}")
 
 
@@ -103,7 +103,7 @@ class SpeaksFirst(Writer):
 
     def write(self, made: Checkpoint) -> None:
         self.log(f"checkpoint at step {made.step}")
-        storage.write(self.folder / file_name(made.step), made, disk=self.disk)
+        storage.write(self.folder / checkpoint_name(made.step), made, disk=self.disk)
         self._prune(made.step)
 
 
@@ -112,7 +112,7 @@ class PrunesTooEarly(Writer):
     so: what it says holds, but what it said before is broken meanwhile."""
 
     def write(self, made: Checkpoint) -> None:
-        storage.write(self.folder / file_name(made.step), made, disk=NoFolderSync(self.disk))
+        storage.write(self.folder / checkpoint_name(made.step), made, disk=NoFolderSync(self.disk))
         self._prune(made.step)
         self.disk.sync_folder(self.folder)
         self.log(f"checkpoint at step {made.step}")
