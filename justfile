@@ -24,6 +24,10 @@ crash *ARGS:
 mutants *ARGS:
     {{venv}}python tools/mutants.py {{ARGS}}
 
+# mistakes made by rules, so many for each of a few files: which ones no test notices (tools/mistakes.py); a quarter of an hour
+mutants-sample *ARGS:
+    {{venv}}python tools/mutants.py --sample 12 {{ARGS}}
+
 # lint, format and types
 lint:
     {{venv}}ruff check --fix .

@@ -19,7 +19,7 @@ from runner.desk import EVAL_SIGMAS, Desk
 from runner.encode import CachedEncoder, LiveEncoder, encode, encode_texts
 from runner.errors import FluxrunError
 from runner.learn import load_encoders, load_transformer, trainable
-from runner.objective import FlowObjective
+from runner.objective import FlowObjective, Prepared
 from runner.plan import Encode
 from runner.seeds import derive
 from runner.views import View
@@ -433,3 +433,20 @@ def test_batches_made_ahead_are_the_same_batches(house: House) -> None:
         objective.close()
     assert losses[0] == losses[1]
     assert len(set(losses[0])) == 6
+
+
+def test_a_batch_made_ahead_is_the_next_one_asked_for(house: House) -> None:
+    """Across micro-batches and steps: none is made twice, or in vain but behind the last one."""
+    objective, _ = objective_of(desk_of(spec_of(house, steps="steps = 6\naccumulate = 2")))
+    made: list[tuple[int, int]] = []
+
+    def note(step: int, micro: int) -> Prepared:
+        made.append((step, micro))
+        return objective.prepare(step, micro)
+
+    objective.ahead.make, objective.ahead.beside = note, True
+    for step in range(3):
+        for micro in range(2):
+            objective.loss(step, micro)
+    objective.close()
+    assert made == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1), (3, 0)]
