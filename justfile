@@ -24,6 +24,10 @@ crash *ARGS:
 mutants *ARGS:
     {{venv}}python tools/mutants.py {{ARGS}}
 
+# mistakes made by rules, so many for each of a few files: which ones no test notices (tools/mistakes.py); a quarter of an hour
+mutants-sample *ARGS:
+    {{venv}}python tools/mutants.py --sample 12 {{ARGS}}
+
 # check style, format, imports between packages, declared dependencies and types; changes nothing
 lint:
     {{venv}}ruff check .

@@ -403,6 +403,10 @@ def test_the_curve_has_few_points_however_long_the_run() -> None:
     for step in range(1, 100):
         short = _extended(short, step, 0.5)
     assert [point[0] for point in short] == list(range(1, 100))
+    full = [[step, 0.5] for step in range(1, 513)]  # as many as there may be
+    assert _extended(full[:-1], 512, 0.5) == full
+    assert _extended(full, 513, 0.5) == full
+    assert _extended(full, 514, 0.5) == [[step, 0.5] for step in range(2, 515, 2)]
 
 
 def test_tensorboard_events_read_back(done: House) -> None:

@@ -270,6 +270,17 @@ def test_there_and_back_gives_the_same_factors(case: str) -> None:
             assert theirs[name].scale == pytest.approx(part.scale, rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("count", "told"),
+    [(1, "odd0"), (5, "odd0, odd1, odd2, odd3, odd4"), (6, "odd0, odd1, odd2, odd3, odd4 and 1 more")],
+)
+def test_five_of_the_odd_keys_are_named(count: int, told: str) -> None:
+    odd = {f"odd{number}": torch.zeros(1) for number in reversed(range(count))}
+    for read in (lora_layouts.split_kohya, lambda named: lora_layouts.from_diffusers(named, {})):
+        with pytest.raises(BadFileError, match=f"^{told}: no layer of FLUX.1 in "):
+            read(odd)
+
+
 def test_parts_of_different_rank_and_alpha_are_fused_exactly() -> None:
     """As files of others have them; also where one part is stored in bf16."""
     parts = {}

@@ -25,7 +25,7 @@ from runner.model.flux1.latents import LatentScale, encode_image, pack
 from runner.plan.phases import Encode
 from runner.training.context import EVAL_SIGMAS, RunContext
 from runner.training.encoders import CachedEncoder, LiveEncoder, encode_texts
-from runner.training.objective import FlowObjective
+from runner.training.objective import FlowObjective, Prepared
 from runner.training.phases.encode import encode_phase
 from runner.training.phases.train import load_encoders, load_transformer, trainable
 
@@ -440,3 +440,20 @@ def test_batches_made_ahead_are_the_same_batches(house: House) -> None:
         objective.close()
     assert losses[0] == losses[1]
     assert len(set(losses[0])) == 6
+
+
+def test_a_batch_made_ahead_is_the_next_one_asked_for(house: House) -> None:
+    """Across micro-batches and steps: none is made twice, or in vain but behind the last one."""
+    objective, _ = objective_of(desk_of(spec_of(house, steps="steps = 6\naccumulate = 2")))
+    made: list[tuple[int, int]] = []
+
+    def note(step: int, micro: int) -> Prepared:
+        made.append((step, micro))
+        return objective.prepare(step, micro)
+
+    objective.ahead.make, objective.ahead.beside = note, True
+    for step in range(3):
+        for micro in range(2):
+            objective.loss(step, micro)
+    objective.close()
+    assert made == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1), (3, 0)]

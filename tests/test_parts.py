@@ -89,6 +89,42 @@ def test_a_checkpoint_under_another_name_is_refused(tmp_path: Path) -> None:
         storage.read(tmp_path / checkpoint_files.checkpoint_name(8))
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"step": None},
+        {"step": "seven"},
+        {"scalars": "{"},
+        {"scalars": "[" * 100_000},
+        {"phase": None},
+        {"phase_key": None},
+    ],
+    ids=["no step", "a step in words", "half of JSON", "deep JSON", "no phase", "no key"],
+)
+def test_a_whole_file_with_a_faulty_header_is_refused(tmp_path: Path, wrong: dict[str, str | None]) -> None:
+    """Its digest is right: what wrote it was wrong."""
+    header = {
+        "format": str(storage.FORMAT),
+        "phase": "lora",
+        "phase_key": "key",
+        "step": "7",
+        "scalars": "{}",
+        **wrong,
+    }
+    path = tmp_path / checkpoint_files.checkpoint_name(7)
+    tensors.save(path, {}, {name: value for name, value in header.items() if value is not None})
+    with pytest.raises(BadFileError, match="the header is incomplete"):
+        storage.read(path)
+
+
+def test_a_checkpoints_bytes_do_not_depend_on_the_order_of_its_scalars(tmp_path: Path) -> None:
+    written = []
+    for scalars in ({"a": 1, "b": 2}, {"b": 2, "a": 1}):
+        storage.write(tmp_path / "x", Checkpoint("lora", "key", 7, Weights(), {}, scalars))
+        written.append((tmp_path / "x").read_bytes())
+    assert written[0] == written[1]
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "state.json"
     files.write_text(path, "old")

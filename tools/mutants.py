@@ -1,13 +1,17 @@
 """Puts each mistake of tests/mutants.toml into a copy of the project and runs the tests that must notice it.
 
     python tools/mutants.py [--ids ID ...] [--jobs 2] [--no-baseline]
+    python tools/mutants.py --sample 12 [--seed 1]
+
+The second draws so many mistakes of its own (tools/mistakes.py) for each file under `sample` in the list, and runs the tests
+that stand there: what survives shows what the list forgets, or changes nothing that can be seen.
 
 Prints a line a mistake: killed, SURVIVED, or NOT APPLIED (its text does not stand in the file exactly once). First the named
 tests run without any mistake: a test that fails anyway notices nothing. The exit code is 1 if one survived, was not applied,
 or could not be tried.
 
-mutmut and cosmic-ray make mistakes of their own by rules and try each with one command or with all tests that reach it;
-neither takes a mistake as text, with the tests that must notice this one.
+mutmut and cosmic-ray try each mistake with one command or with all tests that reach it; neither takes a mistake as text, with
+the tests that must notice this one.
 """
 
 from __future__ import annotations
@@ -29,9 +33,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mistakes import draw
+
 PROJECT = Path(__file__).resolve().parent.parent
 LIST = PROJECT / "tests" / "mutants.toml"
 LIMIT = 120.0  # seconds for a mistake's tests; one that makes them hang is noticed too
+SAMPLE_LIMIT = 300.0  # for a drawn one's, which are more
 NO_TESTS = (2, 3, 4, 5)  # pytest: stopped while collecting, an error of its own, wrong ids, nothing collected
 # Imported once, before the tests' processes are forked: it would take each of them longer than its tests.
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "pydantic", "hypothesis", "prodigyopt", "tensorboard", "PIL.Image",
@@ -72,6 +79,17 @@ def read_list(path: Path) -> list[Mutant]:
         raise ValueError(f"{path}: these ids stand there twice: {', '.join(twice)}")
     if bare := [one.id for one in found if not one.tests]:
         raise ValueError(f"{path}: these name no test: {', '.join(bare)}")
+    return found
+
+
+def read_sample(path: Path, count: int, seed: int) -> list[Mutant]:
+    """So many mistakes for each file of the list's `sample`; `old` and `new` are whole files."""
+    found = []
+    for name, tests in tomllib.loads(path.read_text())["sample"].items():
+        text = (PROJECT / name).read_text()
+        for number, one in enumerate(draw(text, count, f"{seed} {name}"), 1):
+            what = f"{name}:{one.line}, {one.kind}: {one.old} -> {one.new}"
+            found.append(Mutant(f"{Path(name).stem}-{number}", name, what, text, one.text, tuple(tests)))
     return found
 
 
@@ -122,11 +140,11 @@ def start(copy: Copy, tests: Sequence[str], *more: str) -> None:
     os._exit(code)
 
 
-def ended(copy: Copy) -> tuple[int | None, str] | None:
+def ended(copy: Copy, limit: float) -> tuple[int | None, str] | None:
     """The tests' exit code (None: they took too long) and output; None while they run."""
     pid, status = os.waitpid(copy.pid, os.WNOHANG)
     if not pid:
-        if time.monotonic() - copy.began < LIMIT:
+        if time.monotonic() - copy.began < limit:
             return None
         os.killpg(copy.pid, signal.SIGKILL)
         os.waitpid(copy.pid, 0)
@@ -186,7 +204,7 @@ def baseline(copy: Copy, tests: Sequence[str], jobs: int) -> list[str]:
     return [] if done.returncode == 0 else failures(done.stdout) or [" ".join(done.stdout.split()[-60:])]
 
 
-def try_all(mutants: Sequence[Mutant], copies: Sequence[Copy]) -> list[str]:
+def try_all(mutants: Sequence[Mutant], copies: Sequence[Copy], limit: float) -> list[str]:
     """The ids of those that were not noticed."""
     waiting, missed = list(mutants), list[str]()
 
@@ -197,7 +215,7 @@ def try_all(mutants: Sequence[Mutant], copies: Sequence[Copy]) -> list[str]:
 
     while waiting or any(copy.mutant for copy in copies):
         for copy in copies:
-            if copy.mutant and (result := ended(copy)):
+            if copy.mutant and (result := ended(copy, limit)):
                 (copy.tree / copy.mutant.file).write_text(copy.text)
                 tell(copy.mutant, *verdict(*result), time.monotonic() - copy.began)
                 copy.mutant = None
@@ -216,10 +234,12 @@ def main() -> int:
     parser.add_argument("--ids", nargs="*", default=[], help="only these")
     parser.add_argument("--jobs", type=int, default=2, help="mistakes at a time")
     parser.add_argument("--no-baseline", action="store_true", help="do not run the tests without a mistake first")
+    parser.add_argument("--sample", type=int, default=0, help="instead of the list's: so many drawn ones for each file")
+    parser.add_argument("--seed", type=int, default=1, help="which ones are drawn")
     given = parser.parse_args()
-    mutants = read_list(LIST)
+    mutants = read_sample(LIST, given.sample, given.seed) if given.sample else read_list(LIST)
     if unknown := sorted(set(given.ids) - {one.id for one in mutants}):
-        parser.error(f"{LIST} has no {', '.join(unknown)}")
+        parser.error(f"there is no {', '.join(unknown)}")
     chosen = [one for one in mutants if not given.ids or one.id in given.ids]
     tests = list(dict.fromkeys(test for one in chosen for test in one.tests))
     began = time.monotonic()
@@ -230,7 +250,7 @@ def main() -> int:
             return 1
         import_libraries()
         try:
-            missed = try_all(chosen, copies)
+            missed = try_all(chosen, copies, SAMPLE_LIMIT if given.sample else LIMIT)
         finally:  # stopped by Ctrl-C: the tests' processes have sessions of their own
             for copy in copies:
                 if copy.mutant:

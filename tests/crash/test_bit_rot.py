@@ -3,6 +3,8 @@ the bad file lies in quarantine/ with the reason. Then the shared cache, where w
 
 from __future__ import annotations
 
+import errno
+import os
 import random
 import shutil
 import struct
@@ -144,11 +146,11 @@ def test_a_dtype_we_never_write_is_a_bad_file(tmp_path: Path) -> None:
         tensors.load(path)
 
 
-@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), OSError(24, "Too many open files")])
-def test_what_cannot_be_opened_is_not_called_bad(error: OSError, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["EACCES", "EPERM", "EMFILE", "ENFILE", "ENOMEM", "ESTALE", "ETIMEDOUT", "EINTR"])
+def test_what_cannot_be_opened_is_not_called_bad(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It tells nothing against the file: a run must not start from an older step, or anew, for it."""
-    run = damaged_run(GOOD)
-    real = Path.open
+    run, number = damaged_run(GOOD), getattr(errno, name)
+    error, real = OSError(number, os.strerror(number)), Path.open
 
     def refused(path: Path, *arguments: object, **more: object) -> object:
         if path.name == checkpoint_name(40):
