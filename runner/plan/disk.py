@@ -1,6 +1,6 @@
 """How many bytes a night leaves on the disk, by formula: one for `plan`, `check` and the queue. No torch.
 
-tests/test_disk_use.py holds it against what a run leaves: never below, and at most twice as much.
+tests/plan/test_disk.py holds it against what a run leaves: never below, and at most twice as much.
 """
 
 from __future__ import annotations

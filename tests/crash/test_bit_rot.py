@@ -13,9 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import House, desk_of
 from safetensors.torch import load_file
-from saves import Run, content, encoded, made, new_run, newest, whole
 
 from runner.cache.store import Cache
 from runner.checkpoint import storage
@@ -28,6 +26,9 @@ from runner.training.context import RunContext
 from runner.training.encoders import CachedEncoder
 from runner.training.objective import _moments
 from runner.training.phases.encode import encode_phase
+from tests.support.checkpoints import Run, content, encoded, made, new_run, newest, whole
+from tests.support.house import House
+from tests.support.runs import desk_of
 
 SIZE = 12_000  # 48 KB
 GOOD, OLDER, OTHER = encoded(made(40, SIZE)), encoded(made(30, SIZE)), encoded(made(50, SIZE))

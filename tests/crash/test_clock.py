@@ -13,8 +13,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import House, export_bytes
-from saves import STEPS, made, new_run, newest, writer
 from torch import Tensor, nn
 
 from runner.runs.checkpoint_files import checkpoint_name, checkpoint_steps
@@ -22,6 +20,9 @@ from runner.training import loop
 from runner.training.distributed import Ranks
 from runner.training.loop import LoopConfig, TrainState
 from runner.training.optimizers import Adam, Optimizer, ParameterGroup
+from tests.support.checkpoints import STEPS, made, new_run, newest, writer
+from tests.support.house import House
+from tests.support.runs import export_bytes
 
 DAY, YEAR = 86_400.0, 31_556_952.0
 

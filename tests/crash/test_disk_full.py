@@ -17,16 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import unsafe
-from conftest import House, export_bytes
-from saves import Roomy, Run, acknowledged, content, made, new_run, newest, whole, writer
-from test_kill_save import Deadly
-from test_power_cut import tried
 
 from runner.checkpoint.writer import Writer
 from runner.core import files
 from runner.core.errors import DiskError, ExitCode
 from runner.engine.worker_main import classify_error
+from tests.support import unsafe_writers
+from tests.support.checkpoints import Roomy, Run, acknowledged, content, made, new_run, newest, whole, writer
+from tests.support.deadly_disk import Deadly
+from tests.support.house import House
+from tests.support.mounts import tried
+from tests.support.runs import export_bytes
 
 ERRORS = [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS]
 
@@ -135,7 +136,7 @@ def test_the_method_catches_a_swallowed_fsync_error(mounts: Callable[..., Path])
     saving = writer(
         run,
         keep=9,
-        disk=unsafe.SwallowsSyncErrors(Roomy()),
+        disk=unsafe_writers.SwallowsSyncErrors(Roomy()),
         log=lambda line: said.append(acknowledged(line)),
         pivots=(),
     )

@@ -8,8 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import House, stopping_after
-from night import failing, go_on, lora
+
+from tests.support.broken_runs import failing, go_on, lora
+from tests.support.house import House
+from tests.support.runs import stopping_after
 
 STEPS = 4
 

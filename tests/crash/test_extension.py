@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import House, export_bytes, stopping_after
-from night import assert_same, go_on, lora, state, unbroken
+
+from tests.support.broken_runs import assert_same, go_on, lora, state, unbroken
+from tests.support.house import House
+from tests.support.runs import export_bytes, stopping_after
 
 INVERSION = {"rank": "rank = 4\nuntil = 0", "encoders": 'encoders = ["clip"]', "prompts": "prompts = []"}
 PIVOTAL = {"rank": "rank = 4", "encoders": 'encoders = ["clip"]', "prompts": "prompts = []"}

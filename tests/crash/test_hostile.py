@@ -10,12 +10,14 @@ import struct
 from pathlib import Path
 
 import pytest
-from conftest import PROJECT, House, stopping_after
-from night import go_on, lora
 from PIL import Image
 
 from runner.checkpoint import storage
 from runner.core.errors import BadFileError
+from tests.support.broken_runs import go_on, lora
+from tests.support.house import House
+from tests.support.paths import PROJECT
+from tests.support.runs import stopping_after
 
 BANNED = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
 CALLS = {"torch.load", "torch.save", "yaml.load", "os.system", "eval", "exec", "compile", "__import__"}

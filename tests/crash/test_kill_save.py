@@ -16,12 +16,8 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-import unsafe
-from conftest import PROJECT
-from saves import STEPS, Run, acknowledged, made, new_run, newest, whole, writer
 from torch import set_num_threads
 
 from runner.checkpoint.storage import Checkpoint
@@ -29,53 +25,12 @@ from runner.checkpoint.writer import Writer
 from runner.core import files
 from runner.core.errors import BadFileError
 from runner.runs.checkpoint_files import checkpoint_name, checkpoint_steps
+from tests.support import unsafe_writers
+from tests.support.checkpoints import STEPS, Run, acknowledged, made, new_run, newest, whole, writer
+from tests.support.deadly_disk import Deadly
+from tests.support.paths import PROJECT
 
-WRITER = Path(__file__).parent / "torchless.py"
-
-
-class Deadly(files.Disk):
-    """Kills its process at operation `at`: "before" it, "after" it, or with "half" of a write done. Without `at` it
-    only counts."""
-
-    def __init__(self, at: int = 0, moment: str = "") -> None:
-        self.at, self.moment, self.done = at, moment, 0
-        self.log: list[str] = []
-
-    def _do(self, name: str, operation: Callable[[], Any], half: Callable[[], Any] = lambda: None) -> Any:
-        self.done += 1
-        self.log.append(name)
-        if self.done != self.at:
-            return operation()
-        if self.moment == "half":
-            half()
-        elif self.moment == "after":
-            operation()
-        os.kill(os.getpid(), signal.SIGKILL)
-        return None
-
-    def create(self, path: Path) -> int:
-        return self._do("create", lambda: files.DISK.create(path))
-
-    def write(self, handle: int, data: bytes | memoryview) -> None:
-        some = memoryview(data).cast("B")
-        self._do(
-            "write", lambda: files.DISK.write(handle, some), lambda: files.DISK.write(handle, some[: len(some) // 2])
-        )
-
-    def sync(self, handle: int) -> None:
-        self._do("sync", lambda: files.DISK.sync(handle))
-
-    def close(self, handle: int) -> None:
-        self._do("close", lambda: files.DISK.close(handle))
-
-    def rename(self, old: Path, new: Path) -> None:
-        self._do("rename", lambda: files.DISK.rename(old, new))
-
-    def unlink(self, path: Path) -> None:
-        self._do("unlink", lambda: files.DISK.unlink(path))
-
-    def sync_folder(self, folder: Path) -> None:
-        self._do("sync_folder", lambda: files.DISK.sync_folder(folder))
+WRITER = PROJECT / "tests" / "support" / "torchless_writer.py"
 
 
 def save_all(run: Run, keep: int, disk: files.Disk, kind: type[Writer] = Writer) -> None:
@@ -165,20 +120,20 @@ def test_killed_at_every_operation(keep: int) -> None:
 
 
 def test_the_method_catches_pruning_first() -> None:
-    cases, lost, _ = kill_everywhere(1, kind=unsafe.PrunesFirst, moments=("before",))
+    cases, lost, _ = kill_everywhere(1, kind=unsafe_writers.PrunesFirst, moments=("before",))
     print(f"kill, control prunes first: {lost} of {cases} lost")
     assert lost > cases // 2
 
 
 def test_the_method_catches_speaking_first() -> None:
-    cases, lost, _ = kill_everywhere(1, kind=unsafe.SpeaksFirst, moments=("before",))
+    cases, lost, _ = kill_everywhere(1, kind=unsafe_writers.SpeaksFirst, moments=("before",))
     print(f"kill, control speaks first: {lost} of {cases} lost")
     assert lost > cases // 2
 
 
 def test_the_method_catches_writing_in_place() -> None:
     """Together with a loader that believes the highest number; ours would go one step back."""
-    cases, _, wrong = kill_everywhere(1, unsafe.InPlace, load=unsafe.highest, moments=("before",))
+    cases, _, wrong = kill_everywhere(1, unsafe_writers.InPlace, load=unsafe_writers.highest, moments=("before",))
     print(f"kill, control in place and unverified: {wrong} of {cases} wrong")
     assert wrong > cases // 2
 

@@ -7,14 +7,15 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import PROJECT, House
-from night import go_on, index
 from safetensors.torch import load_file
 
 from runner.checkpoint import storage
 from runner.runs.run import FORMAT
+from tests.support.broken_runs import go_on, index
+from tests.support.house import House
+from tests.support.paths import OLD_RUNS
 
-OLD = PROJECT / "tests" / "old-runs"
+OLD = OLD_RUNS
 FORMATS = sorted(path.name for path in OLD.glob("v*"))
 
 

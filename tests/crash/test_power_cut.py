@@ -11,19 +11,19 @@ import fcntl
 import os
 import shutil
 import struct
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import unsafe
-from saves import MEMORY, STEPS, Roomy, Run, acknowledged, made, new_run, newest, whole, writer
-from test_kill_save import Deadly
 
 from runner.checkpoint.storage import Checkpoint
 from runner.core import files
 from runner.core.errors import DiskError, ExitCode
 from runner.engine.worker_main import classify_error
+from tests.support import unsafe_writers
+from tests.support.checkpoints import MEMORY, STEPS, Roomy, Run, acknowledged, made, new_run, newest, whole, writer
+from tests.support.deadly_disk import Deadly
+from tests.support.mounts import tried
 
 EXT4_IOC_SHUTDOWN = 2 << 30 | 4 << 16 | ord("X") << 8 | 125  # _IOR('X', 125, __u32)
 NO_LOG_FLUSH = struct.pack("I", 2)
@@ -56,15 +56,6 @@ class Ext4:
         assert not self.mount()
 
 
-def tried(*command: str) -> str:
-    """ "", or why it failed."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True)
-    except OSError as error:
-        return str(error)
-    return "" if done.returncode == 0 else done.stderr.strip() or f"{command[0]} failed"
-
-
 @pytest.fixture
 def ext4(tmp_path: Path) -> Iterator[Ext4]:
     if os.geteuid() != 0:
@@ -85,8 +76,8 @@ def test_what_was_acknowledged_survives_a_power_cut(ext4: Ext4) -> None:
     assert survived == len(STEPS)
 
 
-@pytest.mark.parametrize("around", [unsafe.NoSync, unsafe.NoFileSync])
-def test_a_power_cut_takes_what_was_not_synced(ext4: Ext4, around: type[unsafe.Around]) -> None:
+@pytest.mark.parametrize("around", [unsafe_writers.NoSync, unsafe_writers.NoFileSync])
+def test_a_power_cut_takes_what_was_not_synced(ext4: Ext4, around: type[unsafe_writers.Around]) -> None:
     survived = cut_after_each_save(ext4, around)
     print(f"power cut, control {around.__name__}: {survived} of {len(STEPS)} survived")
     assert survived == 0

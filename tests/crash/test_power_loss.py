@@ -16,13 +16,13 @@ from itertools import product
 from pathlib import Path
 
 import pytest
-import unsafe
-from saves import STEPS, Run, acknowledged, made, new_run, newest, whole, writer
 
 from runner.checkpoint.storage import Checkpoint
 from runner.checkpoint.writer import Writer
 from runner.core import files
 from runner.core.errors import BadFileError
+from tests.support import unsafe_writers
+from tests.support.checkpoints import STEPS, Run, acknowledged, made, new_run, newest, whole, writer
 
 SECTOR = 512
 ENOUGH = 50_000  # states, which a writer that syncs does not reach
@@ -181,14 +181,16 @@ def test_no_power_cut_takes_an_acknowledged_step(keep: int) -> None:
     assert (tally.lost, tally.wrong) == (0, 0)
 
 
-@pytest.mark.parametrize("disk", [unsafe.NoFileSync, unsafe.NoFolderSync])
-def test_the_method_catches_a_sync_left_out(disk: type[unsafe.Around]) -> None:
+@pytest.mark.parametrize("disk", [unsafe_writers.NoFileSync, unsafe_writers.NoFolderSync])
+def test_the_method_catches_a_sync_left_out(disk: type[unsafe_writers.Around]) -> None:
     tally = cut_everywhere(1, disk, saves=3)
     print(f"power loss, control {disk.__name__}: {tally}")
     assert tally.lost > 100
 
 
-@pytest.mark.parametrize("kind", [unsafe.PrunesTooEarly, unsafe.PrunesFirst, unsafe.SpeaksFirst])
+@pytest.mark.parametrize(
+    "kind", [unsafe_writers.PrunesTooEarly, unsafe_writers.PrunesFirst, unsafe_writers.SpeaksFirst]
+)
 def test_the_method_catches_a_wrong_order(kind: type[Writer]) -> None:
     tally = cut_everywhere(1, kind=kind)
     print(f"power loss, control {kind.__name__}: {tally}")

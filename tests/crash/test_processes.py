@@ -11,10 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from conftest import PROJECT, House
-from night import assert_same, go_on, lora, state, unbroken
 
 from runner.runs.run import Run
+from tests.support.broken_runs import assert_same, go_on, lora, state, unbroken
+from tests.support.house import House
+from tests.support.paths import PROJECT
+from tests.support.processes import alive, children
 
 LONG = "steps = 40"
 HASTY = "import sys; from runner.engine import supervisor; supervisor.HANG_FLOOR = 3.0; supervisor.HANG_STEPS = 1; "
@@ -71,23 +73,12 @@ def _signals(ignored: Sequence[int]) -> None:
         signal.signal(number, signal.SIG_IGN if number in ignored else signal.SIG_DFL)
 
 
-def children(pid: int) -> list[int]:
-    return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
-
-
 def wait_for(condition: object, what: str, seconds: float = 120) -> None:
     assert callable(condition)
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"waited in vain for {what}"
         time.sleep(0.01)
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import House
-from night import assert_same, failing, go_on, lora, unbroken
 
 from runner.core import files
 from runner.core.errors import FluxrunError, LockHeldError
@@ -21,6 +19,8 @@ from runner.jobs.job import Job
 from runner.jobs.prepare import prepare_jobs
 from runner.runs import run as run_module
 from runner.runs.run import FORMAT, Run
+from tests.support.broken_runs import assert_same, failing, go_on, lora, unbroken
+from tests.support.house import House
 
 RACERS = 50
 

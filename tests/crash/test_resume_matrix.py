@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import House, stopping_after
-from night import assert_same, failing, go_on, unbroken
+
+from tests.support.broken_runs import assert_same, failing, go_on, unbroken
+from tests.support.house import House
+from tests.support.runs import stopping_after
 
 OPTIMIZERS = {"adamw": "1e-3", "adamw8bit": "1e-3", "prodigy": "1.0"}
 STEPS, PIVOT, EPOCH = 6, 3, 2  # an epoch is eight pictures, two times two in a step

@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import PROJECT, House
-from night import assert_same, lora, unbroken
-from test_processes import alive, children
+
+from tests.support.broken_runs import assert_same, lora, unbroken
+from tests.support.house import House
+from tests.support.paths import PROJECT
+from tests.support.processes import alive, children
 
 STEPS = "steps = 60"
 ACCIDENTS = ("queue", "queue", "trainer", "trainer", "trainer", "ask", "ask twice")

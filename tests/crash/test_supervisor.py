@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import House, export_bytes, stopping_after
-from night import assert_same, failing, go_on, index, log, lora, state, unbroken
 from safetensors.torch import load_file
 
 from runner.core.errors import ExitCode, NonFiniteError
+from tests.support.broken_runs import assert_same, failing, go_on, index, log, lora, state, unbroken
+from tests.support.house import House
+from tests.support.runs import export_bytes, stopping_after
 
 SPACING = 2.0**-15  # of exported bf16 numbers between 2**-8 and 2**-7: the same weights but for a last bit
 

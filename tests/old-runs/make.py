@@ -7,7 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent.parent / "crash")]
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 SPEC = """
 [model]
@@ -36,8 +36,10 @@ to = []
 
 
 def main(out: Path) -> None:
-    from conftest import House, stopping_after
     from PIL import Image
+
+    from tests.support.house import House
+    from tests.support.runs import stopping_after
 
     out.mkdir()
     house = House.__new__(House)

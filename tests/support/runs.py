@@ -1,0 +1,70 @@
+"""Real runs: their context before the first phase, their exports, and a stop at a chosen step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from runner.training.context import RunContext
+
+
+def desk_of(spec: Path) -> RunContext:
+    """What `fluxrun queue` would set up for this one spec, before the first phase."""
+    import torch
+
+    from runner.cache.store import Cache
+    from runner.core.events import EventLog
+    from runner.jobs.prepare import prepare_jobs
+    from runner.model import device
+    from runner.model.flux1 import loading
+    from runner.training.context import RunContext
+    from runner.training.distributed import Ranks
+
+    loading.quiet()
+    [job] = prepare_jobs([spec], spec.parent / "runs", fetch=True, fresh=False)
+    cpu, model = torch.device("cpu"), job.spec.model
+    cache, dtype = Cache(spec.parent / "runs" / "cache"), device.resolve_dtype(model.dtype, cpu)
+    base = loading.open_base(
+        model.base, model.revision, model.variant, cpu, dtype, model.quantize, cache.folder, model.offload == "blocks"
+    )
+    assert job.pictures is not None
+    (spec.parent / "runs").mkdir(exist_ok=True)  # as the queue does
+    return RunContext(job.spec, job.plan, job.pictures, base, cache, EventLog(), Ranks(), lambda: False)
+
+
+Bytes = Callable[[Path], dict[str, bytes]]
+
+
+def export_bytes(run: Path) -> dict[str, bytes]:
+    """Every exported file and sample, by name."""
+    found = {
+        path.relative_to(run).as_posix(): path.read_bytes()
+        for path in sorted(run.glob("export/**/*"))
+        if path.is_file()
+    }
+    assert found, f"{run} exported nothing"
+    return found
+
+
+@contextmanager
+def stopping_after(step: int) -> Iterator[None]:
+    """Ask the run to stop, as a signal would, once it reports this step."""
+    from runner.core import signals
+    from runner.training import recorder
+
+    reached: list[int] = []
+    report, asked = recorder.RunRecorder.step, signals.StopRequest.__call__
+
+    def reporting(self: Any, one: Any) -> None:
+        reached.append(one.number)
+        report(self, one)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recorder.RunRecorder, "step", reporting)
+        patch.setattr(signals.StopRequest, "__call__", lambda self: asked(self) or step in reached)
+        yield
