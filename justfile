@@ -28,6 +28,10 @@ mutants *ARGS:
 mutants-sample *ARGS:
     {{venv}}python tools/mutants.py --sample 12 {{ARGS}}
 
+# how far real runs come apart from the oracle, an independent trainer: a Markdown table (three minutes)
+oracle *ARGS:
+    {{venv}}python tools/oracle_table.py {{ARGS}}
+
 # check style, format, imports between packages, declared dependencies and types; changes nothing
 lint:
     {{venv}}ruff check .
