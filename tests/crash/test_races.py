@@ -36,8 +36,8 @@ def race(job: Job, start: Any, out: Any, go: Any, locked: bool) -> None:
         from contextlib import nullcontext
 
         Run.locked = lambda self: nullcontext()  # type: ignore[method-assign, assignment]
-        claim = Run._claim
-        Run._claim = lambda self, *a: (claim(self, *a), time.sleep(0.05))[0]  # type: ignore[method-assign, assignment]
+        write_claim = Run._write_claim
+        Run._write_claim = lambda self, *a: (write_claim(self, *a), time.sleep(0.05))[0]  # type: ignore[method-assign, assignment]
     start.wait()
     try:
         out.put((os.getpid(), job.run.claim(job.spec, job.plan, "0"), ""))
