@@ -15,7 +15,7 @@ import pytest
 from conftest import House, export_bytes
 from trainers import Attempt, trainers
 
-from runner.core import files
+from runner.core import files, safetensors
 from runner.core.errors import ExitCode
 from runner.core.process_identity import Process
 from runner.runs.run import FORMAT, Run
@@ -65,7 +65,12 @@ class Recorded:
 
     def __init__(self, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         self.run, self.events = run, list[tuple[str, str]]()
-        for owner, name, at in ((files, "write_bytes", 0), (files, "replace_folder", 1), (files.Disk, "unlink", 1)):
+        for owner, name, at in (
+            (files, "write_bytes", 0),
+            (safetensors, "write_bytes", 0),
+            (files, "replace_folder", 1),
+            (files.Disk, "unlink", 1),
+        ):
             monkeypatch.setattr(owner, name, self._told(getattr(owner, name), at))
         real = Run.check_lease
 
