@@ -16,19 +16,19 @@ from runner.runs.checkpoint_files import checkpoint_name, checkpoint_steps
 
 class Writer:
     """One save at a time, in order. `log` hears of a step only once it is on the disk and was read back; what went
-    wrong is raised by the next call. `fence` raises where this process may no longer write."""
+    wrong is raised by the next call. `check_lease` raises where this process may no longer write."""
 
     def __init__(
         self,
         folder: Path,
         keep: int,
         kept_always: Collection[int],
-        fence: Callable[[], None],
+        check_lease: Callable[[], None],
         log: Callable[[str], None],
         disk: files.Disk = files.DISK,
     ) -> None:
         self.folder, self.keep, self.kept_always = folder, keep, kept_always
-        self.fence, self.log, self.disk = fence, log, disk
+        self.check_lease, self.log, self.disk = check_lease, log, disk
         self.best: int | None = None
         self.pool = ThreadPoolExecutor(1, "checkpoint")
         self.pool.submit(int)  # starts the thread now: a signal while it starts would leave it to itself
@@ -57,7 +57,7 @@ class Writer:
         """Write, read back, then prune: never an instant without a verified checkpoint."""
         path = self.folder / checkpoint_name(made.step)
         self._make_sure_of_room(made)
-        self.fence()
+        self.check_lease()
         storage.write(path, made, disk=self.disk)
         try:
             storage.read(path)
@@ -66,7 +66,7 @@ class Writer:
                 f"{error}; so it was read back right after it was written: the disk is failing, or the memory. The "
                 "checkpoint before it stands; the same command goes on from there"
             ) from error
-        self.fence()
+        self.check_lease()
         self.best = made.scalars.get("meters", {}).get("best_step")
         self._prune(made.step)
         self.log(f"checkpoint at step {made.step}")

@@ -191,7 +191,7 @@ def queue(
                 ctx.exit(2)
             for job in todo:
                 if job.verdict.state == "changed":
-                    screen.line(f"{job.plan.name}: the old run now is {job.run.put_aside()}")
+                    screen.line(f"{job.plan.name}: the old run now is {job.run.archive()}")
             try:
                 make_folder(runs)
             except OSError as error:

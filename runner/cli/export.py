@@ -27,7 +27,7 @@ def write_exports(
     run = Run(runs, name)
     if not run.spec_file.is_file():
         raise FluxrunError(f"{run.folder}: no such run; `{fluxrun_command('status', runs=runs)}` names those there are")
-    run.refuse_if_held()
+    run.refuse_if_locked()
     with run.locked(), StopRequest() as stop:
         run.attempt = run.lease().attempt  # no attempt of its own: it trains nothing
         spec = read_spec(run.spec_file)
@@ -37,7 +37,7 @@ def write_exports(
         cache = open_cache(run.runs)
         order = ExportRequest(run, spec, open_base(spec, gpus, cache), event_log, stop, cache, ModelPool())
         delivered = export_phase(order, made)
-        run.amend(**export_facts(run, delivered))
+        run.update_state(**export_facts(run, delivered))
         if push_too:
             push(order)
     write_index(runs)

@@ -23,7 +23,7 @@ def stop_run(runs: Path, name: str) -> str:
         raise FluxrunError(f"{run.folder}: process {holder.pid} on {holder.host} works on it; stop it there")
     trainer = locks.lock_holder(run.lock_file)
     if trainer is None:
-        run.tell_to_stop()
+        run.request_stop()
         return f"{name}: will not be begun"
     os.kill(trainer, signal.SIGTERM)
     return f"{name}: saves at its next step and stops (process {trainer})"

@@ -169,7 +169,7 @@ def _write_index(queue: Queue) -> None:
 def _enlist(queue: Queue, job: Job) -> None:
     work = QueuedRun(job)
     try:
-        work.attempt = job.run.enlist(
+        work.attempt = job.run.claim(
             job.spec, job.plan, version("fluxrun"), job.source.origin, lambda: read_inputs(job.spec, job.pictures)
         )
     except FluxrunError as error:
@@ -182,7 +182,7 @@ def _enlist(queue: Queue, job: Job) -> None:
         queue.screen.line(f"not run: {error}", work.name)
         queue.left = True
     else:
-        work.split = job.run.split(job.spec.train.batch_size)
+        work.split = job.run.micro_batch_parts(job.spec.train.batch_size)
         queue.waiting.append(work)
 
 
@@ -193,7 +193,7 @@ def _fill(queue: Queue, places: Sequence[SlotState], threads: int | None, start:
             _clear(place)
         while place.work is None and queue.waiting and _taken(queue, place):
             work = queue.waiting.pop(0)
-            if work.job.run.told_to_stop():
+            if work.job.run.take_stop_request():
                 work.reason = "stopped before it began"
                 _end(queue, work, ExitCode.STOPPED)
                 continue
@@ -275,9 +275,9 @@ def _unstick(queue: Queue, work: QueuedRun, trainer: Worker) -> None:
 
 def _ended(queue: Queue, work: QueuedRun, code: int) -> None:
     """What becomes of a run whose trainer has ended with `code`."""
-    if code != ExitCode.DONE and (gone := work.job.run.gone()):
+    if code != ExitCode.DONE and (gone := work.job.run.missing_message()):
         code, work.reason = ExitCode.DISK, gone
-    elif code not in (ExitCode.DONE, ExitCode.HELD) and (held := work.job.run.taken_over()):
+    elif code not in (ExitCode.DONE, ExitCode.HELD) and (held := work.job.run.lost_lease()):
         code, work.reason = ExitCode.HELD, str(held)
     if code in (-signal.SIGTERM, -signal.SIGINT):  # it was asked before it could answer
         code, work.reason = ExitCode.STOPPED, work.reason or "stopped before it began"
@@ -353,7 +353,7 @@ def _end(queue: Queue, work: QueuedRun, code: int) -> None:
         queue.failed = True
         _circuit_breaker(queue, work, code)
     with _as_the_disk_allows(queue, work):
-        work.job.run.give_up()
+        work.job.run.release()
         _write_index(queue)
 
 
@@ -373,10 +373,10 @@ def _tell_the_end(queue: Queue) -> None:
 
 
 def _write_down(queue: Queue, work: QueuedRun, state: str, reason: str) -> None:
-    if work.job.run.taken_over():
+    if work.job.run.lost_lease():
         return
     with _as_the_disk_allows(queue, work):
-        work.job.run.end(state, reason, split=work.split if work.split > 1 else None)
+        work.job.run.mark_ended(state, reason, split=work.split if work.split > 1 else None)
         _write_index(queue)
 
 
@@ -387,7 +387,7 @@ def _as_the_disk_allows(queue: Queue, work: QueuedRun) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if work.job.run.gone() or _is_gone(queue):
+        if work.job.run.missing_message() or _is_gone(queue):
             return
         if not is_disk_error(error):
             raise
@@ -425,7 +425,7 @@ def _leave(queue: Queue) -> None:
         queue.left = True
         _write_down(queue, work, "stopped", queue.halted or "not begun")
         with _as_the_disk_allows(queue, work):
-            work.job.run.give_up()
+            work.job.run.release()
             _write_index(queue)
 
 
@@ -435,7 +435,7 @@ def _newest(work: QueuedRun) -> int:
 
 def _make_sure_of_room(job: Job) -> None:
     """Raises DiskError where the disk cannot take what the plan says the run will write, or the run's folder is gone."""
-    if gone := job.run.gone():
+    if gone := job.run.missing_message():
         raise DiskError(gone)
     free, folder = files.DISK.free(job.run.folder), job.run.folder
     wanted = left_to_write(folder, job.plan.disk_bytes) + SPARE

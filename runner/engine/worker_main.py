@@ -128,7 +128,7 @@ def train_run(
         return ExitCode.DONE
     except (Exception, KeyboardInterrupt) as error:
         # Whatever it is, it is this run's alone, and told here.
-        code, reason = (ExitCode.DISK, gone) if (gone := run.gone()) else classify_error(error)
+        code, reason = (ExitCode.DISK, gone) if (gone := run.missing_message()) else classify_error(error)
         send({"say": "ended", "reason": reason})
         if code is not ExitCode.HELD:  # the folder is not ours to write in
             event_log.log(reason if code is ExitCode.STOPPED else f"{traceback.format_exc()}{reason}")
@@ -154,7 +154,7 @@ def _train(
     except PlanError as error:  # of a data set that could not be read when the queue planned the run
         raise FluxrunError(str(error)) from error
     _same_as_planned(run, plan)
-    model, split = spec.model, run.split(spec.train.batch_size)
+    model, split = spec.model, run.micro_batch_parts(spec.train.batch_size)
     cache, dtype = open_cache(run.runs), device.resolve_dtype(model.dtype, where)
     base = loading.open_base(
         model.base, model.revision, model.variant, where, dtype, model.quantize, cache.folder, model.offload == "blocks"
@@ -219,6 +219,6 @@ def _write_down(run: Run, attempt: int, state: str, reason: str) -> None:
     try:
         with run.locked():
             if run.lease().attempt == attempt:
-                run.end(state, reason)
+                run.mark_ended(state, reason)
     except (FluxrunError, OSError) as error:
         print(f"the state could not be written: {error}", file=sys.stderr)

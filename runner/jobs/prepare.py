@@ -157,9 +157,9 @@ def _inspect(
     if faults or loaded.bad:
         plan = None
     if plan:
-        verdict = run.verdict(spec, plan, lambda: read_inputs(spec, pictures))
+        verdict = run.status_for(spec, plan, lambda: read_inputs(spec, pictures))
         if verdict.state in ("new", "resume"):
-            verdict = run.at_work() or verdict
+            verdict = run.active_status() or verdict
         if verdict.state == "changed" and not fresh:
             faults.append(
                 source.fault("name", f"{run.folder} holds another run: {verdict.reason}; {MISMATCH_REMEDIES}")

@@ -68,7 +68,7 @@ def check_folder(seen: Seen) -> Iterator[Finding]:
     if seen.verdict is None or seen.verdict.state == "done":
         return
     try:
-        seen.run.refuse_if_held()
+        seen.run.refuse_if_locked()
     except LockHeldError as error:
         yield at(seen.source, "warning", "name", f"{error}; a queue leaves this run out")
 

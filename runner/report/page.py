@@ -280,7 +280,7 @@ def _commands(one: Folder, runs: Path) -> list[tuple[str, str]]:
     of another name, which is what its commands would be about: it gets none of them."""
     run, record = one.run, one.record
     out = []
-    if not run.moved_aside():
+    if not run.is_archived():
         if record.state != "done":
             allow = ["--allow-commands"] if record.spec.get("notify.command") else []
             out.append(("go on", ["queue", str(run.spec_file), *allow]))

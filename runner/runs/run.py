@@ -68,7 +68,7 @@ class Run:
         self.log_file = self.folder / "run.log"
         self.history_file = self.folder / "history.jsonl"
         self.checkpoints = self.folder / "checkpoints"
-        self.quarantine = self.folder / "quarantine"
+        self.quarantine_folder = self.folder / "quarantine"
         self.samples = self.folder / "samples"
         self.export = self.folder / "export"
         self.attempt = 0  # this process's own, once it has taken the run
@@ -104,7 +104,7 @@ class Run:
             return None
         return holder
 
-    def enlist(
+    def claim(
         self,
         spec: Spec,
         plan: Plan,
@@ -123,14 +123,14 @@ class Run:
         try:
             with self.locked():
                 if (holder := self.holder()) and holder != Process.own():
-                    raise self._held()
-                self.told_to_stop()  # what an earlier queue was told is not meant for this one
-                self._claim(spec, plan, version, origin, inputs)
+                    raise self._locked_error()
+                self.take_stop_request()  # what an earlier queue was told is not meant for this one
+                self._write_claim(spec, plan, version, origin, inputs)
                 return self._lease(self.lease().attempt + 1)
         except LockHeldError:  # by the lock: name who started its holder
-            raise self._held() from None
+            raise self._locked_error() from None
 
-    def at_work(self) -> RunStatus | None:
+    def active_status(self) -> RunStatus | None:
         """What another process is doing about it now: running, or waiting in a queue."""
         holder, state = self.holder(), self.state()
         if holder is None or holder == Process.own() or state["state"] not in ("running", "waiting"):
@@ -144,59 +144,59 @@ class Run:
         step, steps = (f"{state[key]:.0f}" if key in state else "?" for key in ("step", "steps"))
         return RunStatus("running", f"process {pid}{where} trains it{began}; at step {step} of {steps}")
 
-    def refuse_if_held(self) -> None:
+    def refuse_if_locked(self) -> None:
         """Raises LockHeldError where a queue has it, perhaps without having begun."""
         if self.holder():
-            raise self._held()
+            raise self._locked_error()
 
-    def _held(self) -> LockHeldError:
+    def _locked_error(self) -> LockHeldError:
         holder = self.lease().holder
         who = f"process {holder.pid}{'' if holder.here else f' on {holder.host}'}" if holder else "another process"
         return LockHeldError(f"{who} is working on {self.folder}; wait for it, or stop it")
 
-    def taken_over(self) -> LockHeldError | None:
+    def lost_lease(self) -> LockHeldError | None:
         """For a queue, which enlisted it: whether another process has the run by now, and which."""
         holder = self.lease().holder
-        return self._held() if holder and holder != Process.own() else None
+        return self._locked_error() if holder and holder != Process.own() else None
 
     def next_attempt(self) -> int:
         """Another try by the same queue."""
         with self.locked():
             return self._lease(self.lease().attempt + 1)
 
-    def give_up(self) -> None:
+    def release(self) -> None:
         """The queue is through with this run."""
         lease = self.lease()
         if lease.holder == Process.own():
             files.write_json(self.lease_file, {"format": FORMAT, "attempt": lease.attempt, "holder": None})
 
-    def take(self, attempt: int) -> None:
+    def begin_attempt(self, attempt: int) -> None:
         """Begin an attempt, under the lock. Raises LockHeldError where a later one has begun."""
         self.attempt = attempt
-        self.fence()
+        self.check_lease()
         for folder in (self.checkpoints, self.samples):
             files.make_folder(folder)
         for folder in (self.folder, self.checkpoints, self.samples):
             files.remove_partial_files(folder)
 
-    def tell_to_stop(self) -> None:
+    def request_stop(self) -> None:
         """For a queue that has not begun it yet; of one that trains, the trainer is told by a signal."""
         self.stop_file.touch()
 
-    def told_to_stop(self) -> bool:
+    def take_stop_request(self) -> bool:
         """Asked once for each time it was told."""
         told = self.stop_file.is_file()
         self.stop_file.unlink(missing_ok=True)
         return told
 
-    def fence(self) -> None:
+    def check_lease(self) -> None:
         """To be asked before anything is committed: a process that lost its run unknowingly must not write."""
         if (now := self.lease().attempt) != self.attempt:
             raise LockHeldError(
                 f"{self.folder}: attempt {now} has begun, this is attempt {self.attempt}; nothing was written"
             )
 
-    def gone(self) -> str:
+    def missing_message(self) -> str:
         """What to say of a run that was enlisted and whose folder is not there any more; "" where it is."""
         try:
             if self.lease_file.is_file():
@@ -218,7 +218,14 @@ class Run:
 
     def _no_links(self) -> None:
         """A run folder from elsewhere may hold links that lead out of it."""
-        for path in (self.checkpoints, self.quarantine, self.samples, self.export, self.log_file, self.lock_file):
+        for path in (
+            self.checkpoints,
+            self.quarantine_folder,
+            self.samples,
+            self.export,
+            self.log_file,
+            self.lock_file,
+        ):
             if path.is_symlink():
                 raise RunMismatchError(
                     f"{path} is a symbolic link; fluxrun writes only inside a run's own folder: take it away"
@@ -259,24 +266,24 @@ class Run:
         now = {"format": FORMAT, **before, "state": state, "name": self.name, "updated": time.time(), **more}
         files.write_json(self.state_file, json_state(now), durable=durable)
 
-    def end(self, state: str, reason: str, **more: Any) -> None:
+    def mark_ended(self, state: str, reason: str, **more: Any) -> None:
         """Keep what the state says of progress; replace what it says of the present."""
         facts = {key: value for key, value in read_state(self.state_file).items() if key in PROGRESS_FIELDS}
         self.write_state(state, **facts, error=reason, **more)
 
-    def amend(self, **more: Any) -> None:
+    def update_state(self, **more: Any) -> None:
         """Change single values of the state, whatever it is; None takes one out."""
         now = {**read_json(self.state_file), **more}
         files.write_json(self.state_file, json_state(now))
 
-    def began(self) -> float | None:
+    def started_at(self) -> float | None:
         """When it was first started, in seconds since 1970."""
         started: float | None = read_json(self.state_file).get("started")
         return started
 
     # ---- done, and why ---------------------------------------------------------------------------------------------
 
-    def verdict(self, spec: Spec, plan: Plan, inputs: Callable[[], TrainingInputs] | None = None) -> RunStatus:
+    def status_for(self, spec: Spec, plan: Plan, inputs: Callable[[], TrainingInputs] | None = None) -> RunStatus:
         """Done means: the same key, and the outputs exist. `inputs`: what it would be trained on now."""
         state = read_state(self.state_file)
         if not self.spec_file.is_file():
@@ -291,7 +298,7 @@ class Run:
             at = f"interrupted; last checkpoint at step {step} of {plan.steps}"
             return RunStatus("resume", at if step else "no checkpoint yet")
         try:
-            changed = self.differences(spec)
+            changed = self.changed_keys(spec)
         except (ValueError, RecursionError) as error:
             return RunStatus("changed", f"its spec.toml cannot be read ({error})")
         stops = {phase.key: phase.stop for phase in plan.training}
@@ -331,7 +338,7 @@ class Run:
                 continue
         return 0, ""
 
-    def differences(self, spec: Spec) -> dict[str, str]:
+    def changed_keys(self, spec: Spec) -> dict[str, str]:
         """Keys that change the result and differ from the run's own spec, with `KEY: old -> new`; not those that only
         follow another of them, as lora.alpha does lora.rank where it is not set."""
         before, now = _spec_tables(self.spec_file), dump(spec)
@@ -346,7 +353,7 @@ class Run:
         ]
         return {key: f"{key}: {_value(old.get(key))} -> {_value(new.get(key))}" for key in other if key not in derived}
 
-    def _claim(
+    def _write_claim(
         self,
         spec: Spec,
         plan: Plan,
@@ -354,7 +361,7 @@ class Run:
         origin: Callable[[str], str],
         inputs: Callable[[], TrainingInputs] | None,
     ) -> None:
-        if (verdict := self.verdict(spec, plan, inputs)).state == "changed":
+        if (verdict := self.status_for(spec, plan, inputs)).state == "changed":
             raise RunMismatchError(f"{self.folder} holds another run ({verdict.reason}); {MISMATCH_REMEDIES}")
         resolved = {**dump(spec), VERSION_TABLE: {"version": version}}
 
@@ -372,7 +379,7 @@ class Run:
             "waiting", **facts, plan_key=plan.key, spec_digest=digest, steps=plan.steps, base=spec.model.base
         )
 
-    def split(self, batch_size: int) -> int:
+    def micro_batch_parts(self, batch_size: int) -> int:
         """Into how many parts a micro-batch is cut, as an earlier attempt found out."""
         found = int(read_state(self.state_file).get("split", 1))
         return found if found > 0 and batch_size % found == 0 else 1
@@ -390,9 +397,9 @@ class Run:
         found = read_json(self.plan_file).get("key")
         return found if isinstance(found, str) else None
 
-    def pin(self, what: str, value: str, way_out: str) -> None:
+    def assert_unchanged(self, what: str, value: str, way_out: str) -> None:
         """Remember what the training sees that no key could know beforehand. Raises RunMismatchError where it is another now."""
-        self.fence()
+        self.check_lease()
         pinned = {name: found for name, found in read_json(self.pins_file).items() if is_text(found)}
         if pinned.setdefault(what, value) != value:
             then, now = (str(one) if len(str(one)) < 40 else f"{one[:12]}..." for one in (pinned[what], value))
@@ -401,16 +408,16 @@ class Run:
             )
         files.write_json(self.pins_file, pinned)
 
-    def put_aside(self) -> Path:
+    def archive(self) -> Path:
         """Move the whole folder out of the way, for --fresh; nothing trained is deleted. Raises LockHeldError."""
         with self.locked():
-            self.refuse_if_held()
+            self.refuse_if_locked()
             target = _free_name(self.folder.with_name(f"{self.folder.name}.old"))
             self.folder.rename(target)
         files.DISK.sync_folder(target.parent)
         return target
 
-    def moved_aside(self) -> bool:
+    def is_archived(self) -> bool:
         """Whether the folder is named otherwise than the run whose spec it holds, as `put_aside` leaves it."""
         try:
             return bool(_spec_tables(self.spec_file).get("name", self.name) != self.name)
@@ -421,14 +428,14 @@ class Run:
         """(step, file), newest first."""
         return checkpoint_steps(self.checkpoints)
 
-    def set_apart(self, bad: Path, reason: str) -> Path:
+    def quarantine(self, bad: Path, reason: str) -> Path:
         """Move a file that does not verify to quarantine/, with the reason beside it; it is never deleted."""
-        self.fence()
-        files.make_folder(self.quarantine)
-        target = _free_name(self.quarantine / bad.name)
+        self.check_lease()
+        files.make_folder(self.quarantine_folder)
+        target = _free_name(self.quarantine_folder / bad.name)
         files.write_text(target.with_name(f"{target.name}.txt"), f"{reason}\n")
         bad.rename(target)
-        for folder in (bad.parent, self.quarantine):
+        for folder in (bad.parent, self.quarantine_folder):
             files.DISK.sync_folder(folder)
         return target
 

@@ -70,7 +70,7 @@ class RunRecorder:
             with files.ignore_disk_errors():
                 write_session(run)
         pivots = {phase.stop for phase in plan.training}
-        self.writer = Writer(run.checkpoints, spec.checkpoint.keep, pivots, run.fence, event_log.log)
+        self.writer = Writer(run.checkpoints, spec.checkpoint.keep, pivots, run.check_lease, event_log.log)
         self.held = device.held_memory(where) - kept
         device.reset_peak(where)
         run.write_state(
@@ -125,7 +125,7 @@ class RunRecorder:
 
     def step(self, step: Step) -> None:
         self.writer.look()
-        self.run.fence()
+        self.run.check_lease()
         self.at_step, self.loss = step.number, step.smoothed
         self.seconds.append(step.seconds)
         for tracker in self.trackers:
@@ -147,12 +147,12 @@ class RunRecorder:
     def heartbeat(self, *, durable: bool = False) -> None:
         """Into the state, as long as the run is this attempt's."""
         self.beat = time.monotonic()
-        self.run.fence()
+        self.run.check_lease()
         self.run.write_state("running", durable=durable, **self.facts())
 
     def show(self, step: int, look: Validator) -> None:
         """The eval loss, and pictures where there are any."""
-        self.run.fence()  # drawing takes its time
+        self.run.check_lease()  # drawing takes its time
         self.meters = is_validation_step(self.meters, step, look.eval_loss)
         if look.eval_loss is not None:
             values = {"eval/loss": look.eval_loss}
@@ -212,7 +212,7 @@ class RunRecorder:
             more["warning"] = (
                 f"not pushed yet; `{fluxrun_command('export', self.run.name, '--push', runs=self.run.runs)}` does it"
             )
-        self.run.fence()
+        self.run.check_lease()
         self.sum_up()
         self.run.write_state("done", **self.facts(), finished=time.time(), **more)
         self.event_log.line(f"done: {self.run.export}")

@@ -47,14 +47,16 @@ def execute_run(
     """`shelf`: what the process has kept of earlier runs; `beside`: the desks of runs that come later. Raises whatever
     ends the run early; the caller writes that into its state."""
     with run.locked():
-        run.take(attempt)
+        run.begin_attempt(attempt)
         ranks.wait()
         context = RunContext(spec, plan, pictures, base, cache, event_log, ranks, stop_requested, split, model_pool)
         order = ExportRequest(run, spec, base, event_log, stop_requested, cache, model_pool)
         delivered: ExportResult | None = None
-        run.pin("model.dtype", str(base.dtype), "name it in the spec, or go on where it was begun")
+        run.assert_unchanged("model.dtype", str(base.dtype), "name it in the spec, or go on where it was begun")
         if local_folder(spec.model.base) is None:  # what a name on the hub stands for may change
-            run.pin("the base model", context.base_print, "set model.revision to the commit it was begun with")
+            run.assert_unchanged(
+                "the base model", context.base_print, "set model.revision to the commit it was begun with"
+            )
         progress = newest_checkpoint(run, plan, event_log)
         recorder = RunRecorder(run, plan, spec, event_log, progress, base.device, model_pool.bytes)
         try:
@@ -67,14 +69,14 @@ def execute_run(
                 match phase:
                     case Prior():
                         prior_phase(context)
-                        pin_class_images(run, context)
+                        assert_class_images_unchanged(run, context)
                     case Encode():
                         first = progress is None
                         encode_phase(
                             context, phase, progress.weights if progress else Weights(), beside() if first else ()
                         )
                         if phase.latents and context.class_pictures:
-                            pin_class_images(run, context)  # those that were just read are still the same
+                            assert_class_images_unchanged(run, context)  # those that were just read are still the same
                     case Joint() | Inversion() | Lora():
                         ranks.wait()
                         progress = train_phase(
@@ -103,9 +105,9 @@ def execute_run(
             event_log.end_phase()
 
 
-def pin_class_images(run: Run, context: RunContext) -> None:
+def assert_class_images_unchanged(run: Run, context: RunContext) -> None:
     """Raises RunMismatchError where the class images are not those that the run was begun with."""
-    run.pin("the class images", class_images.fingerprint(context.class_pictures), "put them back")
+    run.assert_unchanged("the class images", class_images.fingerprint(context.class_pictures), "put them back")
 
 
 def assist_rank(
@@ -144,7 +146,7 @@ def newest_checkpoint(run: Run, plan: Plan, event_log: EventLog, *, apart: bool 
             found = storage.read(path)
         except BadFileError as error:
             if apart:
-                where = run.set_apart(path, str(error))
+                where = run.quarantine(path, str(error))
                 event_log.line(f"{error}; moved to {where}, trying the checkpoint before it")
             continue
         if found.step <= stops.get(found.phase_key, -1):

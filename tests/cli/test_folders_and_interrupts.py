@@ -100,7 +100,7 @@ def held(house: House, queue: Process, state: str, **facts: Any) -> Path:
     """A spec whose run this queue has."""
     spec = house.spec("a")
     [job] = prepare_jobs([spec], house.folder / "runs", fetch=False, fresh=False)
-    job.run.enlist(job.spec, job.plan, "0", job.source.origin)
+    job.run.claim(job.spec, job.plan, "0", job.source.origin)
     job.run.write_state(state, **facts)
     files.write_json(job.run.lease_file, {"format": 1, "attempt": 1, "holder": queue.as_json()})
     return spec

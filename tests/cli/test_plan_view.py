@@ -31,8 +31,8 @@ def jobs_of(house: House, *specs: Path, fresh: bool = False) -> list[Job]:
 
 def begun(job: Job, **state: Any) -> None:
     """A run folder as an earlier night left it."""
-    job.run.enlist(job.spec, job.plan, "0.1.0", job.source.origin)
-    job.run.give_up()
+    job.run.claim(job.spec, job.plan, "0.1.0", job.source.origin)
+    job.run.release()
     facts = {**json.loads(job.run.state_file.read_text()), **state}
     job.run.state_file.write_text(json.dumps(facts))
 

@@ -75,7 +75,7 @@ def test_every_damage_is_noticed_and_the_step_before_taken() -> None:
         found = newest(run, lines.append)
         assert found is not None
         assert (found.step, whole(found, SIZE)) == (30, True), what
-        [bad] = [path for path in run.quarantine.iterdir() if path.suffix != ".txt"]
+        [bad] = [path for path in run.quarantine_folder.iterdir() if path.suffix != ".txt"]
         assert bad.name == "step-000040.safetensors-1"
         assert bad.read_bytes() == data
         reason = bad.with_name(f"{bad.name}.txt").read_text().strip()
@@ -111,7 +111,7 @@ def test_two_checkpoints_swapped_are_both_noticed() -> None:
     found = newest(run)
     assert found is not None
     assert found.step == 20
-    assert {path.name: path.read_text() for path in run.quarantine.glob("*.txt")} == {
+    assert {path.name: path.read_text() for path in run.quarantine_folder.glob("*.txt")} == {
         f"step-0000{wrong}.safetensors-1.txt": f"{run.checkpoints / checkpoint_name(wrong)}: the header says step {said}\n"
         for wrong, said in ((30, 40), (40, 30))
     }
@@ -122,7 +122,7 @@ def test_nothing_in_quarantine_is_overwritten() -> None:
     for number in (1, 2, 3):
         (run.checkpoints / checkpoint_name(40)).write_bytes(GOOD[: -10 * number])
         assert newest(run) is None
-    bad = [path for path in sorted(run.quarantine.iterdir()) if path.suffix != ".txt"]
+    bad = [path for path in sorted(run.quarantine_folder.iterdir()) if path.suffix != ".txt"]
     assert [path.read_bytes() for path in bad] == [GOOD[: -10 * number] for number in (1, 2, 3)]
 
 
@@ -161,7 +161,7 @@ def test_what_cannot_be_opened_is_not_called_bad(name: str, monkeypatch: pytest.
     monkeypatch.setattr(Path, "open", refused)
     with pytest.raises(OSError, match=error.strerror or ""):
         newest(run)
-    assert not run.quarantine.exists()
+    assert not run.quarantine_folder.exists()
     monkeypatch.undo()
     found = newest(run)
     assert found is not None

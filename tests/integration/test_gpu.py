@@ -83,7 +83,7 @@ def test_memory_is_back_between_runs(house: House) -> None:
     warm = WorkerState()
     left = []
     for job in jobs:
-        attempt = job.run.enlist(job.spec, job.plan, "test", job.source.origin)
+        attempt = job.run.claim(job.spec, job.plan, "test", job.source.origin)
         assert (
             train_run(TrainRequest(job.run.folder, attempt), "0", lambda _: None, StopRequest(), warm) == ExitCode.DONE
         )

@@ -92,12 +92,12 @@ def test_a_run_that_ended_early_has_no_steps_left(house: House) -> None:
 
     runs = house.folder / "runs"
     [job] = prepare_jobs([house.spec("a")], runs, fetch=False, fresh=False)
-    job.run.enlist(job.spec, job.plan, "0", job.source.origin)
+    job.run.claim(job.spec, job.plan, "0", job.source.origin)
     job.run.write_state("stopped", step=2, ended="eval loss 0.1 at step 2 has come down to stop.at (1)")
-    job.run.give_up()
+    job.run.release()
     [job] = prepare_jobs([house.folder / "a.toml"], runs, fetch=False, fresh=False)
     assert (job.verdict.state, steps_left(job)) == ("resume", 0)
-    job.run.amend(ended=None)
+    job.run.update_state(ended=None)
     assert steps_left(job) == 6
 
 

@@ -69,8 +69,8 @@ def claimed(house: House, *specs: Path, runs: Path = Path("runs")) -> list[Job]:
         patch.chdir(house.folder)
         jobs = prepare_jobs(specs, runs, fetch=True, fresh=False)
         for job in jobs:
-            job.run.enlist(job.spec, job.plan, "0.1.0", job.source.origin)
-            job.run.give_up()
+            job.run.claim(job.spec, job.plan, "0.1.0", job.source.origin)
+            job.run.release()
     return jobs
 
 
@@ -215,7 +215,7 @@ def test_a_folder_moved_aside_has_no_commands(house: House, monkeypatch: pytest.
     """By --fresh: its spec is that of the run which has the name now."""
     [job] = claimed(house, house.spec("a"))
     monkeypatch.chdir(house.folder)
-    assert job.run.put_aside() == Path("runs/a.old-1")
+    assert job.run.archive() == Path("runs/a.old-1")
     house.fluxrun("report")
     assert set(page_commands(house.folder / "runs")) == {"fluxrun board"}
 

@@ -73,7 +73,7 @@ def test_a_key_changes_what_it_should_and_the_run_folder_says_so(tmp_path: Path,
     spec, changed = both(tmp_path, key)
     assert spec != changed
     before, after = make_plan(spec, FACTS), make_plan(changed, FACTS)
-    verdict = as_trained(tmp_path, spec, before).verdict(changed, after)
+    verdict = as_trained(tmp_path, spec, before).status_for(changed, after)
     same_training = key in SHOWN | NOTHING
     assert (before.training_key == after.training_key) == same_training
     assert (before.key == after.key) == (key in NOTHING)
@@ -119,7 +119,7 @@ def test_another_length_is_another_run_where_the_schedule_asks_for_it(tmp_path: 
     tables = laid_over(LEAST, {"schedule": {"name": schedule}})
     spec, longer = spec_of(tmp_path, tables), spec_of(tmp_path, laid_over(tables, {"train": {"steps": 9}}))
     run = as_trained(tmp_path, spec, make_plan(spec, FACTS))
-    verdict = run.verdict(longer, make_plan(longer, FACTS))
+    verdict = run.status_for(longer, make_plan(longer, FACTS))
     assert verdict == RunStatus("changed", f"train.steps: 8 -> 9; the {schedule} schedule depends on where it ends")
 
 
@@ -141,8 +141,8 @@ def test_a_changed_value_is_refused_before_anything_starts(house: House) -> None
     from runner.jobs.prepare import prepare_jobs
 
     [job] = prepare_jobs([spec], house.folder / "runs", fetch=False, fresh=False)
-    job.run.enlist(job.spec, job.plan, "0")
-    job.run.give_up()
+    job.run.claim(job.spec, job.plan, "0")
+    job.run.release()
     spec.write_text(text.replace("center_crop = true", "center_crop = true\ncaption_dropout = 0.1"))
     said = house.fluxrun("queue", spec)
     assert (said.code, said.out) == (2, "")

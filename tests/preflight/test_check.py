@@ -126,8 +126,8 @@ def another_run(house: House, _: Patch) -> Path:
     from runner.jobs.prepare import prepare_jobs
 
     [job] = prepare_jobs([path], house.folder / "runs", fetch=False, fresh=False)
-    job.run.enlist(job.spec, job.plan, "0.1.0", job.source.origin)
-    job.run.give_up()
+    job.run.claim(job.spec, job.plan, "0.1.0", job.source.origin)
+    job.run.release()
     return house.spec()
 
 

@@ -237,10 +237,10 @@ def test_a_run_that_another_queue_has(house: House) -> None:
 
     spec = house.spec()
     [job] = prepare_jobs([spec], house.folder / "runs", fetch=False, fresh=False)
-    job.run.enlist(job.spec, job.plan, "0", job.source.origin)
+    job.run.claim(job.spec, job.plan, "0", job.source.origin)
     [(level, _, key, message)] = told(house, spec)
     assert (level, key) == ("warning", "name")
     assert message.startswith("process ")
     assert message.endswith("runs/a; wait for it, or stop it; a queue leaves this run out")
-    job.run.give_up()
+    job.run.release()
     assert told(house, spec) == []

@@ -27,8 +27,8 @@ def enlisted(house: House, *specs: Path) -> Path:
     """The runs folder with these specs' runs as a queue has it before it trains."""
     runs = house.folder / "runs"
     for job in prepare_jobs(list(specs), runs, fetch=False, fresh=False):
-        job.run.enlist(job.spec, job.plan, "0", job.source.origin)
-        job.run.give_up()
+        job.run.claim(job.spec, job.plan, "0", job.source.origin)
+        job.run.release()
     return runs
 
 

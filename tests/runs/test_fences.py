@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from runner.core import files
+from runner.core import files, safetensors
 from runner.core.errors import ExitCode
 from runner.core.process_identity import Process
 from runner.runs.run import FORMAT, Run
@@ -66,15 +66,20 @@ class Recorded:
 
     def __init__(self, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         self.run, self.events = run, list[tuple[str, str]]()
-        for owner, name, at in ((files, "write_bytes", 0), (files, "replace_folder", 1), (files.Disk, "unlink", 1)):
+        for owner, name, at in (
+            (files, "write_bytes", 0),
+            (safetensors, "write_bytes", 0),
+            (files, "replace_folder", 1),
+            (files.Disk, "unlink", 1),
+        ):
             monkeypatch.setattr(owner, name, self._told(getattr(owner, name), at))
-        real = Run.fence
+        real = Run.check_lease
 
-        def fence(run: Run) -> None:
+        def check_lease(run: Run) -> None:
             self.events.append((threading.current_thread().name, ""))
             real(run)
 
-        monkeypatch.setattr(Run, "fence", fence)
+        monkeypatch.setattr(Run, "check_lease", check_lease)
 
     def _told(self, real: Any, at: int) -> Any:
         def call(*arguments: Any, **named: Any) -> Any:
@@ -99,22 +104,22 @@ def test_every_write_of_a_trainer_comes_right_after_a_fence(house: House, monkey
     spec = house.write("a.toml", SPEC + prior)
     run = Run(house.folder / "runs", "a")
     recorded = Recorded(run, monkeypatch)
-    take = Run.take
+    begin_attempt = Run.begin_attempt
     began: list[int] = []
 
     def taking(self: Run, attempt: int) -> None:
         began.append(len(recorded.events))
-        take(self, attempt)
+        begin_attempt(self, attempt)
 
-    finish = Run.give_up
+    finish = Run.release
     ended: list[int] = []
 
     def giving_up(self: Run) -> None:
         ended.append(len(recorded.events))
         finish(self)
 
-    monkeypatch.setattr(Run, "take", taking)
-    monkeypatch.setattr(Run, "give_up", giving_up)
+    monkeypatch.setattr(Run, "begin_attempt", taking)
+    monkeypatch.setattr(Run, "release", giving_up)
     assert house.fluxrun("queue", spec, "--no-check", "--gpus", "cpu").code == 0
     recorded.events = recorded.events[began[0] : ended[0]]
     written: set[str] = set()

@@ -130,8 +130,8 @@ def test_a_rate_that_follows_another_is_not_told_again(house: House) -> None:
     rates = {"drop": "[inversion]"}
     text = house.spec("a", **rates).read_text()
     [job] = prepare_jobs([house.write("a.toml", text)], house.folder / "runs", fetch=True, fresh=False)
-    job.run.enlist(job.spec, job.plan, "0.1.0", job.source.origin)
-    job.run.give_up()
+    job.run.claim(job.spec, job.plan, "0.1.0", job.source.origin)
+    job.run.release()
     assert refusal(house, house.write("a.toml", text.replace("lr = 1e-3", "lr = 1e-4"))) == "train.lr: 0.001 -> 0.0001"
 
 

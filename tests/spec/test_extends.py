@@ -144,7 +144,7 @@ def test_the_resolved_spec_tells_where_each_value_came_from(tmp_path: Path) -> N
     path = files(tmp_path, own)
     (tmp_path / "shared" / "pictures").symlink_to(PICTURES)
     [job] = prepare_jobs([path], tmp_path / "runs", fetch=False, fresh=False)
-    job.run.enlist(job.spec, job.plan, "0.1.0", job.source.origin)
+    job.run.claim(job.spec, job.plan, "0.1.0", job.source.origin)
     text = job.run.spec_file.read_text()
     assert read_spec(job.run.spec_file) == job.spec
     assert tomllib.loads(text)["fluxrun"]["version"] == "0.1.0"

@@ -90,7 +90,7 @@ def test_a_damaged_one_is_set_apart_by_the_leader_alone(run: Run, plan: Plan) ->
     found = newest_checkpoint(run, plan, heard)
     assert found is not None
     assert (found.step, path.exists()) == (2, False)
-    assert [one.read_bytes() for one in run.quarantine.glob("*.safetensors-1")] == [bytes(damaged)]
+    assert [one.read_bytes() for one in run.quarantine_folder.glob("*.safetensors-1")] == [bytes(damaged)]
     assert "does not match its digest" in heard.lines[0]
 
 
@@ -177,12 +177,12 @@ def test_room_for_a_checkpoint_is_its_size_and_something_to_spare(tmp_path: Path
 def test_a_lost_run_gets_no_checkpoint_and_loses_none(tmp_path: Path, at: int) -> None:
     calls: list[int] = []
 
-    def fence() -> None:
+    def check_lease() -> None:
         calls.append(1)
         if len(calls) > 2 + at:
             raise LockHeldError("another's")
 
-    own = Writer(files.make_folder(tmp_path / "c"), 1, (), fence, lambda _: None)
+    own = Writer(files.make_folder(tmp_path / "c"), 1, (), check_lease, lambda _: None)
     own.write(made(1))
     with pytest.raises(LockHeldError):
         own.write(made(2))

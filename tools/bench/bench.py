@@ -135,7 +135,7 @@ def train_here(asked: Asked, folder: Path, heard: Callable[[int], bool]) -> Path
     file = folder / "bench.toml"
     file.write_text(asked.text)
     [job] = prepare_jobs([file], folder / "runs", fetch=False, fresh=False)
-    attempt = job.run.enlist(job.spec, job.plan, "bench")
+    attempt = job.run.claim(job.spec, job.plan, "bench")
     device.preload_libraries()
     enough, ended = False, ""
 
@@ -149,7 +149,7 @@ def train_here(asked: Asked, folder: Path, heard: Callable[[int], bool]) -> Path
     code = train_run(TrainRequest(job.run.folder, attempt), "cpu", send, lambda: enough, WorkerState())  # type: ignore[arg-type]
     if not enough:
         raise SystemExit(f"the run ended too early, with {ExitCode(code).name}: {ended}")
-    job.run.give_up()
+    job.run.release()
     return job.run.folder
 
 

@@ -75,7 +75,7 @@ def export_phase(order: ExportRequest, made: Checkpoint | None) -> ExportResult:
     """
     run, spec, step = order.run, order.spec, made.step if made else 0
     weights = made.weights if made else Weights()
-    run.fence()
+    run.check_lease()
     aside = run.export.with_name(f".export{files.PARTIAL_SUFFIX}")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
@@ -100,7 +100,7 @@ def export_phase(order: ExportRequest, made: Checkpoint | None) -> ExportResult:
     repo = spec.hub.repo if spec.hub.push and spec.hub.repo and "/" in spec.hub.repo else None
     card = model_card(about, errors, shown, pipeline.GUIDANCE, repo, layers, bool(points))
     files.write_text(aside / "README.md", card)
-    run.fence()
+    run.check_lease()
     files.replace_folder(aside, run.export)
     return ExportResult(step, errors, pictures)
 
@@ -127,7 +127,7 @@ def _about(order: ExportRequest, step: int) -> ExportInfo:
 def export_day(run: Run) -> str | None:
     """The day that the files tell: when the run began, or SOURCE_DATE_EPOCH, the convention of repeatable builds."""
     fixed = os.environ.get("SOURCE_DATE_EPOCH")
-    return webui.day_of(float(fixed) if fixed else run.began())
+    return webui.day_of(float(fixed) if fixed else run.started_at())
 
 
 def _stored(weights: Weights, shapes: AdapterShapes, dtype: torch.dtype) -> tuple[Weights, AdapterShapes]:
@@ -178,7 +178,7 @@ def _verified_pictures(
         column = []
         for index, (read, (_, seed)) in enumerate(zip(reads, shots, strict=True)):
             column.append(pipeline.draw_image(pipe, read, seed, steps=own.steps, size=size))
-            run.fence()
+            run.check_lease()
             files.write_png(sample_file(run, at, index), column[-1])
             order.event_log.progress(len(columns) * len(shots) + index + 1, 2 * len(shots), "pictures")
             if order.stop_requested():
@@ -188,7 +188,7 @@ def _verified_pictures(
     order.event_log.end_phase()
     if shots:
         rows = [(prompt, [before, after]) for (prompt, _), before, after in zip(shots, *columns, strict=True)]
-        run.fence()
+        run.check_lease()
         files.write_png(run.samples / "before-after.png", contact_sheet.draw_contact_sheet(rows, ("before", "after")))
     return [(prompt, picture) for (prompt, _), picture in zip(shots, columns[1], strict=True)]
 
@@ -224,11 +224,11 @@ def push(order: ExportRequest) -> None:
         wrong = hub.push(order.run.export, repo, own.private, f"{order.spec.name}, by fluxrun", order.stop_requested)
     except KeyboardInterrupt:
         wrong = "interrupted"
-    order.run.fence()
+    order.run.check_lease()
     if wrong is None:
-        order.run.amend(warning=None)
+        order.run.update_state(warning=None)
         return
     again = fluxrun_command("export", order.spec.name, "--push", runs=order.run.runs)
     warning = f"not pushed to {repo} ({wrong}); `{again}` tries again"
     order.event_log.line(f"warning: {warning}")
-    order.run.amend(warning=warning)
+    order.run.update_state(warning=warning)
