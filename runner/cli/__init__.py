@@ -254,7 +254,7 @@ def train(ctx: click.Context, parent: int | None, gpus: str | None) -> None:
         exit_with_parent(parent)
     code: int = ExitCode.STOPPED
     ctx.with_resource(output.ignore_lost_output())
-    gc.disable()  # half a million objects come with the imports, and stay; `settle_libraries` enables it again
+    gc.disable()  # half a million objects come with the imports, and stay; `preload_libraries` enables it again
     with StopRequest() as stop, suppress(KeyboardInterrupt):  # a second signal may come when the run has ended already
         from runner.engine.worker_main import main as train_all
 

@@ -17,7 +17,7 @@ from tests.support.paths import PROJECT
 def test_a_lock_has_one_holder_and_dies_with_it(tmp_path: Path) -> None:
     lock = tmp_path / ".lock"
     code = (
-        f"import time\nfrom pathlib import Path\nfrom runner.core import locks\nwith locks.locked(Path({str(lock)!r})):\n"
+        f"import time\nfrom pathlib import Path\nfrom runner.core import locks\nwith locks.hold_lock(Path({str(lock)!r})):\n"
         "    print(1, flush=True)\n    time.sleep(60)"
     )
     holder = subprocess.Popen(

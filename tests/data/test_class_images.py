@@ -188,7 +188,7 @@ def test_a_run_that_finds_the_folder_filled_for_another_prompt_fails(
         with lock(path, **more):
             yield
 
-    monkeypatch.setattr("runner.training.phases.prior.locks.locked", late)
+    monkeypatch.setattr("runner.training.phases.prior.locks.hold_lock", late)
     said = house.fluxrun("queue", path)
     assert said.code == 1
     assert (

@@ -64,7 +64,7 @@ def test_what_is_no_gpu_is_refused(house: House, gpus: str, options: list[str], 
 
 
 HOLD = "import sys, time\nfrom runner.core import locks\nfrom pathlib import Path\n" \
-    "handle = locks.take_lock(Path(sys.argv[1]))\nprint(handle, flush=True)\ntime.sleep(60)"  # fmt: skip
+    "handle = locks.acquire_lock(Path(sys.argv[1]))\nprint(handle, flush=True)\ntime.sleep(60)"  # fmt: skip
 
 
 def test_a_slot_that_another_queue_has_is_waited_for(house: House) -> None:
