@@ -82,7 +82,7 @@ def _check_free_space(job: Job) -> None:
     needed = left_to_write(folder, job.plan.disk_bytes) + SPARE
     if free < needed:
         raise DiskError(
-            f"the run needs about {format_bytes(needed)}, of which {format_bytes(SPARE)} stay free, and {folder} has room for "
+            f"the run needs about {format_bytes(needed)}, of which {format_bytes(SPARE)} must stay free, and {folder} has room for "
             f"{format_bytes(free)}; free some space, then the same command goes on"
         )
 

@@ -52,7 +52,7 @@ LOGS = {"run.log", "history.jsonl"}
 
 def taken(run: Run, attempt: int = 9) -> None:
     """As another host's process takes a run whose holder it believes to be dead."""
-    elsewhere = replace(Process.own(), host="elsewhere", pid=7).as_json()
+    elsewhere = replace(Process.current(), host="elsewhere", pid=7).as_json()
     run.lease_file.write_text(json.dumps({"format": FORMAT, "attempt": attempt, "holder": elsewhere}))
 
 
