@@ -167,8 +167,9 @@ def queue(
     from runner.core.files import make_folder
     from runner.core.signals import StopRequest, next_time
     from runner.engine.progress import Screen
+    from runner.engine.slot_filling import start_workers
     from runner.engine.slots import make_slots, on_gpus
-    from runner.engine.supervisor import run_queue, warmed
+    from runner.engine.supervisor import run_queue
     from runner.jobs import timing
     from runner.jobs.prepare import notify_faults, prepare_jobs
 
@@ -176,7 +177,7 @@ def queue(
         deadline = next_time(stop_at) if stop_at else None
     except ValueError:
         raise click.BadParameter(f"{stop_at!r} is not a time of day; write HH:MM", param_hint="--stop-at") from None
-    with StopRequest(deadline, at_once=False) as stop:
+    with StopRequest(deadline, interrupt_on_second=False) as stop:
         jobs = prepare_jobs(list(specs), runs, fetch=True, fresh=fresh)
         if refused := notify_faults(jobs, allow_commands):
             raise SpecError(refused)
@@ -186,7 +187,7 @@ def queue(
             raise click.BadParameter(str(error), param_hint="--gpus") from None
         screen = Screen()
         todo = _without_done(jobs, screen)
-        with warmed(places, len(todo)) as warm:  # they import their libraries meanwhile
+        with start_workers(places, len(todo)) as workers:  # they import their libraries meanwhile
             if todo and not no_check and not _all_well(todo, runs, gpus, slots):
                 ctx.exit(2)
             for job in todo:
@@ -198,7 +199,7 @@ def queue(
                 raise click.BadParameter(
                     f"{runs} cannot be made ({error.strerror}); name another folder", param_hint="--runs"
                 ) from None
-            code = run_queue(todo, runs, places, screen, stop, retries=retries, fail_fast=fail_fast, warm=warm)
+            code = run_queue(todo, runs, places, screen, stop, retries=retries, fail_fast=fail_fast, workers=workers)
         with suppress(OSError):  # the runs folder may be gone, and with it what they took
             timing.remember_timing(todo, on_gpu=on_gpus(places))
     if as_json:

@@ -19,7 +19,7 @@ def stop_run(runs: Path, name: str) -> str:
     if holder is None:
         ask = fluxrun_command("status", runs=runs)
         raise FluxrunError(f"{run.folder}: nothing is working on it; `{ask}` tells what each run is doing")
-    if not holder.here:
+    if not holder.is_local:
         raise FluxrunError(f"{run.folder}: process {holder.pid} on {holder.host} works on it; stop it there")
     trainer = locks.lock_holder(run.lock_file)
     if trainer is None:
@@ -31,7 +31,7 @@ def stop_run(runs: Path, name: str) -> str:
 
 def stop_queues(runs: Path) -> list[str]:
     """Every queue that holds a run there, once. Raises FluxrunError where there is none."""
-    holders = {holder.pid: holder for run in find_runs(runs) if (holder := run.holder()) and holder.here}
+    holders = {holder.pid: holder for run in find_runs(runs) if (holder := run.holder()) and holder.is_local}
     if not holders:
         raise FluxrunError(f"{runs}: no queue is at work there")
     for pid in holders:

@@ -1,18 +1,18 @@
-"""Every way fluxrun can refuse or fail: the exit code of the command, and of the worker process (`ExitCode`) that met it.
+"""Every way fluxrun can refuse or fail, with the exit code of the command and that of the worker process (`ExitCode`).
 
     FluxrunError                 1  FAILED     a run failed; the message says what to do next
     ├── SpecError                2  BAD_SPEC   faults of specs or of the command line; nothing was started
     ├── InterruptedRunError      3  STOPPED    asked to stop (signal, deadline); the same command goes on
     ├── DiskError                3  DISK       the disk is full or failing; the same command goes on once it is not
-    ├── LockHeldError            3  HELD       another process works on the run; it is untouched
-    ├── UnreachableError         1  UNREACHABLE  the hub does not answer; worth another try, later
-    ├── RunMismatchError         1  FAILED     the run folder is another run's; it is untouched
-    ├── NonFiniteError           1  NOT_FINITE the loss or the gradients left the numbers, as they would again
+    ├── LockHeldError            3  HELD       another process works on the run; the run is not touched
+    ├── UnreachableError         1  UNREACHABLE  the hub does not answer; a later try may succeed
+    ├── RunMismatchError         1  FAILED     the run folder holds another run, which is not touched
+    ├── NonFiniteError           1  NOT_FINITE the loss or the gradients are NaN or infinite; another try would end the same way
     └── BadFileError             1  FAILED     a checkpoint, cache entry or export that does not verify
-    torch's and Python's own     1  MEMORY     the device's memory or the machine's did not suffice
-    anything else                1  CRASHED    not foreseen, so worth another try
+    torch's and Python's own     1  MEMORY     out of memory, of the device or the machine
+    anything else                1  CRASHED    unexpected, so another try may succeed
 
-Raised anywhere, printed in one place (`runner.cli`).
+They may be raised anywhere. `runner.cli` prints them, and nothing else does.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from pathlib import Path
 
 
 class ExitCode(IntEnum):
-    """How a trainer process ends; what is done about it is the supervisor's. Numbers as in sysexits.h where it has one."""
+    """How a worker process ends; `runner.engine.outcomes` decides what follows. The numbers are from sysexits.h where it has one."""
 
     DONE = 0
     CRASHED = 1
     UNREACHABLE = 68
-    FAILED = 69  # for a known reason, which another try would meet again
+    FAILED = 69  # for a known reason; another try would fail the same way
     HELD = 70
     MEMORY = 71
     DISK = 74
@@ -39,6 +39,8 @@ class ExitCode(IntEnum):
 
 
 class FluxrunError(Exception):
+    """An error with a message for the user. exit_code: of the command; code: of a worker process."""
+
     exit_code = 1
     code = ExitCode.FAILED
 
@@ -55,13 +57,12 @@ class Fault:
     def __str__(self) -> str:
         key = f"{self.key}: " if self.key else ""
         text = f"{self.file}:{self.line}: {key}{self.message}"
-        return "".join(
-            c if c.isprintable() else c.encode("unicode_escape").decode() for c in text
-        )  # keys are the user's
+        # Keys and values come from the user's file and may hold control characters.
+        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class SpecError(FluxrunError):
-    """All faults of all specs, found before anything starts."""
+    """All faults of all specs, found before any run starts."""
 
     exit_code = 2
     code = ExitCode.BAD_SPEC
@@ -109,5 +110,5 @@ DISK_ERRNOS = {
 
 
 def is_disk_error(error: BaseException) -> bool:
-    """Whether it is the disk that has no room or no health, and not the run that is wrong."""
+    """Whether an error means that the disk is full, read-only, failing or away, rather than that the run is wrong."""
     return isinstance(error, OSError) and error.errno in DISK_ERRNOS

@@ -1,4 +1,4 @@
-"""What a run tells while it runs: into its own log, and as events to whoever shows them (`runner.engine.progress`). No torch."""
+"""A run's messages and progress: into its log file, and as events for the display (`runner.engine.progress`)."""
 
 from __future__ import annotations
 
@@ -9,28 +9,29 @@ from typing import Any
 
 from runner.core.files import ignore_disk_errors
 
-Event = Mapping[str, Any]  # JSON; "say" names its kind
+Event = Mapping[str, Any]  # JSON; its "say" is the kind of event
 
 
 class EventLog:
-    """One run's voice. Every call is a sign of life, too."""
+    """Sends one run's events and writes its log. Each event also shows the queue that the worker is alive."""
 
     def __init__(self, send: Callable[[Event], None] = lambda _: None, log_file: Path | None = None) -> None:
         self.send, self.log_file = send, log_file
 
     def line(self, text: str) -> None:
-        """One line for the user and for the run's log."""
+        """Show one line to the user and write it into the log."""
         self.log(text)
         self.send({"say": "line", "text": text})
 
     def log(self, text: str) -> None:
+        """Write text into the log only. Disk errors are ignored."""
         if self.log_file is None:
             return
         with ignore_disk_errors(), self.log_file.open("a", encoding="utf-8") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def begin_phase(self, phase: str, done: int, total: int, unit: str) -> None:
-        """A bar of `total` steps, pictures or captions, `done` of them already."""
+        """Start a progress bar. `unit`: what is counted, e.g. steps; `done`: how many of `total` are done already."""
         self.send({"say": "phase", "phase": phase, "done": done, "total": total, "unit": unit})
 
     def end_phase(self) -> None:
@@ -40,7 +41,7 @@ class EventLog:
         self.send({"say": "progress", "done": done, "total": total, "unit": unit})
 
     def step(self, number: int, smoothed: float | None, seconds: float, phase_stop: int, steps: int) -> None:
-        """`seconds`: the step's own; `steps`: the run's."""
+        """A training step is done. smoothed: loss; seconds: of this step; phase_stop: the phase's last step; steps: of the run."""
         self.send({
             "say": "step", "number": number, "loss": smoothed, "seconds": seconds, "stop": phase_stop, "steps": steps,
         })  # fmt: skip

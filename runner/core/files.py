@@ -1,7 +1,6 @@
-"""Files that are either whole or not there: write aside, fsync, rename; safetensors bytes; locks.
+"""Files that are either complete or absent: written under another name, synced, renamed.
 
-No torch here: tensors come in as (dtype name, shape, bytes). Every operation of a durable write goes through a `Disk`,
-so that a test can log them, let one fail, or die between two.
+Every operation of a durable write goes through a `Disk`, so that a test can record them, let one fail, or die between two.
 """
 
 from __future__ import annotations
@@ -18,23 +17,23 @@ from typing import Any
 
 from runner.core.errors import FluxrunError, is_disk_error
 
-PARTIAL_SUFFIX = ".partial"  # a stale side file is overwritten or swept, never trusted
+PARTIAL_SUFFIX = ".partial"  # of unfinished files; what an interrupted write left is overwritten or removed, never read
 
 
 class Disk:
-    """The operations that a durable write is made of, on the real disk."""
+    """The operations of a durable write, on the real disk."""
 
     def create(self, path: Path) -> int:
-        """A handle on a new, empty file. A symbolic link in its place is not followed."""
+        """A handle on a new, empty file. Fails where `path` is a symbolic link."""
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
 
     def write(self, handle: int, data: bytes | memoryview) -> None:
-        left = memoryview(data).cast("B")
-        while left.nbytes:
-            left = left[os.write(handle, left) :]
+        rest = memoryview(data).cast("B")
+        while rest.nbytes:
+            rest = rest[os.write(handle, rest) :]
 
     def sync(self, handle: int) -> None:
-        """Some disks tell that they are full only here."""
+        """fsync. Some disks report only here that they are full."""
         os.fsync(handle)
 
     def close(self, handle: int) -> None:
@@ -55,27 +54,27 @@ class Disk:
             os.close(handle)
 
     def free(self, folder: Path) -> int:
-        """Bytes that this user may still write there."""
-        found = os.statvfs(folder)
-        return found.f_bavail * found.f_frsize
+        """Bytes that this user may still write on the folder's disk."""
+        stats = os.statvfs(folder)
+        return stats.f_bavail * stats.f_frsize
 
 
 DISK = Disk()
 
 
 def partial_path(path: Path) -> Path:
-    """Where a file is written before it gets its name: of this process, since two may fill one cache entry."""
+    """Where this process writes a file before renaming it. The PID keeps processes that write the same cache entry apart."""
     return path.with_name(f".{path.name}.{os.getpid()}{PARTIAL_SUFFIX}")
 
 
 def write_bytes(path: Path, chunks: Iterable[bytes | memoryview], *, durable: bool = True, disk: Disk = DISK) -> None:
-    """Write `path` so that a reader sees the old content or the new, never a part.
+    """Write `path` so that readers see the old content or the new, never a part.
 
-    durable=False leaves out both fsyncs: for files like the heartbeat, that are worthless after a power cut. What
-    cannot be written whole leaves nothing: after a failed fsync the pages may be lost, so the attempt is discarded.
+    durable=False leaves out both fsyncs, for files that are worthless after a power cut, such as heartbeats. A write that
+    fails leaves `path` as it was; after a failed fsync, pages may be lost, so the new file is discarded.
     """
-    aside = partial_path(path)
-    handle = disk.create(aside)
+    partial = partial_path(path)
+    handle = disk.create(partial)
     try:
         try:
             for chunk in chunks:
@@ -84,9 +83,9 @@ def write_bytes(path: Path, chunks: Iterable[bytes | memoryview], *, durable: bo
                 disk.sync(handle)
         finally:
             disk.close(handle)
-        disk.rename(aside, path)
+        disk.rename(partial, path)
     except BaseException:
-        disk.unlink(aside)
+        disk.unlink(partial)
         raise
     if durable:
         disk.sync_folder(path.parent)
@@ -94,8 +93,7 @@ def write_bytes(path: Path, chunks: Iterable[bytes | memoryview], *, durable: bo
 
 @contextmanager
 def ignore_disk_errors() -> Iterator[None]:
-    """For what is only told: a full or failing disk, or a folder that is gone, stops a run where it would lose something,
-    not at a message."""
+    """Ignore disk errors while writing informational files, e.g. logs. Only failing to write data may stop a run."""
     try:
         yield
     except (FileNotFoundError, NotADirectoryError):
@@ -114,15 +112,18 @@ def write_json(path: Path, value: object, *, durable: bool = True) -> None:
 
 
 def write_png(path: Path, image: Any) -> None:
-    """`image`: a PIL picture."""
+    """`image`: a PIL image."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     write_bytes(path, [buffer.getvalue()])
 
 
 def make_folder(path: Path, within: Path | None = None) -> Path:
-    """Create `path` and its parents, durably. `within`: one that must be there: where a disk was taken away, nothing shall
-    be written below the place where it was."""
+    """Create `path` and its missing parents, durably.
+
+    within: a parent that must exist already, so that nothing is written below the mount point of a disk that was removed.
+    Raises FileNotFoundError where it does not.
+    """
     if within is not None and not within.is_dir():
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(within))
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
@@ -133,45 +134,50 @@ def make_folder(path: Path, within: Path | None = None) -> Path:
 
 
 def output_folder(path: Path) -> Path:
-    """The folder of an output that a user named, made where it is not there. Raises FluxrunError where the folder cannot be
-    made, no file can be created in it (which root is told only by trying), or `path` is a device or the like."""
+    """The folder of an output file that the user named, created where it is missing.
+
+    Raises FluxrunError where the folder cannot be created, no file can be created in it (tried, since permissions say nothing
+    for root), or `path` exists and is no regular file.
+    """
     if path.exists() and not path.is_file():
         raise FluxrunError(f"{path}: cannot be written (it exists and is no regular file); name another")
     try:
         folder = make_folder(path.parent)
     except OSError as error:
         raise FluxrunError(f"{path}: cannot be written ({error.filename}: {error.strerror}); name another") from error
-    aside = partial_path(path)
+    partial = partial_path(path)
     try:
-        DISK.close(DISK.create(aside))
-        DISK.unlink(aside)
+        DISK.close(DISK.create(partial))
+        DISK.unlink(partial)
     except OSError as error:
         raise FluxrunError(f"{path}: cannot be written ({folder}: {error.strerror}); name another") from error
     return folder
 
 
 def remove_partial_files(folder: Path) -> None:
-    """Remove what an interrupted write left."""
+    """Remove what interrupted writes left in the folder."""
     for stale in folder.glob(f".*{PARTIAL_SUFFIX}"):
         shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
 
 
-def replace_folder(aside: Path, path: Path) -> None:
-    """Put the finished folder `aside` in the place of `path`."""
+def replace_folder(staging: Path, path: Path) -> None:
+    """Rename the finished folder `staging` to `path`, replacing the folder there."""
     old = path.with_name(f".{path.name}.old{PARTIAL_SUFFIX}")
     shutil.rmtree(old, ignore_errors=True)
     if path.exists():
         os.replace(path, old)
-    os.replace(aside, path)
+    os.replace(staging, path)
     DISK.sync_folder(path.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """{} where there is no such file, or no JSON object in it: a heartbeat is not synced, so a power cut may leave it
-    empty; and a run folder may come from anywhere."""
+    """The JSON object in a file; {} where there is no such file, or no JSON object in it.
+
+    Files written with durable=False may be empty after a power cut, and a run folder may be copied from anywhere.
+    """
     try:
-        found = json.loads(path.read_bytes())
+        value = json.loads(path.read_bytes())
     except (FileNotFoundError, IsADirectoryError, ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return value if isinstance(value, dict) else {}

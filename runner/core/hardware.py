@@ -9,10 +9,15 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+NVIDIA = Path("/proc/driver/nvidia/gpus")  # a folder per GPU, where the driver is loaded
+MEMINFO = Path("/proc/meminfo")
+CGROUP = Path("/sys/fs/cgroup")
+CPUINFO = Path("/proc/cpuinfo")
+
 
 @dataclass(frozen=True)
 class Gpu:
-    """Memory in bytes; capability: CUDA's compute capability, e.g. 9.0."""
+    """name: its number, as --gpus takes it. total, free: bytes. capability: CUDA's compute capability, e.g. 9.0."""
 
     name: str
     uuid: str
@@ -22,81 +27,76 @@ class Gpu:
     capability: float | None
 
 
-def gpus_here() -> dict[str, Gpu] | None:
-    """By number and by id; None where `nvidia-smi` cannot be asked."""
-    ask = [
+def query_gpus() -> dict[str, Gpu] | None:
+    """All GPUs of the machine, each by its number and by its UUID; None where `nvidia-smi` is missing or fails."""
+    command = [
         "nvidia-smi",
         "--query-gpu=index,uuid,name,memory.total,memory.free,compute_cap",
         "--format=csv,noheader,nounits",
     ]
     try:
-        said = subprocess.run(ask, capture_output=True, text=True, timeout=20, check=True).stdout
+        table = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return None
-    found: dict[str, Gpu] = {}
-    for line in said.splitlines():
+    gpus: dict[str, Gpu] = {}
+    for line in table.splitlines():
         cells = [cell.strip() for cell in line.split(",")]
         if len(cells) == 6 and cells[3].isdecimal() and cells[4].isdecimal():
             capability = float(cells[5]) if re.fullmatch(r"\d+\.\d+", cells[5]) else None
             gpu = Gpu(cells[0], cells[1], cells[2], int(cells[3]) << 20, int(cells[4]) << 20, capability)
-            found |= {gpu.name: gpu, gpu.uuid: gpu}  # CUDA_VISIBLE_DEVICES may name either
-    return found
+            gpus |= {gpu.name: gpu, gpu.uuid: gpu}  # CUDA_VISIBLE_DEVICES may name either
+    return gpus
 
 
-def memory_available() -> int | None:
-    """Bytes of RAM and swap that are free to this process, or None where the kernel does not say."""
-    try:
-        lines = MEMINFO.read_text().splitlines()
-    except OSError:
-        return None
-    facts = {name: int(rest.split()[0]) << 10 for name, _, rest in (line.partition(":") for line in lines)}
-    if "MemAvailable" not in facts:
-        return None
-    free = facts["MemAvailable"] + facts.get("SwapFree", 0)
-    return min(free, *(limit - used for limit, used in _container())) if _container() else free
-
-
-MEMINFO = Path("/proc/meminfo")
-
-
-def _container() -> list[tuple[int, int]]:
-    """(limit, used without what can be dropped) of the control group, where it has a limit."""
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit, used = (group / "memory.max").read_text().strip(), int((group / "memory.current").read_text())
-        lines = (group / "memory.stat").read_text().splitlines()
-    except (OSError, ValueError):
-        return []
-    files = sum(int(line.split()[1]) for line in lines if line.split()[0] in ("active_file", "inactive_file"))
-    return [(int(limit), max(0, used - files))] if limit.isdecimal() else []
-
-
-NVIDIA = Path("/proc/driver/nvidia/gpus")
-
-
-def seen(number: str) -> str:
-    """A GPU's own number or id, where the user lets only some be seen (CUDA_VISIBLE_DEVICES)."""
+def visible_gpu_id(number: str) -> str:
+    """The machine's number or UUID of the GPU that has this number among the visible ones (CUDA_VISIBLE_DEVICES)."""
     names = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     return names[int(number)] if int(number) < len(names) and names[int(number)] else number
 
 
-def visible_gpus() -> int:
-    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if shown is not None:
-        return len([name for name in shown.split(",") if name and name != "-1"])
+def visible_gpu_count() -> int:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([name for name in visible.split(",") if name and name != "-1"])
     return len(list(NVIDIA.iterdir())) if NVIDIA.is_dir() else 0
 
 
-CPUINFO = Path("/proc/cpuinfo")
+def memory_available() -> int | None:
+    """Bytes of RAM and swap that this process may still use, within its container's limit; None where the kernel does not say."""
+    try:
+        lines = MEMINFO.read_text().splitlines()
+    except OSError:
+        return None
+    sizes = {name: int(rest.split()[0]) << 10 for name, _, rest in (line.partition(":") for line in lines)}
+    if "MemAvailable" not in sizes:
+        return None
+    free = sizes["MemAvailable"] + sizes.get("SwapFree", 0)
+    container = _container_memory()
+    return free if container is None else min(free, container)
+
+
+def _container_memory() -> int | None:
+    """Bytes that the control group may still use; None where it has no limit.
+
+    File pages that the kernel can drop do not count as used.
+    """
+    try:
+        limit, used = (CGROUP / "memory.max").read_text().strip(), int((CGROUP / "memory.current").read_text())
+        lines = (CGROUP / "memory.stat").read_text().splitlines()
+    except (OSError, ValueError):
+        return None
+    file_pages = sum(int(line.split()[1]) for line in lines if line.split()[0] in ("active_file", "inactive_file"))
+    return int(limit) - max(0, used - file_pages) if limit.isdecimal() else None
 
 
 def device_name(*, on_gpu: bool) -> str:
-    """The driver's name of the GPUs, or the CPU's and how many of them this process may use."""
+    """The models of all GPUs, by the driver; or the CPU's model and how many cores this process may use."""
     if on_gpu:
-        told = [path.read_text() for path in sorted(NVIDIA.glob("*/information"))]
-        names = {line.partition(":")[2].strip() for text in told for line in text.splitlines() if line[:6] == "Model:"}
+        texts = [path.read_text() for path in sorted(NVIDIA.glob("*/information"))]
+        lines = [line for text in texts for line in text.splitlines()]
+        names = {line.partition(":")[2].strip() for line in lines if line.startswith("Model:")}
         return ", ".join(sorted(names)) or "GPU"
     with suppress(OSError, StopIteration):
-        line = next(one for one in CPUINFO.read_text().splitlines() if one.startswith("model name"))
+        line = next(line for line in CPUINFO.read_text().splitlines() if line.startswith("model name"))
         return f"{line.partition(':')[2].strip()} x {len(os.sched_getaffinity(0))}"
     return f"CPU x {os.cpu_count()}"

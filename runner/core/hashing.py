@@ -1,4 +1,4 @@
-"""Keys by content."""
+"""SHA-256 of values, byte streams and files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def content_key(*parts: str | int | float | bytes | None) -> str:
-    """SHA-256 of a sequence of values; ("ab", "c") and ("a", "bc") differ."""
+    """SHA-256 of a sequence of values. Each is hashed with its length, so ("ab", "c") and ("a", "bc") differ."""
     digest = hashlib.sha256()
     for part in parts:
         data = part if isinstance(part, bytes) else json.dumps(part).encode()

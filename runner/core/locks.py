@@ -1,4 +1,4 @@
-"""Locks on files, which die with the process that holds them."""
+"""File locks, which the kernel releases when their process dies."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from runner.core.files import ignore_disk_errors
 
 @contextmanager
 def hold_lock(path: Path, patience: float = 1.0, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Hold an exclusive lock, which dies with this process; a second holder is refused (Held) with the first one's pid.
+    """Hold an exclusive lock. Raises LockHeldError, with the holder's PID, where another process holds it.
 
-    `patience` seconds are waited, since `is_locked` holds the lock for an instant too; `waiting` is called meanwhile.
+    patience: seconds to wait for it; some, since `is_locked` takes the lock for an instant, too. waiting: called while waiting.
     """
     deadline = time.monotonic() + patience
     while (handle := acquire_lock(path)) is None:
         if time.monotonic() > deadline:
-            who = lock_holder(path) or "unknown"
-            raise LockHeldError(f"{path.parent}: process {who} is working on it; wait for it, or stop it")
+            holder = lock_holder(path) or "unknown"
+            raise LockHeldError(f"{path.parent}: process {holder} is working on it; wait for it, or stop it")
         waiting()
         time.sleep(0.02)
     try:
@@ -33,19 +33,19 @@ def hold_lock(path: Path, patience: float = 1.0, waiting: Callable[[], None] = l
 
 
 def acquire_lock(path: Path) -> int | None:
-    """A handle that holds the lock until it is closed, or this process dies; None where another process holds it."""
+    """A file handle that holds the lock until it is closed or this process dies; None where another process holds the lock."""
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
     if not _try_lock(handle):
         os.close(handle)
         return None
-    with ignore_disk_errors():  # for the lock there always is; only its holder may stay nameless
+    with ignore_disk_errors():  # on a full disk the lock still works; only the holder's PID is missing
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
     return handle
 
 
 def lock_holder(path: Path) -> int | None:
-    """The pid of the process that holds the lock, where it could write that down."""
+    """The PID of the process that holds the lock; None where nobody does, or the process could not write its PID."""
     if not is_locked(path):
         return None
     text = path.read_text(errors="replace").strip()

@@ -1,7 +1,7 @@
-"""Tells somebody elsewhere how the night goes: a webhook or a command per event. Never worth a run. No torch.
+"""Notifications: a webhook or a command is called when a run or the queue ends. A failed notification ends no run.
 
 Events: `run done`, `run failed`, `run stopped`, `queue done`. A webhook gets JSON by POST: {"event", "run", "text"}
-(`text` is what chat services show); a command gets the same in FLUXRUN_EVENT, FLUXRUN_RUN and FLUXRUN_TEXT.
+(`text` is what chat services show). A command gets the same in FLUXRUN_EVENT, FLUXRUN_RUN and FLUXRUN_TEXT.
 """
 
 from __future__ import annotations
@@ -15,37 +15,40 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from urllib.parse import parse_qsl, urlsplit
 
-SECONDS = 20.0  # for the other side to answer
+TIMEOUT = 20.0  # seconds for the webhook to answer, or the command to end
 
 
 @dataclass(frozen=True)
 class Target:
-    """url and command as the spec has them: `$NAME` in a url is the environment's, since a webhook's address is a secret."""
+    """Whom to notify, as in the spec. url: `$NAME` in it is a variable of the environment, since webhook addresses are secret."""
 
     url: str | None
     command: str | None
 
 
-def send(target: Target, event: str, run: str, text: str, complain: Callable[[str], None]) -> None:
-    """`complain` hears what went wrong, without the url."""
+def send(target: Target, event: str, run: str, text: str, on_error: Callable[[str], None]) -> None:
+    """Send one event. on_error: called with a message for each failure, which does not show the url."""
     if target.url is not None:
         try:
             _post(os.path.expandvars(target.url), {"event": event, "run": run, "text": text})
         except (OSError, ValueError) as error:
-            complain(f"notify.url: {event} could not be told ({type(error).__name__})")
+            on_error(f"notify.url: {event} could not be sent ({type(error).__name__})")
     if target.command is not None:
-        told = {"FLUXRUN_EVENT": event, "FLUXRUN_RUN": run, "FLUXRUN_TEXT": text}
+        variables = {"FLUXRUN_EVENT": event, "FLUXRUN_RUN": run, "FLUXRUN_TEXT": text}
         try:
             subprocess.run(
-                shlex.split(target.command), env={**os.environ, **told}, timeout=SECONDS, check=True,
+                shlex.split(target.command), env={**os.environ, **variables}, timeout=TIMEOUT, check=True,
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             )  # fmt: skip
         except (OSError, ValueError, subprocess.SubprocessError) as error:
-            complain(f"notify.command: {event} could not be told ({error})")
+            on_error(f"notify.command: {event} could not be sent ({error})")
 
 
 def target_faults(target: Target, allow_commands: bool) -> Iterator[tuple[str, str]]:
-    """(key, message) of what must be mended before the night. A spec may come from anywhere, so it alone runs no command."""
+    """(key, message) of what must be fixed before the queue starts.
+
+    allow_commands: the user's consent, since a spec may come from anywhere and its command would run here.
+    """
     if target.command is not None and not allow_commands:
         yield (
             "notify.command",
@@ -60,7 +63,7 @@ def target_faults(target: Target, allow_commands: bool) -> Iterator[tuple[str, s
 
 
 def literal_secrets(target: Target) -> Iterator[tuple[str, str]]:
-    """(key, message) of addresses that are a secret and stand in the spec as they are; no part of them is shown."""
+    """(key, message) of secret addresses that are written out in the spec. No part of them is shown."""
     for key, text in (("notify.url", target.url), ("notify.command", target.command)):
         if text and any(map(_is_secret, _URL.findall(text))):
             way = 'put it into the environment and write url = "$NAME"'
@@ -68,16 +71,16 @@ def literal_secrets(target: Target) -> Iterator[tuple[str, str]]:
                 way = "let the command read it from the environment or a file"
             yield (
                 key,
-                "whoever knows this address can use it, and it stands in the spec, which is copied into the run's folder (not "
-                f"shown); {way}",
+                "anyone who has this address can use it, and it is written in the spec, which is copied into the run's folder "
+                f"(not shown); {way}",
             )
 
 
 _URL = re.compile(r"[a-z]+://[^\s\"'<>|;]+", re.IGNORECASE)
 _VARIABLE = re.compile(r"\$(?:(\w+)|\{([^}]*)\})", re.ASCII)  # as `os.path.expandvars` reads them
-_TELLING = re.compile(r"token|secret|key|sig|signature|password|auth", re.IGNORECASE)  # in names of query values
+_SECRET_PARAMETER = re.compile(r"token|secret|key|sig|signature|password|auth", re.IGNORECASE)  # names of query values
 
-# Addresses that need nothing but themselves, as the services' own pages give them: (end of the host, start of the path).
+# Webhooks that need no other login, from the services' own pages: (end of the host, start of the path).
 # ntfy.sh: "the topic is essentially a password" (docs.ntfy.sh/publish).
 WEBHOOKS = (
     ("discord.com", "/api/webhooks/"), ("discordapp.com", "/api/webhooks/"), ("hooks.slack.com", "/"),
@@ -88,15 +91,15 @@ WEBHOOKS = (
 
 
 def _is_secret(url: str) -> bool:
-    """Whether what is written out in it, less `$NAME`s, lets others in."""
+    """Whether the address, without its `$NAME`s, is enough to use it."""
     try:
-        found = urlsplit(_VARIABLE.sub("", url))
-        host, path = (found.hostname or "").lower(), found.path
-    except ValueError:  # no address, which is told when it is used
+        parts = urlsplit(_VARIABLE.sub("", url))
+        host, path = (parts.hostname or "").lower(), parts.path
+    except ValueError:  # no valid address; `target_faults` reports it
         return False
-    if found.username or found.password:
+    if parts.username or parts.password:
         return True
-    if any(value and _TELLING.search(name) for name, value in parse_qsl(found.query)):
+    if any(value and _SECRET_PARAMETER.search(name) for name, value in parse_qsl(parts.query)):
         return True
     return any(
         (host == end or host.endswith(f".{end}")) and path.startswith(start) and path[len(start) :].strip("/")
@@ -105,26 +108,25 @@ def _is_secret(url: str) -> bool:
 
 
 def without_secrets(text: str) -> str:
-    """A url or command as it may be shown and passed on."""
-    return _URL.sub(lambda found: "(an address)" if _is_secret(found[0]) else found[0], text)
+    """A url or command with its secret addresses replaced."""
+    return _URL.sub(lambda match: "(an address)" if _is_secret(match[0]) else match[0], text)
 
 
 def _can_be_posted_to(url: str) -> bool:
-    """Whether it is an http address with a host, a port that is a number, and no spaces. url: without `$NAME`s."""
+    """Whether the url is an http address with a host, a numeric port if any, and no spaces. url: without `$NAME`s."""
     try:
-        found = urlsplit(url)
-        found.port  # noqa: B018 - raises where it is no number
+        parts = urlsplit(url)
+        parts.port  # noqa: B018 - raises where it is no number
     except ValueError:
         return False
-    return url.startswith(("https://", "http://")) and bool(found.hostname) and not re.search(r"[\s\x00-\x1f\x7f]", url)
+    return url.startswith(("https://", "http://")) and bool(parts.hostname) and not re.search(r"[\s\x00-\x1f\x7f]", url)
 
 
 def _shown(url: str) -> str:
-    """An address that is at fault, as the spec has it; one that may be a secret is not shown. Without its http:// it may be
-    one too."""
+    """An invalid address for a message, without what may be a secret. A missing http:// makes a secret no less secret."""
     try:
         urlsplit(_VARIABLE.sub("", url))
-    except ValueError:  # cannot be taken apart, so nothing says that it is none
+    except ValueError:  # cannot be parsed, so it may be a secret
         return "one that cannot be read (not shown)"
     if _is_secret(url) or _is_secret(f"https://{url}"):
         return "another (not shown)"
@@ -138,10 +140,10 @@ def _variables(url: str) -> list[str]:
 def _post(url: str, value: dict[str, str]) -> None:
     if not _can_be_posted_to(url):
         raise ValueError("no http address")
-    import urllib.request  # half of what this module costs, and only told when there is something to tell
+    import urllib.request  # half of this module's import time, and only needed to send
 
     request = urllib.request.Request(
         url, json.dumps(value).encode(), {"Content-Type": "application/json", "User-Agent": "fluxrun"}
     )
-    with urllib.request.urlopen(request, timeout=SECONDS) as answer:
-        answer.read(1)
+    with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
+        response.read(1)

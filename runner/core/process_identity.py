@@ -1,4 +1,4 @@
-"""Who a process is, whether it still lives, and not outliving one's parent. Linux tells all of it in /proc."""
+"""Identities of processes that survive PID reuse and reboots, and ending with the parent process. Reads Linux' /proc."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from typing import Any
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 PR_SET_PDEATHSIG = 1  # prctl(2)
-MOST_PIDS = 2**31  # what kill(2) takes; 0 and less stand for whole groups
+PID_LIMIT = 2**31  # of kill(2), where 0 and negative numbers stand for process groups
 
 
 @dataclass(frozen=True)
 class Process:
-    """A process that no other can be taken for: a pid is used again, but not with this start on this boot of this host.
+    """A process, identified by more than its PID, which is used again: also by its start, in this boot of this host.
 
-    `started`: clock ticks after the boot; None where the system does not tell.
+    boot: the kernel's random id of the boot. started: clock ticks after the boot; None where the system does not say.
     """
 
     host: str
@@ -29,15 +29,15 @@ class Process:
     started: int | None
 
     @classmethod
-    def own(cls) -> Process:
+    def current(cls) -> Process:
         return cls(platform.node(), _boot(), os.getpid(), _started(os.getpid()))
 
     @classmethod
-    def read(cls, value: object) -> Process | None:
-        """From JSON; None where it is no process's description."""
+    def from_json(cls, value: object) -> Process | None:
+        """From `as_json`; None where `value` is something else."""
         match value:
             case {"host": str(host), "boot": str(boot), "pid": int(pid), "started": int() | None as started} if (
-                0 < pid < MOST_PIDS
+                0 < pid < PID_LIMIT
             ):
                 return cls(host, boot, pid, started)
         return None
@@ -46,19 +46,19 @@ class Process:
         return asdict(self)
 
     @property
-    def here(self) -> bool:
-        """Whether it is (or was) a process of this host, so that `lives` can tell."""
+    def is_local(self) -> bool:
+        """Whether it is, or was, a process of this host. Only then `is_alive` is meaningful."""
         return self.host == platform.node()
 
     @property
-    def lives(self) -> bool:
+    def is_alive(self) -> bool:
         return self.boot == _boot() and _exists(self.pid) and _started(self.pid) == self.started
 
 
 def exit_with_parent(parent: int) -> None:
-    """Be killed when the parent dies, however it dies: no orphan trains on. To be called by the child, early.
+    """Let the kernel kill this process when its parent dies, however that happens. To be called early in the child.
 
-    Raises ProcessLookupError where the parent is gone already.
+    parent: the parent's PID. Raises ProcessLookupError where the parent is gone already.
     """
     if platform.system() == "Linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -81,9 +81,10 @@ def _exists(pid: int) -> bool:
 
 
 def _started(pid: int) -> int | None:
+    """Start in clock ticks after the boot; None for a zombie, which has ended, and where the system does not say."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return None
-    state, *rest = text.rpartition(")")[2].split()  # the name before it may hold spaces and brackets
-    return None if state in "ZX" else int(rest[18])  # field 22; a zombie no longer works on anything
+    state, *fields = text.rpartition(")")[2].split()  # the process's name, before it, may hold spaces and brackets
+    return None if state in "ZX" else int(fields[18])  # field 22 of proc(5)

@@ -1,4 +1,7 @@
-"""safetensors files as bytes: written in a fixed order, with a digest of the data; headers read without the data."""
+"""safetensors files as bytes: written in a fixed order, hashed, and their headers read without the data.
+
+Format: https://github.com/huggingface/safetensors#format
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ class RawTensor(NamedTuple):
 
 
 def tensors_digest(tensors: Mapping[str, RawTensor], metadata: Mapping[str, str]) -> str:
-    """SHA-256 over the metadata and all names, dtypes, shapes and bytes, in the order of names."""
+    """SHA-256 of the metadata and of all names, dtypes, shapes and bytes, in the order of names."""
 
     def chunks() -> Iterator[bytes | memoryview]:
         yield digest_head(metadata)
@@ -36,10 +39,12 @@ def tensors_digest(tensors: Mapping[str, RawTensor], metadata: Mapping[str, str]
 
 
 def digest_head(metadata: Mapping[str, str]) -> bytes:
+    """What `tensors_digest` hashes of the metadata."""
     return json.dumps(sorted(metadata.items())).encode()
 
 
 def digest_chunks(name: str, raw: RawTensor) -> Iterator[bytes | memoryview]:
+    """What `tensors_digest` hashes of one tensor."""
     yield json.dumps([name, raw.dtype, list(raw.shape), raw.data.nbytes]).encode()
     yield raw.data
 
@@ -49,8 +54,8 @@ def write_tensors(
 ) -> None:
     """Write a safetensors file; equal content gives equal bytes.
 
-    The library's own writer orders the metadata by a random hash, which would make two equal exports differ.
-    Format: https://github.com/huggingface/safetensors#format (8 bytes length, JSON header padded to 8, data).
+    The library's own writer orders the metadata by a random hash, so two equal exports would differ.
+    A file is 8 bytes of header length, the JSON header padded to a multiple of 8 bytes, and the data.
     """
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
     names = _order(tensors)
@@ -65,16 +70,18 @@ def write_tensors(
 
 
 def data_digest(tensors: Mapping[str, RawTensor]) -> str:
-    """SHA-256 of what `write_tensors` writes behind the header: the hash that WebUIs know a LoRA by."""
+    """SHA-256 of the data that `write_tensors` writes after the header. WebUIs identify a LoRA by it."""
     return sha256(tensors[name].data for name in _order(tensors))
 
 
 def _order(tensors: Mapping[str, RawTensor]) -> list[str]:
-    return sorted(tensors, key=lambda name: (-_width(tensors[name].dtype), name))  # wide first keeps all aligned
+    """Names in the order of the file: widest dtype first, which keeps every tensor aligned."""
+    return sorted(tensors, key=lambda name: (-_width(tensors[name].dtype), name))
 
 
 def _width(dtype: str) -> int:
-    bits = re.search(r"\d+", dtype)  # F8_E4M3 has more digits
+    """Bits per value, e.g. of "F32"; the first number counts, as in "F8_E4M3"."""
+    bits = re.search(r"\d+", dtype)
     return int(bits[0]) if bits else 8
 
 
@@ -84,7 +91,7 @@ def read_metadata(path: Path) -> dict[str, str]:
         with path.open("rb") as file:
             length = struct.unpack("<Q", file.read(8))[0]
             if length > min(path.stat().st_size, MAX_HEADER):
-                raise ValueError("header longer than the file, or than any that is written")
+                raise ValueError("header longer than the file, or than the format allows")
             metadata = json.loads(file.read(length))["__metadata__"]
             return {str(key): str(value) for key, value in metadata.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:

@@ -1,4 +1,4 @@
-"""Asking a run to stop: signals and a deadline set a flag, and the step loop answers between steps."""
+"""Requests to stop a run, by signal or deadline. The step loop asks for them between steps."""
 
 from __future__ import annotations
 
@@ -9,39 +9,41 @@ from typing import Any
 
 
 class StopRequest:
-    """While entered, the first SIGINT, SIGTERM or SIGHUP (where that is not ignored, as under nohup) is a request.
+    """While entered, SIGINT, SIGTERM and SIGHUP (unless ignored, as under nohup) are requests to stop; calling it tells
+    whether there was one.
 
-    `at_once`: the second one stops whatever is going on (KeyboardInterrupt); else they are counted only.
+    deadline: counts as one request once it has passed. interrupt_on_second: the second signal raises KeyboardInterrupt in the
+    main thread; otherwise signals are only counted.
     """
 
-    def __init__(self, deadline: datetime.datetime | None = None, *, at_once: bool = True) -> None:
-        self.deadline, self.at_once = deadline, at_once
+    def __init__(self, deadline: datetime.datetime | None = None, *, interrupt_on_second: bool = True) -> None:
+        self.deadline, self.interrupt_on_second = deadline, interrupt_on_second
         self.signals = 0
-        self._old: dict[int, Any] = {}
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) != signal.SIG_IGN or number != signal.SIGHUP:
-                self._old[number] = signal.signal(number, self._on_signal)
+                self._previous[number] = signal.signal(number, self._on_signal)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._old.items():
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         self.signals += 1
-        if self.at_once and self.signals > 1:
+        if self.interrupt_on_second and self.signals > 1:
             raise KeyboardInterrupt
 
     @property
-    def asked(self) -> int:
-        """How often, the deadline counted once."""
+    def requests(self) -> int:
+        """How many requests there were."""
         late = self.deadline is not None and datetime.datetime.now() >= self.deadline
         return max(self.signals, int(late))
 
     def __call__(self) -> bool:
-        return self.asked > 0
+        return self.requests > 0
 
 
 def next_time(text: str) -> datetime.datetime:

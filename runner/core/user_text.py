@@ -1,11 +1,11 @@
-"""Text files that people write (specs, captions, metadata): UTF-8, and a message that names the encoding where they are not."""
+"""Text files that people write (specs, captions, metadata). They must be UTF-8; the message names the encoding found."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
-# The longer mark first: UTF-32's begins with UTF-16's. https://www.unicode.org/faq/utf_bom.html#bom4
+# Byte order marks, the longer ones first: UTF-32's begins with UTF-16's. https://www.unicode.org/faq/utf_bom.html#bom4
 MARKS = (
     (b"\xff\xfe\x00\x00", "UTF-32"),
     (b"\x00\x00\xfe\xff", "UTF-32"),
@@ -17,7 +17,10 @@ SAVE = "save the file as UTF-8"
 
 
 class NotUtf8Error(ValueError):
-    """`what` names what the file is, `message` also what to do; neither names the file. `line` counts from 1."""
+    """A file that is not UTF-8. what: what it is instead; message: that and what to do; line: of the first bad byte, from 1.
+
+    Neither names the file; the caller does.
+    """
 
     def __init__(self, what: str, line: int = 1) -> None:
         self.what, self.message, self.line = what, f"{what}; {SAVE}", line
@@ -25,12 +28,12 @@ class NotUtf8Error(ValueError):
 
 
 def read_user_text(path: Path) -> str:
-    """A file's text with its lines ended by "\\n", without a byte order mark. Raises NotUtf8Error, and OSError as `open` does."""
+    """A file's text, with "\\n" at the end of lines and without a byte order mark. Raises NotUtf8Error and OSError."""
     return decode_user_text(path.read_bytes()).replace("\r\n", "\n").replace("\r", "\n")
 
 
 def decode_user_text(raw: bytes) -> str:
-    """The same of a file's bytes, whose line ends are kept. Raises NotUtf8Error."""
+    """The text in a file's bytes, without a byte order mark; line ends are kept. Raises NotUtf8Error."""
     for mark, encoding in MARKS:
         if raw.startswith(mark):
             raise NotUtf8Error(f"not UTF-8 but {encoding}")
@@ -45,14 +48,14 @@ def decode_user_text(raw: bytes) -> str:
         byte = raw[error.start]
         if _looks_western(raw):
             letter = raw[error.start : error.start + 1].decode("cp1252")
-            told = f'but probably Windows-1252 or Latin-1 (found byte 0x{byte:02x} on line {line}, there "{letter}")'
+            guess = f'but probably Windows-1252 or Latin-1 (found byte 0x{byte:02x} on line {line}, there "{letter}")'
         else:
-            told = f"(found byte 0x{byte:02x} on line {line})"
-        raise NotUtf8Error(f"not UTF-8 {told}", line) from error
+            guess = f"(found byte 0x{byte:02x} on line {line})"
+        raise NotUtf8Error(f"not UTF-8 {guess}", line) from error
 
 
 def _looks_western(raw: bytes) -> bool:
-    """Letters beyond ASCII stand alone between ASCII ones, as accents do; Chinese, Japanese or Cyrillic have runs of them."""
+    """Whether bytes are likely Windows-1252: accented letters stand alone, while Chinese, Japanese or Cyrillic text has runs."""
     runs = re.findall(rb"[\x80-\xff]+", raw)
     try:
         raw.decode("cp1252")

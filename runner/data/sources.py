@@ -210,7 +210,7 @@ def _load(source: DatasetSource) -> Any:
     path = Path(source.text)
     try:
         if not path.exists():
-            hub.set_up_client(hub.ANSWER)
+            hub.set_up_client(hub.ANSWER_TIMEOUT)
         if path.is_file() and path.suffix == ".arrow":
             return datasets.Dataset.from_file(str(path))
         if path.is_file():

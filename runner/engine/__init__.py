@@ -1,1 +1,1 @@
-"""Where runs run."""
+"""The queue supervisor, its worker processes, and the slots they use."""

@@ -1,4 +1,4 @@
-"""A run on several GPUs: this process is rank 0, the others are started here and end with it."""
+"""A run on several GPUs: the worker process is rank 0 and starts one helper process for each other rank."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 
-from runner.cache.store import Cache
 from runner.core.errors import FluxrunError
 from runner.core.process_identity import exit_with_parent
 from runner.data import sources
@@ -21,38 +20,47 @@ from runner.model import device
 from runner.model.flux1 import loading
 from runner.runs.run import Run
 from runner.spec.schema import Spec, dump
+from runner.training.context import open_base_on, open_cache
 from runner.training.distributed import Ranks
 from runner.training.run import assist_rank
 
 
 @contextmanager
-def train_on_ranks(spec: Spec, key: str, runs: Path, where: torch.device, split: int) -> Iterator[Ranks]:
-    """Ranks for this run, joined. Raises FluxrunError where there are not as many GPUs as the spec asks for.
+def train_on_ranks(
+    spec: Spec, key: str, runs: Path, torch_device: torch.device, micro_batch_parts: int
+) -> Iterator[Ranks]:
+    """The run's ranks, connected; the helpers end with the context.
 
-    `key`: the plan's, which every rank must come to by itself.
+    key: the plan's key; each helper plans the run itself and compares. Raises FluxrunError where this machine has fewer GPUs
+    than the spec asks for.
     """
     count = spec.compute.gpus
     if count == 1:
         yield Ranks()
         return
-    if where.type == "cuda" and torch.cuda.device_count() < count:
+    if torch_device.type == "cuda" and torch.cuda.device_count() < count:
         raise FluxrunError(f"compute.gpus is {count}, this machine has {torch.cuda.device_count()}; lower it")
     helpers = []
     ranks = Ranks(0, count)
     store = ranks.meet()
     try:
         for rank in range(1, count):
-            order = {"spec": dump(spec), "runs": str(runs.resolve()), "rank": rank, "count": count, "port": store.port,
-                     "device": where.type, "key": key, "split": split, "parent": os.getpid()}  # fmt: skip
-            command = [sys.executable, "-P", "-m", "runner.engine.multi_gpu"]  # -P: whatever lies where the user stands
+            request = {"spec": dump(spec), "runs": str(runs.resolve()), "rank": rank, "count": count, "port": store.port,
+                       "device": torch_device.type, "key": key, "micro_batch_parts": micro_batch_parts, "parent": os.getpid()}  # fmt: skip
+            command = [
+                sys.executable,
+                "-P",
+                "-m",
+                "runner.engine.multi_gpu",
+            ]  # -P: import nothing from the user's folder
             helper = subprocess.Popen(command, stdin=subprocess.PIPE, text=True)
             helpers.append(helper)
             assert helper.stdin is not None
-            helper.stdin.write(json.dumps(order))
+            helper.stdin.write(json.dumps(request))
             helper.stdin.close()
-        if where.type == "cpu":
+        if torch_device.type == "cpu":
             torch.set_num_threads(max(1, torch.get_num_threads() // count))
-        ranks.join(store, where)
+        ranks.join(store, torch_device)
         yield ranks
     finally:
         ranks.leave()
@@ -62,28 +70,30 @@ def train_on_ranks(spec: Spec, key: str, runs: Path, where: torch.device, split:
 
 
 def main() -> None:
-    """A helper: reads its orders from stdin, trains along, writes nothing."""
-    order = json.load(sys.stdin)
-    exit_with_parent(order["parent"])
-    spec = Spec.model_validate(order["spec"])
-    ranks = Ranks(order["rank"], order["count"])
-    where = torch.device("cuda", ranks.rank) if order["device"] == "cuda" else torch.device("cpu")
-    device.prepare_device(where, tf32=spec.model.tf32)
+    """A helper process: it reads its request from stdin and trains along; rank 0 alone writes files.
+
+    Raises FluxrunError where its plan is not rank 0's.
+    """
+    request = json.load(sys.stdin)
+    exit_with_parent(request["parent"])
+    spec = Spec.model_validate(request["spec"])
+    ranks = Ranks(request["rank"], request["count"])
+    torch_device = torch.device("cuda", ranks.rank) if request["device"] == "cuda" else torch.device("cpu")
+    device.prepare_device(torch_device, tf32=spec.model.tf32)
     loading.quiet()
-    if where.type == "cpu":
+    if torch_device.type == "cpu":
         torch.set_num_threads(max(1, torch.get_num_threads() // ranks.count))
     pictures = sources.read_source(data_source(spec)).hold_out(spec.data.holdout)
     plan = plan_of(spec, pictures)
-    if plan.key != order["key"]:
+    if plan.key != request["key"]:
         raise FluxrunError("the data changed while the run was starting; start it again")
-    model, runs = spec.model, Path(order["runs"])
-    cache, dtype = Cache(runs / "cache"), device.resolve_dtype(model.dtype, where)
-    base = loading.open_base(
-        model.base, model.revision, model.variant, where, dtype, model.quantize, cache.folder, model.offload == "blocks"
-    )
-    ranks.join(ranks.find(order["port"]), where)
+    runs = Path(request["runs"])
+    cache = open_cache(runs)
+    base = open_base_on(spec, torch_device, cache)
+    ranks.join(ranks.find(request["port"]), torch_device)
     try:
-        assist_rank(Run(runs, spec.name), spec, plan, pictures, base, cache, ranks, order["split"])
+        parts = request["micro_batch_parts"]
+        assist_rank(Run(runs, spec.name), spec, plan, pictures, base, cache, ranks, parts)
     finally:
         ranks.leave()
 

@@ -1,4 +1,4 @@
-"""Every line a user sees while a queue runs: a live line per run on a terminal, plain lines elsewhere; all on stderr. No torch."""
+"""What a user sees while a queue runs, all on stderr: a live line per run on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -12,21 +12,26 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from runner.core.events import Event
 from runner.core.humanize import format_duration
 
-PLAIN_EVERY = 10.0  # seconds between a run's step lines where there is no terminal
+PLAIN_INTERVAL = 10.0  # seconds between a run's step lines where there is no terminal
 
 
 @dataclass
-class Row:
-    """What is known of a run that runs. `pace`: seconds per step, smoothed; None before the first."""
+class RunProgress:
+    """How far a run is. step_seconds: smoothed; None before the phase's first step. printed: time.monotonic() of the last
+    plain line."""
 
     task: TaskID | None = None
-    pace: float | None = None
-    told: float = 0.0
-    left: int = 0
+    step_seconds: float | None = None
+    printed: float = 0.0
+    steps_left: int = 0
 
 
 class Screen:
-    """`later_steps`: of the runs that have not begun, for the queue's finishing time."""
+    """Prints messages, and the progress of all runs.
+
+    later_steps: steps of the runs that have not begun. slots: how many runs train at a time. Both are for the estimate of
+    when the queue ends.
+    """
 
     def __init__(self) -> None:
         self.console = Console(stderr=True, highlight=False)
@@ -34,65 +39,66 @@ class Screen:
             TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[facts]}"),
             console=self.console, transient=True,
         )  # fmt: skip
-        self.rows: dict[str, Row] = {}
+        self.runs: dict[str, RunProgress] = {}
         self.later_steps, self.slots = 0, 1
 
     def line(self, text: str, run: str = "") -> None:
-        where = f"{run}: " if run else ""
-        self.console.print(f"{where}{text}", markup=False, soft_wrap=True)
+        """Print a message, which may be about a run."""
+        prefix = f"{run}: " if run else ""
+        self.console.print(f"{prefix}{text}", markup=False, soft_wrap=True)
 
     def show(self, run: str, event: Event) -> None:
-        """What `runner.core.events` sent."""
-        row = self.rows.setdefault(run, Row())
+        """Show an event of `runner.core.events`."""
+        progress = self.runs.setdefault(run, RunProgress())
         match event:
             case {"say": "line", "text": text}:
                 self.line(text, run)
             case {"say": "phase", "phase": phase, "done": done, "total": total, "unit": unit}:
                 self.end_bar(run)
-                row.pace, row.told = None, time.monotonic()
+                progress.step_seconds, progress.printed = None, time.monotonic()
                 if self.console.is_terminal:
                     self.live.start()
-                    row.task = self.live.add_task(
+                    progress.task = self.live.add_task(
                         f"{run} · {phase}", total=total, completed=done, facts=f"{done}/{total} {unit}"
                     )
-            case {"say": "progress", "done": done, "total": total, "unit": unit} if row.task is not None:
-                self.live.update(row.task, completed=done, facts=f"{done}/{total} {unit}")
+            case {"say": "progress", "done": done, "total": total, "unit": unit} if progress.task is not None:
+                self.live.update(progress.task, completed=done, facts=f"{done}/{total} {unit}")
             case {"say": "step"}:
-                self._step(run, row, event)
+                self._show_step(run, progress, event)
             case {"say": "end"}:
                 self.end_bar(run)
 
-    def _step(self, run: str, row: Row, event: Event) -> None:
+    def _show_step(self, run: str, progress: RunProgress, event: Event) -> None:
         number, steps, seconds = event["number"], event["steps"], event["seconds"]
-        row.pace = seconds if row.pace is None else 0.95 * row.pace + 0.05 * seconds
-        row.left = steps - number
+        smoothed = seconds if progress.step_seconds is None else 0.95 * progress.step_seconds + 0.05 * seconds
+        progress.step_seconds, progress.steps_left = smoothed, steps - number
         facts = (
-            f"step {number}/{steps}  loss {_loss(event['loss'])}  {row.pace:.3g} s/step  run {format_duration(row.left * row.pace)}"
-            f"  queue {format_duration(self._queue_left(row.pace))}"
+            f"step {number}/{steps}  loss {_format_loss(event['loss'])}  {smoothed:.3g} s/step"
+            f"  run {format_duration(progress.steps_left * smoothed)}  queue {format_duration(self._queue_seconds(smoothed))}"
         )
-        if row.task is not None:
-            self.live.update(row.task, completed=number, facts=facts)
-        elif time.monotonic() - row.told > PLAIN_EVERY or number == event["stop"]:
-            row.told = time.monotonic()
+        if progress.task is not None:
+            self.live.update(progress.task, completed=number, facts=facts)
+        elif time.monotonic() - progress.printed > PLAIN_INTERVAL or number == event["stop"]:
+            progress.printed = time.monotonic()
             self.line(facts, run)
 
-    def _queue_left(self, pace: float) -> float:
-        """Runs that have not begun are taken to go at this run's pace, shared among the slots."""
-        running = [row.left * (row.pace or pace) for row in self.rows.values()]
-        return max(max(running, default=0.0), (sum(running) + self.later_steps * pace) / self.slots)
+    def _queue_seconds(self, step_seconds: float) -> float:
+        """Seconds until the queue ends, if all runs that have not begun take `step_seconds` per step and share the slots."""
+        running = [run.steps_left * (run.step_seconds or step_seconds) for run in self.runs.values()]
+        return max(max(running, default=0.0), (sum(running) + self.later_steps * step_seconds) / self.slots)
 
     def end_bar(self, run: str) -> None:
-        row = self.rows.get(run)
-        if row is not None and row.task is not None:
-            self.live.remove_task(row.task)
-            row.task = None
-            if not any(other.task is not None for other in self.rows.values()):
+        progress = self.runs.get(run)
+        if progress is not None and progress.task is not None:
+            self.live.remove_task(progress.task)
+            progress.task = None
+            if not any(other.task is not None for other in self.runs.values()):
                 self.live.stop()
 
     def end_run(self, run: str) -> None:
         self.end_bar(run)
-        self.rows.pop(run, None)
+        self.runs.pop(run, None)
 
 
-def _loss(value: Any) -> str:
+def _format_loss(value: Any) -> str:
     return "none yet" if value is None else f"{value:.4f}"

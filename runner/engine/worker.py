@@ -1,4 +1,4 @@
-"""One trainer process as its queue sees it. No torch."""
+"""A worker process as its queue sees it: it is started, given one run after another, read and stopped."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from pathlib import Path
 
 from runner.core.errors import ExitCode
 from runner.core.events import Event
-from runner.core.hardware import seen
+from runner.core.hardware import visible_gpu_id
 
-PATIENCE = 30.0  # seconds for an idle trainer to go
+SHUTDOWN_SECONDS = 30.0  # for an idle worker to end by itself
 
-# Of a trainer on a CPU. glibc's caches of small pieces, off: a tensor is aligned to 64 bytes, which cuts a few off its block;
-# once something small sits in these, the freed block no longer fits a tensor of the same size, and the heap grows by a
-# quarter. What the heap frees at its end stays, until `device.release`: given back in every backward pass, it would be
-# asked for and cleared again in every forward pass. MKL keeps no buffers between its calls.
-HEAP = {
+# Environment of a worker that trains on the CPU. glibc's caches of small blocks are off: a tensor is aligned to 64 bytes,
+# which cuts a few bytes off its block; once a small object sits in them, the freed block no longer fits a tensor of the same
+# size, and the heap grows by a quarter. The trim threshold keeps freed memory at the heap's end until `device.release`; given
+# back in every backward pass, it would be requested and cleared again in every forward pass. MKL keeps no buffers between
+# its calls.
+CPU_ALLOCATOR_ENV = {
     "GLIBC_TUNABLES": ":".join(
         f"glibc.malloc.{name}"
         for name in ("tcache_count=0", "mxfast=0", "mmap_threshold=33554432", "trim_threshold=1073741824")
@@ -31,106 +32,107 @@ HEAP = {
 
 
 class Worker:
-    """The process, which begins with importing its libraries and waits to be told a run. `code` is None while a run goes on;
-    after Code.DONE it waits for another one.
+    """The process. It first imports its libraries, then waits for runs.
 
-    gpus: as --gpus takes them; threads: how many it may compute with on the CPU; None leaves either to torch.
+    gpus: as --gpus takes them. threads: for the CPU. None leaves either to torch.
+    exit_code: how the last run ended, None while it trains. After `ExitCode.DONE` the process waits for another run; after
+    every other code it has ended.
     """
 
     def __init__(self, gpus: str | None, threads: int | None) -> None:
         command = [sys.executable, "-P", "-m", "runner", "_train", "--parent", str(os.getpid())]
         environment = dict(os.environ)
         if gpus in (None, "cpu"):
-            environment = {**HEAP, **environment}
+            environment = {**CPU_ALLOCATOR_ENV, **environment}
         if threads is not None:
             environment["OMP_NUM_THREADS"] = str(threads)
         if gpus is not None:
-            command += ["--gpus", "cpu" if gpus == "cpu" else "0"]  # the first of those it sees
+            command += ["--gpus", "cpu" if gpus == "cpu" else "0"]  # the first GPU that the worker sees
         if gpus is not None and gpus != "cpu":
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(seen, gpus.split(",")))
-        self._said = tempfile.TemporaryFile()  # until it has a run, whose log takes the rest  # noqa: SIM115
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(visible_gpu_id, gpus.split(",")))
+        self._startup_output = tempfile.TemporaryFile()  # stderr until a run's log takes it  # noqa: SIM115
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, env=environment,
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._startup_output, env=environment,
             start_new_session=True,  # Ctrl-C reaches the queue alone, which passes it on once
         )  # fmt: skip
         assert self.process.stdout is not None
         os.set_blocking(self.process.stdout.fileno(), False)
-        self.code: int | None = None
-        self.worn = False  # it says that it had better end
-        self._log: Path | None = None  # of its run
-        self._began = False
-        self._rest = b""
-
-    def order(self, folder: Path, attempt: int, later: Sequence[Path]) -> None:
-        """A run, for a process that has none. `later`: folders of runs that wait for their turn."""
-        self.code, self._log = None, folder / "run.log"
-        told = {"folder": str(folder), "attempt": attempt, "later": list(map(str, later))}
-        assert self.process.stdin is not None
-        try:
-            self.process.stdin.write(f"{json.dumps(told)}\n".encode())
-            self.process.stdin.flush()
-        except BrokenPipeError:
-            return  # it has just died, as `poll` will find
-
-    def poll(self) -> list[Event]:
-        """What it has said since the last call."""
-        while data := self._read():
-            self._rest += data
-        *lines, self._rest = self._rest.split(b"\n")
-        events: list[Event] = [json.loads(line) for line in lines]
-        self._began = self._began or bool(events)
-        if done := [event for event in events if event["say"] == "done"]:
-            self.code, self.worn = ExitCode.DONE, bool(done[0]["worn"])
-        elif data is not None:
-            self.code = self.process.wait() or ExitCode.CRASHED  # one that is done says so before it goes
-            if not self._began:
-                self._pass_on()
-        return [event for event in events if event["say"] != "done"]
-
-    def _pass_on(self) -> None:
-        """What it said before it could read its first order, into the log of that run."""
-        self._said.seek(0)
-        if self._log is not None and (said := self._said.read()):
-            with contextlib.suppress(OSError), self._log.open("ab") as log:
-                log.write(said)
-
-    def _read(self) -> bytes | None:
-        """b"" at the end, None where there is nothing now."""
-        assert self.process.stdout is not None
-        try:
-            return os.read(self.process.stdout.fileno(), 1 << 16)
-        except BlockingIOError:
-            return None
+        self.exit_code: int | None = None
+        self._leaked = False  # it has asked to be replaced
+        self._log_file: Path | None = None  # of its run
+        self._sent_events = False
+        self._partial_line = b""
 
     @property
     def pid(self) -> int:
         return self.process.pid
 
     @property
-    def lives(self) -> bool:
-        """Whether it can be told another run."""
-        return not self.worn and self.process.poll() is None
+    def accepts_runs(self) -> bool:
+        """Whether the process lives and has not asked to be replaced."""
+        return not self._leaked and self.process.poll() is None
 
-    def ask(self) -> None:
-        """Save and stop; asked again, stop at once."""
-        if self.lives:
+    def submit(self, folder: Path, attempt: int, upcoming: Sequence[Path]) -> None:
+        """Give an idle worker a run. `upcoming`: folders of runs that wait, whose captions may be encoded along with its own."""
+        self.exit_code, self._log_file = None, folder / "run.log"
+        request = {"folder": str(folder), "attempt": attempt, "upcoming": list(map(str, upcoming))}
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(f"{json.dumps(request)}\n".encode())
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            return  # the process has just died; `read_events` will notice
+
+    def read_events(self) -> list[Event]:
+        """The events sent since the last call. Sets `exit_code` where the run has ended."""
+        while data := self._read():
+            self._partial_line += data
+        *lines, self._partial_line = self._partial_line.split(b"\n")
+        events: list[Event] = [json.loads(line) for line in lines]
+        self._sent_events = self._sent_events or bool(events)
+        if done := [event for event in events if event["say"] == "done"]:
+            self.exit_code, self._leaked = ExitCode.DONE, bool(done[0]["leaked"])
+        elif data is not None:  # end of file
+            self.exit_code = self.process.wait() or ExitCode.CRASHED  # a run that is done sends an event first
+            if not self._sent_events:
+                self._log_startup_output()
+        return [event for event in events if event["say"] != "done"]
+
+    def _read(self) -> bytes | None:
+        """What is in the pipe: b"" at its end, None where there is nothing now."""
+        assert self.process.stdout is not None
+        try:
+            return os.read(self.process.stdout.fileno(), 1 << 16)
+        except BlockingIOError:
+            return None
+
+    def _log_startup_output(self) -> None:
+        """Append what the process wrote before it could read its first request to that run's log."""
+        self._startup_output.seek(0)
+        if self._log_file is not None and (output := self._startup_output.read()):
+            with contextlib.suppress(OSError), self._log_file.open("ab") as log:
+                log.write(output)
+
+    def request_stop(self) -> None:
+        """Ask for a save and stop; asked a second time, the worker stops at once."""
+        if self.accepts_runs:
             self.process.terminate()
 
     def kill(self) -> None:
-        if self.lives:
+        if self.accepts_runs:
             self.process.kill()
 
-    def dismiss(self) -> None:
-        """No more runs."""
-        if self._log is None:  # nothing of anybody's is in it
+    def shutdown(self) -> None:
+        """End the process: at once where it never had a run, else after what it does now."""
+        if self._log_file is None:
             self.process.kill()
         for pipe in (self.process.stdin, self.process.stdout):
             if pipe is not None:
-                with contextlib.suppress(BrokenPipeError):  # an order that it did not live to read
+                with contextlib.suppress(BrokenPipeError):  # a request that the process did not live to read
                     pipe.close()
-        self._said.close()
+        self._startup_output.close()
         try:
-            self.process.wait(PATIENCE)
+            self.process.wait(SHUTDOWN_SECONDS)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()

@@ -1,5 +1,8 @@
-"""The trainer process: one run after another on one device, each told by its folder; its exit code says how the last one
-ended (`runner.core.errors.ExitCode`). What it has to tell goes to the queue as JSON lines on stdout, and into the run's log."""
+"""The worker process: it trains one run after another on one device, each named by its folder on stdin.
+
+Its exit code says how the last run ended (`runner.core.errors.ExitCode`). Events go to the queue as JSON lines on stdout, and
+text into the run's log.
+"""
 
 from __future__ import annotations
 
@@ -30,85 +33,92 @@ from runner.plan.build import PlanError
 from runner.plan.phases import Plan
 from runner.runs.run import Run, read_spec
 from runner.spec.schema import Spec
-from runner.training.context import RunContext, open_cache
+from runner.training.context import RunContext, open_base_on, open_cache
 from runner.training.distributed import Ranks
 from runner.training.model_pool import ModelPool
 from runner.training.run import execute_run
 
-LEAK = 256 << 20  # bytes that may stay behind between runs
-SAME_ENCODERS = ("base", "revision", "variant", "dtype", "quantize")
-SHORT = 300
-LONGEST = 4000  # bytes of an event; a write of up to 4,096 to a pipe is all or nothing (pipe(7))
+LEAK = 256 << 20  # bytes that may stay in use between runs before the process is replaced
+ENCODER_KEYS = ("base", "revision", "variant", "dtype", "quantize")  # of `model`: runs that share them share encoders
+MAX_TEXT = 300  # characters of a text in an event that is too long
+MAX_EVENT = 4000  # bytes; a write of up to 4,096 to a pipe is all or nothing (pipe(7))
 
 
 @dataclass(frozen=True)
 class TrainRequest:
-    """A run to train; `later`: folders of runs that wait for their turn, whose captions may be encoded with its own."""
+    """A run to train. upcoming: folders of runs that wait, whose captions may be encoded along with its own."""
 
     folder: Path
     attempt: int
-    later: tuple[Path, ...] = ()
+    upcoming: tuple[Path, ...] = ()
 
     @classmethod
-    def read(cls, line: str) -> TrainRequest:
+    def from_json(cls, line: str) -> TrainRequest:
         """As `runner.engine.worker` writes it."""
-        facts = json.loads(line)
-        return cls(Path(facts["folder"]), facts["attempt"], tuple(map(Path, facts["later"])))
-
-
-def main(gpus: str | None, stop: StopRequest) -> ExitCode:
-    """The runs that stdin names, a line each, for as long as all is well."""
-    events = os.dup(sys.stdout.fileno())
-    os.set_blocking(events, False)
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print is for the log
-    device.preload_libraries()
-    loading.quiet()
-    warm, code = WorkerState(), ExitCode.DONE
-    while code is ExitCode.DONE and (line := sys.stdin.readline()):
-        told = TrainRequest.read(line)
-        try:
-            with (told.folder / "run.log").open("a") as log:
-                for stream in (sys.stdout, sys.stderr):
-                    os.dup2(log.fileno(), stream.fileno())
-            code = train_run(told, gpus, sender(events), stop, warm)
-        except OSError as error:  # the folder went before the run began
-            code, reason = classify_error(error)
-            sender(events)({"say": "ended", "reason": reason})
-            break
-        if code is ExitCode.DONE:
-            worn = warm.worn(gpus)
-            sender(events)({"say": "done", "worn": worn})
-            if worn:
-                break
-    return code
+        fields = json.loads(line)
+        return cls(Path(fields["folder"]), fields["attempt"], tuple(map(Path, fields["upcoming"])))
 
 
 @dataclass
 class WorkerState:
-    """What a trainer process keeps from run to run. `first`: bytes in use after its first run, less what is kept on
-    purpose; `data`: data sets of runs that come later, read once."""
+    """What the process keeps from run to run.
+
+    first_bytes: device memory in use after the first run, without the model pool. pictures: data sets of upcoming runs, each
+    read once.
+    """
 
     model_pool: ModelPool = field(default_factory=ModelPool)
-    first: int | None = None
-    data: dict[DatasetSource, Pictures] = field(default_factory=dict)
+    first_bytes: int | None = None
+    pictures: dict[DatasetSource, Pictures] = field(default_factory=dict)
 
-    def worn(self, gpus: str | None) -> bool:
-        """Whether memory did not come back, so that the next run had better have a process of its own."""
-        where = device.choose_device(gpus)
-        device.release(where)
-        left = device.memory_in_use(where) - self.model_pool.bytes
-        if self.first is None:
-            self.first = left
-        return left - self.first > LEAK
+    def has_leaked(self, gpus: str | None) -> bool:
+        """Whether a run's memory was not freed, so that the next run should get a new process."""
+        torch_device = device.choose_device(gpus)
+        device.release(torch_device)
+        in_use = device.memory_in_use(torch_device) - self.model_pool.bytes
+        if self.first_bytes is None:
+            self.first_bytes = in_use
+        return in_use - self.first_bytes > LEAK
 
 
-def sender(pipe: int) -> Callable[[Event], None]:
-    """Events into a pipe. A reader that is stopped must not stop the training: what does not fit is dropped."""
+def main(gpus: str | None, stop: StopRequest) -> ExitCode:
+    """Train the runs that stdin names, one per line, until one does not end well or memory has leaked."""
+    events = os.dup(sys.stdout.fileno())
+    os.set_blocking(events, False)
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print goes into the log
+    send = event_sender(events)
+    device.preload_libraries()
+    loading.quiet()
+    state, code = WorkerState(), ExitCode.DONE
+    while code is ExitCode.DONE and (line := sys.stdin.readline()):
+        request = TrainRequest.from_json(line)
+        try:
+            with (request.folder / "run.log").open("a") as log:
+                for stream in (sys.stdout, sys.stderr):
+                    os.dup2(log.fileno(), stream.fileno())
+            code = train_run(request, gpus, send, stop, state)
+        except OSError as error:  # the folder was removed before the run began
+            code, reason = classify_error(error)
+            send({"say": "ended", "reason": reason})
+            break
+        if code is ExitCode.DONE:
+            leaked = state.has_leaked(gpus)
+            send({"say": "done", "leaked": leaked})
+            if leaked:
+                break
+    return code
+
+
+def event_sender(pipe: int) -> Callable[[Event], None]:
+    """A function that writes events into a pipe, and drops them while the pipe is full: a reader that is stopped must not
+    stop the training."""
 
     def send(event: Event) -> None:
         line = json.dumps(event)
-        if len(line) > LONGEST:  # of which JSON makes up to six bytes a character
-            line = json.dumps({key: value[:SHORT] if isinstance(value, str) else value for key, value in event.items()})
+        if len(line) > MAX_EVENT:  # JSON takes up to six bytes per character
+            line = json.dumps(
+                {key: value[:MAX_TEXT] if isinstance(value, str) else value for key, value in event.items()}
+            )
         try:
             os.write(pipe, f"{line}\n".encode())
         except BlockingIOError:
@@ -118,32 +128,33 @@ def sender(pipe: int) -> Callable[[Event], None]:
 
 
 def train_run(
-    told: TrainRequest, gpus: str | None, send: Callable[[Event], None], stop: StopRequest, warm: WorkerState
+    request: TrainRequest, gpus: str | None, send: Callable[[Event], None], stop: StopRequest, state: WorkerState
 ) -> ExitCode:
-    """Train a run and write down how it ended: in its log and state, by an event and by the code."""
-    run, attempt = Run.at(told.folder), told.attempt
+    """Train a run. Its end is recorded in its log and state, sent as an event, and returned as an exit code."""
+    run, attempt = Run.at(request.folder), request.attempt
     event_log = EventLog(send, run.log_file)
     try:
-        _train(run, told, gpus, event_log, stop, warm)
+        _train(run, request, gpus, event_log, stop, state)
         return ExitCode.DONE
     except (Exception, KeyboardInterrupt) as error:
-        # Whatever it is, it is this run's alone, and told here.
+        # Every error ends this run alone, and is reported here.
         code, reason = (ExitCode.DISK, gone) if (gone := run.missing_message()) else classify_error(error)
         send({"say": "ended", "reason": reason})
-        if code is not ExitCode.HELD:  # the folder is not ours to write in
+        if code is not ExitCode.HELD:  # else the folder is another process's to write in
             event_log.log(reason if code is ExitCode.STOPPED else f"{traceback.format_exc()}{reason}")
-            _write_down(run, attempt, "stopped" if code in (ExitCode.STOPPED, ExitCode.DISK) else "failed", reason)
+            _record_end(run, attempt, "stopped" if code in (ExitCode.STOPPED, ExitCode.DISK) else "failed", reason)
         return code
     finally:
         torch.cuda.empty_cache()  # does nothing without a GPU
 
 
 def _train(
-    run: Run, told: TrainRequest, gpus: str | None, event_log: EventLog, stop: StopRequest, warm: WorkerState
+    run: Run, request: TrainRequest, gpus: str | None, event_log: EventLog, stop: StopRequest, state: WorkerState
 ) -> None:
+    """Read the spec and the data, check them against the plan, open the base, and run all phases."""
     spec = read_spec(run.spec_file)
-    where = device.choose_device(gpus)
-    device.prepare_device(where, tf32=spec.model.tf32)
+    torch_device = device.choose_device(gpus)
+    device.prepare_device(torch_device, tf32=spec.model.tf32)
     loading.quiet()
     try:
         pictures = sources.read_source(data_source(spec)).hold_out(spec.data.holdout)
@@ -151,39 +162,40 @@ def _train(
         raise FluxrunError(f"data.source: {error}") from error
     try:
         plan = plan_of(spec, pictures)
-    except PlanError as error:  # of a data set that could not be read when the queue planned the run
+    except PlanError as error:  # the data could not be read when the queue planned the run
         raise FluxrunError(str(error)) from error
-    _same_as_planned(run, plan)
-    model, split = spec.model, run.micro_batch_parts(spec.train.batch_size)
-    cache, dtype = open_cache(run.runs), device.resolve_dtype(model.dtype, where)
-    base = loading.open_base(
-        model.base, model.revision, model.variant, where, dtype, model.quantize, cache.folder, model.offload == "blocks"
-    )
+    _check_planned_key(run, plan)
+    micro_batch_parts = run.micro_batch_parts(spec.train.batch_size)
+    cache = open_cache(run.runs)
+    base = open_base_on(spec, torch_device, cache)
 
-    def beside() -> list[RunContext]:
-        return [context for folder in told.later if (context := _later(folder, spec, base, cache, event_log, warm))]
+    def upcoming() -> list[RunContext]:
+        contexts = (_upcoming_context(folder, spec, base, cache, event_log, state) for folder in request.upcoming)
+        return [context for context in contexts if context]
 
-    with train_on_ranks(spec, plan.key, run.runs, where, split) as ranks:
+    with train_on_ranks(spec, plan.key, run.runs, torch_device, micro_batch_parts) as ranks:
         execute_run(
-            run, spec, plan, pictures, base, cache, event_log, stop, ranks, attempt=told.attempt, split=split, model_pool=warm.model_pool,
-            beside=beside,
+            run, spec, plan, pictures, base, cache, event_log, stop, ranks, attempt=request.attempt, split=micro_batch_parts,
+            model_pool=state.model_pool, beside=upcoming,
         )  # fmt: skip
 
 
-def _later(
-    folder: Path, now: Spec, base: Base, cache: Cache, event_log: EventLog, warm: WorkerState
+def _upcoming_context(
+    folder: Path, current: Spec, base: Base, cache: Cache, event_log: EventLog, state: WorkerState
 ) -> RunContext | None:
-    """A run that comes later, if it reads its captions with the encoders of this one. What is wrong with it is its own
-    affair, and will be told when its turn has come."""
+    """The context of an upcoming run, if it uses the encoders of the current one.
+
+    What is wrong with the upcoming run is only logged here; it is reported when the run starts.
+    """
     run = Run.at(folder)
     try:
         spec = read_spec(run.spec_file)
-        asked = data_source(spec)
-        if any(getattr(spec.model, name) != getattr(now.model, name) for name in SAME_ENCODERS):
+        source = data_source(spec)
+        if any(getattr(spec.model, key) != getattr(current.model, key) for key in ENCODER_KEYS):
             return None
-        if asked not in warm.data:
-            warm.data[asked] = sources.read_source(asked)
-        pictures = warm.data[asked].hold_out(spec.data.holdout)
+        if source not in state.pictures:
+            state.pictures[source] = sources.read_source(source)
+        pictures = state.pictures[source].hold_out(spec.data.holdout)
         plan = plan_of(spec, pictures)
     except (DataError, FluxrunError, PlanError, OSError) as error:
         event_log.log(f"the captions of {run.name} are not encoded ahead: {error}")
@@ -191,7 +203,8 @@ def _later(
     return RunContext(spec, plan, pictures, base, cache, event_log, Ranks(), lambda: False)
 
 
-def _same_as_planned(run: Run, plan: Plan) -> None:
+def _check_planned_key(run: Run, plan: Plan) -> None:
+    """Raises RunMismatchError where the run is not as the queue planned it."""
     if run.planned_key() != plan.key:
         raise RunMismatchError(
             f"the data, the base or the spec.toml of {run.folder} is not as it was when the queue planned it; "
@@ -200,7 +213,7 @@ def _same_as_planned(run: Run, plan: Plan) -> None:
 
 
 def classify_error(error: BaseException) -> tuple[ExitCode, str]:
-    """What kind of end it is, and how to say it."""
+    """The exit code for an error that ended a run, and the reason to report."""
     if isinstance(error, KeyboardInterrupt):
         return ExitCode.STOPPED, "stopped at once; the last checkpoint stands"
     if isinstance(error, FluxrunError):
@@ -214,8 +227,8 @@ def classify_error(error: BaseException) -> tuple[ExitCode, str]:
     return ExitCode.CRASHED, f"{type(error).__name__}: {text}"
 
 
-def _write_down(run: Run, attempt: int, state: str, reason: str) -> None:
-    """Into the state, if the run still is this attempt's and the disk can hold it; it has been said in any case."""
+def _record_end(run: Run, attempt: int, state: str, reason: str) -> None:
+    """Write the end into the state, if the run still is this attempt's. A disk error is only printed: the end was sent."""
     try:
         with run.locked():
             if run.lease().attempt == attempt:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from runner.base.param_counts import read_base_configs
 from runner.core import hardware
-from runner.core.hardware import gpus_here
+from runner.core.hardware import query_gpus
 from runner.core.humanize import format_bytes
 from runner.data.images import Pictures
 from runner.jobs import card_fit, memory
@@ -29,8 +29,12 @@ def card_bytes(asked: str) -> int:
         if not 0 < gib < 10_000:
             raise NewError(OPTION, f"expected a card's memory in GiB, or auto, got {asked!r}; e.g. --card 24")
         return int(gib * 2**30)
-    there = gpus_here() or {}
-    usable = [there[name] for number in range(hardware.visible_gpus()) if (name := hardware.seen(str(number))) in there]
+    there = query_gpus() or {}
+    usable = [
+        there[name]
+        for number in range(hardware.visible_gpu_count())
+        if (name := hardware.visible_gpu_id(str(number))) in there
+    ]
     if not usable:
         raise NewError(
             OPTION, "no GPU that nvidia-smi tells of is here; write how much memory it has in GiB, e.g. --card 24"

@@ -98,7 +98,9 @@ def _shards(index: Path) -> dict[str, tuple[int, ...]]:
         names: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         shards = sorted(set(names.values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BadPartError(f"{index} is not an index of shards ({type(error).__name__}: {error}); fetch it again") from error
+        raise BadPartError(
+            f"{index} is not an index of shards ({type(error).__name__}: {error}); fetch it again"
+        ) from error
     if outside := [name for name in shards if Path(name).name != name]:
         raise BadPartError(f"{index} names files outside its folder ({list_some(outside)}); fetch it again")
     if missing := [name for name in shards if not (index.parent / name).is_file()]:
@@ -140,7 +142,9 @@ def _layers_agree(folder: Path, tensors: Tensors) -> None:
     try:
         wanted = linear_layers(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BadPartError(f"{folder / 'config.json'} is not a FLUX transformer's ({error!r}); fetch it again") from error
+        raise BadPartError(
+            f"{folder / 'config.json'} is not a FLUX transformer's ({error!r}); fetch it again"
+        ) from error
     for name, shape in wanted.items():
         found = tensors.get(f"{name}.weight")
         if found != shape:

@@ -10,7 +10,7 @@ from runner.base import quantized_size
 from runner.base.files import BUILTIN
 from runner.base.param_counts import read_base_configs
 from runner.core import hardware
-from runner.core.hardware import Gpu, gpus_here, memory_available
+from runner.core.hardware import Gpu, memory_available, query_gpus
 from runner.core.humanize import format_bytes
 from runner.engine import slots
 from runner.jobs import card_fit, memory
@@ -76,12 +76,12 @@ def check_devices(
     if not names:
         yield from _on_the_cpu(planned, numbers, told=asked == "cpu")
         return
-    there = gpus_here()
+    there = query_gpus()
     if there is None:
         word = "is" if hardware.NVIDIA.is_dir() else "neither it nor a GPU's driver is"
         yield here("warning", f"what the GPUs have cannot be told: nvidia-smi does not answer ({word} here)")
         return
-    if absent := [name for name in names if hardware.seen(name) not in there]:
+    if absent := [name for name in names if hardware.visible_gpu_id(name) not in there]:
         have = ", ".join(sorted({gpu.name for gpu in there.values()})) or "none"
         yield here(
             "error", f"--gpus: no such GPU (found {', '.join(absent)}; this machine has {have}); or use --gpus cpu"
@@ -92,7 +92,7 @@ def check_devices(
             "error",
             f"torch {libraries.version_of('torch')} cannot use the GPU that is here; install torch with CUDA, or use --gpus cpu",
         )
-    chosen = [there[hardware.seen(name)] for name in names]
+    chosen = [there[hardware.visible_gpu_id(name)] for name in names]
     for one, plan in planned:
         yield from _on_gpus(one, plan, chosen, numbers.get(one.spec.model.base, {}))
     yield here(

@@ -41,11 +41,11 @@ def check_access(seen: Seen, folder: Path | None) -> tuple[list[Finding], int]:
             "error",
             f"{own.base} is {there}, and HF_HUB_OFFLINE forbids fetching it; take that variable away, or name a folder",
         )
-    hub.set_up_client(hub.ANSWER)
+    hub.set_up_client(hub.ANSWER_TIMEOUT)
     api = HfApi()
     try:
         api.auth_check(own.base)
-        info = api.model_info(own.base, revision=own.revision, files_metadata=True, timeout=hub.ANSWER)
+        info = api.model_info(own.base, revision=own.revision, files_metadata=True, timeout=hub.ANSWER_TIMEOUT)
     except GatedRepoError:
         way = (
             "and accept its licence" if logged_in() else "accept its licence, and log in (`hf auth login` or HF_TOKEN)"
@@ -88,7 +88,7 @@ def logged_in() -> bool:
 
 def check_push(seen: Seen, login: hub.Login) -> Iterator[Finding]:
     """A login that is certainly wrong is told with the spec's faults (`runner.jobs.prepare`)."""
-    repo, names = seen.spec.hub.repo or "", login.names
+    repo, names = seen.spec.hub.repo or "", login.owners
     if login.doubt:
         yield at(seen.source, "warning", "hub.push", login.doubt)
     if names and "/" in repo and repo.split("/")[0] not in names:

@@ -38,7 +38,10 @@ SAME_STEP = ("name", "seed", "data", "train", "schedule", "checkpoint", "validat
 
 def try_steps(seen: Sequence[Seen], gpus: str | None) -> list[Finding]:
     """A note with time and memory for each shape, or an error where its steps failed."""
-    with tempfile.TemporaryDirectory(prefix="fluxrun-step-") as name, StopRequest(None, at_once=False) as stop:
+    with (
+        tempfile.TemporaryDirectory(prefix="fluxrun-step-") as name,
+        StopRequest(None, interrupt_on_second=False) as stop,
+    ):
         scratch = Path(name)
         tried = list(_trials(seen, scratch))
         jobs = [job for _, _, job in tried]

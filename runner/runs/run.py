@@ -93,14 +93,14 @@ class Run:
     def lease(self) -> Lease:
         found = read_json(self.lease_file)
         attempt = found.get("attempt")
-        return Lease(attempt if isinstance(attempt, int) else 0, Process.read(found.get("holder")))
+        return Lease(attempt if isinstance(attempt, int) else 0, Process.from_json(found.get("holder")))
 
     def holder(self) -> Process | None:
         """The process that works on this run now. One on another host lives as long as the state changes."""
         holder = self.lease().holder
-        if holder is None or (holder.here and not holder.lives):
+        if holder is None or (holder.is_local and not holder.is_alive):
             return None
-        if not holder.here and time.time() - _changed(self.state_file, self.lease_file) > FOREIGN_PATIENCE:
+        if not holder.is_local and time.time() - _changed(self.state_file, self.lease_file) > FOREIGN_PATIENCE:
             return None
         return holder
 
@@ -122,7 +122,7 @@ class Run:
         files.make_folder(self.folder)  # here alone: a folder that vanishes while its run trains is not made again
         try:
             with self.locked():
-                if (holder := self.holder()) and holder != Process.own():
+                if (holder := self.holder()) and holder != Process.current():
                     raise self._locked_error()
                 self.take_stop_request()  # what an earlier queue was told is not meant for this one
                 self._write_claim(spec, plan, version, origin, inputs)
@@ -133,9 +133,9 @@ class Run:
     def active_status(self) -> RunStatus | None:
         """What another process is doing about it now: running, or waiting in a queue."""
         holder, state = self.holder(), self.state()
-        if holder is None or holder == Process.own() or state["state"] not in ("running", "waiting"):
+        if holder is None or holder == Process.current() or state["state"] not in ("running", "waiting"):
             return None
-        where = "" if holder.here else f" on {holder.host}"
+        where = "" if holder.is_local else f" on {holder.host}"
         if state["state"] == "waiting":
             return RunStatus("waiting", f"in the queue of process {holder.pid}{where}")
         pid = locks.lock_holder(self.lock_file) or holder.pid
@@ -151,13 +151,13 @@ class Run:
 
     def _locked_error(self) -> LockHeldError:
         holder = self.lease().holder
-        who = f"process {holder.pid}{'' if holder.here else f' on {holder.host}'}" if holder else "another process"
+        who = f"process {holder.pid}{'' if holder.is_local else f' on {holder.host}'}" if holder else "another process"
         return LockHeldError(f"{who} is working on {self.folder}; wait for it, or stop it")
 
     def lost_lease(self) -> LockHeldError | None:
         """For a queue, which enlisted it: whether another process has the run by now, and which."""
         holder = self.lease().holder
-        return self._locked_error() if holder and holder != Process.own() else None
+        return self._locked_error() if holder and holder != Process.current() else None
 
     def next_attempt(self) -> int:
         """Another try by the same queue."""
@@ -167,7 +167,7 @@ class Run:
     def release(self) -> None:
         """The queue is through with this run."""
         lease = self.lease()
-        if lease.holder == Process.own():
+        if lease.holder == Process.current():
             files.write_json(self.lease_file, {"format": FORMAT, "attempt": lease.attempt, "holder": None})
 
     def begin_attempt(self, attempt: int) -> None:
@@ -212,7 +212,7 @@ class Run:
         )
 
     def _lease(self, attempt: int) -> int:
-        lease = {"format": FORMAT, "attempt": attempt, "holder": Process.own().as_json()}
+        lease = {"format": FORMAT, "attempt": attempt, "holder": Process.current().as_json()}
         files.write_json(self.lease_file, lease)
         return attempt
 

@@ -212,11 +212,17 @@ def _name(view: CropView) -> str:
 
 def open_base(spec: Spec, gpus: str | None, cache: Cache) -> Base:
     """The spec's base on the device that `gpus` chooses, with the process set up for it."""
-    own, where = spec.model, device.choose_device(gpus)
-    device.prepare_device(where, tf32=own.tf32)
-    dtype = device.resolve_dtype(own.dtype, where)
+    where = device.choose_device(gpus)
+    device.prepare_device(where, tf32=spec.model.tf32)
+    return open_base_on(spec, where, cache)
+
+
+def open_base_on(spec: Spec, torch_device: torch.device, cache: Cache) -> Base:
+    """The spec's base on a device that the process is set up for."""
+    model, dtype = spec.model, device.resolve_dtype(spec.model.dtype, torch_device)
+    by_blocks = model.offload == "blocks"
     return loading.open_base(
-        own.base, own.revision, own.variant, where, dtype, own.quantize, cache.folder, own.offload == "blocks"
+        model.base, model.revision, model.variant, torch_device, dtype, model.quantize, cache.folder, by_blocks
     )
 
 

@@ -64,7 +64,7 @@ def test_nothing_is_removed_under_a_queue(mine: House) -> None:
     from runner.runs.run import Run
 
     run = Run(mine.folder / "runs", "a")
-    lease = {"format": 1, "attempt": 1, "holder": Process.own().as_json()}
+    lease = {"format": 1, "attempt": 1, "holder": Process.current().as_json()}
     run.lease_file.write_text(json.dumps(lease))
     said = mine.fluxrun("cache", "prune", "--days", "0")
     assert said.code == 3

@@ -91,7 +91,7 @@ def test_the_cache_is_pruned_in_the_folder_named_before_or_behind(house: House) 
 def queue() -> Iterator[Process]:
     """Another process, as a run's lease names its holder."""
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
-        yield Process(Process.own().host, _boot(), other.pid, _started(other.pid))
+        yield Process(Process.current().host, _boot(), other.pid, _started(other.pid))
         assert other.stdin is not None
         other.stdin.close()
 

@@ -117,7 +117,7 @@ def test_nobody_listening_is_told_without_the_address() -> None:
     notify.send(Target("file:///etc/passwd", None), "run done", "a", "a: done", complaints.append)
     notify.send(Target(None, "false"), "run done", "a", "a: done", complaints.append)
     assert complaints == [
-        "notify.url: run done could not be told (URLError)",
-        "notify.url: run done could not be told (ValueError)",
-        "notify.command: run done could not be told (Command '['false']' returned non-zero exit status 1.)",
+        "notify.url: run done could not be sent (URLError)",
+        "notify.url: run done could not be sent (ValueError)",
+        "notify.command: run done could not be sent (Command '['false']' returned non-zero exit status 1.)",
     ]

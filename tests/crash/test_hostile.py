@@ -138,7 +138,7 @@ def again(stopped: House, tmp_path: Path) -> House:
 def damage(house: House, name: str, kind: str) -> None:
     from runner.core.process_identity import Process
 
-    own = Process.own()
+    own = Process.current()
     text = GARBAGE[kind].replace(b"HOST", own.host.encode()).replace(b"BOOT", own.boot.encode())
     (house.folder / "runs" / "a" / name).write_bytes(text)
 

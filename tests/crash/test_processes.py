@@ -19,11 +19,11 @@ from tests.support.paths import PROJECT
 from tests.support.processes import alive, children
 
 LONG = "steps = 40"
-HASTY = "import sys; from runner.engine import supervisor; supervisor.HANG_FLOOR = 3.0; supervisor.HANG_STEPS = 1; "
+HASTY = "import sys; from runner.engine import supervisor; supervisor.HANG_SECONDS = 3.0; supervisor.HANG_STEPS = 1; "
 # For the control: no death signal (prctl refuses 0), and a trainer that does not notice its broken pipe either.
 ORPHAN = (
     "import sys; from runner.core import process_identity; process_identity.PR_SET_PDEATHSIG = 0; "
-    "from runner.engine import worker_main; worker_main.sender = lambda pipe: lambda event: None; "
+    "from runner.engine import worker_main; worker_main.event_sender = lambda pipe: lambda event: None; "
 )
 CLI = "from runner.cli import main; main()"
 
@@ -105,7 +105,7 @@ def test_killed_queue_and_killed_trainer(house: House, spec: Path, long_night: P
     second.until_step(state(house)["step"] + 4)
     os.kill(second.trainer(), signal.SIGKILL)
     second.until("trying again")
-    assert "a: the trainer was killed by SIGKILL; trying again from step " in second.said
+    assert "a: the training process was killed by SIGKILL; trying again from step " in second.said
     assert second.end() == 0, second.said
     assert state(house)["state"] == "done"
     assert_same(house, other=long_night)
@@ -142,8 +142,8 @@ def test_a_trainer_that_hangs_is_replaced(house: House, spec: Path, long_night: 
     night.until_step(4)
     os.kill(night.trainer(), signal.SIGSTOP)
     assert night.end() == 0, night.said
-    assert "a: no sign of life for 3 s; the trainer is killed\n" in night.said
-    assert "a: no sign of life from the trainer, which was killed; trying again from step " in night.said
+    assert "a: the training process has shown no sign of life for 3 s and is killed\n" in night.said
+    assert "a: the training process hung and was killed; trying again from step " in night.said
     assert_same(house, other=long_night)
 
 

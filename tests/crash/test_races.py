@@ -86,7 +86,7 @@ def leased(run: Run, holder: Process, attempt: int = 3) -> None:
 
 def parent() -> Process:
     """A process that lives and is not this one."""
-    own = Process.own()
+    own = Process.current()
     started = int(Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()[19])
     return replace(own, pid=os.getppid(), started=started)
 
@@ -100,7 +100,7 @@ def test_who_still_holds_a_run(house: House) -> None:
         job.run.claim(job.spec, job.plan, "0")
     assert living.started is not None
     for dead in (replace(living, started=living.started + 1), replace(living, boot="an earlier one"),
-                 replace(living, pid=2**22 + 1), replace(Process.own(), started=1)):  # fmt: skip
+                 replace(living, pid=2**22 + 1), replace(Process.current(), started=1)):  # fmt: skip
         leased(job.run, dead)
         assert job.run.holder() is None
         assert job.run.claim(job.spec, job.plan, "0") == 4
@@ -110,7 +110,7 @@ def test_a_zombie_holds_nothing(house: House) -> None:
     job = job_of(house)
     pid = os.fork()
     if pid == 0:
-        leased(job.run, Process.own())
+        leased(job.run, Process.current())
         os._exit(0)
     deadline = time.monotonic() + 10
     while job.run.lease().holder is None and time.monotonic() < deadline:
@@ -130,7 +130,7 @@ def test_a_process_on_another_host_is_believed_while_the_state_changes(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = job_of(house)
-    leased(job.run, replace(Process.own(), host="elsewhere", pid=7))
+    leased(job.run, replace(Process.current(), host="elsewhere", pid=7))
     with pytest.raises(LockHeldError, match="process 7 on elsewhere is working on"):
         job.run.claim(job.spec, job.plan, "0")
     now = time.time()

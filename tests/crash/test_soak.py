@@ -100,7 +100,7 @@ class Soak:
             rows = self.rows()
         for row in rows:
             given_up = row["state"] == "failed" and row["error"].startswith(
-                "the trainer was killed by SIGKILL (attempt "
+                "the training process was killed by SIGKILL (attempt "
             )
             assert row["state"] in ("done", "stopped") or given_up, row
         return len(rows) == len(self.specs) and {row["state"] for row in rows} == {"done"}

@@ -155,7 +155,7 @@ def test_out_of_memory_halves_the_micro_batch_once(house: House, whole: Path) ->
             said = house.fluxrun("queue", lora(house))
         assert said.code == 3
         assert (
-            "a: out of memory (tried to allocate 20 GiB); trying again with 1 a micro-batch and 2 of them to a step\n"
+            "a: out of memory (tried to allocate 20 GiB); trying again with micro-batches of 1, 2 to a step\n"
         ) in said.err
         assert state(house)["split"] == 2
         said = go_on(house, "a.toml")

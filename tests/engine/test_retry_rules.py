@@ -13,7 +13,7 @@ import pytest
 
 from runner.core import files
 from runner.core.errors import ExitCode
-from runner.engine import supervisor
+from runner.engine import queue_state, supervisor
 from tests.support.house import House, Said
 from tests.support.scripted_trainers import Attempt, trainers
 
@@ -71,8 +71,8 @@ def test_a_run_that_crashed_goes_on_before_the_next_begins(house: House) -> None
 @pytest.mark.parametrize(
     ("code", "told", "state", "exit_code"),
     [
-        (-signal.SIGKILL, "failed: the trainer was killed by SIGKILL (attempt 1 of this queue; ", "failed", 1),
-        (5, "failed: the trainer ended with code 5; runs/a/run.log may say why (attempt 1", "failed", 1),
+        (-signal.SIGKILL, "failed: the training process was killed by SIGKILL (attempt 1 of this queue; ", "failed", 1),
+        (5, "failed: the training process ended with code 5; runs/a/run.log may say why (attempt 1", "failed", 1),
         (ExitCode.FAILED, "failed: why", "failed", 1),
         (ExitCode.BAD_SPEC, "failed: why", "failed", 1),
         (ExitCode.DISK, "paused: why\n", "stopped", 3),
@@ -99,11 +99,11 @@ def test_how_each_end_of_a_trainer_is_told(house: House, code: int, told: str, s
 @pytest.mark.parametrize(
     ("batch", "told"),
     [
-        (2, "1 a micro-batch and 2 of them"),
-        (3, "1 a micro-batch and 3 of them"),
-        (4, "2 a micro-batch and 2 of them"),
-        (6, "3 a micro-batch and 2 of them"),
-        (9, "1 a micro-batch and 9 of them"),
+        (2, "1, 2 to a step"),
+        (3, "1, 3 to a step"),
+        (4, "2, 2 to a step"),
+        (6, "3, 2 to a step"),
+        (9, "1, 9 to a step"),
     ],
 )
 def test_out_of_memory_cuts_the_micro_batch(house: House, batch: int, told: str) -> None:
@@ -112,8 +112,8 @@ def test_out_of_memory_cuts_the_micro_batch(house: House, batch: int, told: str)
     with trainers({"a": [Attempt(ExitCode.MEMORY, "out of memory")]}) as began:
         said = queue(house, "a", "--retries", "0")  # it is no crash
     assert (said.code, began) == (0, ["a begins", "a begins"])
-    assert said.err == f"a: out of memory; trying again with {told} to a step\n"
-    parts = int(told.split(" and ")[1].split(maxsplit=1)[0])
+    assert said.err == f"a: out of memory; trying again with micro-batches of {told}\n"
+    parts = int(told.split(", ")[1].split(maxsplit=1)[0])
     assert json.loads((house.folder / "runs" / "a" / "state.json").read_text())["split"] == parts
 
 
@@ -190,6 +190,11 @@ class Clock(SimpleNamespace):
         self.now += 1.0
 
 
+def set_clock(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
+    for module in (queue_state, supervisor):
+        monkeypatch.setattr(module, "time", clock)
+
+
 @pytest.mark.parametrize(
     ("steps", "silence"),
     [((1.0,), 601), ((11.0,), 601), ((20.0,), 1001), ((20.0, 40.0, 20.0), 2001)],
@@ -199,13 +204,13 @@ def test_how_long_a_trainer_may_be_silent_between_steps(
     house: House, monkeypatch: pytest.MonkeyPatch, steps: tuple[float, ...], silence: int
 ) -> None:
     """Ten minutes, or fifty of its slowest steps."""
-    monkeypatch.setattr(supervisor, "time", Clock())
+    set_clock(monkeypatch, Clock())
     with trainers({"a": [Attempt(None, steps=steps)]}) as told:
         said = queue(house, "a")
     assert (said.code, told) == (0, ["a begins", "a killed", "a begins"])
     assert said.err.endswith(
-        f"a: no sign of life for {silence} s; the trainer is killed\n"
-        "a: no sign of life from the trainer, which was killed; trying again from step 0 (retry 1 of 2)\n"
+        f"a: the training process has shown no sign of life for {silence} s and is killed\n"
+        "a: the training process hung and was killed; trying again from step 0 (retry 1 of 2)\n"
     )
 
 
@@ -213,7 +218,7 @@ def test_before_its_first_step_a_trainer_may_take_as_long_as_it_likes(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock()
-    monkeypatch.setattr(supervisor, "time", clock)
+    set_clock(monkeypatch, clock)
 
     def loads_for_a_day() -> None:
         clock.now += 86400.0
@@ -242,7 +247,7 @@ def test_a_run_that_the_disk_has_no_room_for_is_not_begun(house: House, monkeypa
     with trainers({}) as told:
         said = queue(house, "a")
         assert (said.code, told) == (3, [])
-        assert said.err.startswith("a: paused: the run wants about ")
+        assert said.err.startswith("a: paused: the run needs about ")
         assert said.err.endswith("; free some space, then the same command goes on\n")
         assert states(house)["a"][0] == "stopped"
         assert queue(house, "a").code == 0
@@ -290,4 +295,4 @@ def test_the_third_signal_kills(house: House) -> None:
         said = queue(house, "a")
     assert told == ["a begins", "a asked", "a asked", "a killed"]
     assert said.code == 1
-    assert states(house)["a"][1].startswith("the trainer was killed by SIGKILL")
+    assert states(house)["a"][1].startswith("the training process was killed by SIGKILL")

@@ -14,10 +14,10 @@ import pytest
 
 from runner.core import hardware
 from runner.core.errors import ExitCode
-from runner.engine import slots, supervisor
+from runner.engine import slot_filling, slots
 from runner.engine.progress import Screen
 from runner.engine.worker import Worker
-from runner.engine.worker_main import sender
+from runner.engine.worker_main import event_sender
 from runner.runs.run import Run
 from tests.support.house import House
 from tests.support.paths import PROJECT
@@ -35,7 +35,7 @@ from tests.support.paths import PROJECT
 def test_the_slots_of_a_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: str | None, count: int, most: int, wanted: list[str | None]
 ) -> None:
-    monkeypatch.setattr(hardware, "visible_gpus", lambda: 0)
+    monkeypatch.setattr(slots, "visible_gpu_count", lambda: 0)
     assert [slot.gpus for slot in slots.make_slots(gpus, count, most, tmp_path)] == wanted
 
 
@@ -45,7 +45,7 @@ def test_every_visible_gpu_is_a_slot_by_default(tmp_path: Path, monkeypatch: pyt
     assert [slot.gpus for slot in made] == ["0", "1"]
     assert [lock.name for slot in made for lock in slot.locks] == ["4", "7"]  # the card's own, whoever counts how
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert hardware.visible_gpus() == 0
+    assert hardware.visible_gpu_count() == 0
 
 
 @pytest.mark.parametrize(
@@ -110,13 +110,13 @@ def starting(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
 def test_a_trainer_that_goes_without_a_word_has_done_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever its exit code; and one that died while it waited for a run harms nobody."""
     starting(monkeypatch, "")
-    trainer = Worker("cpu", None)
-    assert trainer.process.wait() == 0
-    trainer.order(tmp_path, 1, [])
-    assert trainer.poll() == []
-    assert trainer.code == ExitCode.CRASHED
-    assert not trainer.lives
-    trainer.dismiss()
+    worker = Worker("cpu", None)
+    assert worker.process.wait() == 0
+    worker.submit(tmp_path, 1, [])
+    assert worker.read_events() == []
+    assert worker.exit_code == ExitCode.CRASHED
+    assert not worker.accepts_runs
+    worker.shutdown()
 
 
 def test_what_a_trainer_said_before_it_had_a_run_is_in_the_first_ones_log(
@@ -124,11 +124,11 @@ def test_what_a_trainer_said_before_it_had_a_run_is_in_the_first_ones_log(
 ) -> None:
     starting(monkeypatch, "raise ImportError('libcudart is not there')")
     (tmp_path / "run.log").write_text("before\n")
-    trainer = Worker("cpu", None)
-    trainer.order(tmp_path, 1, [])
-    trainer.process.wait()
-    trainer.poll()
-    trainer.dismiss()
+    worker = Worker("cpu", None)
+    worker.submit(tmp_path, 1, [])
+    worker.process.wait()
+    worker.read_events()
+    worker.shutdown()
     first, *_, last = (tmp_path / "run.log").read_text().splitlines()
     assert (first, last) == ("before", "ImportError: libcudart is not there")
 
@@ -136,28 +136,28 @@ def test_what_a_trainer_said_before_it_had_a_run_is_in_the_first_ones_log(
 def test_what_it_said_is_in_no_log_once_it_has_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else a run that dies much later would be given what was said at the start."""
     starting(monkeypatch, "import sys; print('a warning', file=sys.stderr); print('{\"say\": \"line\"}'); sys.exit(1)")
-    trainer = Worker("cpu", None)
-    trainer.order(tmp_path, 1, [])
-    trainer.process.wait()
-    assert trainer.poll() == [{"say": "line"}]
-    trainer.dismiss()
-    assert trainer.code == 1
+    worker = Worker("cpu", None)
+    worker.submit(tmp_path, 1, [])
+    worker.process.wait()
+    assert worker.read_events() == [{"say": "line"}]
+    worker.shutdown()
+    assert worker.exit_code == 1
     assert not (tmp_path / "run.log").exists()
 
 
 def test_trainers_that_get_no_run_are_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One for each run, as far as there are slots, whose locks they leave alone; what was taken out is the queue's."""
     starting(monkeypatch, "import time; time.sleep(600)")
-    monkeypatch.setattr(supervisor, "Worker", Worker)
+    monkeypatch.setattr(slot_filling, "Worker", Worker)
     own = slots.make_slots("cpu", 4, 1, tmp_path / "runs")
-    with supervisor.warmed(own, 2) as warm:
-        assert [*warm] == [0, 1]
-        kept, gone = warm.pop(0), warm[1]
-        assert kept.lives
-        assert gone.lives
+    with slot_filling.start_workers(own, 2) as workers:
+        assert [*workers] == [0, 1]
+        kept, gone = workers.pop(0), workers[1]
+        assert kept.accepts_runs
+        assert gone.accepts_runs
     assert gone.process.poll() is not None
-    assert kept.lives
-    kept.dismiss()
+    assert kept.accepts_runs
+    kept.shutdown()
     assert kept.process.poll() is not None
     assert not (tmp_path / "runs").exists()
 
@@ -166,7 +166,7 @@ def test_an_event_is_whole_or_not_there() -> None:
     """However long a reason is, and however few bytes the pipe has left."""
     read, write = os.pipe()
     os.set_blocking(write, False)
-    send = sender(write)
+    send = event_sender(write)
     for _ in range(200):
         send({"say": "ended", "reason": "ä" * 5000})
     os.close(write)
@@ -285,7 +285,7 @@ def test_a_trainer_on_a_cpu_keeps_its_heap_whole_and_one_on_a_gpu_is_left_alone(
     for gpus, own in ((None, None), ("0", None), ("cpu", "glibc.malloc.check=3")):
         if own:
             monkeypatch.setenv("GLIBC_TUNABLES", own)
-        Worker(gpus, None).dismiss()
+        Worker(gpus, None).shutdown()
     first, second, third = (env.get("GLIBC_TUNABLES") for env in told)
     assert first is not None
     assert "tcache_count=0" in first

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from runner.core.errors import NonFiniteError
-from runner.engine import supervisor
+from runner.engine import outcomes
 from runner.jobs.card_fit import less_memory
 from runner.jobs.prepare import prepare_jobs
 from runner.spec.keys import all_keys, models_in
@@ -488,8 +488,8 @@ def test_a_run_whose_loss_is_no_number_says_what_to_change_and_does_so(house: Ho
 
 
 def test_what_a_failed_run_is_told_to_do_next() -> None:
-    assert NonFiniteError.code in supervisor.NEXT
-    assert "tries again" not in "".join(supervisor.NEXT.values()), "a known failure is met again"
+    assert NonFiniteError.code in outcomes.ADVICE
+    assert "tries again" not in "".join(outcomes.ADVICE.values()), "a known failure is met again"
 
 
 def test_fresh_is_not_asked_for_where_it_is_given(done: House, tmp_path: Path) -> None:

@@ -80,18 +80,18 @@ def test_memory_is_back_between_runs(house: House) -> None:
     jobs = prepare_jobs(
         [house.folder / "a.toml", house.folder / "b.toml"], house.folder / "runs", fetch=True, fresh=False
     )
-    warm = WorkerState()
+    state = WorkerState()
     left = []
     for job in jobs:
         attempt = job.run.claim(job.spec, job.plan, "test", job.source.origin)
         assert (
-            train_run(TrainRequest(job.run.folder, attempt), "0", lambda _: None, StopRequest(), warm) == ExitCode.DONE
+            train_run(TrainRequest(job.run.folder, attempt), "0", lambda _: None, StopRequest(), state) == ExitCode.DONE
         )
         device.release(torch.device("cuda"))
-        left.append(torch.cuda.memory_allocated() - warm.model_pool.bytes)
-        assert not warm.worn("0")
+        left.append(torch.cuda.memory_allocated() - state.model_pool.bytes)
+        assert not state.has_leaked("0")
     assert left[1] - left[0] < 8 << 20
-    assert warm.model_pool.bytes > 0
+    assert state.model_pool.bytes > 0
 
 
 def test_two_trainings_and_a_resumed_one_end_with_the_same_bytes(house: House) -> None:

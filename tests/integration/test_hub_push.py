@@ -59,7 +59,7 @@ def there(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     with hub("someone") as there:
         monkeypatch.setattr(constants, "ENDPOINT", there.address)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(ours, "PAUSES", (0.01, 0.01))
+        monkeypatch.setattr(ours, "RETRY_DELAYS", (0.01, 0.01))
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         yield there
 

@@ -208,10 +208,10 @@ def test_a_trainer_whose_memory_did_not_come_back_is_replaced(house: House, monk
     from runner.engine import worker_main
     from runner.model import device
 
-    warm = worker_main.WorkerState()
+    state = worker_main.WorkerState()
     levels = iter([500 << 20, 600 << 20, 900 << 20])
     monkeypatch.setattr(device, "memory_in_use", lambda where: next(levels))
-    assert [warm.worn("cpu") for _ in range(3)] == [False, False, True]
+    assert [state.has_leaked("cpu") for _ in range(3)] == [False, False, True]
 
 
 def test_state_tells_time_and_peak_of_every_phase(house: House) -> None:

@@ -141,7 +141,7 @@ def little_memory(house: House, patch: Patch) -> Path:
     patch.setattr(
         hardware, "MEMINFO", house.write("meminfo", "MemTotal: 9 kB\nMemAvailable: 4096 kB\nSwapFree: 4 kB\n")
     )
-    patch.setattr(hardware, "_container", lambda: [])
+    patch.setattr(hardware, "_container_memory", lambda: None)
     return house.spec()
 
 

@@ -143,7 +143,7 @@ def test_a_login_that_nobody_can_ask_for_is_a_warning(
 def test_what_the_hub_refuses_is_not_tried_again(
     there: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int, tries: int
 ) -> None:
-    monkeypatch.setattr(ours, "PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(ours, "RETRY_DELAYS", (0.0, 0.0))
     (tmp_path / "README.md").write_text("a card")
     there.commit_status = status
     wrong = ours.push(tmp_path, "me/style", False, "a run", lambda: False)

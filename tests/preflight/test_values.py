@@ -119,7 +119,7 @@ def test_patience_that_is_shorter_than_a_look(house: House) -> None:
 # ---- whom to tell --------------------------------------------------------------------------------------------------
 
 SHOWN = (
-    "whoever knows this address can use it, and it stands in the spec, which is copied into the run's folder (not shown); "
+    "anyone who has this address can use it, and it is written in the spec, which is copied into the run's folder (not shown); "
     'put it into the environment and write url = "$NAME"'
 )
 
@@ -161,7 +161,7 @@ def test_a_secret_is_not_passed_on_with_the_run(house: House) -> None:
     spec = house.spec(steps="steps = 2", prompts="prompts = []", every=f'every = 2\n[notify]\nurl = "{hook}"')
     said = house.fluxrun("queue", spec)
     assert said.code == 0
-    assert "notify.url: whoever knows this address can use it" in said.err
+    assert "notify.url: anyone who has this address can use it" in said.err
     runs = house.folder / "runs"
     passed_on = [*(runs / "a" / "export").iterdir(), runs / "index.html", runs / "index.jsonl"]
     assert len(passed_on) > 5

@@ -52,7 +52,7 @@ LOGS = {"run.log", "history.jsonl"}
 
 def taken(run: Run, attempt: int = 9) -> None:
     """As another host's process takes a run whose holder it believes to be dead."""
-    elsewhere = replace(Process.own(), host="elsewhere", pid=7).as_json()
+    elsewhere = replace(Process.current(), host="elsewhere", pid=7).as_json()
     run.lease_file.write_text(json.dumps({"format": FORMAT, "attempt": attempt, "holder": elsewhere}))
 
 
@@ -339,22 +339,22 @@ def test_what_changes_between_plan_and_start_is_refused(
     house: House, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     """Nothing is trained on data that no plan knows; the same command plans again."""
-    from runner.engine import supervisor
+    from runner.engine import slot_filling
 
     run = Run(house.folder / "runs", "a")
-    inline = supervisor.Worker
+    inline = slot_filling.Worker
 
     class Late(inline):  # type: ignore[misc, valid-type]
-        def order(self, folder: Path, *more: Any) -> None:
+        def submit(self, folder: Path, *more: Any) -> None:
             if what == "a caption":
                 (house.folder / "pictures" / "01.txt").write_text("a TOK, quite different")
             elif what == "a picture":
                 shutil.copy(house.folder / "pictures" / "02.png", house.folder / "pictures" / "01.png")
             else:
                 run.spec_file.write_text(run.spec_file.read_text().replace("rank = 4", "rank = 5"))
-            super().order(folder, *more)
+            super().submit(folder, *more)
 
-    monkeypatch.setattr(supervisor, "Worker", Late)
+    monkeypatch.setattr(slot_filling, "Worker", Late)
     said = house.fluxrun("queue", house.spec("a"), "--gpus", "cpu", "--no-check")
     assert said.code == 1
     assert said.err == (

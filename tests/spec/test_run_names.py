@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from runner.engine import supervisor
+from runner.engine import slot_filling
 from runner.runs.run import Run
 from runner.spec import run_names
 from tests.support.house import House
@@ -338,13 +338,13 @@ def test_a_run_whose_folder_vanishes_is_told_and_the_next_goes_on(
 def test_a_trainer_killed_with_its_folder_gone_is_not_tried_again(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Killed(supervisor.Worker):  # what stands in for a trainer here, in this process
-        def poll(self) -> list[Any]:
-            shutil.rmtree(self.told[0])
-            self.code = -9
+    class Killed(slot_filling.Worker):  # what stands in for a trainer here, in this process
+        def read_events(self) -> list[Any]:
+            shutil.rmtree(self.request[0])
+            self.exit_code = -9
             return []
 
-    monkeypatch.setattr(supervisor, "Worker", Killed)
+    monkeypatch.setattr(slot_filling, "Worker", Killed)
     house.write("a.toml", LORA)
     said = house.fluxrun("queue", "a.toml", "--no-check")
     assert said.code == 3

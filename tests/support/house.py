@@ -13,11 +13,11 @@ from pathlib import Path
 
 from click.testing import CliRunner
 
-from runner.engine import supervisor
-from tests.support.inline_trainer import InlineTrainer
+from runner.engine import slot_filling
+from tests.support.inline_worker import InlineWorker
 from tests.support.paths import PICTURES, PROJECT
 
-supervisor.Worker = InlineTrainer  # type: ignore[assignment, misc]
+slot_filling.Worker = InlineWorker  # type: ignore[assignment, misc]
 
 PIVOTAL = """
 [model]

@@ -14,7 +14,7 @@ import pytest
 
 from runner.core.errors import ExitCode
 from runner.core.files import make_folder
-from runner.engine import supervisor
+from runner.engine import slot_filling, supervisor
 from runner.runs.checkpoint_files import checkpoint_name
 from runner.runs.run import Run
 
@@ -53,16 +53,16 @@ def trainers(script: Mapping[str, Sequence[Attempt]]) -> Iterator[list[str]]:
 
     class Scripted:
         def __init__(self, gpus: str | None, threads: int | None) -> None:
-            self.code: int | None = None
-            self.lives = True
+            self.exit_code: int | None = None
+            self.accepts_runs = True
 
-        def order(self, folder: Path, attempt: int, later: Sequence[Path]) -> None:
+        def submit(self, folder: Path, attempt: int, upcoming: Sequence[Path]) -> None:
             self.run = Run.at(folder)
             self.now = left[self.run.name].pop(0) if left.get(self.run.name) else Attempt()
-            self.code, self.end, self.polls = None, self.now.code, 0
+            self.exit_code, self.end, self.polls = None, self.now.code, 0
             told.append(f"{self.run.name} begins")
 
-        def poll(self) -> list[Any]:
+        def read_events(self) -> list[Any]:
             self.polls += 1
             assert self.polls < PATIENCE, f"{self.run.name} trains on, and nobody asks it to stop"
             if self.polls == 1:
@@ -71,26 +71,28 @@ def trainers(script: Mapping[str, Sequence[Attempt]]) -> Iterator[list[str]]:
                 self.now.then()
                 return [{"say": "step", "number": n, "loss": None, "seconds": seconds, "stop": 9, "steps": 9}
                         for n, seconds in enumerate(self.now.steps, 1)]  # fmt: skip
-            self.code = None if self.end is None else int(self.end)
-            if self.code == ExitCode.DONE:
+            self.exit_code = None if self.end is None else int(self.end)
+            if self.exit_code == ExitCode.DONE:
                 self.run.write_state("done", step=1, exports=[])
-            return [{"say": "ended", "reason": self.now.reason}] if self.code is not None and self.now.reason else []
+            return (
+                [{"say": "ended", "reason": self.now.reason}] if self.exit_code is not None and self.now.reason else []
+            )
 
-        def ask(self) -> None:
+        def request_stop(self) -> None:
             told.append(f"{self.run.name} asked")
             if self.now.code is None and told.count(told[-1]) == 1:
                 self.end = ExitCode.STOPPED
 
         def kill(self) -> None:
             told.append(f"{self.run.name} killed")
-            self.end, self.lives = -signal.SIGKILL, False
+            self.end, self.accepts_runs = -signal.SIGKILL, False
 
-        def dismiss(self) -> None:
-            self.lives = False
+        def shutdown(self) -> None:
+            self.accepts_runs = False
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(supervisor, "Worker", Scripted)
-        patch.setattr(supervisor, "TICK", 0.0)
+        patch.setattr(slot_filling, "Worker", Scripted)
+        patch.setattr(supervisor, "POLL_INTERVAL", 0.0)
         patch.setattr(supervisor, "publish", lambda *_: None)  # the page of nights without numbers
         patch.setattr(supervisor, "preload", nothing)
         yield told

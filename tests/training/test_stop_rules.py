@@ -87,13 +87,13 @@ def test_a_deadline_is_the_next_time_the_clock_shows_it(
 def test_a_deadline_counts_as_one_signal(clock: SimpleNamespace) -> None:
     """Not as one more: the second signal, not the first after the deadline, stops at once."""
     request = StopRequest(clock.now + datetime.timedelta(seconds=30))
-    assert (request(), request.asked) == (False, 0)
+    assert (request(), request.requests) == (False, 0)
     clock.now += datetime.timedelta(seconds=30)
-    assert (request(), request.asked) == (True, 1)
+    assert (request(), request.requests) == (True, 1)
     request.signals = 1
-    assert request.asked == 1
+    assert request.requests == 1
     request.signals = 2
-    assert request.asked == 2
+    assert request.requests == 2
 
 
 # ---- signals -------------------------------------------------------------------------------------------------------
@@ -125,10 +125,10 @@ def test_a_signal_is_a_request_and_the_second_one_stops_at_once(number: signal.S
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGTERM)
     assert signal.getsignal(number) is before
-    with StopRequest(at_once=False) as request:
+    with StopRequest(interrupt_on_second=False) as request:
         for _ in range(3):
             os.kill(os.getpid(), number)
-        assert request.asked == 3
+        assert request.requests == 3
 
 
 @pytest.mark.usefixtures("_unheard")

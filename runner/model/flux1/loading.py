@@ -44,7 +44,7 @@ def _fetched(text: str, revision: str | None) -> Path:
 
     wanted = ["model_index.json", *(f"{part}/*" for part in PARTS)]  # not the single-file copies beside them
     try:
-        hub.set_up_client(hub.ANSWER)
+        hub.set_up_client(hub.ANSWER_TIMEOUT)
         return Path(snapshot_download(text, revision=revision, allow_patterns=wanted))
     except Exception as error:
         # The client has an exception for each way of not being answered, and passes on those of the libraries below it.
