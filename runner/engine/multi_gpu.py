@@ -12,15 +12,14 @@ from pathlib import Path
 
 import torch
 
-from runner.cache.store import Cache
 from runner.core.errors import FluxrunError
 from runner.core.process_identity import exit_with_parent
 from runner.data import sources
 from runner.jobs.prepare import data_source, plan_of
-from runner.model import device
-from runner.model.flux1 import loading
+from runner.model import device, libraries
 from runner.runs.run import Run
 from runner.spec.schema import Spec, dump
+from runner.training.context import open_base, open_cache
 from runner.training.distributed import Ranks
 from runner.training.run import assist_rank
 
@@ -69,18 +68,16 @@ def main() -> None:
     ranks = Ranks(order["rank"], order["count"])
     where = torch.device("cuda", ranks.rank) if order["device"] == "cuda" else torch.device("cpu")
     device.prepare_device(where, tf32=spec.model.tf32)
-    loading.quiet()
+    libraries.quiet()
     if where.type == "cpu":
         torch.set_num_threads(max(1, torch.get_num_threads() // ranks.count))
     pictures = sources.read_source(data_source(spec)).hold_out(spec.data.holdout)
     plan = plan_of(spec, pictures)
     if plan.key != order["key"]:
         raise FluxrunError("the data changed while the run was starting; start it again")
-    model, runs = spec.model, Path(order["runs"])
-    cache, dtype = Cache(runs / "cache"), device.resolve_dtype(model.dtype, where)
-    base = loading.open_base(
-        model.base, model.revision, model.variant, where, dtype, model.quantize, cache.folder, model.offload == "blocks"
-    )
+    runs = Path(order["runs"])
+    cache = open_cache(runs)
+    base = open_base(spec, where, cache)
     ranks.join(ranks.find(order["port"]), where)
     try:
         assist_rank(Run(runs, spec.name), spec, plan, pictures, base, cache, ranks, order["split"])

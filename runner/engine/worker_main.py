@@ -23,14 +23,13 @@ from runner.data.images import DataError, Pictures
 from runner.data.sources import DatasetSource
 from runner.engine.multi_gpu import train_on_ranks
 from runner.jobs.prepare import data_source, plan_of
-from runner.model import device
+from runner.model import device, libraries
 from runner.model.base import Base
-from runner.model.flux1 import loading
 from runner.plan.build import PlanError
 from runner.plan.phases import Plan
 from runner.runs.run import Run, read_spec
 from runner.spec.schema import Spec
-from runner.training.context import RunContext, open_cache
+from runner.training.context import RunContext, open_base, open_cache
 from runner.training.distributed import Ranks
 from runner.training.model_pool import ModelPool
 from runner.training.run import execute_run
@@ -61,8 +60,8 @@ def main(gpus: str | None, stop: StopRequest) -> ExitCode:
     events = os.dup(sys.stdout.fileno())
     os.set_blocking(events, False)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print is for the log
-    device.preload_libraries()
-    loading.quiet()
+    libraries.preload_libraries()
+    libraries.quiet()
     warm, code = WorkerState(), ExitCode.DONE
     while code is ExitCode.DONE and (line := sys.stdin.readline()):
         told = TrainRequest.read(line)
@@ -144,7 +143,7 @@ def _train(
     spec = read_spec(run.spec_file)
     where = device.choose_device(gpus)
     device.prepare_device(where, tf32=spec.model.tf32)
-    loading.quiet()
+    libraries.quiet()
     try:
         pictures = sources.read_source(data_source(spec)).hold_out(spec.data.holdout)
     except DataError as error:
@@ -154,11 +153,8 @@ def _train(
     except PlanError as error:  # of a data set that could not be read when the queue planned the run
         raise FluxrunError(str(error)) from error
     _same_as_planned(run, plan)
-    model, split = spec.model, run.micro_batch_parts(spec.train.batch_size)
-    cache, dtype = open_cache(run.runs), device.resolve_dtype(model.dtype, where)
-    base = loading.open_base(
-        model.base, model.revision, model.variant, where, dtype, model.quantize, cache.folder, model.offload == "blocks"
-    )
+    split, cache = run.micro_batch_parts(spec.train.batch_size), open_cache(run.runs)
+    base = open_base(spec, where, cache)
 
     def beside() -> list[RunContext]:
         return [context for folder in told.later if (context := _later(folder, spec, base, cache, event_log, warm))]

@@ -7,8 +7,8 @@ import gc
 import os
 import resource
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,46 +49,6 @@ def compiled_folder() -> Path:
     """Where torch keeps what model.compile made, Triton's kernels too, over a restart of the machine. The user's own folder, not
     the runs': it holds code and pickles, which nobody should get with a folder of runs."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fluxrun" / "compile"
-
-
-def preload_libraries() -> None:
-    """Import what a run will import and take it out of the garbage collector's way: half a million objects, which every
-    collection between phases would walk through. To be called before any model is loaded, else that stays for ever too.
-    """
-    # which they would import wherever it is installed, and torch's compiler with it, for layers that nobody asks for
-    with _hide_module("bitsandbytes"):
-        import diffusers
-        import peft
-        import transformers
-        from peft.import_utils import is_bnb_4bit_available, is_bnb_available
-
-        for ask in (
-            is_bnb_available,
-            is_bnb_4bit_available,
-        ):  # which are remembered; else the first adapter would import it
-            ask()
-        for name in ("FluxPipeline", "FluxTransformer2DModel", "AutoencoderKL"):
-            getattr(diffusers, name)
-        for name in ("CLIPTextModel", "T5EncoderModel", "AutoTokenizer"):
-            getattr(transformers, name)
-        assert peft.LoraConfig
-    gc.collect()
-    gc.freeze()
-    gc.enable()
-
-
-@contextmanager
-def _hide_module(name: str) -> Iterator[None]:
-    """A module that cannot be imported within; it can be again afterwards. Not where it was already, or where a library has
-    seen that it is there."""
-    if {name, "diffusers", "transformers", "peft"} & sys.modules.keys():
-        yield
-        return
-    sys.modules[name] = None  # type: ignore[assignment]  # what `import` takes for absent
-    try:
-        yield
-    finally:
-        del sys.modules[name]
 
 
 def resolve_dtype(name: str | None, device: torch.device) -> torch.dtype:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,11 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from runner.base.files import clip_config
-from runner.base.layers import clip_layers, linear_layers, lora_layers
 from runner.core.seeds import derive
-from runner.model.base import Base
-from runner.spec.schema import Spec
 
 ADAPTER = "default"
 
@@ -104,19 +99,3 @@ def adapter_metadata(shape: LoraShape) -> dict[str, Any]:
     config = LoraConfig(r=shape.rank, lora_alpha=shape.alpha, lora_dropout=shape.dropout).to_dict()  # type: ignore[arg-type]
     config["target_modules"] = sorted(shape.layers)
     return {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
-
-
-def text_lora_shape(spec: Spec, base: Base) -> LoraShape:
-    own = spec.text_lora
-    assert own is not None
-    assert own.alpha is not None  # the spec resolves it
-    config = clip_config(base.folder)
-    assert config is not None
-    return LoraShape(own.rank, own.alpha, 0.0, tuple(clip_layers(config)))
-
-
-def lora_shape(spec: Spec, base: Base) -> LoraShape:
-    own = spec.lora
-    config = json.loads((base.folder / "transformer" / "config.json").read_text())
-    assert own.alpha is not None  # the spec resolves it
-    return LoraShape(own.rank, own.alpha, own.dropout, tuple(lora_layers(linear_layers(config), own.layers)))

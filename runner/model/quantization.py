@@ -72,7 +72,9 @@ def _bitsandbytes() -> Any:
     try:
         from bitsandbytes import functional
     except ImportError as error:
-        raise FluxrunError(f'model.quantize: nf4 needs bitsandbytes ({error}); pip install "fluxrun[bitsandbytes]"') from error
+        raise FluxrunError(
+            f'model.quantize: nf4 needs bitsandbytes ({error}); pip install "fluxrun[bitsandbytes]"'
+        ) from error
     return functional
 
 

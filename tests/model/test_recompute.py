@@ -16,9 +16,12 @@ from torch import Tensor
 
 from runner.base.layers import linear_layers, lora_layers
 from runner.checkpoint.storage import Weights
-from runner.model import flow_matching, lora, recomputation
+from runner.model import base as bases
+from runner.model import flow_matching, lora, recomputation, token_rows
 from runner.model.device import autocast
-from runner.model.flux1 import loading, recompute, recompute_t5, text_encoders, transformer
+from runner.model.families import family_of
+from runner.model.family import PromptEmbeds
+from runner.model.flux1 import loading, recompute, recompute_t5, transformer
 from runner.training.encoders import LiveEncoder
 from tests.support.house import House
 from tests.support.runs import desk_of
@@ -46,7 +49,7 @@ def made(
         noise = torch.randn(parameter.shape, generator=generator) * 0.2
         parameter.data = noise if ".lora_" in name else (parameter.data + noise).to(dtype)
     if spared:
-        recompute.enable_recompute(model, plain=transformer.run_twice(model, every), again=again)
+        recompute.enable_recompute(model, plain=transformer.checkpointed_blocks(model, every), again=again)
     return model.train()
 
 
@@ -61,7 +64,7 @@ def run(
     noised = flow_matching.NoisyBatch(noise, noise, torch.ones(images, 1, 1), torch.linspace(0.2, 0.9, images))
     predict = transformer.predictor(model, 3.5, torch.device("cpu"), dtype)
     with autocast(torch.device("cpu"), dtype):
-        out = predict(noised, transformer.PromptEmbeds(txt, vec), 4, 6)
+        out = predict(noised, PromptEmbeds(txt, vec), 4, 6)
     if not back:
         return {"out": out}
     found = {"out": out.detach()}
@@ -94,7 +97,7 @@ def test_adapted_layers_that_read_the_same_are_one_step() -> None:
     model = made(spared=True)
     noised = flow_matching.NoisyBatch(torch.randn(1, 6, 8), torch.zeros(1, 6, 8), torch.ones(1, 1, 1), torch.ones(1))
     predict = transformer.predictor(model, 3.5, torch.device("cpu"), torch.float32)
-    out = predict(noised, transformer.PromptEmbeds(torch.randn(1, 5, 24), torch.randn(1, 12)), 4, 6)
+    out = predict(noised, PromptEmbeds(torch.randn(1, 5, 24), torch.randn(1, 12)), 4, 6)
     steps = [node.name() for node in graph(out.grad_fn)]
     assert steps.count("_AdaptedBackward") == 2 * (2 + 6) + 1 + 2
 
@@ -131,7 +134,7 @@ def test_checkpointed_blocks_compute_the_same_bits_and_all_come_back(every: int)
     plain = {1: [True, True, True, False], 2: [True, False, True, False], 3: [True, False, False, False]}
     assert [block.plain for block in blocks] == plain[every]
     assert [getattr(block, "last", False) for block in blocks] == [False, False, False, True]
-    transformer.enable_gradient_checkpointing(model, transformer.run_twice(model, every))
+    transformer.enable_gradient_checkpointing(model, transformer.checkpointed_blocks(model, every))
     ours, theirs = run(model, 2, True), run(made(spared=True), 2, True)
     assert all(torch.equal(ours[name], value) for name, value in theirs.items())
     recompute.disable_recompute(model)
@@ -225,11 +228,11 @@ def test_a_tensor_is_made_again_once_for_all_its_readers() -> None:
 
 
 def t5_with_rows(dtype: torch.dtype = torch.float32) -> LiveEncoder:
-    base = loading.open_base("builtin:tiny", None, None, torch.device("cpu"), dtype)
+    base = bases.open_base("builtin:tiny", None, None, torch.device("cpu"), dtype)
     model, tokenizer = loading.load_t5(base), loading.load_tokenizer(base, "t5")
-    live = LiveEncoder("t5", model, tokenizer, text_encoders.table_std(model))
-    live.rows = torch.nn.Parameter(text_encoders.initial_rows(model, tokenizer, [(2, None)], 0, "t5"))
-    text_encoders.attach_token_rows(model, tokenizer, ["<s0>", "<s1>"], live.rows)
+    live = LiveEncoder(family_of(base), "t5", model, tokenizer, token_rows.table_std(model))
+    live.rows = torch.nn.Parameter(token_rows.initial_rows(model, tokenizer, [(2, None)], 0, "t5"))
+    token_rows.attach_token_rows(model, tokenizer, ["<s0>", "<s1>"], live.rows)
     live.ids |= {one: live._ids(one, 32) for one in ("a <s0><s1>", "b")}
     return live
 

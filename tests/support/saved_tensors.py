@@ -13,9 +13,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import T5EncoderModel
 
-from runner.model import flow_matching, fused_lora, lora, recomputation
-from runner.model.flux1 import latents, recompute, recompute_t5, text_encoders
-from runner.model.flux1.transformer import PromptEmbeds, predictor
+from runner.model import flow_matching, fused_lora, lora, recomputation, token_rows
+from runner.model.family import PromptEmbeds
+from runner.model.flux1 import latents, recompute, recompute_t5
+from runner.model.flux1.transformer import predictor
 
 
 def counted(modules: list[Any], forward: Callable[[], Tensor]) -> int:
@@ -124,7 +125,7 @@ def encoder(kind: Any, config: Any, dtype: torch.dtype, captions: int, tokens: i
             model = kind(config).requires_grad_(False).eval()
         table = model.get_input_embeddings()
         rows = torch.nn.Parameter(torch.zeros(2, table.weight.shape[1]))
-        model.set_input_embeddings(text_encoders.TokenRows(table, table.weight.shape[0] - 2, rows))
+        model.set_input_embeddings(token_rows.TokenRows(table, table.weight.shape[0] - 2, rows))
         ids = torch.zeros(captions, tokens, dtype=torch.long)
         if kind is T5EncoderModel:
             recompute_t5.enable_recompute(model, plain=False, again=again)
