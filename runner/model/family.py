@@ -58,10 +58,12 @@ class TrainSettings:
 class LayerNames:
     """How other programs name a family and its layers.
 
-    title: the model's name in messages. version, network, implementation: sd-scripts' `ss_base_model_version` and `ss_network_module`, ModelSpec's implementation;
-    architecture: ModelSpec's, of a base that takes a guidance and of one that does not. matrix_of: a module of the transformer
-    -> the original model's matrix that holds it and all modules in that matrix, in the order of its output rows; modules_of: a
-    matrix -> its modules; both None for an unknown name. around: the modules that lie in no block.
+    title: the model's name in messages.
+    version, network: sd-scripts' `ss_base_model_version` and `ss_network_module`.
+    architecture: ModelSpec's name of it, given whether the base takes a guidance. implementation: ModelSpec's.
+    matrix_of: a module of the transformer -> the matrix of the original model that holds it, and all modules in that matrix in
+    the order of its output rows; None for an unknown module. modules_of: a matrix -> its modules; None for an unknown one.
+    around: the modules that are in no block.
     """
 
     title: str

@@ -22,21 +22,18 @@ def quiet() -> None:
 
 
 def preload_libraries() -> None:
-    """Import what a run will import and take it out of the garbage collector's way: half a million objects, which every
-    collection between phases would walk through. To be called before any model is loaded, else that stays for ever too.
+    """Import what a run will import, and freeze the imported objects (gc.freeze): half a million, which every collection between
+    phases would walk through. Call it before any model is loaded, or the model is frozen too and never freed.
     """
-    # which they would import wherever it is installed, and torch's compiler with it, for layers that nobody asks for
+    # The libraries would import bitsandbytes wherever it is installed, and torch's compiler with it, for layers not used here.
     with _hide_module("bitsandbytes"):
         import diffusers
         import peft
         import transformers
         from peft.import_utils import is_bnb_4bit_available, is_bnb_available
 
-        for ask in (
-            is_bnb_available,
-            is_bnb_4bit_available,
-        ):  # which are remembered; else the first adapter would import it
-            ask()
+        for is_available in (is_bnb_available, is_bnb_4bit_available):  # cached: else the first adapter would import it
+            is_available()
         for name in ("FluxPipeline", "FluxTransformer2DModel", "AutoencoderKL"):
             getattr(diffusers, name)
         for name in ("CLIPTextModel", "T5EncoderModel", "AutoTokenizer"):
@@ -49,12 +46,11 @@ def preload_libraries() -> None:
 
 @contextmanager
 def _hide_module(name: str) -> Iterator[None]:
-    """A module that cannot be imported within; it can be again afterwards. Not where it was already, or where a library has
-    seen that it is there."""
+    """Within, the module cannot be imported. Nothing is hidden once it, or a library that looks for it, has been imported."""
     if {name, "diffusers", "transformers", "peft"} & sys.modules.keys():
         yield
         return
-    sys.modules[name] = None  # type: ignore[assignment]  # what `import` takes for absent
+    sys.modules[name] = None  # type: ignore[assignment]  # for `import` it is absent
     try:
         yield
     finally:

@@ -21,7 +21,7 @@ from runner.core.errors import FluxrunError
 from runner.data import tokens
 from runner.model import lora, token_rows
 from runner.model.base import Base
-from runner.model.device import move_module, release
+from runner.model.device import release, to_device
 from runner.model.families import family_of
 from runner.model.family import ModelFamily
 from runner.plan.phases import Encode, Plan, recomputed
@@ -131,7 +131,7 @@ class LiveEncoder:
         self.rows: nn.Parameter | None = None
         self.first_rows: Tensor | None = None  # what they began as
         self.adapter: Mapping[str, nn.Parameter] = {}
-        self.again = False  # whether its activations are made again in the backward pass, rather than kept
+        self.checkpointed = False  # whether it runs again in the backward pass, instead of keeping its activations
 
     @classmethod
     def load(
@@ -145,7 +145,7 @@ class LiveEncoder:
         if asked.large and learn_rows:
             recompute, offloaded = recomputed(context.spec, rows=True), context.base.offload
             checkpointed = recompute not in ("selective", 0)
-            made.again = checkpointed and not offloaded  # offloaded blocks recompute themselves
+            made.checkpointed = checkpointed and not offloaded  # offloaded blocks recompute themselves
             family.recompute_encoder(
                 encoder, model, save_activations=checkpointed or offloaded, projections=recompute == "selective"
             )
@@ -227,7 +227,7 @@ class LiveEncoder:
         when the transformer's activations are gone."""
         each = list(dict.fromkeys(captions))
         ids = torch.stack([self.ids[caption] for caption in each])
-        if self.again and torch.is_grad_enabled():
+        if self.checkpointed and torch.is_grad_enabled():
             found: Tensor = checkpoint(self._states, ids, pooling, use_reentrant=False, preserve_rng_state=False)
         else:
             found = self._states(ids, pooling)
@@ -266,7 +266,7 @@ class CachedEncoder:
         return torch.stack([self.values[caption, chosen] for caption in captions])
 
     def embed(self, captions: Sequence[str], pooling: str) -> Tensor:
-        return move_module(self.look_up(captions, pooling), self.device)
+        return to_device(self.look_up(captions, pooling), self.device)
 
     def settle(self) -> None:
         """Nothing here changes."""

@@ -14,7 +14,7 @@ from runner.core.seeds import derive
 from runner.data import buckets
 from runner.data.buckets import CropView, Size
 from runner.model import flow_matching
-from runner.model.device import autocast, move_module, pin_memory
+from runner.model.device import autocast, pin_memory, to_device
 from runner.model.family import PromptEmbeds
 from runner.model.latents import draw_latents, mean_latents
 from runner.training.context import EVAL_SIGMAS, RunContext
@@ -114,12 +114,12 @@ class FlowObjective:
         context, own, device = self.context, self.context.spec, self.context.base.device
         last = micro + 1 == own.train.accumulate * context.split
         made = self.ahead.get((step, micro), then=(step + 1, 0) if last else (step, micro + 1))
-        noised = _each(made.noised, lambda tensor: move_module(tensor, device))
+        noised = _each(made.noised, lambda tensor: to_device(tensor, device))
         if own.lora.dropout > 0:  # dropout can only draw from the global generator
             torch.manual_seed(made.dropout)
         prompts = self.family.prompt_embeds(
             {
-                name: move_module(made.texts[name], device)
+                name: to_device(made.texts[name], device)
                 if name in made.texts
                 else encoder.embed(made.captions, made.pooling)
                 for name, encoder in self.encoders.items()
@@ -168,7 +168,7 @@ class FlowObjective:
                     generator = torch.Generator().manual_seed(derive(0, "eval", view.picture.name, str(sigma)))
                     at = torch.tensor([sigma])
                     parts.append(flow_matching.add_noise(mean, at, at, generator, self.family.pack))
-                noised = _each(flow_matching.collate(parts), lambda tensor: move_module(tensor, device))
+                noised = _each(flow_matching.collate(parts), lambda tensor: to_device(tensor, device))
                 read = PromptEmbeds(text.txt.expand(len(sigmas), -1, -1), text.vec.expand(len(sigmas), -1))
                 with torch.no_grad(), autocast(device, context.base.dtype):
                     made = self.predict(noised, read, *moments.shape[-2:])

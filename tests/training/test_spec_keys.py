@@ -197,7 +197,7 @@ TABLE: dict[str, tuple[Any, Probe, Any, dict[str, Any]]] = {
     "inversion.lr": (0.5, lambda d: settings(d, "rows", "lr"), 0.5, TOKENS),
     "inversion.weight_decay": (0.5, lambda d: settings(d, "rows", "weight_decay"), 0.5, TOKENS),
     "inversion.gradient_checkpointing": (
-        3, lambda d: [block.plain for block in transformer.blocks_of(transformer_of(d))], [True, False, False] * 2, TOKENS,
+        3, lambda d: [block.save_activations for block in transformer.blocks_of(transformer_of(d))], [True, False, False] * 2, TOKENS,
     ),
     "inversion.pooling": ("eos", step_loss, NOW, {**TOKENS, "model__base": "legacy"}),
     "lora.rank": (2, lambda d: next(iter(objective_of(d)[1]["lora"].values())).shape[0], 2, {}),

@@ -49,7 +49,7 @@ class Flux1Family:
         if encoder == "t5":
             from runner.model.flux1.recompute_t5 import enable_recompute
 
-            enable_recompute(model, plain=save_activations, again=projections)
+            enable_recompute(model, save_activations=save_activations, recompute_projections=projections)
 
     def encode_image(self, vae: nn.Module, pixels: Tensor) -> Tensor:
         return flux_latents.encode_image(vae, pixels)

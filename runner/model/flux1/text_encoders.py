@@ -46,20 +46,20 @@ def embed(encoder: str, model: Any, tokenizer: Any, ids: Tensor, pooling: str) -
 def clip_pooled(encoder: Any, ids: Tensor, eos: int | None) -> Tensor:
     """[B, 77] -> [B, width]: the state at one position of each caption.
 
-    `eos` None reads where this model's config says, as stock diffusers does: FLUX.1-dev's says 2, which transformers
-    takes as "the highest id", and that is the first new token wherever there is one. A number reads at the first
-    position with that id, the caption's real end, as ComfyUI does.
+    eos None: where the model's config says, as stock diffusers reads it. FLUX.1-dev's config says 2, which transformers takes as
+    "the highest id", so that is the first new token wherever there is one. A number: the first position with that id, the
+    caption's real end, as ComfyUI reads it.
     """
     out = encoder(ids, output_hidden_states=False)
     if eos is None:
         pooled: Tensor = out.pooler_output
         return pooled
-    at = (ids == eos).int().argmax(-1)
-    states: Tensor = out.last_hidden_state
-    return states[torch.arange(len(ids), device=ids.device), at]
+    position = (ids == eos).int().argmax(-1)
+    states: Tensor = out.last_hidden_state  # [B, 77, width]
+    return states[torch.arange(len(ids), device=ids.device), position]
 
 
 def t5_states(encoder: Any, ids: Tensor) -> Tensor:
-    """[B, T] -> [B, T, width]; padding is encoded and read like text, as FLUX was trained."""
+    """[B, T] -> [B, T, width]. Padding is encoded and read like text, as FLUX.1 was trained."""
     states: Tensor = encoder(ids, output_hidden_states=False)[0]
     return states

@@ -38,7 +38,7 @@ def prepare_training(transformer: Any, settings: TrainSettings) -> None:
     if not settings.compiled:  # the compiler decides for itself what to recompute
         from runner.model.flux1.recompute import enable_recompute
 
-        enable_recompute(transformer, plain=checkpointed, again=selective)
+        enable_recompute(transformer, checkpointed=checkpointed, recompute_projections=selective)
 
 
 def end_training(transformer: Any) -> None:
