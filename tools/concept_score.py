@@ -87,11 +87,11 @@ def score_run(folder: Path, steps: int) -> dict[str, float]:
     from runner.base.files import BUILTIN
     from runner.data import tokens
     from runner.export import formats, pipeline
+    from runner.model import libraries
     from runner.model.base import Base
-    from runner.model.flux1 import loading
     from runner.runs.run import read_spec
 
-    loading.quiet()
+    libraries.quiet()
     spec = read_spec(folder / "spec.toml")
     base = Base(BUILTIN["builtin:tiny"], None, torch.device("cpu"), torch.float32)
     known = tokens.placeholders(spec.tokens)

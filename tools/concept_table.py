@@ -101,11 +101,11 @@ def main() -> None:
     from runner.base.files import BUILTIN
     from runner.data import tokens
     from runner.export import formats
+    from runner.model import libraries
     from runner.model.base import Base
-    from runner.model.flux1 import loading
     from runner.runs.run import Run, read_spec
 
-    loading.quiet()
+    libraries.quiet()
     base = Base(BUILTIN["builtin:tiny"], None, torch.device("cpu"), torch.float32)
     held, round_ones = check.held_out_scenes(64), circles(32)
     print("| trained | score | of the gap | kept | circles |\n|---|---|---|---|---|", flush=True)

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runner.base.layers import CLIP_L, KNOWN, NEEDED
+from runner.base.architectures import architecture_of
+from runner.base.layers import KNOWN
+from runner.core.errors import FluxrunError
 from runner.core.hashing import content_key
 
 PARTS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "vae")
@@ -148,19 +150,32 @@ def clip_config(folder: Path | None) -> Mapping[str, Any] | None:
 
 
 def broken_configs(folder: Path) -> list[str]:
-    """What is wrong with the two configs that a plan reads, where they are there."""
-    wanted = {"transformer": NEEDED, "text_encoder": tuple(CLIP_L)}
-    told = []
-    for part, keys in wanted.items():
+    """What is wrong with the configs that a plan reads, where they are there."""
+    try:
+        architecture = architecture_of(_read_config(folder, "transformer"))
+    except FluxrunError as error:  # of another kind of model
+        return [str(error).removeprefix("model.base: ")]
+    except ValueError:  # which the loop says
+        architecture = architecture_of(None)
+    faults = []
+    for part, keys in architecture.needed.items():
         path = folder / part / "config.json"
         if not path.is_file():
             continue
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            config = _read_config(folder, part)
         except ValueError as error:
-            told.append(f"{path} is not JSON ({error}); fetch it again")
+            faults.append(f"{path} is not JSON ({error}); fetch it again")
             continue
-        missing = [key for key in keys if not (isinstance(found, dict) and isinstance(found.get(key), int))]
-        if missing:
-            told.append(f"{path} does not say {', '.join(missing)}; it should be the config of a FLUX.1 model's {part}")
-    return told
+        if missing := [key for key in keys if not isinstance(config.get(key), int)]:
+            faults.append(
+                f"{path} does not say {', '.join(missing)}; it should be the config of a {architecture.name} model's {part}"
+            )
+    return faults
+
+
+def _read_config(folder: Path, part: str) -> Mapping[str, Any]:
+    """A part's config; {} where it has none, or one that is no JSON object. Raises ValueError where it is no JSON."""
+    path = folder / part / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return config if isinstance(config, dict) else {}

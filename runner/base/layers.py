@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
-from functools import lru_cache
 from typing import Any
 
 
@@ -94,26 +92,25 @@ PRESETS = {
 }
 
 
-def lora_layers(layers: Mapping[str, tuple[int, int]], wanted: str | tuple[str, ...]) -> dict[str, tuple[int, int]]:
+OUTSIDE = ("proj_out",)  # the model's last layer, which no preset names: other trainers' "all" means the blocks
+
+
+def lora_layers(
+    layers: Mapping[str, tuple[int, int]],
+    wanted: str | tuple[str, ...],
+    presets: Mapping[str, tuple[str, ...]] = PRESETS,
+    outside: tuple[str, ...] = OUTSIDE,
+) -> dict[str, tuple[int, int]]:
     """The layers a preset or a list of suffixes names, in the model's order.
 
     A suffix matches whole path components, as peft matches them; so a listed `proj_out` also names the model's last
-    layer, which the preset `all` leaves out (it is in the blocks that other trainers' "all" means).
+    layer, which is `outside` the presets.
     """
-    suffixes = PRESETS[wanted] if isinstance(wanted, str) else wanted
+    suffixes = presets[wanted] if isinstance(wanted, str) else wanted
     chosen = {
         name: shape for name, shape in layers.items() if any(name == s or name.endswith("." + s) for s in suffixes)
     }
     if isinstance(wanted, str):
-        chosen.pop("proj_out", None)
+        for name in outside:
+            chosen.pop(name, None)
     return chosen
-
-
-def adapted_layers(config: Mapping[str, Any], wanted: str | tuple[str, ...]) -> Mapping[str, tuple[int, int]]:
-    """The same of a transformer's config. The runs of a sweep ask for the same ones again and again, so they are kept."""
-    return _adapted_layers(json.dumps(config, sort_keys=True), wanted)
-
-
-@lru_cache(maxsize=64)
-def _adapted_layers(config: str, wanted: str | tuple[str, ...]) -> Mapping[str, tuple[int, int]]:
-    return lora_layers(linear_layers(json.loads(config)), wanted)

@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from runner.base.architectures import TextEncoder
 from runner.core import hashing
 from runner.core.hashing import content_key
 from runner.data import tokens
@@ -17,8 +18,6 @@ from runner.data.images import Pictures
 from runner.data.tokens import Placeholder
 from runner.spec.schema import Spec
 
-PARTS = {"clip": ("text_encoder", "tokenizer"), "t5": ("text_encoder_2", "tokenizer_2")}
-CLIP_TOKENS = 77
 NOTHING_LEARNED = hashing.sha256([])
 
 
@@ -42,38 +41,34 @@ def captions(spec: Spec, pictures: Pictures) -> tuple[str, ...]:
     ]))  # fmt: skip
 
 
-def poolings(spec: Spec) -> tuple[str, ...]:
-    """Where CLIP's pooled vector is read. Pictures are drawn by stock diffusers, so its way is always there."""
-    own = spec.inversion.pooling
+def poolings(spec: Spec, encoder: TextEncoder) -> tuple[str, ...]:
+    """Where an encoder's pooled vector is read. Pictures are drawn by stock diffusers, so its way is always there."""
+    own = spec.inversion.pooling if encoder.pooled else "diffusers"
     return ("diffusers", "eos") if own == "both" else tuple(dict.fromkeys(("diffusers", own)))
 
 
-def entry(spec: Spec, encoder: str, written: str, pooling: str) -> Entry:
-    return (
-        Entry(written, pooling, spec.model.max_sequence_length)
-        if encoder == "t5"
-        else Entry(written, pooling, CLIP_TOKENS)
-    )
+def entry(spec: Spec, encoder: TextEncoder, written: str, pooling: str) -> Entry:
+    return Entry(written, pooling, encoder.length or spec.model.max_sequence_length)
 
 
-def entries(spec: Spec, pictures: Pictures, known: Sequence[Placeholder], encoder: str) -> Iterator[Entry]:
-    """All that `encoder` has to read. T5 also reads the prompts as they stand, for the pictures of the untuned base."""
+def entries(spec: Spec, pictures: Pictures, known: Sequence[Placeholder], encoder: TextEncoder) -> Iterator[Entry]:
+    """All that `encoder` has to read. A large one also reads the prompts as they stand, for the pictures of the untuned base."""
     for caption in captions(spec, pictures):
-        for pooling in poolings(spec) if encoder == "clip" else ("diffusers",):
+        for pooling in poolings(spec, encoder):
             yield entry(spec, encoder, tokens.expand_placeholders(caption, known), pooling)
-    for prompt in spec.validation.prompts if encoder == "t5" else ():
+    for prompt in spec.validation.prompts if encoder.large else ():
         yield entry(spec, encoder, prompt, "diffusers")
 
 
 def text_key(
-    encoder: str, asked: Entry, prints: Mapping[str, str], dtype: str, learned: str = NOTHING_LEARNED,
+    encoder: TextEncoder, asked: Entry, prints: Mapping[str, str], dtype: str, learned: str = NOTHING_LEARNED,
     scale: Sequence[float] = (), held: Sequence[str] = (),
 ) -> str:  # fmt: skip
     """prints: fingerprints of the base's parts; dtype: as torch writes it; learned: digest of what was learned in the
     encoder; scale: its LoRA's alpha, if it has one; held: what it is quantised to, if it is."""
-    parts = [prints[part] for part in PARTS[encoder]]
-    pooling = asked.pooling if encoder == "clip" else None
-    return content_key(encoder, asked.written, learned, *parts, asked.length, dtype, *scale, pooling, *held)
+    parts = [prints[part] for part in encoder.parts]
+    pooling = asked.pooling if encoder.pooled else None
+    return content_key(encoder.name, asked.written, learned, *parts, asked.length, dtype, *scale, pooling, *held)
 
 
 def views_key(spec: Spec, data: str, vae: str, dtype: str) -> str | None:

@@ -10,7 +10,7 @@ from runner.core.command_line import fluxrun_command
 from runner.core.errors import BadFileError, FluxrunError
 from runner.core.events import EventLog
 from runner.core.signals import StopRequest
-from runner.model.flux1 import loading
+from runner.model import device, libraries
 from runner.runs.index import write_index
 from runner.runs.run import Run, read_spec
 from runner.training.context import open_base, open_cache
@@ -33,9 +33,10 @@ def write_exports(
         spec = read_spec(run.spec_file)
         made = _checkpoint(run, step, event_log)
         event_log.line(f"{name}: exporting step {made.step}")
-        loading.quiet()
-        cache = open_cache(run.runs)
-        order = ExportRequest(run, spec, open_base(spec, gpus, cache), event_log, stop, cache, ModelPool())
+        libraries.quiet()
+        cache, where = open_cache(run.runs), device.choose_device(gpus)
+        device.prepare_device(where, tf32=spec.model.tf32)
+        order = ExportRequest(run, spec, open_base(spec, where, cache), event_log, stop, cache, ModelPool())
         delivered = export_phase(order, made)
         run.update_state(**export_facts(run, delivered))
         if push_too:

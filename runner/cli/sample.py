@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from PIL import Image
 
 from runner.cache.store import Cache
@@ -14,8 +15,7 @@ from runner.core.command_line import fluxrun_command
 from runner.core.errors import FluxrunError
 from runner.data import tokens
 from runner.export import formats, pipeline
-from runner.model import device
-from runner.model.flux1 import loading
+from runner.model import device, libraries
 from runner.runs import sample_files
 from runner.runs.run import Run, read_spec
 from runner.spec.export_names import file_stem
@@ -55,10 +55,11 @@ def sample_runs(
     shots = tuple(sample_files.samples_of(chosen, count, first))
     wish = SampleRequest(shots, steps or spec.validation.steps, pipeline.size_of(spec), scale)
     where = device.choose_device(gpus)
-    loading.quiet()
+    libraries.quiet()
     columns, written = [], []
     for run, own in found:
-        columns.append(_draw(run, own, wish, gpus))
+        device.prepare_device(where, tf32=own.model.tf32)
+        columns.append(_draw(run, own, wish, where))
         device.release(where)
         folder = files.make_folder(out or run.samples)
         before = f"{file_stem(run.name)}-" if out and len(found) > 1 else ""
@@ -78,11 +79,11 @@ def _exported(run: Run) -> tuple[Run, Spec]:
     return run, read_spec(run.spec_file)
 
 
-def _draw(run: Run, spec: Spec, wish: SampleRequest, gpus: str | None) -> list[Image.Image]:
+def _draw(run: Run, spec: Spec, wish: SampleRequest, where: torch.device) -> list[Image.Image]:
     placeholders = tokens.placeholders(spec.tokens)
     exported = formats.exported_files(run.export, run.name, placeholders)
     return pipeline.draw_samples(
-        open_base(spec, gpus, Cache(run.runs / "cache")), exported, wish.shots, length=spec.model.max_sequence_length, steps=wish.steps,
+        open_base(spec, where, Cache(run.runs / "cache")), exported, wish.shots, length=spec.model.max_sequence_length, steps=wish.steps,
         size=wish.size, scale=wish.scale,
     )  # fmt: skip
 

@@ -16,11 +16,10 @@ from runner.core.errors import FluxrunError
 from runner.core.process_identity import exit_with_parent
 from runner.data import sources
 from runner.jobs.prepare import data_source, plan_of
-from runner.model import device
-from runner.model.flux1 import loading
+from runner.model import device, libraries
 from runner.runs.run import Run
 from runner.spec.schema import Spec, dump
-from runner.training.context import open_base_on, open_cache
+from runner.training.context import open_base, open_cache
 from runner.training.distributed import Ranks
 from runner.training.run import assist_rank
 
@@ -80,7 +79,7 @@ def main() -> None:
     ranks = Ranks(request["rank"], request["count"])
     torch_device = torch.device("cuda", ranks.rank) if request["device"] == "cuda" else torch.device("cpu")
     device.prepare_device(torch_device, tf32=spec.model.tf32)
-    loading.quiet()
+    libraries.quiet()
     if torch_device.type == "cpu":
         torch.set_num_threads(max(1, torch.get_num_threads() // ranks.count))
     pictures = sources.read_source(data_source(spec)).hold_out(spec.data.holdout)
@@ -89,7 +88,7 @@ def main() -> None:
         raise FluxrunError("the data changed while the run was starting; start it again")
     runs = Path(request["runs"])
     cache = open_cache(runs)
-    base = open_base_on(spec, torch_device, cache)
+    base = open_base(spec, torch_device, cache)
     ranks.join(ranks.find(request["port"]), torch_device)
     try:
         parts = request["micro_batch_parts"]

@@ -26,14 +26,13 @@ from runner.data.images import DataError, Pictures
 from runner.data.sources import DatasetSource
 from runner.engine.multi_gpu import train_on_ranks
 from runner.jobs.prepare import data_source, plan_of
-from runner.model import device
+from runner.model import device, libraries
 from runner.model.base import Base
-from runner.model.flux1 import loading
 from runner.plan.build import PlanError
 from runner.plan.phases import Plan
 from runner.runs.run import Run, read_spec
 from runner.spec.schema import Spec
-from runner.training.context import RunContext, open_base_on, open_cache
+from runner.training.context import RunContext, open_base, open_cache
 from runner.training.distributed import Ranks
 from runner.training.model_pool import ModelPool
 from runner.training.run import execute_run
@@ -87,8 +86,8 @@ def main(gpus: str | None, stop: StopRequest) -> ExitCode:
     os.set_blocking(events, False)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print goes into the log
     send = event_sender(events)
-    device.preload_libraries()
-    loading.quiet()
+    libraries.preload_libraries()
+    libraries.quiet()
     state, code = WorkerState(), ExitCode.DONE
     while code is ExitCode.DONE and (line := sys.stdin.readline()):
         request = TrainRequest.from_json(line)
@@ -155,7 +154,7 @@ def _train(
     spec = read_spec(run.spec_file)
     torch_device = device.choose_device(gpus)
     device.prepare_device(torch_device, tf32=spec.model.tf32)
-    loading.quiet()
+    libraries.quiet()
     try:
         pictures = sources.read_source(data_source(spec)).hold_out(spec.data.holdout)
     except DataError as error:
@@ -167,7 +166,7 @@ def _train(
     _check_planned_key(run, plan)
     micro_batch_parts = run.micro_batch_parts(spec.train.batch_size)
     cache = open_cache(run.runs)
-    base = open_base_on(spec, torch_device, cache)
+    base = open_base(spec, torch_device, cache)
 
     def upcoming() -> list[RunContext]:
         contexts = (_upcoming_context(folder, spec, base, cache, event_log, state) for folder in request.upcoming)

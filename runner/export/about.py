@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from runner.data.tokens import Placeholder
+from runner.model.family import LayerNames
 from runner.model.lora import LoraShape
 
 
@@ -21,7 +22,8 @@ class AdapterShapes:
 @dataclass(frozen=True)
 class ExportInfo:
     """What the files tell of their run. `base`: a hub id, or a folder's name alone; `settings`: the spec by dotted key,
-    without paths; `day`: on which the run began, 2026-01-31 (UTC); `guided`: whether the base takes a guidance."""
+    without paths; `day`: on which the run began, 2026-01-31 (UTC); `guided`: whether the base takes a guidance;
+    `layer_names`: the family's."""
 
     name: str
     base: str
@@ -32,6 +34,7 @@ class ExportInfo:
     day: str | None
     guided: bool
     version: str
+    layer_names: LayerNames
 
     @property
     def resolution(self) -> int:

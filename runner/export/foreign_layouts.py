@@ -19,22 +19,18 @@ from torch import Tensor
 
 from runner.core.errors import BadFileError
 from runner.export.lora_layouts import (
-    AROUND,
     CLIP_MODULE,
-    DOUBLE,
-    QKV,
-    SINGLE,
     TEXT,
     TRANSFORMER,
     Adapter,
     Factors,
     clip_module,
     gather,
-    modules_of,
     split,
     stated_alpha,
     trim,
 )
+from runner.model.flux1.layer_names import AROUND, DOUBLE, QKV, SINGLE, modules_of
 
 PREFIXES = (
     "base_model.model.transformer.", "base_model.model.", "transformer.", "model.diffusion_model.", "diffusion_model.",

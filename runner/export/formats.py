@@ -78,7 +78,7 @@ def write_lora(path: Path, weights: Weights, shapes: AdapterShapes) -> None:
 
 def write_kohya(path: Path, weights: Weights, shapes: AdapterShapes, about: ExportInfo) -> None:
     """The original layout, with the metadata that WebUIs show."""
-    named = to_kohya(adapter(weights, shapes))
+    named = to_kohya(adapter(weights, shapes), about.layer_names)
     tensors.save(path, named, {**webui_metadata(about, shapes), **hashes(named)})
 
 

@@ -2,15 +2,15 @@
 
 The original layout keeps q, k and v (in a single block: and the MLP's input) as one matrix. Their adapters become one
 adapter of that matrix without loss: `up` block-diagonal, `down` stacked, alpha such that the scale stays.
-Names after: sd-scripts networks/convert_flux_lora.py (the layout's shapes), ComfyUI comfy/utils.py flux_to_diffusers
-(which matrix is which, and that norm_out has scale and shift the other way round).
+Which matrix holds which module is the family's to say (`LayerNames`). That norm_out has scale and shift the other way round is
+from ComfyUI comfy/utils.py, flux_to_diffusers.
 """
 
 from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,35 +18,9 @@ import torch
 from torch import Tensor
 
 from runner.core.errors import BadFileError
+from runner.model.family import LayerNames
+from runner.model.flux1.layer_names import FLUX1
 
-QKV = ("attn.to_q", "attn.to_k", "attn.to_v")
-# One matrix of the original's blocks -> diffusers' modules that it holds, from the first output row on.
-DOUBLE = {
-    "img_attn_qkv": QKV,
-    "txt_attn_qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-    "img_attn_proj": ("attn.to_out.0",),
-    "txt_attn_proj": ("attn.to_add_out",),
-    "img_mlp_0": ("ff.net.0.proj",),
-    "img_mlp_2": ("ff.net.2",),
-    "txt_mlp_0": ("ff_context.net.0.proj",),
-    "txt_mlp_2": ("ff_context.net.2",),
-    "img_mod_lin": ("norm1.linear",),
-    "txt_mod_lin": ("norm1_context.linear",),
-}
-SINGLE = {"linear1": (*QKV, "proj_mlp"), "linear2": ("proj_out",), "modulation_lin": ("norm.linear",)}
-# The model's own layers; its proj_out is another one than the single blocks'.
-AROUND = {
-    "img_in": "x_embedder",
-    "txt_in": "context_embedder",
-    "time_in_in_layer": "time_text_embed.timestep_embedder.linear_1",
-    "time_in_out_layer": "time_text_embed.timestep_embedder.linear_2",
-    "vector_in_in_layer": "time_text_embed.text_embedder.linear_1",
-    "vector_in_out_layer": "time_text_embed.text_embedder.linear_2",
-    "guidance_in_in_layer": "time_text_embed.guidance_embedder.linear_1",
-    "guidance_in_out_layer": "time_text_embed.guidance_embedder.linear_2",
-    "final_layer_linear": "proj_out",
-    "final_layer_adaLN_modulation_1": "norm_out.linear",
-}
 SWAPPED = "norm_out.linear"  # diffusers: scale, shift; the original: shift, scale
 UNET, CLIP = "lora_unet_", "lora_te1_"
 TRANSFORMER, TEXT = "transformer", "text_encoder"
@@ -90,36 +64,7 @@ def difference(one: Factors, other: Factors | None) -> float:
     return float(torch.maximum(-low, high))
 
 
-# ---- diffusers' modules <-> the original's matrices ------------------------------------------------------------------
-
-
-def matrix_of(module: str) -> tuple[str, tuple[str, ...]] | None:
-    """The original's matrix that holds a module of the transformer, and all modules in it; None for an unknown one."""
-    for matrix, name in AROUND.items():
-        if module == name:
-            return matrix, (name,)
-    for theirs, ours, table in _blocks():
-        if found := re.fullmatch(rf"{ours}\.(\d+)\.(.+)", module):
-            for matrix, parts in table.items():
-                if found[2] in parts:
-                    return f"{theirs}_{found[1]}_{matrix}", tuple(f"{ours}.{found[1]}.{part}" for part in parts)
-    return None
-
-
-def modules_of(matrix: str) -> tuple[str, ...] | None:
-    """The modules that a matrix of the original holds, in the order of its output rows; None for an unknown one."""
-    if matrix in AROUND:
-        return (AROUND[matrix],)
-    for theirs, ours, table in _blocks():
-        found = re.fullmatch(rf"{theirs}_(\d+)_(.+)", matrix)
-        if found and found[2] in table:
-            return tuple(f"{ours}.{found[1]}.{part}" for part in table[found[2]])
-    return None
-
-
-def _blocks() -> Iterator[tuple[str, str, Mapping[str, tuple[str, ...]]]]:
-    yield "double_blocks", "transformer_blocks", DOUBLE
-    yield "single_blocks", "single_transformer_blocks", SINGLE
+# ---- modules <-> the original's matrices -------------------------------------------------------------------------------
 
 
 def _rows(modules: tuple[str, ...], width: int, total: int | None) -> list[int]:
@@ -189,15 +134,17 @@ def trim(factors: Factors) -> Factors | None:
 # ---- the original layout as a file's tensors -------------------------------------------------------------------------
 
 
-def to_kohya(adapter: Adapter) -> dict[str, Tensor]:
+def to_kohya(adapter: Adapter, names: LayerNames = FLUX1) -> dict[str, Tensor]:
     """`lora_unet_MATRIX.lora_down/up.weight`, `.alpha`; CLIP's as `lora_te1_text_model_...`. alpha stays fp32.
 
     Raises BadFileError for a module that the layout has no name for.
     """
     groups: dict[str, tuple[str, ...]] = {}
     for module in adapter.transformer:
-        if (found := matrix_of(module)) is None:
-            raise BadFileError(f"{module}: no layer of FLUX.1's transformer, so the original layout has no name for it")
+        if (found := names.matrix_of(module)) is None:
+            raise BadFileError(
+                f"{module}: no layer of {names.title}'s transformer, so the original layout has no name for it"
+            )
         groups[found[0]] = found[1]
     named = {f"{UNET}{matrix}": _fuse(modules, adapter.transformer) for matrix, modules in groups.items()}
     named |= {f"{CLIP}text_model_{name.replace('.', '_')}": part for name, part in adapter.text.items()}
@@ -208,7 +155,7 @@ def to_kohya(adapter: Adapter) -> dict[str, Tensor]:
     return out
 
 
-def split_kohya(named: Mapping[str, Tensor]) -> Adapter:
+def split_kohya(named: Mapping[str, Tensor], names: LayerNames = FLUX1) -> Adapter:
     """Every part of every matrix, the parts that were not trained as zeros. Raises BadFileError with the keys it does not know."""
     transformer: dict[str, Factors] = {}
     text: dict[str, Factors] = {}
@@ -216,12 +163,14 @@ def split_kohya(named: Mapping[str, Tensor]) -> Adapter:
     for name, factors in found.items():
         if (module := _clip_name(name)) is not None:
             text[module] = factors
-        elif name.startswith(UNET) and (modules := modules_of(name.removeprefix(UNET))) is not None:
+        elif name.startswith(UNET) and (modules := names.modules_of(name.removeprefix(UNET))) is not None:
             transformer |= split(modules, factors)
         else:
             odd.append(name)
     if odd:
-        raise BadFileError(f"{_some(odd)}: no layer of FLUX.1 in the original layout (lora_unet_..., lora_te1_...)")
+        raise BadFileError(
+            f"{_some(odd)}: no layer of {names.title} in the original layout (lora_unet_..., lora_te1_...)"
+        )
     return Adapter(transformer, text)
 
 
@@ -250,7 +199,7 @@ def to_diffusers(adapter: Adapter) -> dict[str, Tensor]:
     return out
 
 
-def from_diffusers(named: Mapping[str, Tensor], config: Mapping[str, Any]) -> Adapter:
+def from_diffusers(named: Mapping[str, Tensor], config: Mapping[str, Any], names: LayerNames = FLUX1) -> Adapter:
     """`config`: what the file's `lora_adapter_metadata` holds, {} where it has none. Raises BadFileError with unknown keys."""
     transformer: dict[str, Factors] = {}
     text: dict[str, Factors] = {}
@@ -264,12 +213,14 @@ def from_diffusers(named: Mapping[str, Tensor], config: Mapping[str, Any]) -> Ad
             factors = Factors(factors.down, factors.up, stated)
         if clip:
             text[clip_module(clip)] = factors
-        elif matrix_of(module):
+        elif names.matrix_of(module):
             transformer[module] = factors
         else:
             odd.append(name)
     if odd:
-        raise BadFileError(f"{_some(odd)}: no layer of FLUX.1 in diffusers' layout (transformer..., text_encoder...)")
+        raise BadFileError(
+            f"{_some(odd)}: no layer of {names.title} in diffusers' layout (transformer..., text_encoder...)"
+        )
     return Adapter(transformer, text)
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from runner.data.tokens import expand_placeholders, tokens_in_caption
 from runner.export.about import ExportInfo
 from runner.export.formats import LORA_FILE
-from runner.export.lora_layouts import AROUND
 from runner.export.webui import webui_words
 from runner.spec.export_names import embeddings_file, file_stem, kohya_file
 
@@ -47,7 +46,7 @@ def model_card(
         "",
         *_comfyui(about, errors),
         *_webui(about, errors),
-        *_files(errors, layers),
+        *_files(errors, layers, about.layer_names.around),
     ]
     if curve:
         lines += ["## Training", "", f"![The smoothed training loss by step]({CURVE})", ""]
@@ -178,11 +177,11 @@ def _webui(about: ExportInfo, errors: Mapping[str, float]) -> Iterator[str]:
     yield from (f"- For example: `{' '.join(parts)}`", "")
 
 
-def _files(errors: Mapping[str, float], layers: Sequence[str]) -> Iterator[str]:
+def _files(errors: Mapping[str, float], layers: Sequence[str], around: Collection[str]) -> Iterator[str]:
     yield from ("## Files", "", "| file | largest difference from what was trained |", "|---|---|")
     yield from (f"| `{file}` | {error:.2g} |" for file, error in sorted(errors.items()))
     yield from ("", "Each was read back: the change of every weight for a LoRA, every value for an embedding.", "")
-    if any(layer in AROUND.values() for layer in layers):
+    if any(layer in around for layer in layers):
         yield "This LoRA also changes layers around the blocks (embedders, the last layer). diffusers does not read those from"
         yield from (f"the original layout, so there use `{LORA_FILE}`.", "")
 

@@ -16,16 +16,17 @@ from runner.core.errors import BadFileError
 from runner.export.formats import EMBEDDING_KEYS
 from runner.export.lora_layouts import Adapter, Factors, difference, from_diffusers, split_kohya, trim
 from runner.model import tensors
+from runner.model.family import LayerNames
 from runner.model.lora import LoraShape
 
 TOLERANCE = 1e-5  # of a matrix's largest change: what another order of fp32 sums may cost, and no more
 
 
-def lora_file(path: Path, trained: Adapter, dtype: torch.dtype) -> float:
+def lora_file(path: Path, trained: Adapter, dtype: torch.dtype, names: LayerNames) -> float:
     """diffusers' layout. It must give the trained change to readers of its metadata and to those that take every scale
     for 1, so alpha must be the rank."""
     named, header = tensors.load(path)
-    stored = from_diffusers(named, json.loads(header["lora_adapter_metadata"]))
+    stored = from_diffusers(named, json.loads(header["lora_adapter_metadata"]), names)
     for name, factors in (*stored.transformer.items(), *stored.text.items()):
         if factors.scale != 1:
             raise BadFileError(
@@ -34,10 +35,10 @@ def lora_file(path: Path, trained: Adapter, dtype: torch.dtype) -> float:
     return compare(path.name, trained, stored, dtype, folded=True)
 
 
-def kohya_file(path: Path, trained: Adapter, dtype: torch.dtype) -> float:
+def kohya_file(path: Path, trained: Adapter, dtype: torch.dtype, names: LayerNames) -> float:
     """The original layout, by the rows of each fused matrix."""
     named, _ = tensors.load(path)
-    return compare(path.name, trained, split_kohya(named), dtype)
+    return compare(path.name, trained, split_kohya(named, names), dtype)
 
 
 def compare(file: str, trained: Adapter, stored: Adapter, dtype: torch.dtype, *, folded: bool = False) -> float:
@@ -127,11 +128,10 @@ def loaded_lora(model: Any, stored: Mapping[str, Tensor], shape: LoraShape) -> N
             raise BadFileError(f"{name} reads back with scale {module.scaling[adapters[0]]}, trained was {scale}")
 
 
-def loaded_embeddings(pipe: Any, stored: Weights, pieces: list[str]) -> None:
-    """The rows that stock diffusers put into its encoders must be the stored ones."""
-    parts = {"clip": (pipe.text_encoder, pipe.tokenizer), "t5": (pipe.text_encoder_2, pipe.tokenizer_2)}
+def loaded_embeddings(encoders: Mapping[str, tuple[Any, Any]], stored: Weights, pieces: list[str]) -> None:
+    """The rows that stock diffusers put into its encoders must be the stored ones. encoders: (model, tokenizer) by name."""
     for encoder, rows in stored.rows.items():
-        model, tokenizer = parts[encoder]
+        model, tokenizer = encoders[encoder]
         ids = torch.tensor(tokenizer.convert_tokens_to_ids(pieces), device=model.device)
         loaded = model.get_input_embeddings().weight[ids].cpu()
         if not torch.equal(loaded, rows.cpu().to(loaded.dtype)):

@@ -26,14 +26,14 @@ def webui_metadata(about: ExportInfo, shapes: AdapterShapes) -> dict[str, str]:
     """sd-scripts' `ss_*` (its train_network.py) and ModelSpec 1.0.1; strings all, no path, no clock but the run's day."""
     own, shape, words = about.settings, shapes.lora or shapes.text_lora, webui_words(about)
     assert shape is not None  # there is an adapter, or no file
-    side = f"{about.resolution}x{about.resolution}"
+    side, names = f"{about.resolution}x{about.resolution}", about.layer_names
     named: dict[str, Any] = {
         "format": "pt",
         "ss_output_name": file_stem(about.name),  # A1111 also calls the LoRA by this name
-        "ss_base_model_version": "flux1",
+        "ss_base_model_version": names.version,
         "ss_sd_model_name": about.base,
         "ss_v2": "False",
-        "ss_network_module": "networks.lora_flux",
+        "ss_network_module": names.network,
         "ss_network_dim": shape.rank,
         "ss_network_alpha": shape.alpha,
         "ss_network_dropout": shape.dropout,
@@ -51,8 +51,8 @@ def webui_metadata(about: ExportInfo, shapes: AdapterShapes) -> dict[str, str]:
         "ss_caption_dropout_rate": own["data.caption_dropout"],
         "ss_training_comment": f"trained by fluxrun {about.version}",
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": f"flux-1-{'dev' if about.guided else 'schnell'}/lora",
-        "modelspec.implementation": "https://github.com/black-forest-labs/flux",
+        "modelspec.architecture": names.architecture(about.guided),
+        "modelspec.implementation": names.implementation,
         "modelspec.title": about.name,
         "modelspec.resolution": side,
         "modelspec.description": f"LoRA of {about.base}, step {about.step}, trained by fluxrun",

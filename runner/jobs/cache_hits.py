@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from runner.base import quantized_size
-from runner.base.files import clip_config, fingerprint, local_folder
+from runner.base.architectures import architecture_of
+from runner.base.files import clip_config, fingerprint, local_folder, transformer_config
 from runner.base.layers import FLUX1
 from runner.base.param_counts import CLIP, T5, VAE, BaseConfigs, read_base_configs
 from runner.cache import keys
@@ -57,13 +58,14 @@ def cache_hits_for(job: Job, runs: Path, *, on_gpu: bool, read: Print = fingerpr
     [first] = [phase for phase in job.plan.phases if isinstance(phase, Encode) and phase.at == 0]
     vae_dtype = "fp32" if dtype == "fp16" else dtype
     found = {"latents": _latents(job, entries_folder, read(folder / "vae"), vae_dtype)}
-    for encoder in first.encoders:
-        prints = {part: read(folder / part) for part in keys.PARTS[encoder]}
+    encoders = architecture_of(transformer_config(spec.model.base, folder)).encoders
+    for encoder in (encoders[name] for name in first.encoders):
+        prints = {part: read(folder / part) for part in encoder.parts}
         entries = list(keys.entries(spec, pictures, job.plan.placeholders, encoder))
-        held = [spec.model.quantize] if encoder == "t5" and spec.model.quantize != "none" else []
+        held = [spec.model.quantize] if encoder.large and spec.model.quantize != "none" else []
         wanted = {keys.text_key(encoder, one, prints, TORCH[dtype], held=held) for one in entries}
-        each = BYTES[dtype] * _width(folder, encoder) * (spec.model.max_sequence_length if encoder == "t5" else 1)
-        found[encoder] = _hits(entries_folder, encoder, wanted, each)
+        each = BYTES[dtype] * _width(folder, encoder.name) * (1 if encoder.pooled else spec.model.max_sequence_length)
+        found[encoder.name] = _hits(entries_folder, encoder.name, wanted, each)
     return found
 
 

@@ -1,4 +1,4 @@
-"""The one place that knows which device there is: dtypes, autocast, copies, freeing, peak memory."""
+"""The device of this process: choice and settings, dtypes, autocast, copies, freeing, memory in use and its peak."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import gc
 import os
 import resource
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def choose_device(gpus: str | None) -> torch.device:
-    """The device of this process: "cpu", a GPU's number, or None for the first GPU if there is one."""
+    """gpus: "cpu", the number of a GPU (of several, the first), or None: the first GPU if there is one, else the CPU. Raises
+    FluxrunError where a GPU is asked for and torch sees none."""
     if gpus == "cpu" or (gpus is None and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
@@ -33,8 +34,8 @@ def choose_device(gpus: str | None) -> torch.device:
 
 
 def prepare_device(device: torch.device, *, tf32: bool) -> None:
-    """Process-wide settings: repeatable kernels, and TF32 matmuls where the spec allows them."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats itself only with this
+    """Process-wide settings: deterministic kernels, and TF32 matrix products where the spec allows them."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled_folder()))
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs a write per buffer
@@ -46,49 +47,9 @@ def prepare_device(device: torch.device, *, tf32: bool) -> None:
 
 
 def compiled_folder() -> Path:
-    """Where torch keeps what model.compile made, Triton's kernels too, over a restart of the machine. The user's own folder, not
-    the runs': it holds code and pickles, which nobody should get with a folder of runs."""
+    """Where torch keeps compiled code and Triton's kernels between processes. In the user's cache, not in the runs folder: it holds
+    code and pickles, which must not travel with a folder of runs."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fluxrun" / "compile"
-
-
-def preload_libraries() -> None:
-    """Import what a run will import and take it out of the garbage collector's way: half a million objects, which every
-    collection between phases would walk through. To be called before any model is loaded, else that stays for ever too.
-    """
-    # which they would import wherever it is installed, and torch's compiler with it, for layers that nobody asks for
-    with _hide_module("bitsandbytes"):
-        import diffusers
-        import peft
-        import transformers
-        from peft.import_utils import is_bnb_4bit_available, is_bnb_available
-
-        for ask in (
-            is_bnb_available,
-            is_bnb_4bit_available,
-        ):  # which are remembered; else the first adapter would import it
-            ask()
-        for name in ("FluxPipeline", "FluxTransformer2DModel", "AutoencoderKL"):
-            getattr(diffusers, name)
-        for name in ("CLIPTextModel", "T5EncoderModel", "AutoTokenizer"):
-            getattr(transformers, name)
-        assert peft.LoraConfig
-    gc.collect()
-    gc.freeze()
-    gc.enable()
-
-
-@contextmanager
-def _hide_module(name: str) -> Iterator[None]:
-    """A module that cannot be imported within; it can be again afterwards. Not where it was already, or where a library has
-    seen that it is there."""
-    if {name, "diffusers", "transformers", "peft"} & sys.modules.keys():
-        yield
-        return
-    sys.modules[name] = None  # type: ignore[assignment]  # what `import` takes for absent
-    try:
-        yield
-    finally:
-        del sys.modules[name]
 
 
 def resolve_dtype(name: str | None, device: torch.device) -> torch.dtype:
@@ -97,65 +58,69 @@ def resolve_dtype(name: str | None, device: torch.device) -> torch.dtype:
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
-    """Matmuls in `dtype` while trainable parameters stay fp32; nothing at all in fp32."""
+    """Matrix products in `dtype` while trainable parameters stay fp32. In fp32 it does nothing."""
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
 
 
-def move_module(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy to the device without making the host wait (pinned, asynchronous on CUDA)."""
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy a tensor to the device; on CUDA from pinned memory, so the host does not wait."""
     if device.type != "cuda" or tensor.device == device:
         return tensor.to(device)
     return pin_memory(tensor, device).to(device, non_blocking=True)
 
 
 def pin_memory(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """In memory that the device can copy from by itself, where it is a GPU."""
+    """A host tensor in pinned memory, which a GPU copies from without the host. On a CPU the tensor itself."""
     return tensor.pin_memory() if device.type == "cuda" and tensor.device.type == "cpu" else tensor
 
 
 def to_pinned(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor's numbers in host memory, from where `Lane` can copy while the device computes."""
+    """A tensor in host memory from which `CopyStream` copies while the device computes."""
     host = tensor.detach().cpu()
     return host.pin_memory() if device.type == "cuda" else host
 
 
 @dataclass(frozen=True)
 class PendingCopy:
-    """Tensors on their way to the device; they are there, for what is computed from then on, after `wait`."""
+    """Tensors being copied to the device. What is computed after `wait` sees them there."""
 
     tensors: list[torch.Tensor]
     event: torch.cuda.Event | None
 
     def wait(self) -> list[torch.Tensor]:
+        """Make the computing stream wait for the copy; the host does not wait."""
         if self.event is not None:
             torch.cuda.current_stream(self.tensors[0].device).wait_event(self.event)
         return self.tensors
 
 
 class CopyStream:
-    """Copies to the device beside the computation: by a stream of its own on CUDA; elsewhere at once."""
+    """Copies to the device while it computes: on CUDA in a stream of its own, elsewhere at once."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     def send(self, hosts: Sequence[torch.Tensor]) -> PendingCopy:
-        """The memory is the computing stream's, which frees it too: so the copy begins after what computes in it now, and
-        nothing may let go of it before `wait`."""
-        made = [torch.empty_like(host, device=self.device) for host in hosts]
+        """Start copying pinned tensors.
+
+        The memory is allocated in the computing stream, which also frees it. So the copy starts after what that stream is computing
+        now, and the result must be kept until `wait`.
+        """
+        copies = [torch.empty_like(host, device=self.device) for host in hosts]
         if self.stream is None:
-            for tensor, host in zip(made, hosts, strict=True):
+            for tensor, host in zip(copies, hosts, strict=True):
                 tensor.copy_(host)
-            return PendingCopy(made, None)
+            return PendingCopy(copies, None)
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
-            for tensor, host in zip(made, hosts, strict=True):
+            for tensor, host in zip(copies, hosts, strict=True):
                 tensor.copy_(host, non_blocking=True)
-            return PendingCopy(made, self.stream.record_event())
+            return PendingCopy(copies, self.stream.record_event())
 
 
 def copy_out(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Copies in host memory. From a GPU all of them are under way before the host waits, once, for the last."""
+    """Copies in host memory. From a GPU all copies start before the host waits, once, for the last."""
     copies = {}
     for name, tensor in tensors.items():
         on_gpu = tensor.device.type == "cuda"
@@ -167,7 +132,7 @@ def copy_out(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def release(device: torch.device) -> None:
-    """Give back what dropped modules held. glibc keeps freed memory for itself unless it is asked: half of a phase's peak."""
+    """Return the memory of dropped modules to the system. glibc keeps freed memory unless asked: half of a phase's peak."""
     gc.collect()
     if TRIM is not None:
         TRIM(0)
@@ -176,7 +141,7 @@ def release(device: torch.device) -> None:
 
 
 def memory_in_use(device: torch.device) -> int:
-    """Bytes of this process: those of live tensors on a GPU, or what is resident and no file's on a CPU."""
+    """Bytes of this process: on a GPU of live tensors; on a CPU of resident memory that is not a mapped file's."""
     if device.type == "cuda":
         return int(torch.cuda.memory_allocated(device))
     if not STATUS.exists():
@@ -185,7 +150,7 @@ def memory_in_use(device: torch.device) -> int:
 
 
 def reset_peak(device: torch.device) -> None:
-    """Begin a new measurement of `peak_memory`."""
+    """Start a new measurement of `peak_memory`."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif CLEAR_REFS.exists():
@@ -193,7 +158,7 @@ def reset_peak(device: torch.device) -> None:
 
 
 def held_memory(device: torch.device) -> int:
-    """Bytes now, of the same kind as `peak_memory`: so before any model is there, what the libraries take."""
+    """Bytes in use now, of the kind that `peak_memory` measures; before any model is loaded, the libraries' own."""
     release(device)
     if device.type == "cuda":
         return int(torch.cuda.memory_allocated(device))
@@ -201,7 +166,7 @@ def held_memory(device: torch.device) -> int:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes since `reset_peak`: the most the GPU allocator held, or on a CPU the most this process had resident."""
+    """Bytes, the highest since `reset_peak`: of tensors on the GPU, or on a CPU of this process's resident memory."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     if CLEAR_REFS.exists():
@@ -210,6 +175,6 @@ def peak_memory(device: torch.device) -> int:
 
 
 def _status(name: str) -> int:
-    """A line of proc(5)'s status, which is in KiB, in bytes."""
+    """Bytes of a line of /proc/self/status, which counts in KiB (proc(5))."""
     [line] = [line for line in STATUS.read_text().splitlines() if line.startswith(f"{name}:")]
     return int(line.split()[1]) * 1024

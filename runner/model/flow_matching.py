@@ -1,17 +1,19 @@
-"""The flow-matching objective: sampling timesteps, weighting, adding noise, the loss per image."""
+"""The flow-matching objective: sampling timesteps, weighting, adding noise, the loss per image.
+
+Shapes: B batch, C latent channels, h x w latent height and width, N image tokens of D numbers (the family's `pack`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from runner.model.base import Base, Generator
-from runner.model.flux1.latents import pack
+from runner.model.base import Base
 
-# ---- flow matching -------------------------------------------------------------------------------------------------
+Pack = Callable[[Tensor], Tensor]  # latents [B, C, h, w] -> the transformer's image tokens [B, N, D]
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Weighting:
 
 @dataclass(frozen=True)
 class NoisyBatch:
-    """One micro-batch on its way through the transformer. sigmas [B, 1, 1] in (0, 1]; the rest packed [B, N, 4*C]."""
+    """One micro-batch on its way through the transformer. img, target [B, N, D]; sigmas [B, 1, 1] in (0, 1]."""
 
     img: Tensor
     target: Tensor
@@ -37,38 +39,39 @@ class NoisyBatch:
 class Flow:
     """Rectified flow as the reference trains it: x = (1 - sigma) z + sigma eps, target eps - z."""
 
-    def __init__(self, base: Base, weighting: Weighting) -> None:
+    def __init__(self, base: Base, weighting: Weighting, pack: Pack) -> None:
         from diffusers import FlowMatchEulerDiscreteScheduler
 
         scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(base.folder, subfolder="scheduler")
         self.timesteps: Tensor = scheduler.timesteps  # [1000], descending
         self.sigmas: Tensor = scheduler.sigmas[: len(self.timesteps)]
-        self.weighting = weighting
+        self.weighting, self.pack = weighting, pack
 
-    def draw(self, count: int, generator: Generator) -> Tensor:
+    def sample_timesteps(self, count: int, generator: torch.Generator) -> Tensor:
         """Indices into the schedule, [count]."""
         from diffusers.training_utils import compute_density_for_timestep_sampling
 
-        own = self.weighting
+        weighting = self.weighting
         u: Tensor = compute_density_for_timestep_sampling(
-            own.scheme, count, logit_mean=own.mean, logit_std=own.std, mode_scale=own.scale, generator=generator
-        )
+            weighting.scheme, count, logit_mean=weighting.mean, logit_std=weighting.std, mode_scale=weighting.scale,
+            generator=generator,
+        )  # fmt: skip
         return (u * len(self.timesteps)).long().clamp(max=len(self.timesteps) - 1)
 
-    def noise(self, latents: Tensor, indices: Tensor, generator: Generator) -> NoisyBatch:
-        """latents [B, C, h, w] fp32, indices [B]."""
-        return add_noise(latents, self.sigmas[indices], self.timesteps[indices] / 1000, generator)
+    def add_noise(self, latents: Tensor, indices: Tensor, generator: torch.Generator) -> NoisyBatch:
+        """latents [B, C, h, w] fp32; indices into the schedule [B]."""
+        return add_noise(latents, self.sigmas[indices], self.timesteps[indices] / 1000, generator, self.pack)
 
-    def errors(self, prediction: Tensor, noised: NoisyBatch) -> Tensor:
-        """Weighted squared error, a mean per picture; [B], fp32."""
+    def loss_per_image(self, prediction: Tensor, noised: NoisyBatch) -> Tensor:
+        """Weighted squared error, a mean per picture: prediction [B, N, D] -> [B], fp32."""
         from diffusers.training_utils import compute_loss_weighting_for_sd3
 
         weights: Tensor = compute_loss_weighting_for_sd3(self.weighting.scheme, noised.sigmas)
         return (weights.float() * (prediction.float() - noised.target.float()) ** 2).flatten(1).mean(1)
 
 
-def add_noise(latents: Tensor, sigmas: Tensor, timesteps: Tensor, generator: Generator) -> NoisyBatch:
-    """latents [B, C, h, w] fp32; sigmas, timesteps [B], in 0..1."""
+def add_noise(latents: Tensor, sigmas: Tensor, timesteps: Tensor, generator: torch.Generator, pack: Pack) -> NoisyBatch:
+    """latents [B, C, h, w] fp32; sigmas, timesteps [B], in 0..1. The noise is drawn before packing."""
     eps = torch.randn(latents.shape, generator=generator)
     part = sigmas.view(-1, 1, 1)
     z, eps = pack(latents), pack(eps)

@@ -1,6 +1,9 @@
-"""Frozen linear layers that read the same, and their LoRAs, as one step of autograd: each low-rank product is added where its
-layer's output lies, all their input gradients where the first one lies, and the ways down are one product. Same numbers as
-peft's layers but for rounding; fewer passes over the activations, fewer and larger products.
+"""Frozen linear layers that read the same input, with their LoRAs, as one autograd function.
+
+Each low-rank product is added into its layer's output, all input gradients into one buffer, and the layers' lora_A products are one
+matrix product. Same numbers as peft's layers but for rounding; fewer passes over the activations, fewer and larger products.
+
+Shapes: N rows of the flattened input, `in` and `out` features of a layer, rank r; R is the sum of the layers' ranks.
 """
 
 from __future__ import annotations
@@ -14,77 +17,85 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 
-class _Adapted(torch.autograd.Function):
-    """x [N, in] -> of each layer x @ weight' + bias + scale * (x @ down') @ up', [N, out]; the layers themselves are frozen.
-    scales: a number per layer; tensors: all weights [out, in], then all biases, downs [rank, in], ups [out, rank], all of one
-    dtype."""
+class _FusedLora(torch.autograd.Function):
+    """x [N, in] -> for each layer x @ W' + bias + scale * (x @ A') @ B', [N, out]. W and bias are frozen.
+
+    scales: one per layer. tensors: all W [out, in], then all biases, all A [r, in], all B [out, r]; all of one dtype.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scales: Sequence[float], *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        weights, biases, downs, ups = _in_four(tensors)
-        middle = x @ _joined(downs).t()
+        weights, biases, lora_as, lora_bs = _quarters(tensors)
+        lows = x @ _concat(lora_as).t()  # [N, R]
         outs = tuple(
-            nn.functional.linear(x, weight, bias).addmm_(own, up.t(), alpha=scale)
-            for weight, bias, own, up, scale in zip(weights, biases, _each(middle, downs), ups, scales, strict=True)
+            nn.functional.linear(x, weight, bias).addmm_(low, lora_b.t(), alpha=scale)
+            for weight, bias, low, lora_b, scale in zip(
+                weights, biases, _split(lows, lora_as), lora_bs, scales, strict=True
+            )
         )
-        ctx.save_for_backward(x, middle, *weights, *downs, *ups)
+        ctx.save_for_backward(x, lows, *weights, *lora_as, *lora_bs)
         ctx.scales = scales
         return outs
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, middle, *rest = ctx.saved_tensors
+        x, lows, *rest = ctx.saved_tensors
         count = len(grads)
-        weights, downs, ups = rest[:count], rest[count : 2 * count], rest[2 * count :]
-        of_x, of_down = ctx.needs_input_grad[0], any(ctx.needs_input_grad[2 + 2 * count : 2 + 3 * count])
-        of_ups = ctx.needs_input_grad[2 + 3 * count :]
-        inner = found = None
-        if of_x or of_down:
-            inner = _joined([(g @ up).mul_(scale) for g, up, scale in zip(grads, ups, ctx.scales, strict=True)], 1)
-        if of_x and inner is not None:
-            found = grads[0] @ weights[0]
+        weights, lora_as, lora_bs = rest[:count], rest[count : 2 * count], rest[2 * count :]
+        need_x, need_a = ctx.needs_input_grad[0], any(ctx.needs_input_grad[2 + 2 * count : 2 + 3 * count])
+        need_b = ctx.needs_input_grad[2 + 3 * count :]
+        grad_lows = grad_x = grad_a = None
+        if need_x or need_a:
+            grad_lows = _concat(
+                [(grad @ lora_b).mul_(scale) for grad, lora_b, scale in zip(grads, lora_bs, ctx.scales, strict=True)], 1
+            )  # [N, R]
+        if need_x and grad_lows is not None:
+            grad_x = grads[0] @ weights[0]  # [N, in]
             for grad, weight in zip(grads[1:], weights[1:], strict=True):
-                found.addmm_(grad, weight)
-            found.addmm_(inner, _joined(downs))
-        down = inner.t() @ x if of_down and inner is not None else None
+                grad_x.addmm_(grad, weight)
+            grad_x.addmm_(grad_lows, _concat(lora_as))
+        if need_a and grad_lows is not None:
+            grad_a = grad_lows.t() @ x  # [R, in]
         return (
-            found,
+            grad_x,
             None,
             *[None] * (2 * count),
-            *([None] * count if down is None else torch.split(down, [one.shape[0] for one in downs])),
+            *([None] * count if grad_a is None else torch.split(grad_a, [lora_a.shape[0] for lora_a in lora_as])),
             *(
-                (grad.t() @ own).mul_(scale) if need else None
-                for grad, own, scale, need in zip(grads, _each(middle, downs), ctx.scales, of_ups, strict=True)
+                (grad.t() @ low).mul_(scale) if need else None
+                for grad, low, scale, need in zip(grads, _split(lows, lora_as), ctx.scales, need_b, strict=True)
             ),
         )
 
 
-def _in_four(tensors: Sequence[Any]) -> list[Sequence[Any]]:
+def _quarters(tensors: Sequence[Any]) -> list[Sequence[Any]]:
     count = len(tensors) // 4
-    return [tensors[place : place + count] for place in range(0, len(tensors), count)]
+    return [tensors[start : start + count] for start in range(0, len(tensors), count)]
 
 
-def _joined(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
+def _concat(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """torch.cat without a copy where there is only one."""
     return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim)
 
 
-def _each(middle: Tensor, downs: Sequence[Tensor]) -> Sequence[Tensor]:
-    """[N, sum of ranks] -> [N, rank] of each layer."""
-    return torch.split(middle, [one.shape[0] for one in downs], 1)
+def _split(lows: Tensor, lora_as: Sequence[Tensor]) -> Sequence[Tensor]:
+    """[N, R] -> [N, r] of each layer."""
+    return torch.split(lows, [lora_a.shape[0] for lora_a in lora_as], 1)
 
 
 class FusedLinear(PeftLinear):  # type: ignore[misc]
-    """peft's layer, by peft's own way where more is asked than one plain adapter on a plain layer."""
+    """peft's adapted linear layer. Where it has one active adapter without dropout it is computed here, else peft's way."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.plain and not (args or kwargs):
+        if self.fusable and not (args or kwargs):
             return _fused_forward(x, [self])[0]
         out: Tensor = super().forward(x, *args, **kwargs)
         return out
 
     @property
-    def plain(self) -> bool:
+    def fusable(self) -> bool:
+        """One active adapter that is neither merged nor switched off, without dropout."""
         active = self.active_adapters
         name = active[0] if len(active) == 1 else ""
         if name not in self.lora_A or self.disable_adapters or self.merged:
@@ -93,31 +104,30 @@ class FusedLinear(PeftLinear):  # type: ignore[misc]
 
 
 def fused_forward(x: Tensor, *layers: nn.Module) -> list[Tensor]:
-    """What each layer makes of x [..., in]: those that are adapted plainly in one step, the others one after the other."""
-    plain = [layer for layer in layers if isinstance(layer, FusedLinear) and layer.plain]
-    if len({layer.base_layer.weight.dtype for layer in plain}) != 1:
-        plain = []
-    made = dict(zip(plain, _fused_forward(x, plain), strict=True))
-    return [made[layer] if layer in made else layer(x) for layer in layers]
+    """x [..., in] -> [..., out] of each layer: the fusable ones in one step, the others one after the other."""
+    fusable = [layer for layer in layers if isinstance(layer, FusedLinear) and layer.fusable]
+    if len({layer.base_layer.weight.dtype for layer in fusable}) != 1:
+        fusable = []
+    outputs = dict(zip(fusable, _fused_forward(x, fusable), strict=True))
+    return [outputs[layer] if layer in outputs else layer(x) for layer in layers]
 
 
 def _fused_forward(x: Tensor, layers: Sequence[Any]) -> Sequence[Tensor]:
     if not layers:
         return []
-    named = [(layer, layer.active_adapters[0]) for layer in layers]
+    adapters = [(layer, layer.active_adapters[0]) for layer in layers]
     weights, biases = [layer.base_layer.weight for layer in layers], [layer.base_layer.bias for layer in layers]
-    downs, ups = (
-        [getattr(layer, side)[name].weight.to(weights[0].dtype) for layer, name in named]
-        for side in ("lora_A", "lora_B")
-    )
-    scales = tuple(layer.scaling[name] for layer, name in named)
-    flat = x.to(weights[0].dtype).reshape(-1, x.shape[-1])
-    found: tuple[Tensor, ...] = _Adapted.apply(flat, scales, *weights, *biases, *downs, *ups)  # type: ignore[no-untyped-call]
-    return [out.view(*x.shape[:-1], -1) for out in found]
+    dtype = weights[0].dtype
+    lora_as = [layer.lora_A[name].weight.to(dtype) for layer, name in adapters]
+    lora_bs = [layer.lora_B[name].weight.to(dtype) for layer, name in adapters]
+    scales = tuple(layer.scaling[name] for layer, name in adapters)
+    flat = x.to(dtype).reshape(-1, x.shape[-1])  # [N, in]
+    outs: tuple[Tensor, ...] = _FusedLora.apply(flat, scales, *weights, *biases, *lora_as, *lora_bs)  # type: ignore[no-untyped-call]
+    return [out.view(*x.shape[:-1], -1) for out in outs]
 
 
 def fuse_linears(model: nn.Module) -> None:
-    """Let the adapters of plain linear layers take the short way. Quantised layers keep peft's."""
+    """Turn the adapted plain linear layers into `FusedLinear`. Quantized layers stay peft's."""
     for module in model.modules():
         if type(module) is PeftLinear and type(module.base_layer) is nn.Linear:
             module.__class__ = FusedLinear

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,11 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from runner.base.files import clip_config
-from runner.base.layers import clip_layers, linear_layers, lora_layers
 from runner.core.seeds import derive
-from runner.model.base import Base
-from runner.spec.schema import Spec
 
 ADAPTER = "default"
 
@@ -32,8 +27,8 @@ class LoraShape:
 def attach_lora(model: Any, shape: LoraShape, seed: int) -> dict[str, nn.Parameter]:
     """Add trainable fp32 adapters; returns them by name, e.g. "transformer_blocks.0.attn.to_q.lora_A.weight".
 
-    A is normal with standard deviation 1/rank (peft's "gaussian", the reference's choice), drawn per layer from the
-    seed and the layer's name; B is zero, so that training starts at the base.
+    A is normal with standard deviation 1/rank (peft's "gaussian", which the reference script uses), drawn per layer from the
+    seed and the layer's name; B is zero, so training starts at the base. Raises ValueError where peft adapted other layers.
     """
     from peft import LoraConfig
 
@@ -49,12 +44,12 @@ def attach_lora(model: Any, shape: LoraShape, seed: int) -> dict[str, nn.Paramet
     model.add_adapter(config, adapter_name=ADAPTER)
     parameters = adapter_parameters(model)
     if len(parameters) != 2 * len(shape.layers):
-        raise ValueError(f"peft adapted {len(parameters) // 2} layers, planned were {len(shape.layers)}")
+        raise ValueError(f"peft adapted {len(parameters) // 2} layers instead of the planned {len(shape.layers)}")
     skip_dtype_casts(model, shape.dropout)
     fuse_linears(model)
-    where = model.device  # diffusers looks through all modules for it
+    device = model.device  # read once: diffusers searches all modules for it
     for name, parameter in parameters.items():
-        parameter.data = parameter.data.to(where, torch.float32)  # its layer may wait elsewhere
+        parameter.data = parameter.data.to(device, torch.float32)  # the layer itself may wait in host memory
         if ".lora_A." in name:
             generator = torch.Generator().manual_seed(derive(seed, "lora", name))
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) / shape.rank)
@@ -62,8 +57,8 @@ def attach_lora(model: Any, shape: LoraShape, seed: int) -> dict[str, nn.Paramet
 
 
 def skip_dtype_casts(model: nn.Module, dropout: float) -> None:
-    """Let adapters take their input as it comes: under autocast peft's cast to fp32 would be cast back at once. Dropout is
-    drawn in fp32 all the same."""
+    """Let adapters take their input as it is: autocast would undo peft's cast to fp32 at once. With dropout the cast stays, so
+    dropout is drawn in fp32."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for module in model.modules():
@@ -72,14 +67,14 @@ def skip_dtype_casts(model: nn.Module, dropout: float) -> None:
 
 
 def detach_lora(model: Any) -> None:
-    """Take every adapter out again; the layers below them are the very ones that were there before."""
+    """Remove every adapter; the layers below them are the same objects as before."""
     model.unload_lora()
-    for name in ("peft_config", "_hf_peft_config_loaded"):  # class attributes where no adapter ever was
+    for name in ("peft_config", "_hf_peft_config_loaded"):  # without an adapter the class's attributes show
         vars(model).pop(name, None)
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The adapter's parameters under the names that `save_lora_weights` gives them, without the component's prefix."""
+    """The adapter's parameters by the names that diffusers' `save_lora_weights` gives them, without the component's prefix."""
     return {
         name.replace(f".{ADAPTER}.weight", ".weight"): parameter
         for name, parameter in model.named_parameters()
@@ -88,35 +83,19 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def set_tensors(parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]) -> None:
-    """Copy values in; the names must be the same ones."""
+    """Copy a checkpoint's values into an adapter. Raises ValueError where the names differ."""
     if parameters.keys() != tensors.keys():
-        odd = sorted(parameters.keys() ^ tensors.keys())[:3]
-        raise ValueError(f"adapter and checkpoint name different layers, e.g. {', '.join(odd)}")
+        examples = sorted(parameters.keys() ^ tensors.keys())[:3]
+        raise ValueError(f"adapter and checkpoint name different layers, e.g. {', '.join(examples)}")
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
 
 
 def adapter_metadata(shape: LoraShape) -> dict[str, Any]:
-    """peft's own description of the adapter, which diffusers reads back (alpha and rank among it); repeatable."""
+    """peft's config of the adapter, from which diffusers reads alpha and rank. Equal shapes give equal metadata."""
     from peft import LoraConfig
 
     config = LoraConfig(r=shape.rank, lora_alpha=shape.alpha, lora_dropout=shape.dropout).to_dict()  # type: ignore[arg-type]
     config["target_modules"] = sorted(shape.layers)
     return {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
-
-
-def text_lora_shape(spec: Spec, base: Base) -> LoraShape:
-    own = spec.text_lora
-    assert own is not None
-    assert own.alpha is not None  # the spec resolves it
-    config = clip_config(base.folder)
-    assert config is not None
-    return LoraShape(own.rank, own.alpha, 0.0, tuple(clip_layers(config)))
-
-
-def lora_shape(spec: Spec, base: Base) -> LoraShape:
-    own = spec.lora
-    config = json.loads((base.folder / "transformer" / "config.json").read_text())
-    assert own.alpha is not None  # the spec resolves it
-    return LoraShape(own.rank, own.alpha, own.dropout, tuple(lora_layers(linear_layers(config), own.layers)))

@@ -1,9 +1,9 @@
-"""Blocks of a frozen model that wait in host memory: on the device are those at work and the one that comes next.
+"""Blocks of a frozen model that wait in host memory: the device holds the block at work and the one that comes next.
 
-Not diffusers' group offloading: its hooks know the forward pass. In a backward pass with checkpointing they bring the block
-behind the one that is recomputed, and since the recomputation ends early (torch stops it at the last tensor it needs) none
-is taken away again, so that the whole model is on the device when the step ends. Without checkpointing the backward pass
-finds the weights gone.
+diffusers' group offloading will not do, since its hooks know the forward pass alone. In a backward pass with gradient
+checkpointing they fetch the block after the recomputed one, and none is taken away again: the recomputation ends early (torch
+stops it at the last tensor it needs), so the whole model is on the device when the step ends. Without checkpointing the backward
+pass finds the weights gone.
 """
 
 from __future__ import annotations
@@ -22,68 +22,69 @@ Forward = Callable[..., Any]
 
 
 class BlockOffloader:
-    """Blocks that run one after another. A pass that leaves gradients recomputes each block when its turn comes back: what the
-    graph then holds are the weights on the device, which go with it.
+    """Fetches blocks that run one after another. In a pass with gradients each block is checkpointed: the graph then holds the
+    weights on the device only while the block's backward runs.
 
-    They are tensors of their own, put in the place of those in host memory. Exchanging `.data` would not do: the graph may
-    hold the parameter itself, and would then compute with whatever it is by then.
+    The device's copies are tensors of their own, put in the place of those in host memory. Exchanging `.data` would not do: the
+    graph may hold the parameter itself, and would compute with whatever its data is by then.
     """
 
     def __init__(self, blocks: Sequence[nn.Module], device: torch.device) -> None:
-        self.lane = CopyStream(device)
-        self.places = [list(_places(block)) for block in blocks]  # before an adapter is there: that one stays
-        self.hosts = [[to_pinned(device, table[name]) for table, name in places] for places in self.places]
-        self.coming: dict[int, PendingCopy] = {}
-        self.last = 0
+        """Replaces the blocks' `forward`; the blocks then hold this object. Adapters attached later stay on the device."""
+        self.stream = CopyStream(device)
+        self.slots = [list(_tensor_slots(block)) for block in blocks]
+        self.hosts = [[to_pinned(device, table[name]) for table, name in slots] for slots in self.slots]
+        self.pending: dict[int, PendingCopy] = {}
+        self.last = 0  # the block that ran last
         for index, block in enumerate(blocks):
-            self._put(index, self.hosts[index])
-            block.forward = self._forward(index, partial(_forward_of, block))  # type: ignore[method-assign]
+            self._install(index, self.hosts[index])
+            block.forward = self._forward(index, partial(_class_forward, block))  # type: ignore[method-assign]
 
     def _forward(self, index: int, forward: Forward) -> Forward:
         def run(*inputs: Any, **named: Any) -> Any:
             try:
-                self._come(index)
+                self._fetch(index)
                 return forward(*inputs, **named)
             finally:  # a recomputation ends by an exception
-                self._put(index, self.hosts[index])
+                self._install(index, self.hosts[index])
 
-        def run_twice(*inputs: Any, **named: Any) -> Any:
+        def run_checkpointed(*inputs: Any, **named: Any) -> Any:
             if not torch.is_grad_enabled():
                 return run(*inputs, **named)
             return checkpoint(run, *inputs, use_reentrant=False, **named)
 
-        return run_twice
+        return run_checkpointed
 
-    def _come(self, index: int) -> None:
-        """Wait for a block; send for the next one in the direction that the pass has."""
-        after = index + 1 if index > self.last else index - 1
+    def _fetch(self, index: int) -> None:
+        """Wait for a block's copy, and start the next one's in the direction of the pass."""
+        following = index + 1 if index > self.last else index - 1
         self.last = index
-        for other in set(self.coming) - {index}:
-            self.coming.pop(other).wait()  # a pass broke off, or turned
-        arriving = self.coming.pop(index, None) or self.lane.send(self.hosts[index])
-        self._put(index, arriving.wait())
-        if 0 <= after < len(self.hosts):
-            self.coming[after] = self.lane.send(self.hosts[after])
+        for other in set(self.pending) - {index}:
+            self.pending.pop(other).wait()  # the pass ended early, or changed its direction
+        copy = self.pending.pop(index, None) or self.stream.send(self.hosts[index])
+        self._install(index, copy.wait())
+        if 0 <= following < len(self.hosts):
+            self.pending[following] = self.stream.send(self.hosts[following])
 
-    def _put(self, index: int, tensors: Sequence[Tensor]) -> None:
-        for (table, name), tensor in zip(self.places[index], tensors, strict=True):
+    def _install(self, index: int, tensors: Sequence[Tensor]) -> None:
+        for (table, name), tensor in zip(self.slots[index], tensors, strict=True):
             table[name] = nn.Parameter(tensor, requires_grad=False) if isinstance(table[name], nn.Parameter) else tensor
 
 
-def _forward_of(block: nn.Module, *inputs: Any, **named: Any) -> Any:
-    """Its class's, which may change."""
+def _class_forward(block: nn.Module, *inputs: Any, **named: Any) -> Any:
+    """Its class's forward, looked up at call time: `enable_recompute` replaces the class."""
     return type(block).forward(block, *inputs, **named)
 
 
-def _places(block: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
-    """Where the block's own tensors stand."""
+def _tensor_slots(block: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
+    """(table, name) of each parameter and buffer of the block."""
     for module in block.modules():
         for table in (module._parameters, module._buffers):
             yield from ((table, name) for name, tensor in table.items() if tensor is not None)
 
 
 def offload_blocks(model: nn.Module, blocks: Sequence[nn.Module], device: torch.device) -> nn.Module:
-    """Put a model that is in host memory on the device, but for its blocks, which wait. `model.to` would bring them all."""
+    """Move a model from host memory to the device, except its blocks, which wait. (`model.to` would move them all.)"""
     waiting = {id(tensor) for block in blocks for tensor in (*block.parameters(), *block.buffers())}
     for tensor in (*model.parameters(), *model.buffers()):
         if id(tensor) not in waiting:

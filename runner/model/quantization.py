@@ -1,7 +1,7 @@
-"""Frozen linear layers held in 8 or 4 bits, made whole again one at a time for each use; and models loaded that way.
+"""Frozen linear layers in 8 or 4 bits, dequantized one at a time for each use; and models loaded that way.
 
-A layer of its own, not torchao's tensors: those leave the weight that was made whole in the graph until the backward pass,
-in every layer, so that training takes more memory than without (torchao 0.18: ten layers of 2 MiB hold 20 MiB).
+Not torchao's tensors: in every layer those leave the dequantized weight in the graph until the backward pass, so training takes
+more memory than without them (torchao 0.18: ten layers of 2 MiB hold 20 MiB).
 """
 
 from __future__ import annotations
@@ -22,48 +22,48 @@ from runner.core import files
 from runner.core.errors import BadFileError, FluxrunError
 from runner.model import tensors
 
-FORMAT = 1  # of the kept files: raise it when what is quantised, or how, changes
+FORMAT = 1  # of the quantized files in the cache: raise it when what is quantized, or how, changes
 LARGEST = {"int8": 127.0, "fp8": 448.0}  # e4m3's
 CODES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 
 def quantize(weight: Tensor, scheme: str) -> tuple[Tensor, Tensor]:
-    """weight [out, in] -> (codes, scale). int8, fp8: a scale per row, [out, 1]. nf4 (bitsandbytes' own): two codes a byte,
-    the largest of every 64 numbers in fp32.
+    """weight [out, in] -> (codes, scale). Raises FluxrunError where nf4 lacks bitsandbytes.
 
-    A scale is as exact as the weight's dtype can hold, and the codes are taken against it, so nothing is lost when both are
-    multiplied in that dtype. Zero rows have scale 1.
+    int8, fp8: codes [out, in], a scale per row [out, 1]. nf4 (bitsandbytes' own format): two codes a byte, [out * in / 2, 1],
+    and as scale the largest magnitude of every 64 numbers, in fp32. The scale is rounded to the weight's dtype before the codes
+    are taken against it, so multiplying both in that dtype loses nothing. Rows of zeros have scale 1.
     """
     if scheme == "nf4":
         codes, state = _bitsandbytes().quantize_4bit(weight.contiguous(), blocksize=NF4_BLOCK, quant_type="nf4")
         return codes, state.absmax
-    whole = weight.float()
-    kept = torch.float32 if weight.dtype == torch.float16 else weight.dtype  # a fp16 scale would underflow
-    scale = (whole.abs().amax(dim=1, keepdim=True) / LARGEST[scheme]).to(kept)
+    exact = weight.float()
+    scale_dtype = torch.float32 if weight.dtype == torch.float16 else weight.dtype  # an fp16 scale would underflow
+    scale = (exact.abs().amax(dim=1, keepdim=True) / LARGEST[scheme]).to(scale_dtype)
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-    codes = (whole / scale.float()).clamp(-LARGEST[scheme], LARGEST[scheme])
+    codes = (exact / scale.float()).clamp(-LARGEST[scheme], LARGEST[scheme])
     return (codes.round() if scheme == "int8" else codes).to(CODES[scheme]), scale
 
 
 def dequantize(codes: Tensor, scale: Tensor, scheme: str, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """The weight that codes stand for, [out, in] in `dtype`."""
+    """The weight that the codes stand for, [out, in] in `dtype`. shape: (out, in)."""
     if scheme == "nf4":
-        # One row: 0.50's CPU kernel wants whole blocks in each, and gives two dimensions where one is asked for.
+        # As one row: bitsandbytes 0.50's CPU kernel needs whole blocks in every row, and returns two dimensions for one.
         functional, flat = _bitsandbytes(), torch.Size([1, shape[0] * shape[1]])
         state = functional.QuantState(scale, flat, blocksize=NF4_BLOCK, quant_type="nf4", dtype=dtype)
-        made: Tensor = functional.dequantize_4bit(codes, state)
-        return made.view(shape)
+        weight: Tensor = functional.dequantize_4bit(codes, state)
+        return weight.view(shape)
     return (codes.to(scale.dtype) * scale).to(dtype)
 
 
-def _layout(scheme: str, out: int, inside: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """What `quantize` makes of a weight, without its numbers."""
+def _layout(scheme: str, out: int, in_features: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Codes and scale as `quantize` gives them for a weight, without values."""
     if scheme == "nf4":
-        count = out * inside
+        count = out * in_features
         shapes = {"codes": ((count + 1) // 2, 1), "scale": (-(-count // NF4_BLOCK),)}
         dtypes = {"codes": torch.uint8, "scale": torch.float32}
     else:
-        shapes = {"codes": (out, inside), "scale": (out, 1)}
+        shapes = {"codes": (out, in_features), "scale": (out, 1)}
         dtypes = {"codes": CODES[scheme], "scale": torch.float32 if dtype == torch.float16 else dtype}
     return {name: torch.empty(shapes[name], dtype=dtypes[name], device="meta") for name in shapes}
 
@@ -72,98 +72,107 @@ def _bitsandbytes() -> Any:
     try:
         from bitsandbytes import functional
     except ImportError as error:
-        raise FluxrunError(f'model.quantize: nf4 needs bitsandbytes ({error}); pip install "fluxrun[bitsandbytes]"') from error
+        raise FluxrunError(
+            f'model.quantize: nf4 needs bitsandbytes ({error}); pip install "fluxrun[bitsandbytes]"'
+        ) from error
     return functional
 
 
-class _Product(torch.autograd.Function):
-    """x @ weight.T + bias, whose graph holds the codes: the weight is made again in the backward pass. Neither learns."""
+class _QuantizedProduct(torch.autograd.Function):
+    """x @ weight.T + bias with frozen weight and bias. The graph holds the codes; the backward pass dequantizes them again."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, scheme: str, shape: tuple[int, int]
     ) -> Tensor:
         ctx.save_for_backward(codes, scale)
-        ctx.about = scheme, shape
+        ctx.scheme, ctx.shape = scheme, shape
         return linear(x, dequantize(codes, scale, scheme, shape, x.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         codes, scale = ctx.saved_tensors
-        scheme, shape = ctx.about
-        return grad @ dequantize(codes, scale, scheme, shape, grad.dtype), None, None, None, None, None
+        return grad @ dequantize(codes, scale, ctx.scheme, ctx.shape, grad.dtype), None, None, None, None, None
 
 
 class QuantLinear(nn.Linear):
-    """Empty when made, on the meta device; `dtype` is the one the weight would have. peft takes it for the linear layer that
-    it is."""
+    """A frozen linear layer whose weight is codes and scale; peft adapts it as any linear layer.
+
+    It is built on the meta device, without values. dtype: what the weight is dequantized to.
+    """
 
     codes: Tensor
     scale: Tensor
 
-    def __init__(self, plain: nn.Linear, scheme: str, dtype: torch.dtype) -> None:
-        nn.Module.__init__(self)  # nn.Linear's own would make a weight
-        self.in_features, self.out_features, self.bias = plain.in_features, plain.out_features, plain.bias
+    def __init__(self, linear: nn.Linear, scheme: str, dtype: torch.dtype) -> None:
+        """linear: the layer it replaces."""
+        nn.Module.__init__(self)  # nn.Linear's own would allocate a weight
+        self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
         self.scheme, self.dtype = scheme, dtype
         for name, empty in _layout(scheme, self.out_features, self.in_features, dtype).items():
             self.register_buffer(name, empty)
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """Of the weight's shape, dtype and device, which peft and T5 ask for; NaN, for whoever would compute with it."""
-        nothing = torch.full((1, 1), torch.nan, dtype=self.dtype, device=self.codes.device)
-        return nothing.expand(self.out_features, self.in_features)
+        """A placeholder with the weight's shape, dtype and device, which peft and T5 ask for; NaN, so accidental use shows."""
+        placeholder = torch.full((1, 1), torch.nan, dtype=self.dtype, device=self.codes.device)
+        return placeholder.expand(self.out_features, self.in_features)
 
-    def whole(self) -> Tensor:
+    def dequantized(self) -> Tensor:
+        """The weight, [out, in]."""
         return dequantize(self.codes, self.scale, self.scheme, (self.out_features, self.in_features), self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        device_type = x.device.type
+        dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
         bias = None if self.bias is None else self.bias.to(dtype)
         shape = self.out_features, self.in_features
-        made: Tensor = _Product.apply(x.to(dtype), self.codes, self.scale, bias, self.scheme, shape)  # type: ignore[no-untyped-call]
-        return made
+        out: Tensor = _QuantizedProduct.apply(x.to(dtype), self.codes, self.scale, bias, self.scheme, shape)  # type: ignore[no-untyped-call]
+        return out
 
 
 # ---- whole models --------------------------------------------------------------------------------------------------
 
 
 def load_quantized(
-    model: nn.Module, weights: Mapping[str, Path], scheme: str, dtype: torch.dtype, device: torch.device, kept: Path | None
+    model: nn.Module, weights: Mapping[str, Path], scheme: str, dtype: torch.dtype, device: torch.device,
+    quantized_file: Path | None,
 ) -> nn.Module:  # fmt: skip
-    """Give a model on the meta device its weights, the linear layers of its blocks quantised if `scheme` is not "none", one
-    tensor at a time: at no moment is more of the plain model in host memory than one tensor. `weights`: the file of each
-    name. `kept`: where the quantised model lies, or is put, so that the next time it is only read.
+    """Load a model that is on the meta device, one tensor at a time, so host memory never holds more than one.
 
-    Raises BadFileError for a name that no file has.
+    weights: the file of each tensor. scheme: "none", or how the linear layers of its blocks are quantized. quantized_file: the
+    quantized model in the cache; it is written where it is missing, and read instead of `weights` where it is there.
+    Raises BadFileError for a tensor that no file has.
     """
-    whole = getattr(model, "_keep_in_fp32_modules", None) or () if dtype == torch.float16 else ()  # T5 overflows there
+    fp32_modules = getattr(model, "_keep_in_fp32_modules", None) or () if dtype == torch.float16 else ()  # T5 overflows
     names = list(model.state_dict())
     for name, module in list(model.named_modules()):
-        own = torch.float32 if name.rpartition(".")[2] in whole else dtype
+        module_dtype = torch.float32 if name.rpartition(".")[2] in fp32_modules else dtype
         if scheme != "none" and type(module) is nn.Linear and in_a_block(name):
-            module = QuantLinear(module, scheme, own)
-            model.set_submodule(name, module)
-        _allocate(module, own, device)
-    if tie := getattr(model, "tie_weights", None):  # transformers': T5 has its table by two names
+            quantized = QuantLinear(module, scheme, module_dtype)
+            model.set_submodule(name, quantized)
+            _allocate(quantized, module_dtype, device)
+        else:
+            _allocate(module, module_dtype, device)
+    if tie := getattr(model, "tie_weights", None):  # transformers': T5's table has two names
         tie()
-    if kept is None or not _read_kept(model, kept):
-        given = [_copy_tensor(model, name, weights[name], device) for name in names if name in weights]
-        there = {id(tensor) for pair in given for tensor in pair}
-        if lacking := [name for name, tensor in _named(model) if id(tensor) not in there]:
+    if quantized_file is None or not _read_quantized(model, quantized_file):
+        copied = [_copy_tensor(model, name, weights[name], device) for name in names if name in weights]
+        filled = {id(tensor) for pair in copied for tensor in pair}
+        if missing := [name for name, tensor in _named_tensors(model) if id(tensor) not in filled]:
             raise BadFileError(
-                f"model.base: no file has {lacking[0]} ({len(lacking)} tensors are not there); fetch it again"
+                f"model.base: no file has {missing[0]} ({len(missing)} tensors are missing); fetch it again"
             )
-        if kept is not None:
-            files.make_folder(kept.parent)
-            tensors.save(kept, dict(_named(model)), {"kind": "quantized", "key": kept.stem})
+        if quantized_file is not None:
+            files.make_folder(quantized_file.parent)
+            metadata = {"kind": "quantized", "key": quantized_file.stem}
+            tensors.save(quantized_file, dict(_named_tensors(model)), metadata)
     return model.requires_grad_(False).eval()
 
 
 def _allocate(module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-    """Memory for the module's own tensors, all of it before the first is read: between the plain weights that come and go, it
-    would end in pieces."""
+    """Memory for the module's own tensors. All of it is allocated before the first tensor is read; between the unquantized
+    tensors that come and go it would be fragmented."""
     for name, parameter in list(module.named_parameters(recurse=False)):
         module.register_parameter(name, nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device=device), False))
     for name, buffer in list(module.named_buffers(recurse=False)):
@@ -171,9 +180,9 @@ def _allocate(module: nn.Module, dtype: torch.dtype, device: torch.device) -> No
 
 
 def _copy_tensor(model: nn.Module, name: str, file: Path, device: torch.device) -> tuple[Tensor, ...]:
-    """Copy one tensor of the plain model to its place; gives what it went into."""
-    place, _, leaf = name.rpartition(".")
-    owner, tensor = model.get_submodule(place), _read(file, name).to(device)
+    """Copy one tensor of the unquantized model into the loaded one; returns the tensors that it filled."""
+    parent, _, leaf = name.rpartition(".")
+    owner, tensor = model.get_submodule(parent), _read(file, name).to(device)
     if isinstance(owner, QuantLinear) and leaf == "weight":
         codes, scale = quantize(tensor.to(owner.dtype), owner.scheme)
         owner.codes.copy_(codes)
@@ -185,13 +194,13 @@ def _copy_tensor(model: nn.Module, name: str, file: Path, device: torch.device) 
     return (target,)
 
 
-def _named(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_parameters()
     yield from model.named_buffers()
 
 
 def _read(path: Path, name: str) -> Tensor:
-    """One tensor of a file, which is opened anew each time: pages that were read would else count as this process' memory."""
+    """One tensor of a file. The file is opened for each: while it is open, pages that were read count as this process' memory."""
     try:
         with safe_open(path, framework="pt") as opened:
             tensor: Tensor = opened.get_tensor(name).clone()
@@ -200,18 +209,18 @@ def _read(path: Path, name: str) -> Tensor:
         raise BadFileError(f"{path}: {name} cannot be read ({error})") from error
 
 
-def _read_kept(model: nn.Module, path: Path) -> bool:
-    """Fill the model from its quantised file; False where there is none, or it is damaged (then it goes)."""
+def _read_quantized(model: nn.Module, path: Path) -> bool:
+    """Fill the model from its quantized file; False where there is none, or it is damaged (then it is deleted)."""
     if not path.is_file():
         return False
-    places = dict(_named(model))
+    unfilled = dict(_named_tensors(model))
     try:
         with torch.no_grad():
             for name, tensor in tensors.verified(path):
-                places.pop(name).copy_(tensor)
+                unfilled.pop(name).copy_(tensor)
     except (BadFileError, KeyError):
         path.unlink(missing_ok=True)
         return False
-    with contextlib.suppress(OSError):  # another user's: then it only looks older
-        os.utime(path)  # when it was last asked for, for `fluxrun cache prune`
-    return not places
+    with contextlib.suppress(OSError):  # another user's file keeps its time
+        os.utime(path)  # `fluxrun cache prune` goes by the last use
+    return not unfilled

@@ -1,5 +1,7 @@
-"""Tensors that are made again in the backward pass rather than kept for it. What elementwise arithmetic makes of what is kept
-anyway is cheap, and always is; matrix products are dear, and are if that is asked for (`projected`); attention never is.
+"""Tensors that are computed again in the backward pass instead of being kept for it (selective activation recomputation).
+
+Three rules decide what is recomputed. Elementwise results of tensors that are kept anyway are cheap, so they always are. Matrix
+products are expensive, so they are only where asked for (`project`). Attention never is.
 """
 
 from __future__ import annotations
@@ -18,132 +20,138 @@ from runner.model.fused_lora import fused_forward
 
 
 class RecomputeOp:
-    """How a tensor is made of `inputs`, cheaply, and what its gradient is. Both compute in fp32 where that matters, whatever
-    autocast says: the backward pass knows nothing of it. asks: whether `back` wants something of the making."""
+    """A cheap function of `inputs`, with its gradient written out.
 
-    asks = False
+    Both compute in fp32 where that matters, whatever autocast says: autocast is off in the backward pass.
+    uses_intermediates: whether `gradients` needs more of `compute` than its inputs.
+    """
 
-    def make(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """The tensor, and what `back` asks for."""
+    uses_intermediates = False
+
+    def compute(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """(the output, intermediates for `gradients`)."""
         raise NotImplementedError
 
-    def back(
-        self, grad: Tensor, needed: Sequence[bool], inputs: Sequence[Tensor], made: Sequence[Tensor]
+    def gradients(
+        self, grad: Tensor, needed: Sequence[bool], inputs: Sequence[Tensor], intermediates: Sequence[Tensor]
     ) -> Sequence[Tensor | None]:
-        """A gradient for each input; None where none is needed."""
+        """grad: of the output. A gradient for each input, None where none is needed."""
         raise NotImplementedError
 
 
 class RecomputedTensor:
-    """A tensor that is made again in the backward pass, at most once, for all who would have kept it."""
+    """An op's output that is computed again in the backward pass, once, and shared by everything that would have kept it."""
 
-    def __init__(self, recipe: RecomputeOp, inputs: Sequence[Tensor | RecomputedTensor | OutputOf]) -> None:
-        """inputs: some may have to be made again themselves."""
-        self.recipe = recipe
-        self._inputs = [one.detach() if isinstance(one, Tensor) else one for one in inputs]
-        self._made: tuple[Tensor, ...] = ()
+    def __init__(self, op: RecomputeOp, inputs: Sequence[Tensor | RecomputedTensor | OutputOf]) -> None:
+        """inputs: tensors, or others that are recomputed too."""
+        self.op = op
+        self._inputs = [source.detach() if isinstance(source, Tensor) else source for source in inputs]
+        self._outputs: tuple[Tensor, ...] = ()
 
     @property
     def inputs(self) -> list[Tensor]:
-        return [one if isinstance(one, Tensor) else one.tensor for one in self._inputs]
+        return [source if isinstance(source, Tensor) else source.tensor for source in self._inputs]
 
-    def again(self) -> tuple[Tensor, ...]:
-        self._made = self._made or _make(self.recipe, self.inputs)
-        return self._made
+    def outputs(self) -> tuple[Tensor, ...]:
+        """All that the op computes; only the first call computes it."""
+        self._outputs = self._outputs or _compute(self.op, self.inputs)
+        return self._outputs
 
     @property
     def tensor(self) -> Tensor:
-        return self.again()[0]
+        return self.outputs()[0]
 
-    def forget(self) -> None:
-        self._inputs, self._made = [], ()
+    def free(self) -> None:
+        self._inputs, self._outputs = [], ()
 
 
 @dataclass(frozen=True)
 class OutputOf:
-    """One of several tensors that are made again together, and go when nobody has one of them any more."""
+    """One of several outputs that are recomputed together; their memory goes with the last of them."""
 
-    all: RecomputedTensor
-    place: int
+    source: RecomputedTensor
+    index: int
 
     @property
     def tensor(self) -> Tensor:
-        return self.all.again()[self.place]
+        return self.source.outputs()[self.index]
 
 
-def _make(recipe: RecomputeOp, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    kind = inputs[0].device.type
-    if not torch.is_autocast_enabled(kind):
-        return recipe.make(*inputs)
-    with torch.autocast(kind, enabled=False):
-        return recipe.make(*inputs)
+# A tensor, and how to compute it again; None: it is kept.
+Lazy = tuple[Tensor, RecomputedTensor | OutputOf | None]
+
+
+def _compute(op: RecomputeOp, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    device_type = inputs[0].device.type
+    if not torch.is_autocast_enabled(device_type):
+        return op.compute(*inputs)
+    with torch.autocast(device_type, enabled=False):
+        return op.compute(*inputs)
 
 
 class _Recompute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, recipe: RecomputeOp, remade: RecomputedTensor | None, *inputs: Tensor) -> Tensor:
-        ctx.remade, ctx.recipe = remade, recipe
-        if remade is None:
+    def forward(ctx: Any, op: RecomputeOp, recomputed: RecomputedTensor | None, *inputs: Tensor) -> Tensor:
+        ctx.recomputed, ctx.op = recomputed, op
+        if recomputed is None:
             ctx.save_for_backward(*inputs)
-        return _make(recipe, inputs)[0]
+        return _compute(op, inputs)[0]
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        remade: RecomputedTensor = ctx.remade or RecomputedTensor(ctx.recipe, ctx.saved_tensors)
-        made = remade.again()[1:] if remade.recipe.asks else ()
-        inputs = remade.inputs
-        remade.forget()  # all who kept it have had it: its gradient comes from theirs
-        return None, None, *remade.recipe.back(grad, ctx.needs_input_grad[2:], inputs, made)
+        recomputed: RecomputedTensor = ctx.recomputed or RecomputedTensor(ctx.op, ctx.saved_tensors)
+        op = recomputed.op
+        intermediates = recomputed.outputs()[1:] if op.uses_intermediates else ()
+        inputs = recomputed.inputs
+        recomputed.free()  # every consumer has read it: this gradient is made of theirs
+        return None, None, *op.gradients(grad, ctx.needs_input_grad[2:], inputs, intermediates)
 
 
-Lazy = tuple[Tensor, RecomputedTensor | OutputOf | None]
-
-
-def recompute(recipe: RecomputeOp, *inputs: Tensor | Lazy, plain: bool) -> Lazy:
-    """plain: the same numbers, but kept by autograd's usual way, which checkpointing is built upon."""
-    reads = [one if isinstance(one, tuple) else (one, None) for one in inputs]
-    one = None if plain else RecomputedTensor(recipe, [again or tensor for tensor, again in reads])
-    return _Recompute.apply(recipe, one, *(tensor for tensor, _ in reads)), one  # type: ignore[no-untyped-call]
+def recompute(op: RecomputeOp, *inputs: Tensor | Lazy, save: bool) -> Lazy:
+    """The op's output. save: the same numbers, but kept in autograd's usual way, which gradient checkpointing builds upon."""
+    reads = [read if isinstance(read, tuple) else (read, None) for read in inputs]
+    recomputed = None if save else RecomputedTensor(op, [source or tensor for tensor, source in reads])
+    return _Recompute.apply(op, recomputed, *(tensor for tensor, _ in reads)), recomputed  # type: ignore[no-untyped-call]
 
 
 class Projections(RecomputeOp):
-    """What frozen layers, with their adapters, make of x, under the autocast of its first time. No `back`: the layers have
-    autograd's own."""
+    """What frozen layers, with their adapters, compute of x, under the autocast of the forward pass. It has no `gradients`: the
+    layers have autograd's own."""
 
-    def __init__(self, layers: Sequence[nn.Module], kind: str) -> None:
-        self.layers, self.kind = layers, kind
-        self.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    def __init__(self, layers: Sequence[nn.Module], device_type: str) -> None:
+        self.layers, self.device_type = layers, device_type
+        self.dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
 
-    def make(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        with torch.no_grad(), torch.autocast(self.kind, self.dtype, enabled=self.dtype is not None):
+    def compute(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        with torch.no_grad(), torch.autocast(self.device_type, self.dtype, enabled=self.dtype is not None):
             return tuple(fused_forward(inputs[0], *self.layers))
 
 
-def recompute_projections(read: Lazy, *layers: nn.Module, again: bool) -> list[Lazy]:
-    """What each layer makes of one tensor. again: of those, too, is kept how they are made."""
-    tensor, one = read
-    with recompute_on_backward(read):
-        made = fused_forward(tensor, *layers)
-    if one is None or not again:
-        return [(out, None) for out in made]
-    every = RecomputedTensor(Projections(layers, tensor.device.type), [one])
-    return [(out, OutputOf(every, place)) for place, out in enumerate(made)]
+def project(x: Lazy, *layers: nn.Module, recompute: bool) -> list[Lazy]:
+    """What each linear layer computes of x. recompute: the outputs, too, are computed again in the backward pass."""
+    tensor, source = x
+    with recompute_on_backward(x):
+        outputs = fused_forward(tensor, *layers)
+    if source is None or not recompute:
+        return [(output, None) for output in outputs]
+    together = RecomputedTensor(Projections(layers, tensor.device.type), [source])
+    return [(output, OutputOf(together, index)) for index, output in enumerate(outputs)]
 
 
 @contextmanager
 def recompute_on_backward(*reads: Lazy) -> Iterator[None]:
-    """What is computed within keeps how these tensors are made, in place of them and of views of them."""
-    places = {tensor.untyped_storage()._cdata: one for tensor, one in reads if one is not None}
-    if not places:
+    """Within, autograd keeps how these tensors (and views of them) are recomputed instead of the tensors themselves."""
+    sources = {tensor.untyped_storage()._cdata: source for tensor, source in reads if source is not None}
+    if not sources:
         yield
         return
 
     def pack(tensor: Tensor) -> Any:
-        one = places.get(tensor.untyped_storage()._cdata)
-        if one is None:
+        source = sources.get(tensor.untyped_storage()._cdata)
+        if source is None:
             return tensor.detach()  # an output would keep itself alive
-        return one, tensor.size(), tensor.stride(), tensor.storage_offset()
+        return source, tensor.size(), tensor.stride(), tensor.storage_offset()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, _unpack):
         yield
@@ -152,18 +160,24 @@ def recompute_on_backward(*reads: Lazy) -> Iterator[None]:
 def _unpack(packed: Any) -> Tensor:
     if isinstance(packed, Tensor):
         return packed
-    one, size, stride, offset = packed
-    found: Tensor = one.tensor.as_strided(size, stride, offset)
-    return found
+    source, size, stride, offset = packed
+    tensor: Tensor = source.tensor.as_strided(size, stride, offset)
+    return tensor
 
 
-def heads(x: Tensor, each: int) -> Tensor:
-    """[..., n * each] -> [..., n, each]."""
-    return x.reshape(*x.shape[:-1], -1, each)
+# ---- what several ops share ------------------------------------------------------------------------------------------
 
 
-def norm_back(x: Tensor, weight: Tensor, eps: float, grad: Tensor) -> Tensor:
-    """The gradient, in fp32, of x * r * weight by x, where r = rsqrt(mean(x ** 2) + eps), over the last dimension."""
+def split_heads(x: Tensor, width: int) -> Tensor:
+    """[..., heads * width] -> [..., heads, width]."""
+    return x.reshape(*x.shape[:-1], -1, width)
+
+
+def rms_norm_backward(x: Tensor, weight: Tensor, eps: float, grad: Tensor) -> Tensor:
+    """The gradient by x, in fp32, of x * r * weight with r = rsqrt(mean(x ** 2) + eps), over the last dimension.
+
+    With n = x * r and g = grad * weight it is r * (g - n * mean(g * n)).
+    """
     x = x.float()
     r = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
     normed, grad = x * r, grad * weight
@@ -172,7 +186,8 @@ def norm_back(x: Tensor, weight: Tensor, eps: float, grad: Tensor) -> Tensor:
 
 
 def gelu(x: Tensor, out: Tensor | None = None) -> Tensor:
-    """By tanh. In fp32 on a CPU as x * sigmoid(...), which is the same: torch's kernel takes half as long again there (2.13)."""
+    """GELU's tanh approximation. In fp32 on a CPU it is computed as x * sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3)), which is equal:
+    torch's kernel takes half as long again there (torch 2.13)."""
     out = torch.empty_like(x) if out is None else out
     if x.device.type != "cpu" or x.dtype != torch.float32:
         return torch.ops.aten.gelu.out(x, approximate="tanh", out=out)  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""Torch tensors to and from safetensors files that carry their own digest."""
+"""Torch tensors in safetensors files that carry their own digest."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DIGEST = "sha256"
 
 
 def raw(tensor: Tensor) -> safetensors.RawTensor:
-    """The bytes of a tensor, in host memory."""
+    """A tensor's dtype, shape and bytes, in host memory."""
     host = tensor.detach().cpu().contiguous()
     data = host.reshape(-1).view(torch.uint8).numpy().data if host.numel() else memoryview(b"")
     return safetensors.RawTensor(NAMES[host.dtype], tuple(host.shape), memoryview(data))
@@ -37,15 +37,17 @@ def raw(tensor: Tensor) -> safetensors.RawTensor:
 def save(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, disk: files.Disk = files.DISK
 ) -> None:
-    """Write one file, whole or not at all, with a digest of tensors and metadata in its header."""
+    """Write one file, whole or not at all, with a digest of tensors and metadata in its header. Raises OSError."""
     raws = {name: raw(tensor) for name, tensor in tensors.items()}
     safetensors.write_tensors(path, raws, {**metadata, DIGEST: safetensors.tensors_digest(raws, metadata)}, disk=disk)
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read and verify. Raises BadFileError where a bit is not as it was written: safetensors itself checks only the shape
-    of the file, and loads a flipped bit without a word. Copies: safetensors' own tensors are views of the file, which
-    would show what happens to it after it was verified."""
+    """(tensors, metadata) of a file, verified. Raises BadFileError where any bit differs from what was written; safetensors
+    itself checks the file's structure alone.
+
+    The tensors are copies: safetensors' own are views of the file, and would show later changes of it.
+    """
     metadata = safetensors.read_metadata(path)
     try:
         with safe_open(path, framework="pt") as opened:
@@ -64,32 +66,36 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _copy(tensor: Tensor) -> Tensor:
-    """By numpy: torch's own copy starts OpenMP workers in whatever thread it runs, and those of a writer's thread would spin
-    on the cores that train."""
-    made = torch.empty_like(tensor)
-    if made.numel():
-        made.reshape(-1).view(torch.uint8).numpy()[:] = tensor.reshape(-1).view(torch.uint8).numpy()
-    return made
+    """Through numpy: torch's copy starts OpenMP workers in the thread it runs in, and those of the writer's thread would spin on
+    the cores that train."""
+    copy = torch.empty_like(tensor)
+    if copy.numel():
+        copy.reshape(-1).view(torch.uint8).numpy()[:] = tensor.reshape(-1).view(torch.uint8).numpy()
+    return copy
 
 
 def verified(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a large file one by one, copies, in the order of names; what they are is only known to be right after
-    the last one, when BadFileError is raised where it is not. At no moment is more than one in memory on the file's account."""
+    """(name, tensor) of a large file, one by one in the order of names, as copies; no more than one is in memory at a time.
+
+    Raises BadFileError after the last one where the digest does not match: until then the values are not verified.
+    """
     metadata = safetensors.read_metadata(path)
     digest = metadata.pop(DIGEST, "none")
     try:
         with safe_open(path, framework="pt") as opened:
             names = sorted(opened.keys())
-        found = hashlib.sha256(safetensors.digest_head(metadata))
+        computed = hashlib.sha256(safetensors.digest_head(metadata))
         for name in names:
-            with safe_open(path, framework="pt") as opened:  # anew: pages that were read count as this process' memory
+            with safe_open(
+                path, framework="pt"
+            ) as opened:  # for each: pages read through it count as this process' memory
                 tensor = opened.get_tensor(name).clone()
             for chunk in safetensors.digest_chunks(name, raw(tensor)):
-                found.update(chunk)
+                computed.update(chunk)
             yield name, tensor
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise BadFileError(f"{path}: not a whole safetensors file ({error})") from error
-    if found.hexdigest() != digest:
+    if computed.hexdigest() != digest:
         raise BadFileError(
             f"{path}: the content does not match its digest; the file was changed or damaged after writing"
         )

@@ -7,13 +7,14 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from runner.base.layers import CLIP_L, FLUX1, adapted_layers, clip_layers
+from runner.base.architectures import adapted_layers, architecture_of
+from runner.base.layers import CLIP_L, FLUX1, clip_layers
 from runner.core.hashing import content_key
 from runner.data import tokens
 from runner.data.buckets import Size, group_by_bucket
 from runner.plan.disk import run_bytes
 from runner.plan.keys import OPEN_ENDED, RESULT_FORMAT, _result_values
-from runner.plan.phases import ENCODERS, Encode, Export, Facts, Inversion, Joint, Lora, Part, Phase, Plan, Prior, Train
+from runner.plan.phases import Encode, Export, Facts, Inversion, Joint, Lora, Part, Phase, Plan, Prior, Train
 from runner.spec.schema import Spec
 
 
@@ -116,11 +117,11 @@ def _phases(
         return key
 
     text, lora = _text_part(spec, facts, known), Part("lora", (), _lora_count(spec, facts))
-    live = text.encoders if text else ()
+    live, encoders = text.encoders if text else (), architecture_of(facts.config).encoders
     phases: list[Phase] = []
     if spec.prior is not None:
         phases.append(Prior("prior", 0, spec.prior.count, chained("prior")))
-    phases.append(Encode("encode", 0, tuple(name for name in ENCODERS if name not in live), True, chained("encode")))
+    phases.append(Encode("encode", 0, tuple(name for name in encoders if name not in live), True, chained("encode")))
     start = 0
     for stop in sorted({text_stop, lora_stop} - {0}):
         with_lora = stop <= lora_stop
@@ -141,7 +142,7 @@ def _phases(
         *(table.model_dump(mode="json", exclude_defaults=True) for table in (spec.validation, spec.export)),
     ]
     shown = json.dumps(made, sort_keys=True)
-    read = ENCODERS if known and "t5" in live else ("clip",)
+    read = tuple(name for name, encoder in encoders.items() if name in live or not encoder.large)
     phases.append(Export("export", start, pictures, read, content_key(key, "export", shown)))
     return tuple(phases)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from runner.base.architectures import encoder_part
 from runner.plan.phases import Encode, Export, Inversion, Joint, Lora, Phase, Plan, Prior, Train
 
 # ---- as a document -------------------------------------------------------------------------------------------------
@@ -34,14 +35,13 @@ def describe(phase: Phase) -> dict[str, Any]:
 
 def resident(phase: Phase) -> tuple[str, ...]:
     """The modules on the device while the phase runs; one after the other in `prior`, `encode` and `export`."""
-    names = {"clip": "text_encoder", "t5": "text_encoder_2"}
     match phase:
         case Encode():
-            return (*(names[e] for e in phase.encoders), *(("vae",) if phase.latents else ()))
+            return (*map(encoder_part, phase.encoders), *(("vae",) if phase.latents else ()))
         case Joint() | Inversion() | Lora():
-            return ("transformer", *(names[e] for part in phase.trains for e in part.encoders))
+            return ("transformer", *(encoder_part(name) for part in phase.trains for name in part.encoders))
         case Export():
-            return (*(names[e] for e in phase.encoders), "transformer", *(("vae",) if phase.pictures else ()))
+            return (*map(encoder_part, phase.encoders), "transformer", *(("vae",) if phase.pictures else ()))
         case Prior():
             return ("text_encoder", "text_encoder_2", "transformer", "vae")
 

@@ -11,8 +11,6 @@ from runner.data import tokens
 from runner.data.buckets import Size
 from runner.spec.schema import Spec
 
-ENCODERS = ("clip", "t5")
-
 
 @dataclass(frozen=True)
 class Facts:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from runner.base.architectures import TextEncoder
 from runner.base.files import PARTS as PARTS_OF_BASE
 from runner.base.files import BaseIdentity, fingerprint, local_folder
 from runner.cache import keys
@@ -25,9 +26,11 @@ from runner.core.hashing import content_key
 from runner.data import class_images, images, tokens
 from runner.data.buckets import CropView, Size, group_by_bucket
 from runner.data.images import Picture, Pictures
+from runner.model import base as bases
 from runner.model import device
 from runner.model.base import Base
-from runner.model.flux1 import loading
+from runner.model.families import family_of
+from runner.model.family import ModelFamily
 from runner.model.tensors import raw
 from runner.plan.build import resolutions
 from runner.plan.phases import Plan
@@ -51,6 +54,15 @@ class RunContext:
     split: int = 1  # parts that a micro-batch is cut into, where the memory was too small for it whole
     model_pool: ModelPool = field(default_factory=ModelPool)
     prints: dict[str, str] = field(default_factory=dict)  # fingerprints of the base's parts, once per run
+
+    @cached_property
+    def family(self) -> ModelFamily:
+        return family_of(self.base)
+
+    @property
+    def encoders(self) -> Mapping[str, TextEncoder]:
+        """The family's text encoders by name."""
+        return self.family.architecture.encoders
 
     def part_print(self, part: str) -> str:
         if part not in self.prints:
@@ -162,7 +174,8 @@ class RunContext:
 
     @property
     def vae_base(self) -> Base:
-        """The base as its VAE encodes: FLUX's overflows in fp16 (its config says `force_upcast`), on some pictures only."""
+        """The base as its VAE encodes: in fp32 instead of fp16, in which FLUX's overflows on some pictures (its config says
+        `force_upcast`)."""
         return replace(self.base, dtype=torch.float32) if self.base.dtype == torch.float16 else self.base
 
     def _latent_key(self, pixels: Any) -> str:
@@ -177,24 +190,26 @@ class RunContext:
 
     def entries(self, encoder: str, weights: Weights) -> dict[str, Entry]:
         """All that `encoder` has to read, by the keys of the cache; the encoder as `weights` have changed it."""
-        key = self.text_keys(encoder, weights)
-        return {key(one): one for one in keys.entries(self.spec, self.pictures, self.plan.placeholders, encoder)}
+        key, asked = self.text_keys(encoder, weights), self.encoders[encoder]
+        return {key(entry): entry for entry in keys.entries(self.spec, self.pictures, self.plan.placeholders, asked)}
 
     def text_key(self, encoder: str, caption: str, pooling: str, weights: Weights) -> str:
         """`caption` as written; the encoder as `weights` have changed it."""
         written = tokens.expand_placeholders(caption, self.plan.placeholders)
-        return self.text_keys(encoder, weights)(keys.entry(self.spec, encoder, written, pooling))
+        return self.text_keys(encoder, weights)(keys.entry(self.spec, self.encoders[encoder], written, pooling))
 
     def text_keys(self, encoder: str, weights: Weights) -> Callable[[Entry], str]:
-        """The digest of what was learned is the same for all texts."""
+        """The cache's key of an entry. The digest of what was learned is computed once for all of them."""
+        asked = self.encoders[encoder]
+        text_lora = weights.text_lora if asked.lora_layers else {}
         learned = [weights.rows[encoder]] if encoder in weights.rows else []
-        learned += [weights.text_lora[name] for name in sorted(weights.text_lora)] if encoder == "clip" else []
-        held = [self.base.quantize] if encoder == "t5" and self.base.quantize != "none" else []
-        scale = [self.spec.text_lora.alpha] if self.spec.text_lora and encoder == "clip" and weights.text_lora else []
-        prints = {part: self.part_print(part) for part in keys.PARTS[encoder]}
-        digest = hashing.sha256([raw(one).data for one in learned])
-        alpha = [one for one in scale if one is not None]
-        return lambda asked: keys.text_key(encoder, asked, prints, str(self.base.dtype), digest, alpha, held)
+        learned += [text_lora[name] for name in sorted(text_lora)]
+        alpha = [self.spec.text_lora.alpha] if self.spec.text_lora and text_lora else []
+        scale = [value for value in alpha if value is not None]
+        quantization = [self.base.quantize] if asked.large and self.base.quantize != "none" else []
+        prints = {part: self.part_print(part) for part in asked.parts}
+        digest, dtype = hashing.sha256([raw(tensor).data for tensor in learned]), str(self.base.dtype)
+        return lambda entry: keys.text_key(asked, entry, prints, dtype, digest, scale, quantization)
 
     @property
     def pieces(self) -> list[str]:
@@ -210,19 +225,12 @@ def _name(view: CropView) -> str:
     return f"{view.picture.name}|{width}x{height}|{view.variant}"
 
 
-def open_base(spec: Spec, gpus: str | None, cache: Cache) -> Base:
-    """The spec's base on the device that `gpus` chooses, with the process set up for it."""
-    where = device.choose_device(gpus)
-    device.prepare_device(where, tf32=spec.model.tf32)
-    return open_base_on(spec, where, cache)
-
-
-def open_base_on(spec: Spec, torch_device: torch.device, cache: Cache) -> Base:
-    """The spec's base on a device that the process is set up for."""
-    model, dtype = spec.model, device.resolve_dtype(spec.model.dtype, torch_device)
-    by_blocks = model.offload == "blocks"
-    return loading.open_base(
-        model.base, model.revision, model.variant, torch_device, dtype, model.quantize, cache.folder, by_blocks
+def open_base(spec: Spec, where: torch.device, cache: Cache) -> Base:
+    """The spec's base on a device, in the spec's dtype or the device's usual one. Raises what `runner.model.base.open_base`
+    raises."""
+    model, dtype = spec.model, device.resolve_dtype(spec.model.dtype, where)
+    return bases.open_base(
+        model.base, model.revision, model.variant, where, dtype, model.quantize, cache.folder, model.offload == "blocks"
     )
 
 

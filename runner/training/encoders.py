@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from runner.base.architectures import TextEncoder
 from runner.base.files import fingerprint
 from runner.cache import keys
 from runner.cache.keys import Entry
@@ -18,13 +19,14 @@ from runner.checkpoint.storage import Weights
 from runner.core import files, locks
 from runner.core.errors import FluxrunError
 from runner.data import tokens
-from runner.model import lora
+from runner.model import lora, token_rows
 from runner.model.base import Base
-from runner.model.device import move_module, release
-from runner.model.flux1 import latents, loading, text_encoders
-from runner.model.lora import text_lora_shape
+from runner.model.device import release, to_device
+from runner.model.families import family_of
+from runner.model.family import ModelFamily
 from runner.plan.phases import Encode, Plan, recomputed
 from runner.spec.schema import Spec
+from runner.training.adapter_shapes import text_lora_shape
 from runner.training.context import RunContext
 from runner.training.model_pool import ModelPool
 
@@ -36,10 +38,10 @@ def encode_latents(context: RunContext) -> None:
     if not made:
         return
     context.model_pool.clear(context.base)
-    vae = loading.load_vae(context.vae_base)
+    vae = context.family.load_vae(context.vae_base)
     context.event_log.begin_phase("encode latents", 0, len(made), "views")
     for done, (view, pixels) in enumerate(context.pixels(list(made.values())), 1):
-        moments = latents.encode_image(vae, torch.from_numpy(pixels.copy()).permute(2, 0, 1))
+        moments = context.family.encode_image(vae, torch.from_numpy(pixels.copy()).permute(2, 0, 1))
         context.cache.put("latents", context.latent_keys[view], moments, {"image": view.picture.name})
         context.event_log.progress(done, len(made), "views")
         context.check_stop()
@@ -78,7 +80,9 @@ def _count(context: RunContext, encoder: str, keys: Iterable[str]) -> int:
 
 
 def _make_texts(context: RunContext, encoder: str, weights: Weights, missing: Sequence[tuple[str, Entry]]) -> None:
-    if encoder == "t5" and "t5" not in weights.rows:  # a T5 that learned was beside the transformer already
+    if (
+        context.encoders[encoder].large and encoder not in weights.rows
+    ):  # one that learned fitted beside the transformer
         context.model_pool.clear(context.base)
     live = context.model_pool.live.get(encoder)
     if live is None or not live.holds(weights):
@@ -95,35 +99,39 @@ def reads(plan: Plan, encoder: str) -> bool:
     return any(isinstance(phase, Encode) and phase.at == 0 and encoder in phase.encoders for phase in plan.phases)
 
 
-def frozen_t5(base: Base, cache: Cache, model_pool: ModelPool, spec: Spec, written: Sequence[str]) -> list[Tensor]:
-    """What the base's own T5 makes of texts, [T, width] each; it is loaded only if the cache lacks one."""
-    prints = {part: fingerprint(base.folder / part) for part in keys.PARTS["t5"]}
-    entries = [keys.entry(spec, "t5", one, "diffusers") for one in written]
-    held = [base.quantize] if base.quantize != "none" else []
-    wanted = [keys.text_key("t5", one, prints, str(base.dtype), held=held) for one in entries]
+def frozen_embeddings(
+    encoder: TextEncoder, base: Base, cache: Cache, model_pool: ModelPool, spec: Spec, written: Sequence[str]
+) -> list[Tensor]:
+    """What one of the base's large encoders, as it is, makes of texts, [T, width] each; it is loaded only if the cache lacks
+    one of them."""
+    family, name = family_of(base), encoder.name
+    prints = {part: fingerprint(base.folder / part) for part in encoder.parts}
+    entries = [keys.entry(spec, encoder, text, "diffusers") for text in written]
+    quantization = [base.quantize] if base.quantize != "none" else []
+    wanted = [keys.text_key(encoder, entry, prints, str(base.dtype), held=quantization) for entry in entries]
 
     def make() -> None:
         model_pool.clear(base)
-        live = LiveEncoder("t5", loading.load_t5(base), loading.load_tokenizer(base, "t5"), 0.0)
-        for key, one in zip(wanted, entries, strict=True):
-            cache.put("t5", key, live.read(one).cpu(), {})
+        live = LiveEncoder(family, name, family.load_encoder(base, name), family.load_tokenizer(base, name), 0.0)
+        for key, entry in zip(wanted, entries, strict=True):
+            cache.put(name, key, live.read(entry).cpu(), {})
 
-    found = cache.read("t5", wanted, make)
+    embeddings = cache.read(name, wanted, make)
     release(base.device)
-    return [found[key] for key in wanted]
+    return [embeddings[key] for key in wanted]
 
 
 class LiveEncoder:
-    """A text encoder on the device with what was learned for it: token rows, or an adapter (CLIP's). Both are trainable
-    parameters, frozen unless it was loaded to learn; it knows each caption's ids."""
+    """A text encoder on the device with what was learned for it: token rows, or an adapter. Both are trainable parameters,
+    frozen unless it was loaded to learn; it knows each caption's ids."""
 
-    def __init__(self, encoder: str, model: nn.Module, tokenizer: Any, std: float) -> None:
-        self.encoder, self.model, self.tokenizer, self.std = encoder, model, tokenizer, std
+    def __init__(self, family: ModelFamily, encoder: str, model: nn.Module, tokenizer: Any, std: float) -> None:
+        self.family, self.encoder, self.model, self.tokenizer, self.std = family, encoder, model, tokenizer, std
         self.ids: dict[str, Tensor] = {}
         self.rows: nn.Parameter | None = None
         self.first_rows: Tensor | None = None  # what they began as
         self.adapter: Mapping[str, nn.Parameter] = {}
-        self.again = False  # whether its activations are made again in the backward pass, rather than kept
+        self.checkpointed = False  # whether it runs again in the backward pass, instead of keeping its activations
 
     @classmethod
     def load(
@@ -131,18 +139,19 @@ class LiveEncoder:
     ) -> LiveEncoder:
         """`weights` are copied in. Where there is nothing to copy yet and it shall learn, it is initialised here, since
         rows are drawn at the table's scale."""
-        tokenizer, model = loading.load_tokenizer(context.base, encoder), loading.load_encoder(context.base, encoder)
-        made = cls(encoder, model, tokenizer, text_encoders.table_std(model))
-        if encoder == "t5" and learn_rows:
-            from runner.model.flux1.recompute_t5 import enable_recompute
-
-            how = recomputed(context.spec, rows=True)
-            twice = how not in ("selective", 0)
-            made.again = twice and not context.base.offload  # where each block does so by itself
-            enable_recompute(model, plain=twice or context.base.offload, again=how == "selective")
+        family, asked = context.family, context.encoders[encoder]
+        tokenizer, model = family.load_tokenizer(context.base, encoder), family.load_encoder(context.base, encoder)
+        made = cls(family, encoder, model, tokenizer, token_rows.table_std(model))
+        if asked.large and learn_rows:
+            recompute, offloaded = recomputed(context.spec, rows=True), context.base.offload
+            checkpointed = recompute not in ("selective", 0)
+            made.checkpointed = checkpointed and not offloaded  # offloaded blocks recompute themselves
+            family.recompute_encoder(
+                encoder, model, save_activations=checkpointed or offloaded, projections=recompute == "selective"
+            )
         if encoder in weights.rows or learn_rows:
             counts = [(len(placeholder.pieces), placeholder.initializer) for placeholder in context.plan.placeholders]
-            made.first_rows = text_encoders.initial_rows(model, tokenizer, counts, context.spec.seed, encoder).to(
+            made.first_rows = token_rows.initial_rows(model, tokenizer, counts, context.spec.seed, encoder).to(
                 context.base.device
             )
             if encoder not in weights.rows:
@@ -155,8 +164,8 @@ class LiveEncoder:
                         )
             rows = weights.rows.get(encoder, made.first_rows)
             made.rows = nn.Parameter(rows.clone().to(context.base.device), requires_grad=learn_rows)
-            text_encoders.attach_token_rows(model, tokenizer, context.pieces, made.rows)
-        if encoder == "clip" and (weights.text_lora or learn_lora):
+            token_rows.attach_token_rows(model, tokenizer, context.pieces, made.rows)
+        if asked.lora_layers and (weights.text_lora or learn_lora):
             made.adapter = lora.attach_lora(model, text_lora_shape(context.spec, context.base), context.spec.seed)
             if weights.text_lora:
                 lora.set_tensors(made.adapter, weights.text_lora)
@@ -196,7 +205,8 @@ class LiveEncoder:
 
     def holds(self, weights: Weights) -> bool:
         """Whether it is as `weights` say, to the bit."""
-        rows, adapter = weights.rows.get(self.encoder), weights.text_lora if self.encoder == "clip" else {}
+        rows = weights.rows.get(self.encoder)
+        adapter = weights.text_lora if self.family.architecture.encoders[self.encoder].lora_layers else {}
         if (rows is None) != (self.rows is None) or adapter.keys() != self.adapter.keys():
             return False
         same = [] if rows is None or self.rows is None else [(self.rows, rows)]
@@ -209,19 +219,15 @@ class LiveEncoder:
             return self._states(self._ids(asked.written, asked.length)[None], asked.pooling)[0]
 
     def _ids(self, written: str, length: int) -> Tensor:
-        found = (
-            text_encoders.clip_ids(self.tokenizer, written)
-            if self.encoder == "clip"
-            else text_encoders.t5_ids(self.tokenizer, written, length)
-        )
-        return found.to(next(self.model.parameters()).device)
+        ids = self.family.token_ids(self.encoder, self.tokenizer, written, length)
+        return ids.to(next(self.model.parameters()).device)
 
     def embed(self, captions: Sequence[str], pooling: str) -> Tensor:
         """A caption that several pictures have is read once. Where T5 runs a second time, its turn in the backward pass comes
         when the transformer's activations are gone."""
         each = list(dict.fromkeys(captions))
         ids = torch.stack([self.ids[caption] for caption in each])
-        if self.again and torch.is_grad_enabled():
+        if self.checkpointed and torch.is_grad_enabled():
             found: Tensor = checkpoint(self._states, ids, pooling, use_reentrant=False, preserve_rng_state=False)
         else:
             found = self._states(ids, pooling)
@@ -230,28 +236,25 @@ class LiveEncoder:
         return torch.stack([found[each.index(caption)] for caption in captions])
 
     def _states(self, ids: Tensor, pooling: str) -> Tensor:
-        if self.encoder == "t5":
-            return text_encoders.t5_states(self.model, ids)
-        eos = None if pooling == "diffusers" else int(self.tokenizer.eos_token_id)
-        return text_encoders.clip_pooled(self.model, ids, eos)
+        return self.family.embed(self.encoder, self.model, self.tokenizer, ids, pooling)
 
     def settle(self) -> None:
         if self.rows is not None and self.rows.requires_grad:
-            text_encoders.keep_std(self.rows, self.std)
+            token_rows.keep_std(self.rows, self.std)
 
 
 class CachedEncoder:
     """The same by look-up: embeddings wait in host memory, and the encoder is not there."""
 
     def __init__(self, context: RunContext, encoder: str, weights: Weights) -> None:
-        self.device, self.encoder = context.base.device, encoder
+        self.device, self.encoder = context.base.device, context.encoders[encoder]
         key, known = context.text_keys(encoder, weights), context.plan.placeholders
         wanted = {
             (caption, pooling): key(
-                keys.entry(context.spec, encoder, tokens.expand_placeholders(caption, known), pooling)
+                keys.entry(context.spec, self.encoder, tokens.expand_placeholders(caption, known), pooling)
             )
             for caption in context.captions
-            for pooling in (keys.poolings(context.spec) if encoder == "clip" else ("diffusers",))
+            for pooling in keys.poolings(context.spec, self.encoder)
         }
         own = context.entries(encoder, weights)
         found = context.cache.read(encoder, wanted.values(), lambda: encode_texts(context, encoder, weights, own))
@@ -259,11 +262,11 @@ class CachedEncoder:
 
     def look_up(self, captions: Sequence[str], pooling: str) -> Tensor:
         """In host memory."""
-        chosen = pooling if self.encoder == "clip" else "diffusers"
+        chosen = pooling if self.encoder.pooled else "diffusers"
         return torch.stack([self.values[caption, chosen] for caption in captions])
 
     def embed(self, captions: Sequence[str], pooling: str) -> Tensor:
-        return move_module(self.look_up(captions, pooling), self.device)
+        return to_device(self.look_up(captions, pooling), self.device)
 
     def settle(self) -> None:
         """Nothing here changes."""

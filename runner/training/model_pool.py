@@ -14,7 +14,7 @@ from torch import nn
 from runner.base.files import fingerprint
 from runner.model import device, lora
 from runner.model.base import Base
-from runner.model.flux1 import loading, transformer
+from runner.model.families import family_of
 from runner.spec.schema import Model
 
 
@@ -33,7 +33,7 @@ class ModelPool:
         wanted = _key(base)
         if self.kept is None or self.key != wanted:
             self.clear(base)
-            return loading.load_transformer(base)
+            return family_of(base).load_transformer(base)
         model, self.kept = self.kept, None
         return model
 
@@ -41,13 +41,8 @@ class ModelPool:
         """Take it back for the next one, as it was lent; a compiled one is dropped, since its code has adapters in it."""
         if own.compile:
             return
-        from runner.model.flux1.recompute import disable_recompute
-
         lora.detach_lora(model)
-        disable_recompute(model)
-        transformer.forget_shapes(model)
-        transformer.set_attention(model, "native")
-        model.disable_gradient_checkpointing()  # type: ignore[operator]
+        family_of(base).end_training(model)
         self.key, self.kept = _key(base), model.requires_grad_(False).eval()
 
     def clear(self, base: Base) -> None:

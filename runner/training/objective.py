@@ -14,9 +14,9 @@ from runner.core.seeds import derive
 from runner.data import buckets
 from runner.data.buckets import CropView, Size
 from runner.model import flow_matching
-from runner.model.device import autocast, move_module, pin_memory
-from runner.model.flux1.latents import LatentScale, draw_latents
-from runner.model.flux1.transformer import PromptEmbeds, predictor
+from runner.model.device import autocast, pin_memory, to_device
+from runner.model.family import PromptEmbeds
+from runner.model.latents import draw_latents, mean_latents
 from runner.training.context import EVAL_SIGMAS, RunContext
 from runner.training.encoders import CachedEncoder, LiveEncoder, encode_latents
 from runner.training.prefetch import Prefetcher
@@ -48,10 +48,11 @@ class FlowObjective:
         self.context, self.transformer, self.encoders = context, transformer, encoders
         self.moments = _moments(context)
         self.counts: dict[Size, int] = {size: len(found) * spec.data.repeats for size, found in context.groups.items()}
-        self.scale = LatentScale.of(base)
-        weighting = spec.train.weighting.model_dump(exclude={"scheme"})
-        self.flow = flow_matching.Flow(base, flow_matching.Weighting(spec.train.weighting.scheme, **weighting))
-        self.predict = predictor(transformer, spec.train.guidance, base.device, base.dtype)
+        self.family = context.family
+        self.scale = self.family.latent_scale(base)
+        weighting = flow_matching.Weighting(**spec.train.weighting.model_dump())
+        self.flow = flow_matching.Flow(base, weighting, self.family.pack)
+        self.predict = self.family.predictor(transformer, spec.train.guidance, base.device, base.dtype)
         self.ahead = Prefetcher(self.prepare, beside=base.device.type != "cpu")
 
     def close(self) -> None:
@@ -96,7 +97,7 @@ class FlowObjective:
             kind, at = ("noise", place) if place < count else ("class-noise", place - count)
             generator = torch.Generator().manual_seed(derive(own.seed, kind, step, whole * count + at))
             latents = draw_latents(self.moments[batch[place][0]][None], self.scale, generator)
-            parts.append(self.flow.noise(latents, self.flow.draw(1, generator), generator))
+            parts.append(self.flow.add_noise(latents, self.flow.sample_timesteps(1, generator), generator))
         captions, pooling = [batch[place][1] for place in places], self._pooling(step, whole)
         texts = {
             name: pin_memory(encoder.look_up(captions, pooling), device)
@@ -113,18 +114,20 @@ class FlowObjective:
         context, own, device = self.context, self.context.spec, self.context.base.device
         last = micro + 1 == own.train.accumulate * context.split
         made = self.ahead.get((step, micro), then=(step + 1, 0) if last else (step, micro + 1))
-        noised = _each(made.noised, lambda tensor: move_module(tensor, device))
+        noised = _each(made.noised, lambda tensor: to_device(tensor, device))
         if own.lora.dropout > 0:  # dropout can only draw from the global generator
             torch.manual_seed(made.dropout)
-        txt, vec = (
-            move_module(made.texts[name], device)
-            if name in made.texts
-            else self.encoders[name].embed(made.captions, made.pooling)
-            for name in ("t5", "clip")
+        prompts = self.family.prompt_embeds(
+            {
+                name: to_device(made.texts[name], device)
+                if name in made.texts
+                else encoder.embed(made.captions, made.pooling)
+                for name, encoder in self.encoders.items()
+            }
         )
         with autocast(device, context.base.dtype):
-            prediction = self.predict(noised, PromptEmbeds(txt, vec), made.h, made.w)
-        errors = self.flow.errors(prediction, noised)
+            prediction = self.predict(noised, prompts, made.h, made.w)
+        errors = self.flow.loss_per_image(prediction, noised)
         shown = made.shown
         return errors[:shown].mean() + (own.prior.weight * errors[shown:].mean() if own.prior else 0.0)
 
@@ -135,9 +138,8 @@ class FlowObjective:
         return random.Random(derive(own.seed, "pooling", step, micro)).choice(("diffusers", "eos"))
 
     def read(self, captions: list[str], pooling: str) -> PromptEmbeds:
-        return PromptEmbeds(
-            self.encoders["t5"].embed(captions, pooling), self.encoders["clip"].embed(captions, pooling)
-        )
+        embeddings = {name: encoder.embed(captions, pooling) for name, encoder in self.encoders.items()}
+        return self.family.prompt_embeds(embeddings)
 
     def settle(self) -> None:
         for encoder in self.encoders.values():
@@ -155,7 +157,7 @@ class FlowObjective:
         self.transformer.eval()
         for view, all_sigmas in points:
             moments = self.moments[view]
-            mean = (moments.float().chunk(2)[0][None] - self.scale.shift) * self.scale.scaling
+            mean = mean_latents(moments[None], self.scale)  # [1, C, h, w]
             with torch.no_grad():
                 text = self.read([view.picture.caption], pooling)
             fits = context.spec.train.batch_size // context.split
@@ -164,8 +166,9 @@ class FlowObjective:
                 parts = []
                 for sigma in sigmas:
                     generator = torch.Generator().manual_seed(derive(0, "eval", view.picture.name, str(sigma)))
-                    parts.append(flow_matching.add_noise(mean, torch.tensor([sigma]), torch.tensor([sigma]), generator))
-                noised = _each(flow_matching.collate(parts), lambda tensor: move_module(tensor, device))
+                    at = torch.tensor([sigma])
+                    parts.append(flow_matching.add_noise(mean, at, at, generator, self.family.pack))
+                noised = _each(flow_matching.collate(parts), lambda tensor: to_device(tensor, device))
                 read = PromptEmbeds(text.txt.expand(len(sigmas), -1, -1), text.vec.expand(len(sigmas), -1))
                 with torch.no_grad(), autocast(device, context.base.dtype):
                     made = self.predict(noised, read, *moments.shape[-2:])

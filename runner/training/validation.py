@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from PIL import Image
 
 from runner.export import pipeline
 from runner.model.device import autocast, release
-from runner.model.flux1 import loading
 from runner.runs import sample_files
 from runner.training.context import RunContext
 from runner.training.objective import FlowObjective
@@ -43,28 +41,17 @@ class Validator:
 def draw_samples(context: RunContext, objective: FlowObjective) -> list[Image.Image]:
     """The validation pictures with the seeds of the final ones. Nothing is loaded but the VAE and the scheduler."""
     own, base = context.spec.validation, context.base
-    pipe = _pipeline(context, objective.transformer)
+    pipe = context.family.image_pipeline(base, objective.transformer)
     objective.transformer.eval()
     try:
         made = []
         for prompt, seed in sample_files.samples_of(own.prompts, own.count, context.spec.seed):
             with torch.no_grad():
                 text = objective.read([prompt], "diffusers")
-            read = pipeline.EncodedPrompt(text.txt.cpu(), text.vec.cpu())
             with autocast(base.device, base.dtype):
-                made.append(pipeline.draw_image(pipe, read, seed, steps=own.steps, size=pipeline.size_of(context.spec)))
+                made.append(
+                    pipeline.draw_image(pipe, text.cpu(), seed, steps=own.steps, size=pipeline.size_of(context.spec))
+                )
         return made
     finally:
         objective.transformer.train()
-
-
-def _pipeline(context: RunContext, transformer: Any) -> Any:
-    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
-
-    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(context.base.folder, subfolder="scheduler")
-    pipe = FluxPipeline(
-        scheduler=scheduler, vae=loading.load_vae(context.base), transformer=transformer,
-        text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None,
-    )  # fmt: skip
-    pipe.set_progress_bar_config(disable=True)
-    return pipe

@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 import torch
 
+from runner.base.architectures import FLUX1
 from runner.base.files import BUILTIN, PARTS, fingerprint
 from runner.cache import keys
 from runner.cache.keys import Entry
 from runner.checkpoint.storage import Weights
+from runner.model import loading as part_loading
 from runner.model import quantization
 from runner.model.base import Base
 from runner.model.flux1 import loading
@@ -44,12 +46,12 @@ WRITTEN = Entry("a <s0>", "diffusers", 77)
 
 
 def text_key(encoder: str = "clip", asked: Entry = WRITTEN, prints: dict[str, str] = PRINTS, **more: Any) -> str:
-    return keys.text_key(encoder, asked, prints, **{"dtype": "torch.float32", **more})
+    return keys.text_key(FLUX1.encoders[encoder], asked, prints, **{"dtype": "torch.float32", **more})
 
 
 @pytest.mark.parametrize("encoder", ["clip", "t5"])
 def test_every_part_of_a_text_key(encoder: str) -> None:
-    own = keys.PARTS[encoder]
+    own = FLUX1.encoders[encoder].parts
     made = {
         "as it is": text_key(encoder),
         "another text": text_key(encoder, replace(WRITTEN, written="a <s1>")),
@@ -221,11 +223,13 @@ def test_a_data_set_that_only_has_a_name_is_listed_anew(house: House) -> None:
 
 def test_every_part_of_a_quantised_models_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = Base(TINY, None, CPU, torch.float32, "int8", tmp_path, False)
-    monkeypatch.setattr(loading, "weight_files", lambda *_: {})
+    monkeypatch.setattr(part_loading, "weight_files", lambda *_: {})
     monkeypatch.setattr(quantization, "load_quantized", lambda *told: told[-1])
 
     def kept(base: Base, part: str = "transformer") -> Any:
-        return loading.filled(loading.empty_transformer if part == "transformer" else loading.empty_t5, base, part)
+        return part_loading.load_streaming(
+            loading.empty_transformer if part == "transformer" else loading.empty_t5, base, part
+        )
 
     other = tmp_path / "other"
     shutil.copytree(TINY / "transformer", other / "transformer")
@@ -244,7 +248,7 @@ def test_every_part_of_a_quantised_models_key(tmp_path: Path, monkeypatch: pytes
     distinct(made)
     assert all(path.parent.parent == tmp_path / "quantized" for path in made.values())
     monkeypatch.undo()
-    monkeypatch.setattr(loading, "weight_files", lambda *_: {})
+    monkeypatch.setattr(part_loading, "weight_files", lambda *_: {})
     monkeypatch.setattr(quantization, "load_quantized", lambda *told: told[-1])
     assert kept(replace(base, offload=True)) == kept(base) == made["as it is"]
     assert kept(replace(base, quantize="none")) is None

@@ -12,8 +12,7 @@ from torch import nn
 from runner.checkpoint import storage
 from runner.checkpoint.storage import Checkpoint, Weights
 from runner.core.errors import BadFileError
-from runner.model import tensors
-from runner.model.flux1 import text_encoders
+from runner.model import tensors, token_rows
 from runner.runs import checkpoint_files
 from runner.training import optimizers
 
@@ -91,7 +90,7 @@ def test_a_checkpoint_at_t5_xxls_size_holds_rows_not_tables(name: str, tmp_path:
     table = nn.Embedding(32128, 4096, dtype=torch.bfloat16, _weight=torch.zeros(32128, 4096, dtype=torch.bfloat16))
     table.requires_grad_(False)
     rows = nn.Parameter(torch.randn(2, 4096))
-    embedding = text_encoders.TokenRows(table, 32100, rows)
+    embedding = token_rows.TokenRows(table, 32100, rows)
     optimizer = optimizers.Optimizer([optimizers.ParameterGroup({"rows/t5": rows}, 1e-2, 0.0)], numbers)
     for _ in range(2):
         embedding(torch.tensor([[5, 32100, 32101, 1]])).float().square().sum().backward()

@@ -16,6 +16,7 @@ from runner.export import verify
 from runner.export.about import ExportInfo
 from runner.export.formats import LORA_FILE
 from runner.export.model_card import model_card
+from runner.model.flux1.pipeline import Flux1TextPipeline
 from tests.support.adapters import ABOUT
 from tests.support.cards import card_of
 from tests.support.house import House
@@ -33,7 +34,7 @@ def test_a_cards_code_draws_the_cards_first_picture(
     assert difference(folder / "image.png", folder / "samples" / "0.png") <= 1
     rows = load_file("a_emb.safetensors")
     stored = Weights(rows={"clip": rows["clip_l"], "t5": rows["t5xxl"]})
-    verify.loaded_embeddings(names["pipe"], stored, ["<s0>", "<s1>"])
+    verify.loaded_embeddings(Flux1TextPipeline(names["pipe"]).encoders, stored, ["<s0>", "<s1>"])
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from runner.model.flux1 import loading
+from runner.model import libraries
 from tests.support.adapters import TINY
 
 
@@ -15,7 +15,7 @@ from tests.support.adapters import TINY
 def stock() -> Any:
     from diffusers import FluxPipeline
 
-    loading.quiet()
+    libraries.quiet()
     pipe = FluxPipeline.from_pretrained(TINY, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe

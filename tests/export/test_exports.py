@@ -25,6 +25,7 @@ from runner.data import tokens
 from runner.export import formats, pipeline, verify
 from runner.model import base, tensors
 from runner.model.flux1 import loading
+from runner.model.flux1.pipeline import Flux1ImagePipeline, Flux1TextPipeline
 from runner.model.lora import LoraShape
 from runner.runs.run import Run
 from runner.spec.schema import Token
@@ -103,8 +104,8 @@ BASE = base.Base(BUILTIN["builtin:tiny"], None, torch.device("cpu"), torch.float
 def test_a_wrong_value_in_the_lora_file_is_found_by_its_layer(done: House, trained: Weights) -> None:
     file = done.folder / "runs" / "a" / "export" / formats.LORA_FILE
     shape, stored = shape_of(trained), formats.rounded(trained, torch.bfloat16)
-    pipe = pipeline.image_pipeline(BASE, loading.load_transformer(BASE))
-    pipeline.load_lora(pipe, file)
+    pipe = Flux1ImagePipeline.load(BASE, loading.load_transformer(BASE))
+    pipe.load_lora(file)
     verify.loaded_lora(pipe.transformer, stored.lora, shape)  # as it is, it passes
     with pytest.raises(BadFileError, match="reads back with scale 1.0, trained was 2.0"):
         verify.loaded_lora(pipe.transformer, stored.lora, LoraShape(4, 8.0, 0.0, shape.layers))
@@ -121,9 +122,10 @@ def test_a_wrong_row_is_found_by_its_encoder(done: House, trained: Weights, tmp_
     rows = load_file(done.folder / "runs" / "a" / "export" / "a_emb.safetensors")
     rows["t5"][1, 3] *= 1 + 2**-7
     tensors.save(tmp_path / "bad.safetensors", rows, {})
-    pipe = pipeline.text_pipeline(BASE, pipeline.ExportedFiles(None, tmp_path / "bad.safetensors", known))
+    pipe = Flux1TextPipeline.load(BASE)
+    pipeline.load_embeddings(pipe, tmp_path / "bad.safetensors", known)
     with pytest.raises(BadFileError, match="t5 embeddings read back in diffusers with other values"):
-        verify.loaded_embeddings(pipe, stored, ["<s0>", "<s1>"])
+        verify.loaded_embeddings(pipe.encoders, stored, ["<s0>", "<s1>"])
     with pytest.raises(BadFileError, match=r"bad.safetensors: t5 holds other rows than were learned"):
         verify.embeddings(tmp_path / "bad.safetensors", trained, torch.bfloat16)
 
@@ -151,8 +153,8 @@ def test_alpha_survives_the_export(house: House) -> None:
     """alpha / rank = 4: lost, the picture would be another one. In diffusers' layout it is in the weights."""
     spec = house.spec(rank="rank = 4\nalpha = 16.0", steps="steps = 2")
     assert house.fluxrun("queue", spec).code == 0
-    pipe = pipeline.image_pipeline(BASE, loading.load_transformer(BASE))
-    pipeline.load_lora(pipe, house.folder / "runs" / "a" / "export" / formats.LORA_FILE)
+    pipe = Flux1ImagePipeline.load(BASE, loading.load_transformer(BASE))
+    pipe.load_lora(house.folder / "runs" / "a" / "export" / formats.LORA_FILE)
     scales = {m.scaling[name] for m in pipe.transformer.modules() if hasattr(m, "scaling") for name in m.scaling}
     assert scales == {1.0}
     folder = house.folder / "runs" / "a"

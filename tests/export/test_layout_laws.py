@@ -15,6 +15,7 @@ from runner.base.files import BUILTIN
 from runner.base.layers import clip_layers, linear_layers, lora_layers
 from runner.export import foreign_layouts, lora_layouts
 from runner.export.lora_layouts import Adapter, Factors
+from runner.model.flux1 import layer_names
 from tests.support.laws import examples
 
 # ---- specs ---------------------------------------------------------------------------------------------------------
@@ -98,7 +99,7 @@ def test_alpha_is_what_the_metadata_says(rank: int, own: float, other: float) ->
 @given(st.lists(st.tuples(st.integers(1, 4), st.floats(0.25, 8)), min_size=3, max_size=3))
 def test_parts_of_any_rank_and_alpha_fuse_into_their_changes(parts: list[tuple[int, float]]) -> None:
     """As files of others have them: each part's change comes back, whatever its neighbours are."""
-    names = [f"transformer_blocks.0.{name}" for name in lora_layouts.QKV]
+    names = [f"transformer_blocks.0.{name}" for name in layer_names.QKV]
     made = {
         name: factors(LINEAR[name], rank, alpha, torch.float32, seed)
         for seed, (name, (rank, alpha)) in enumerate(zip(names, parts, strict=True))

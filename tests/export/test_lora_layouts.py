@@ -17,6 +17,7 @@ from runner.core.errors import BadFileError
 from runner.export import foreign_layouts, formats, lora_layouts, verify
 from runner.export.lora_layouts import Adapter, Factors
 from runner.model.base import Base
+from runner.model.flux1 import layer_names
 from tests.support.adapters import (
     CASES,
     CONFIG,
@@ -49,7 +50,10 @@ def test_both_files_give_the_trained_change(case: str, dtype: str, tmp_path: Pat
     weights, shapes = made((CASES | AROUND)[case])
     diffusers, kohya = written(tmp_path, weights, shapes, kind)
     trained = formats.adapter(weights, shapes)
-    errors = verify.lora_file(diffusers, trained, kind), verify.kohya_file(kohya, trained, kind)
+    errors = (
+        verify.lora_file(diffusers, trained, kind, layer_names.FLUX1),
+        verify.kohya_file(kohya, trained, kind, layer_names.FLUX1),
+    )
     found = comfyui_changes(load_file(kohya), CONFIG)
     wanted = wanted_changes(weights, shapes)
     largest = max(float(value.abs().max()) for value in wanted.values())
@@ -99,7 +103,7 @@ def test_what_diffusers_does_not_read_in_the_original_layout(
     stock.load_lora_weights(str(tmp_path), weight_name=kohya.name)
     found, wanted = loaded_changes(stock), wanted_changes(weights, shapes)
     stock.unload_lora_weights()
-    assert wanted.keys() - found.keys() == set(lora_layouts.AROUND.values())
+    assert wanted.keys() - found.keys() == set(layer_names.AROUND.values())
     assert differs(found, {name: value for name, value in wanted.items() if name in found}) < 1e-6
 
 
@@ -213,7 +217,7 @@ def test_a_dense_fused_matrix_is_split_by_its_rows() -> None:
         f"{key}.alpha": torch.tensor(1.0),
     }
     parts = foreign_layouts.read(named, {}).adapter.transformer
-    whole = torch.cat([change(parts[f"single_transformer_blocks.0.{name}"]) for name in lora_layouts.SINGLE["linear1"]])
+    whole = torch.cat([change(parts[f"single_transformer_blocks.0.{name}"]) for name in layer_names.SINGLE["linear1"]])
     assert torch.allclose(whole, 0.25 * (lora["x.lora_B.weight"] @ lora["x.lora_A.weight"]), atol=1e-8)
     assert [part.up.shape[0] for part in parts.values()] == [128, 128, 128, 512]
 
@@ -233,7 +237,7 @@ def test_one_wrong_value_is_found_with_its_layer(layout: str, tmp_path: Path) ->
         with pytest.raises(
             BadFileError, match=f"{files[layout].name}: {name} changes its layer otherwise than was trained"
         ):
-            read(files[layout], formats.adapter(other, shapes), torch.bfloat16)
+            read(files[layout], formats.adapter(other, shapes), torch.bfloat16, layer_names.FLUX1)
 
 
 def test_a_lost_alpha_a_lost_layer_and_an_extra_one_are_found(tmp_path: Path) -> None:
@@ -255,7 +259,7 @@ def test_a_value_too_large_for_fp16_is_no_export(tmp_path: Path) -> None:
     weights.lora["transformer_blocks.0.attn.to_q.lora_B.weight"][0, 0] = 1e5
     diffusers, _ = written(tmp_path, weights, shapes, torch.float16)
     with pytest.raises(BadFileError, match=r"transformer_blocks.0.attn.to_q changes its layer otherwise"):
-        verify.lora_file(diffusers, formats.adapter(weights, shapes), torch.float16)
+        verify.lora_file(diffusers, formats.adapter(weights, shapes), torch.float16, layer_names.FLUX1)
     rows = Weights(rows={"clip": torch.full((2, 64), 1e5)})
     formats.write_embeddings(tmp_path, formats.rounded(rows, torch.float16), "a")
     with pytest.raises(BadFileError, match=r"a_emb.safetensors: clip_l has values that torch.float16 cannot hold"):

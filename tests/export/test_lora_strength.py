@@ -17,6 +17,7 @@ from runner.core import safetensors
 from runner.core.errors import BadFileError
 from runner.export import formats, verify
 from runner.export.about import AdapterShapes
+from runner.model.flux1 import layer_names
 from tests.support.adapters import CASES, CONFIG, differs, loaded_changes, made, wanted_changes, written
 from tests.support.cards import card_of
 from tests.support.house import House
@@ -43,7 +44,7 @@ def test_readers_with_and_without_metadata_get_the_same_change(
     stock.unload_lora_weights()
     assert direct.keys() == loaded.keys() == wanted.keys()
     assert differs(direct, loaded) < 1e-6
-    error = verify.lora_file(file, formats.adapter(weights, shapes), dtype)
+    error = verify.lora_file(file, formats.adapter(weights, shapes), dtype, layer_names.FLUX1)
     assert differs(direct, wanted) == pytest.approx(
         error, rel=1e-3, abs=1e-7
     )  # the fold's rounding is in what is told,
@@ -68,11 +69,11 @@ def test_a_file_that_needs_its_alpha_is_no_export(tmp_path: Path) -> None:
     weights, shapes = made(CASES["attention+mlp, alpha"])
     formats.write_lora(tmp_path / "f.safetensors", weights, shapes)  # not folded
     with pytest.raises(BadFileError, match=r"f.safetensors: .* has alpha 2 where its rank is 4"):
-        verify.lora_file(tmp_path / "f.safetensors", formats.adapter(weights, shapes), torch.float32)
+        verify.lora_file(tmp_path / "f.safetensors", formats.adapter(weights, shapes), torch.float32, layer_names.FLUX1)
     unscaled, its_shapes = Weights(weights.lora, {}, weights.text_lora), formats.folded(weights, shapes)[1]
     formats.write_lora(tmp_path / "f.safetensors", unscaled, its_shapes)  # alpha = rank, and no scale in the weights
     with pytest.raises(BadFileError, match="changes its layer otherwise than was trained"):
-        verify.lora_file(tmp_path / "f.safetensors", formats.adapter(weights, shapes), torch.float32)
+        verify.lora_file(tmp_path / "f.safetensors", formats.adapter(weights, shapes), torch.float32, layer_names.FLUX1)
 
 
 def test_a_run_whose_alphas_are_not_the_ranks(house: House, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,8 +11,8 @@ from runner.cache.store import Cache
 from runner.checkpoint.storage import Weights
 from runner.core.events import EventLog
 from runner.jobs.prepare import prepare_jobs
-from runner.model import device
-from runner.model.flux1 import loading
+from runner.model import base as bases
+from runner.model import device, libraries
 from runner.plan.phases import Encode
 from runner.training.context import RunContext
 from runner.training.distributed import Ranks
@@ -28,11 +28,11 @@ pytestmark = [
 
 
 def desk_on_gpu(spec: Path) -> RunContext:
-    loading.quiet()
+    libraries.quiet()
     [job] = prepare_jobs([spec], spec.parent / "runs", fetch=True, fresh=False)
     where, own = device.choose_device("0"), job.spec.model
     device.prepare_device(where, tf32=own.tf32)
-    base = loading.open_base(own.base, own.revision, own.variant, where, device.resolve_dtype(own.dtype, where))
+    base = bases.open_base(own.base, own.revision, own.variant, where, device.resolve_dtype(own.dtype, where))
     assert job.pictures is not None
     return RunContext(
         job.spec, job.plan, job.pictures, base, Cache(spec.parent / "cache"), EventLog(), Ranks(), lambda: False

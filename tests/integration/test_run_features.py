@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 from runner.base.files import BUILTIN
 from runner.checkpoint import storage
 from runner.jobs.prepare import prepare_jobs
+from runner.model import token_rows
 from runner.model.base import Base
-from runner.model.flux1 import loading, text_encoders
+from runner.model.flux1 import loading
 from runner.tracking.history import read_history
 from tests.support.house import House
 from tests.support.runs import export_bytes, stopping_after
@@ -294,7 +295,7 @@ def test_several_tokens_learn_side_by_side(house: House) -> None:
     for name in ("clip", "t5"):
         tokenizer, encoder = loading.load_tokenizer(BASE, name), loading.load_encoder(BASE, name)
         counts = [(len(one.pieces), one.initializer) for one in job.plan.placeholders]
-        first = text_encoders.initial_rows(encoder, tokenizer, counts, 0, name)
+        first = token_rows.initial_rows(encoder, tokenizer, counts, 0, name)
         assert len({tuple(row) for row in first.tolist()}) == 5  # each begins as its own
         turned = torch.nn.functional.cosine_similarity(early[name], first)
         assert (turned < 0.99).all(), (

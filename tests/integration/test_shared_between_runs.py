@@ -15,6 +15,7 @@ from runner.data.buckets import CropView
 from runner.model import lora
 from runner.model.base import Base
 from runner.model.flux1 import latents, loading, transformer
+from runner.training.adapter_shapes import lora_shape
 from runner.training.context import RunContext
 from runner.training.encoders import LiveEncoder
 from runner.training.model_pool import ModelPool
@@ -66,7 +67,7 @@ def test_an_adapter_that_was_taken_out_leaves_the_very_layers_that_were_there(ho
     model = loading.load_transformer(context.base)
     before, attributes = list(model.named_modules()), set(vars(model))
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    adapter = lora.attach_lora(model, lora.lora_shape(context.spec, context.base), 0)
+    adapter = lora.attach_lora(model, lora_shape(context.spec, context.base), 0)
     assert [name for name, _ in model.named_modules()] != [name for name, _ in before]
     lora.detach_lora(model)
     assert all(one is other for (_, one), (_, other) in zip(model.named_modules(), before, strict=True))
@@ -74,7 +75,7 @@ def test_an_adapter_that_was_taken_out_leaves_the_very_layers_that_were_there(ho
     after = model.state_dict()
     assert state.keys() == after.keys()
     assert all(torch.equal(state[name], after[name]) for name in state)
-    lora.attach_lora(model, lora.lora_shape(context.spec, context.base), 0)  # and there is room for the next one
+    lora.attach_lora(model, lora_shape(context.spec, context.base), 0)  # and there is room for the next one
     assert adapter.keys() == lora.adapter_parameters(model).keys()
 
 
@@ -278,13 +279,13 @@ def test_an_encoder_that_learned_on_is_not_taken_for_an_older_one(house: House) 
 def test_rotary_tables_are_kept_only_while_the_shape_is_told(house: House) -> None:
     model = loading.load_transformer(desk_of(house.spec("a")).base)
     small, large = (latents.image_ids(side, side, torch.device("cpu"), torch.float32) for side in (4, 8))
-    with transformer.rotary_of(model, (0, 4, 4)):
+    with transformer.rotary_tables_for(model, (0, 4, 4)):
         first = model.pos_embed(small)
         assert model.pos_embed(small) is first
     assert all(torch.equal(*pair) for pair in zip(model.pos_embed(small), first, strict=True))
     assert model.pos_embed(large)[0].shape[0] == 16  # stock diffusers, at another size
-    transformer.forget_shapes(model)
-    with transformer.rotary_of(model, (0, 4, 4)):
+    transformer.clear_rotary_tables(model)
+    with transformer.rotary_tables_for(model, (0, 4, 4)):
         assert model.pos_embed(small) is not first
 
 

@@ -93,7 +93,7 @@ def test_runs_whose_base_cannot_be_fetched_do_not_keep_the_others_from_training(
 def test_a_hub_that_answers_no_question_leaves_it_open(
     house: House, there: Hub, monkeypatch: Patch, how: str, told: str
 ) -> None:
-    monkeypatch.setattr(ours, "ANSWER", 0.3)
+    monkeypatch.setattr(ours, "ANSWER_TIMEOUT", 0.3)
     there.asleep = how == "asleep"
     there.page = {"garbage": "<html>log in to this network</html>", "another form": "[1]"}.get(how, "")
     if how == "500":

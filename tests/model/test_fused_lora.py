@@ -104,7 +104,7 @@ def test_layers_that_read_the_same_are_pefts_but_for_rounding(dtype: torch.dtype
             out = model(x)
         out.float().pow(3).sum().backward()
         steps = {one.name() for one in graph(out.grad_fn)}
-        assert ("_AdaptedBackward" in steps) is fused
+        assert ("_FusedLoraBackward" in steps) is fused
         grads = {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
         found.append({"out": out.detach(), **grads, **({"x": x.grad} if grad else {})})
     ours, theirs = found

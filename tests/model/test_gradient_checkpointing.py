@@ -65,14 +65,14 @@ def test_blocks_are_recomputed_by_inversions_key_while_rows_learn(
         context.model_pool.clear(context.base)
         transformer, _ = load_transformer(context, phase, Weights())
         blocks: list[Any] = blocks_of(transformer)
-        assert sum(block.plain for block in blocks) == max(count, 0)
-        assert sum(block.again for block in blocks) == max(-count, 0)
+        assert sum(block.save_activations for block in blocks) == max(count, 0)
+        assert sum(block.recompute_projections for block in blocks) == max(-count, 0)
         assert transformer.gradient_checkpointing is (count > 0)
         for one in load_encoders(context, phase, Weights()).values() if phase.name == "joint" else ():
             assert isinstance(one, LiveEncoder)
-            assert one.again is (one.encoder == "t5" and joint > 0)
+            assert one.checkpointed is (one.encoder == "t5" and joint > 0)
             if one.encoder == "t5":
-                assert {block.again for block in one.model.encoder.block} == {joint < 0}  # type: ignore[union-attr]
+                assert {block.recompute_projections for block in one.model.encoder.block} == {joint < 0}  # type: ignore[union-attr]
 
 
 def test_steps_may_be_added_together_with_recomputing(house: House) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from runner.model.flux1.latents import LatentScale, draw_latents, image_ids, pack
+from runner.model.flux1.latents import image_ids, pack
+from runner.model.latents import LatentScale, draw_latents
 
 
 def test_packing_is_the_pipelines() -> None:

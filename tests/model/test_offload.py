@@ -48,7 +48,7 @@ def test_offloaded_blocks_train_to_the_same_bits(house: House, monkeypatch: pyte
     lines, changes = f'quantize = "{scheme}"', {"rank": "rank = 4\ndropout = 0.3"}
     wanted = gradients(with_model(house, lines, **changes))
     chains: list[offload.BlockOffloader] = []
-    made, come = offload.BlockOffloader.__init__, offload.BlockOffloader._come
+    made, come = offload.BlockOffloader.__init__, offload.BlockOffloader._fetch
     there: list[int] = []
     order: list[tuple[int, int]] = []
 
@@ -59,11 +59,11 @@ def test_offloaded_blocks_train_to_the_same_bits(house: House, monkeypatch: pyte
     def coming(chain: offload.BlockOffloader, index: int) -> None:
         come(chain, index)
         order.append((chains.index(chain), index))
-        there.append(len(chain.coming) + 1)
+        there.append(len(chain.pending) + 1)
 
     monkeypatch.setattr(offload, "CopyStream", Sent)
     monkeypatch.setattr(offload.BlockOffloader, "__init__", noted)
-    monkeypatch.setattr(offload.BlockOffloader, "_come", coming)
+    monkeypatch.setattr(offload.BlockOffloader, "_fetch", coming)
     objective, kinds = objective_of(desk_of(with_model(house, f'{lines}\noffload = "blocks"', **changes)))
     jolt(kinds)
     order.clear()
@@ -72,7 +72,7 @@ def test_offloaded_blocks_train_to_the_same_bits(house: House, monkeypatch: pyte
     flow, t5 = (chains.index(chain) for chain in chains[-2:])
     assert [index for which, index in order if which == flow] == [0, 1, 2, 3, 4, 5, 5, 4, 3, 2, 1, 0]
     assert [index for which, index in order if which == t5] == [0, 1, 1, 0]
-    lane = chains[flow].lane
+    lane = chains[flow].stream
     assert isinstance(lane, Sent)
     assert len(lane.order) <= 14  # each once a pass, but for one where the pass turns: what comes next was foreseen
 

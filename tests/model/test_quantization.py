@@ -111,7 +111,7 @@ def test_loss_and_gradients_are_those_of_the_weights_the_codes_stand_for(house: 
 
 def unpacked(module: QuantLinear) -> nn.Linear:
     made = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, dtype=module.dtype)
-    made.weight = nn.Parameter(module.whole(), requires_grad=False)
+    made.weight = nn.Parameter(module.dequantized(), requires_grad=False)
     made.bias = module.bias
     return made.requires_grad_(False)
 

@@ -16,9 +16,12 @@ from torch import Tensor
 
 from runner.base.layers import linear_layers, lora_layers
 from runner.checkpoint.storage import Weights
-from runner.model import flow_matching, lora, recomputation
+from runner.model import base as bases
+from runner.model import flow_matching, lora, recomputation, token_rows
 from runner.model.device import autocast
-from runner.model.flux1 import loading, recompute, recompute_t5, text_encoders, transformer
+from runner.model.families import family_of
+from runner.model.family import PromptEmbeds
+from runner.model.flux1 import loading, recompute, recompute_t5, transformer
 from runner.training.encoders import LiveEncoder
 from tests.support.house import House
 from tests.support.runs import desk_of
@@ -46,7 +49,9 @@ def made(
         noise = torch.randn(parameter.shape, generator=generator) * 0.2
         parameter.data = noise if ".lora_" in name else (parameter.data + noise).to(dtype)
     if spared:
-        recompute.enable_recompute(model, plain=transformer.run_twice(model, every), again=again)
+        recompute.enable_recompute(
+            model, checkpointed=transformer.checkpointed_blocks(model, every), recompute_projections=again
+        )
     return model.train()
 
 
@@ -61,7 +66,7 @@ def run(
     noised = flow_matching.NoisyBatch(noise, noise, torch.ones(images, 1, 1), torch.linspace(0.2, 0.9, images))
     predict = transformer.predictor(model, 3.5, torch.device("cpu"), dtype)
     with autocast(torch.device("cpu"), dtype):
-        out = predict(noised, transformer.PromptEmbeds(txt, vec), 4, 6)
+        out = predict(noised, PromptEmbeds(txt, vec), 4, 6)
     if not back:
         return {"out": out}
     found = {"out": out.detach()}
@@ -94,9 +99,9 @@ def test_adapted_layers_that_read_the_same_are_one_step() -> None:
     model = made(spared=True)
     noised = flow_matching.NoisyBatch(torch.randn(1, 6, 8), torch.zeros(1, 6, 8), torch.ones(1, 1, 1), torch.ones(1))
     predict = transformer.predictor(model, 3.5, torch.device("cpu"), torch.float32)
-    out = predict(noised, transformer.PromptEmbeds(torch.randn(1, 5, 24), torch.randn(1, 12)), 4, 6)
+    out = predict(noised, PromptEmbeds(torch.randn(1, 5, 24), torch.randn(1, 12)), 4, 6)
     steps = [node.name() for node in graph(out.grad_fn)]
-    assert steps.count("_AdaptedBackward") == 2 * (2 + 6) + 1 + 2
+    assert steps.count("_FusedLoraBackward") == 2 * (2 + 6) + 1 + 2
 
 
 def test_encoders_alone_can_learn_through_them() -> None:
@@ -129,9 +134,9 @@ def test_checkpointed_blocks_compute_the_same_bits_and_all_come_back(every: int)
     model = made(spared=True, every=every)
     blocks = transformer.blocks_of(model)
     plain = {1: [True, True, True, False], 2: [True, False, True, False], 3: [True, False, False, False]}
-    assert [block.plain for block in blocks] == plain[every]
+    assert [block.save_activations for block in blocks] == plain[every]
     assert [getattr(block, "last", False) for block in blocks] == [False, False, False, True]
-    transformer.enable_gradient_checkpointing(model, transformer.run_twice(model, every))
+    transformer.enable_gradient_checkpointing(model, transformer.checkpointed_blocks(model, every))
     ours, theirs = run(model, 2, True), run(made(spared=True), 2, True)
     assert all(torch.equal(ours[name], value) for name, value in theirs.items())
     recompute.disable_recompute(model)
@@ -151,7 +156,7 @@ def test_projections_that_are_made_again_are_the_same_bits(
     found, kept = [], []
     for again in (True, False):
         model = made(spared=True, again=again, layers=layers or "all", adapted=layers is not None, dtype=dtype)
-        assert [block.again for block in transformer.blocks_of(model)] == [again, again, again, False]
+        assert [block.recompute_projections for block in transformer.blocks_of(model)] == [again, again, again, False]
         forward = lambda model=model: run(model, images, learns, dtype, back=False)["out"]  # noqa: E731
         kept.append(counted([model], forward))
         found.append(run(model, images, learns, dtype))
@@ -181,12 +186,12 @@ def test_nothing_of_a_step_outlives_it(monkeypatch: pytest.MonkeyPatch, again: b
 
     def making(self: recomputation.RecomputedTensor) -> tuple[Tensor, ...]:
         found = real(self)
-        most[0] = max(most[0], sum(bool(one and one._made) for one in (ref() for ref in known)))
+        most[0] = max(most[0], sum(bool(one and one._outputs) for one in (ref() for ref in known)))
         return found
 
-    real = recomputation.RecomputedTensor.again
+    real = recomputation.RecomputedTensor.outputs
     monkeypatch.setattr(recomputation.RecomputedTensor, "__init__", watched)
-    monkeypatch.setattr(recomputation.RecomputedTensor, "again", making)
+    monkeypatch.setattr(recomputation.RecomputedTensor, "outputs", making)
     gc.disable()
     try:
         run(made(spared=True, again=again), 2, True)
@@ -201,15 +206,15 @@ def test_a_tensor_is_made_again_once_for_all_its_readers() -> None:
     calls = []
 
     class Doubled(recomputation.RecomputeOp):
-        def make(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        def compute(self, *inputs: Tensor) -> tuple[Tensor, ...]:
             calls.append(1)
             return (2 * inputs[0],)
 
-        def back(self, grad: Tensor, *_: Any) -> tuple[Tensor]:
+        def gradients(self, grad: Tensor, *_: Any) -> tuple[Tensor]:
             return (2 * grad,)
 
     x, weight = torch.randn(3, 4, requires_grad=True), torch.randn(4, 4, requires_grad=True)
-    read = recomputation.recompute(Doubled(), x, plain=False)
+    read = recomputation.recompute(Doubled(), x, save=False)
     with recomputation.recompute_on_backward(read):
         out = (read[0] @ weight).sum() + (read[0][1:].t() @ read[0][1:]).sum()
     out.backward()  # type: ignore[no-untyped-call]
@@ -225,11 +230,11 @@ def test_a_tensor_is_made_again_once_for_all_its_readers() -> None:
 
 
 def t5_with_rows(dtype: torch.dtype = torch.float32) -> LiveEncoder:
-    base = loading.open_base("builtin:tiny", None, None, torch.device("cpu"), dtype)
+    base = bases.open_base("builtin:tiny", None, None, torch.device("cpu"), dtype)
     model, tokenizer = loading.load_t5(base), loading.load_tokenizer(base, "t5")
-    live = LiveEncoder("t5", model, tokenizer, text_encoders.table_std(model))
-    live.rows = torch.nn.Parameter(text_encoders.initial_rows(model, tokenizer, [(2, None)], 0, "t5"))
-    text_encoders.attach_token_rows(model, tokenizer, ["<s0>", "<s1>"], live.rows)
+    live = LiveEncoder(family_of(base), "t5", model, tokenizer, token_rows.table_std(model))
+    live.rows = torch.nn.Parameter(token_rows.initial_rows(model, tokenizer, [(2, None)], 0, "t5"))
+    token_rows.attach_token_rows(model, tokenizer, ["<s0>", "<s1>"], live.rows)
     live.ids |= {one: live._ids(one, 32) for one in ("a <s0><s1>", "b")}
     return live
 
@@ -248,8 +253,10 @@ def test_a_t5_that_learns_is_transformers_but_for_rounding_and_keeps_half() -> N
     for way in ("stock", "lean", "again", "selective"):
         live = t5_with_rows()
         if way != "stock":
-            live.again = way == "again"
-            recompute_t5.enable_recompute(live.model, plain=live.again, again=way == "selective")
+            live.checkpointed = way == "again"
+            recompute_t5.enable_recompute(
+                live.model, save_activations=live.checkpointed, recompute_projections=way == "selective"
+            )
         kept.append(counted([live.model], lambda live=live: live.embed(["a <s0><s1>", "b"], "diffusers")))  # type: ignore[misc]
         found.append(t5_run(live))
     stock, lean, *others = found
@@ -263,7 +270,7 @@ def test_a_t5_that_learns_is_transformers_but_for_rounding_and_keeps_half() -> N
 def test_a_t5_that_learns_in_16_bits_is_about_as_near_to_full_precision(dtype: torch.dtype) -> None:
     """As a median over rows: of a single gradient in bf16, a fifth is rounding."""
     full, stock, lean = t5_with_rows(), t5_with_rows(dtype), t5_with_rows(dtype)
-    recompute_t5.enable_recompute(lean.model, plain=False)
+    recompute_t5.enable_recompute(lean.model, save_activations=False)
     found: dict[str, list[float]] = {"states": [], "rows": []}
     for seed in range(20):
         for live in (full, stock, lean):
@@ -287,18 +294,18 @@ def test_a_run_s_t5_has_lean_blocks_where_it_learns(tmp_path: Path, model: str, 
     """Plain ones where checkpointing, of all of it or block by block, sees to what is kept."""
     context = desk_of(House(tmp_path).spec(base=f'base = "builtin:tiny"\n{model}'))
     live = LiveEncoder.load(context, "t5", Weights(), learn_rows=True)
-    assert [(type(block), block.plain) for block in live.model.encoder.block] == [
+    assert [(type(block), block.save_activations) for block in live.model.encoder.block] == [
         (recompute_t5.RecomputeT5Block, plain)
     ] * 2  # type: ignore[union-attr]
-    assert live.again is again
+    assert live.checkpointed is again
     live = LiveEncoder.load(context, "t5", Weights())
     assert not any(isinstance(block, recompute_t5.RecomputeT5Block) for block in live.model.encoder.block)  # type: ignore[union-attr]
 
 
 def test_what_overflows_in_16_bits_is_clamped_as_transformers_do() -> None:
     kept = torch.tensor([1.0, -65504.0, float("inf"), -float("inf")], dtype=torch.float16)
-    assert recompute_t5.clamped(kept).tolist() == [1.0, -64512.0, 64512.0, -64512.0]
-    assert torch.equal(recompute_t5.clamped(kept.float()), kept.float())
+    assert recompute_t5.clamp_fp16(kept).tolist() == [1.0, -64512.0, 64512.0, -64512.0]
+    assert torch.equal(recompute_t5.clamp_fp16(kept.float()), kept.float())
 
 
 def test_a_t5_that_learns_nothing_now_is_transformers_to_the_bit() -> None:
@@ -306,7 +313,7 @@ def test_a_t5_that_learns_nothing_now_is_transformers_to_the_bit() -> None:
     for spared in (True, False):
         live = t5_with_rows()
         if spared:
-            recompute_t5.enable_recompute(live.model, plain=False)
+            recompute_t5.enable_recompute(live.model, save_activations=False)
         with torch.no_grad():
             found.append(live.embed(["a <s0><s1>"], "diffusers"))
     assert torch.equal(*found)

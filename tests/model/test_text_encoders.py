@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from runner.model import token_rows
 from runner.model.flux1 import loading, text_encoders
 from tests.support.bases import BASE
 
@@ -38,7 +39,7 @@ def test_our_embeddings_are_the_pipelines_to_the_bit(learned: tuple[str, ...], p
         if name in learned:
             width = model.get_input_embeddings().weight.shape[1]
             rows = torch.randn(2, width, generator=generator)
-            text_encoders.attach_token_rows(model, tokenizer, ["<s0>", "<s1>"], nn.Parameter(rows))
+            token_rows.attach_token_rows(model, tokenizer, ["<s0>", "<s1>"], nn.Parameter(rows))
             parts = (pipe.text_encoder, pipe.tokenizer) if name == "clip" else (pipe.text_encoder_2, pipe.tokenizer_2)
             pipe.load_textual_inversion(rows, token=["<s0>", "<s1>"], text_encoder=parts[0], tokenizer=parts[1])
         with torch.no_grad():
@@ -56,7 +57,7 @@ def test_only_the_rows_get_a_gradient() -> None:
     for _, model, tokenizer in encoders():
         model.requires_grad_(False)
         rows = nn.Parameter(torch.randn(2, model.get_input_embeddings().weight.shape[1]))
-        text_encoders.attach_token_rows(model, tokenizer, ["<s0>", "<s1>"], rows)
+        token_rows.attach_token_rows(model, tokenizer, ["<s0>", "<s1>"], rows)
         ids = text_encoders.t5_ids(tokenizer, "a <s0>", 16)
         model(ids[None])[0].square().sum().backward()
         assert [name for name, parameter in model.named_parameters() if parameter.grad is not None] == [
@@ -69,21 +70,21 @@ def test_only_the_rows_get_a_gradient() -> None:
 
 def test_rows_start_at_the_tables_scale_or_at_a_phrase() -> None:
     for name, model, tokenizer in encoders():
-        random_rows = text_encoders.initial_rows(model, tokenizer, [(64, None)], 0, name)
-        assert math.isclose(float(random_rows.std()), text_encoders.table_std(model), rel_tol=0.1)
-        assert torch.equal(random_rows, text_encoders.initial_rows(model, tokenizer, [(64, None)], 0, name))
-        assert not torch.equal(random_rows, text_encoders.initial_rows(model, tokenizer, [(64, None)], 1, name))
-        from_phrase = text_encoders.initial_rows(model, tokenizer, [(3, "red heart")], 0, name)
+        random_rows = token_rows.initial_rows(model, tokenizer, [(64, None)], 0, name)
+        assert math.isclose(float(random_rows.std()), token_rows.table_std(model), rel_tol=0.1)
+        assert torch.equal(random_rows, token_rows.initial_rows(model, tokenizer, [(64, None)], 0, name))
+        assert not torch.equal(random_rows, token_rows.initial_rows(model, tokenizer, [(64, None)], 1, name))
+        from_phrase = token_rows.initial_rows(model, tokenizer, [(3, "red heart")], 0, name)
         ids = tokenizer("red heart", add_special_tokens=False).input_ids
         assert len(ids) == 2
         assert torch.equal(from_phrase[:2], model.get_input_embeddings().weight[ids].detach())
-        assert torch.equal(from_phrase[2:], text_encoders.initial_rows(model, tokenizer, [(3, None)], 0, name)[2:])
+        assert torch.equal(from_phrase[2:], token_rows.initial_rows(model, tokenizer, [(3, None)], 0, name)[2:])
 
 
 def test_the_rescale_is_the_references() -> None:
     rows = torch.randn(4, 8) * 3
     wanted = rows * (0.5 / rows.std()) ** 0.1
-    text_encoders.keep_std(rows, 0.5)
+    token_rows.keep_std(rows, 0.5)
     assert torch.allclose(rows, wanted)
 
 

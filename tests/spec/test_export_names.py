@@ -16,7 +16,7 @@ from runner.base.files import BUILTIN
 from runner.core import safetensors
 from runner.core.errors import FluxrunError
 from runner.data import tokens
-from runner.model.flux1 import text_encoders
+from runner.model import token_rows
 from runner.spec.export_names import file_stem
 from runner.spec.schema import Token
 from tests.support.cards import card_of
@@ -192,4 +192,4 @@ def test_a_placeholder_that_the_base_has_already(house: House) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(base, subfolder="tokenizer")
     with pytest.raises(FluxrunError, match=r"has <s1> already, .* give the token another tokens.placeholder"):
-        text_encoders.attach_token_rows(None, tokenizer, ["<s0>", "<s1>"], torch.nn.Parameter(torch.zeros(2, 8)))
+        token_rows.attach_token_rows(None, tokenizer, ["<s0>", "<s1>"], torch.nn.Parameter(torch.zeros(2, 8)))

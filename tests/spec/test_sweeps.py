@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import tomli_w
 
-from runner.base import files, layers
+from runner.base import architectures, files
 from runner.jobs import prepare
 from runner.spec import extends, loader, sweeps, toml_lines
 from runner.spec.loader import load
@@ -288,7 +288,7 @@ def test_a_sweep_reads_and_plans_once_what_its_runs_share(house: House, monkeypa
                 Counted(patch, card_fit, "read_shapes"), Counted(patch, memory, "estimate"), Counted(patch, files, "linear_layers"),
             ]  # fmt: skip
             path = swept(house, train__lr=[round(1e-4 * n, 6) for n in range(1, rates + 1)], lora__rank=[2, 4])
-            layers._adapted_layers.cache_clear()
+            architectures._adapted_layers.cache_clear()
             assert len(json.loads(house.fluxrun("plan", path.name, "--json").out)["runs"]) == 2 * rates
             counts.append([one.calls for one in watched])
     assert all(counts[0])

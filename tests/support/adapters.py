@@ -15,6 +15,7 @@ from runner.base.layers import clip_layers, linear_layers, lora_layers
 from runner.checkpoint.storage import Weights
 from runner.export import formats
 from runner.export.about import AdapterShapes, ExportInfo
+from runner.model.flux1 import layer_names
 from runner.model.lora import LoraShape
 
 TINY = BUILTIN["builtin:tiny"]
@@ -78,7 +79,7 @@ ABOUT = ExportInfo(
     {"seed": 0, "data.resolution": 64, "data.prompt": "a thing", "data.caption_dropout": 0.0, "train.lr": 1e-3,
      "train.batch_size": 2, "train.accumulate": 1, "train.max_grad_norm": 1.0, "optimizer.name": "adamw",
      "schedule.name": "constant"},
-    {"license": "apache-2.0"}, "2026-01-31", True, "0.1.0",
+    {"license": "apache-2.0"}, "2026-01-31", True, "0.1.0", layer_names.FLUX1,
 )  # fmt: skip
 
 

@@ -20,18 +20,14 @@ def desk_of(spec: Path) -> RunContext:
     from runner.cache.store import Cache
     from runner.core.events import EventLog
     from runner.jobs.prepare import prepare_jobs
-    from runner.model import device
-    from runner.model.flux1 import loading
-    from runner.training.context import RunContext
+    from runner.model import libraries
+    from runner.training.context import RunContext, open_base
     from runner.training.distributed import Ranks
 
-    loading.quiet()
+    libraries.quiet()
     [job] = prepare_jobs([spec], spec.parent / "runs", fetch=True, fresh=False)
-    cpu, model = torch.device("cpu"), job.spec.model
-    cache, dtype = Cache(spec.parent / "runs" / "cache"), device.resolve_dtype(model.dtype, cpu)
-    base = loading.open_base(
-        model.base, model.revision, model.variant, cpu, dtype, model.quantize, cache.folder, model.offload == "blocks"
-    )
+    cache = Cache(spec.parent / "runs" / "cache")
+    base = open_base(job.spec, torch.device("cpu"), cache)
     assert job.pictures is not None
     (spec.parent / "runs").mkdir(exist_ok=True)  # as the queue does
     return RunContext(job.spec, job.plan, job.pictures, base, cache, EventLog(), Ranks(), lambda: False)

@@ -13,9 +13,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import T5EncoderModel
 
-from runner.model import flow_matching, fused_lora, lora, recomputation
-from runner.model.flux1 import latents, recompute, recompute_t5, text_encoders
-from runner.model.flux1.transformer import PromptEmbeds, predictor
+from runner.model import flow_matching, fused_lora, lora, recomputation, token_rows
+from runner.model.family import PromptEmbeds
+from runner.model.flux1 import latents, recompute, recompute_t5
+from runner.model.flux1.transformer import predictor
 
 
 def counted(modules: list[Any], forward: Callable[[], Tensor]) -> int:
@@ -42,15 +43,17 @@ def counted(modules: list[Any], forward: Callable[[], Tensor]) -> int:
 
         return real(both, unpack)
 
-    def remade(self: recomputation.RecomputedTensor, recipe: recomputation.RecomputeOp, inputs: Sequence[Any]) -> None:
-        init(self, recipe, inputs)
+    def counted_inputs(
+        self: recomputation.RecomputedTensor, op: recomputation.RecomputeOp, inputs: Sequence[Any]
+    ) -> None:
+        init(self, op, inputs)
         for one in self._inputs:
             if isinstance(one, Tensor):
                 pack(one)
 
     with pytest.MonkeyPatch.context() as patch, real(pack, lambda tensor: tensor):
         patch.setattr(torch.autograd.graph, "saved_tensors_hooks", lean_hooks)
-        patch.setattr(recomputation.RecomputedTensor, "__init__", remade)
+        patch.setattr(recomputation.RecomputedTensor, "__init__", counted_inputs)
         forward()
     return sum(seen.values())
 
@@ -99,7 +102,7 @@ def transformer(
         lora.skip_dtype_casts(model, 0.0)
         fused_lora.fuse_linears(model)
         if spared:
-            recompute.enable_recompute(model, again=again)
+            recompute.enable_recompute(model, recompute_projections=again)
         assert {parameter.dtype for parameter in lora.adapter_parameters(model).values()} == {torch.float32}
         predict = predictor(model.train(), 3.5, cpu, dtype)
         noise = torch.randn(images, img, config["in_channels"])
@@ -124,10 +127,10 @@ def encoder(kind: Any, config: Any, dtype: torch.dtype, captions: int, tokens: i
             model = kind(config).requires_grad_(False).eval()
         table = model.get_input_embeddings()
         rows = torch.nn.Parameter(torch.zeros(2, table.weight.shape[1]))
-        model.set_input_embeddings(text_encoders.TokenRows(table, table.weight.shape[0] - 2, rows))
+        model.set_input_embeddings(token_rows.TokenRows(table, table.weight.shape[0] - 2, rows))
         ids = torch.zeros(captions, tokens, dtype=torch.long)
         if kind is T5EncoderModel:
-            recompute_t5.enable_recompute(model, plain=False, again=again)
+            recompute_t5.enable_recompute(model, save_activations=False, recompute_projections=again)
         return counted([model], lambda: model(ids)[0])
 
 

@@ -19,7 +19,7 @@ from runner.data import images, tokens
 from runner.data.buckets import CropView
 from runner.model import flow_matching
 from runner.model.flux1 import loading, text_encoders
-from runner.model.flux1.latents import LatentScale, encode_image, pack
+from runner.model.flux1.latents import encode_image, latent_scale, pack
 from runner.training.context import EVAL_SIGMAS, RunContext
 from runner.training.encoders import CachedEncoder, LiveEncoder, encode_texts
 from runner.training.objective import FlowObjective, Prepared
@@ -370,7 +370,7 @@ def test_the_eval_loss_is_fixed_by_the_pictures_alone(house: House) -> None:
 
     view = context.eval_views[1]
     object.__setattr__(context, "eval_views", (view,))
-    scale = LatentScale.of(context.base)
+    scale = latent_scale(context.base)
     z = (objective.moments[view].chunk(2)[0][None] - scale.shift) * scale.scaling
     generator = torch.Generator().manual_seed(derive(0, "eval", view.picture.name, "0.3"))
     eps = torch.randn(z.shape, generator=generator)

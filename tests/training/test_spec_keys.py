@@ -16,12 +16,13 @@ import torch
 from runner.base.files import BUILTIN
 from runner.data import tokens
 from runner.jobs.prepare import prepare_jobs
+from runner.model import base as bases
 from runner.model import device
-from runner.model.flux1 import loading, transformer
-from runner.model.lora import lora_shape
+from runner.model.flux1 import transformer
 from runner.plan.phases import learned_parts, trains_lora
 from runner.spec.keys import all_keys
 from runner.spec.schema import Spec
+from runner.training.adapter_shapes import lora_shape
 from runner.training.context import RunContext
 from runner.training.encoders import LiveEncoder
 from runner.training.phases.train import build_optimizer, build_schedule, load_transformer
@@ -196,7 +197,7 @@ TABLE: dict[str, tuple[Any, Probe, Any, dict[str, Any]]] = {
     "inversion.lr": (0.5, lambda d: settings(d, "rows", "lr"), 0.5, TOKENS),
     "inversion.weight_decay": (0.5, lambda d: settings(d, "rows", "weight_decay"), 0.5, TOKENS),
     "inversion.gradient_checkpointing": (
-        3, lambda d: [block.plain for block in transformer.blocks_of(transformer_of(d))], [True, False, False] * 2, TOKENS,
+        3, lambda d: [block.save_activations for block in transformer.blocks_of(transformer_of(d))], [True, False, False] * 2, TOKENS,
     ),
     "inversion.pooling": ("eos", step_loss, NOW, {**TOKENS, "model__base": "legacy"}),
     "lora.rank": (2, lambda d: next(iter(objective_of(d)[1]["lora"].values())).shape[0], 2, {}),
@@ -373,9 +374,7 @@ def test_a_revision_chooses_the_snapshot(tmp_path: Path, monkeypatch: pytest.Mon
         (repo / "refs").mkdir(exist_ok=True)
         (repo / "refs" / revision).write_text(number)
     cpu = torch.device("cpu")
-    found = [
-        loading.open_base("me/base", revision, None, cpu, torch.float32).folder.name for revision in (None, "other")
-    ]
+    found = [bases.open_base("me/base", revision, None, cpu, torch.float32).folder.name for revision in (None, "other")]
     assert found == ["1" * 40, "2" * 40]
 
 
@@ -407,16 +406,16 @@ def test_workers_decode(stocked: House, workers: int, monkeypatch: pytest.Monkey
 
 
 def test_class_images_come_in_batches(stocked: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    from runner.export import pipeline
+    from runner.model.flux1.pipeline import Flux1ImagePipeline
 
     sizes: list[int] = []
-    real = pipeline.draw_batch
+    real = Flux1ImagePipeline.draw
 
-    def counted(pipe: Any, read: Any, seeds: Any, **more: Any) -> Any:
+    def counted(pipe: Any, prompt: Any, seeds: Any, **more: Any) -> Any:
         sizes.append(len(seeds))
-        return real(pipe, read, seeds, **more)
+        return real(pipe, prompt, seeds, **more)
 
-    monkeypatch.setattr(pipeline, "draw_batch", counted)
+    monkeypatch.setattr(Flux1ImagePipeline, "draw", counted)
     context = desk_of(write(stocked, **{**PRIOR, "prior__count": 5, "prior__batch_size": 2}))
     assert len(class_images(context)) == 5
     assert sizes == [2, 2, 1]

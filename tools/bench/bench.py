@@ -130,13 +130,13 @@ def train_here(asked: Asked, folder: Path, heard: Callable[[int], bool]) -> Path
     from runner.core.errors import ExitCode
     from runner.engine.worker_main import TrainRequest, WorkerState, train_run
     from runner.jobs.prepare import prepare_jobs
-    from runner.model import device
+    from runner.model import libraries
 
     file = folder / "bench.toml"
     file.write_text(asked.text)
     [job] = prepare_jobs([file], folder / "runs", fetch=False, fresh=False)
     attempt = job.run.claim(job.spec, job.plan, "bench")
-    device.preload_libraries()
+    libraries.preload_libraries()
     enough, ended = False, ""
 
     def send(event: Any) -> None:

@@ -18,10 +18,12 @@ from pathlib import Path
 import torch
 
 from runner.base.layers import linear_layers, lora_layers
-from runner.model import device, flow_matching, lora, quantization
+from runner.model import device, flow_matching, libraries, lora, quantization
 from runner.model.base import Base
+from runner.model.family import PromptEmbeds
 from runner.model.flux1 import loading
-from runner.model.flux1.transformer import PromptEmbeds, enable_gradient_checkpointing, predictor, run_twice
+from runner.model.flux1.latents import pack as flux_pack
+from runner.model.flux1.transformer import checkpointed_blocks, enable_gradient_checkpointing, predictor
 
 CPU = torch.device("cpu")
 SIDE, WORDS = 32, 64  # latent side (a picture of 256 pixels) and tokens of text
@@ -29,7 +31,7 @@ SIDE, WORDS = 32, 64  # latent side (a picture of 256 pixels) and tokens of text
 
 def load(base: Base) -> tuple[float, int]:
     """(seconds, most bytes while the transformer was loaded beyond those before) of this process' first."""
-    device.preload_libraries()
+    libraries.preload_libraries()
     device.reset_peak(base.device)
     before, started = device.peak_memory(base.device), time.perf_counter()
     loading.load_transformer(base)
@@ -47,7 +49,7 @@ def step(transformer: torch.nn.Module, base: Base, count: int) -> tuple[float, i
     config = transformer.config
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(1, 16, SIDE, SIDE, generator=generator)
-    noised = flow_matching.add_noise(latents, torch.tensor([0.5]), torch.tensor([0.5]), generator)
+    noised = flow_matching.add_noise(latents, torch.tensor([0.5]), torch.tensor([0.5]), generator, flux_pack)
     text = PromptEmbeds(
         torch.randn(1, WORDS, config.joint_attention_dim, generator=generator).to(base.dtype),
         torch.randn(1, config.pooled_projection_dim, generator=generator).to(base.dtype),
@@ -78,7 +80,7 @@ def main() -> None:
     parser.add_argument("--load", help=argparse.SUPPRESS)  # only load this scheme, once
     parser.add_argument("--cache", type=Path, help=argparse.SUPPRESS)
     asked = parser.parse_args()
-    loading.quiet()
+    libraries.quiet()
     if asked.load:
         print(*load(Base(asked.model, None, CPU, torch.float32, asked.load, asked.cache)))
         return
@@ -95,7 +97,7 @@ def main() -> None:
                 if not keys:
                     lora.attach_lora(made, lora.LoraShape(16, 16.0, 0.0, layers), 0)
                 else:
-                    enable_gradient_checkpointing(made, run_twice(made, int(keys.split()[1])))
+                    enable_gradient_checkpointing(made, checkpointed_blocks(made, int(keys.split()[1])))
                 seconds, held, loss = step(made.train(), base, asked.steps)
                 print(
                     f"{scheme:7} {keys:11} {size / 2**20:4.0f} MiB {first:5.2f} s {most:4.0f} MiB {again:5.2f} s "

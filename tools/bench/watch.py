@@ -120,7 +120,7 @@ def fluxrun(*arguments: str | Path) -> list[str]:
     return [sys.executable, "-m", "runner", *map(str, arguments)]
 
 
-OUR_IMPORTS = "from runner.model import device; import runner.engine.worker_main; device.preload_libraries()"
+OUR_IMPORTS = "from runner.model import libraries; import runner.engine.worker_main; libraries.preload_libraries()"
 BARE_IMPORTS = """
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 from transformers import CLIPTextModel, T5EncoderModel

@@ -1,16 +1,18 @@
-"""FLUX.1's latents: encoding by the VAE, scale and shift, packing into patches, position ids."""
+"""FLUX.1's latents: encoding by the VAE, scale and shift, packing into patches, position ids.
+
+Shapes: B batch, C = 16 latent channels, h x w latent height and width (an eighth of the picture's). Packed image tokens are
+2 x 2 latent patches: [B, h*w/4, 4*C].
+"""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from runner.model.base import Base, Generator
-
-# ---- latents -------------------------------------------------------------------------------------------------------
+from runner.model.base import Base
+from runner.model.latents import LatentScale
 
 
 def encode_image(vae: nn.Module, pixels: Tensor) -> Tensor:
@@ -22,25 +24,10 @@ def encode_image(vae: nn.Module, pixels: Tensor) -> Tensor:
     return moments[0].cpu()
 
 
-@dataclass(frozen=True)
-class LatentScale:
-    """FLUX's affine map from the VAE's latents to what the transformer sees: (z - shift) * scaling."""
-
-    shift: float
-    scaling: float
-
-    @classmethod
-    def of(cls, base: Base) -> LatentScale:
-        config = json.loads((base.folder / "vae" / "config.json").read_text())
-        return cls(config["shift_factor"], config["scaling_factor"])
-
-
-def draw_latents(moments: Tensor, scale: LatentScale, generator: Generator) -> Tensor:
-    """Sample the VAE's posterior. moments [B, 2*C, h, w] -> latents [B, C, h, w], fp32."""
-    mean, logvar = moments.float().chunk(2, dim=1)
-    std = torch.exp(0.5 * logvar.clamp(-30.0, 20.0))
-    noise = torch.randn(mean.shape, generator=generator)
-    return (mean + std * noise - scale.shift) * scale.scaling
+def latent_scale(base: Base) -> LatentScale:
+    """As the VAE's config gives it."""
+    config = json.loads((base.folder / "vae" / "config.json").read_text())
+    return LatentScale(config["shift_factor"], config["scaling_factor"])
 
 
 def pack(latents: Tensor) -> Tensor:

@@ -1,12 +1,16 @@
-"""FLUX's blocks with half as much kept for the backward pass: norm and modulation, GELU, the turning of queries and keys are
-made again there (`runner.model.recomputation`). Same numbers as diffusers' blocks but for rounding.
+"""FLUX.1's blocks with half as much kept for the backward pass, named as in BFL's flux/modules/layers.py.
+
+Norm with modulation, GELU, and the rotated queries and keys are computed again there (`runner.model.recomputation`). Same numbers
+as diffusers' blocks but for rounding.
+
+Shapes: B batch, T text tokens, I image tokens, N = T + I, d width, heads of D numbers (d = heads * D).
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
@@ -18,256 +22,295 @@ from runner.model.recomputation import (
     Lazy,
     RecomputeOp,
     gelu,
-    heads,
-    norm_back,
+    project,
     recompute,
     recompute_on_backward,
-    recompute_projections,
+    rms_norm_backward,
+    split_heads,
 )
 
-Table = tuple[Tensor, Tensor]  # cosines and sines [N, D] of each token's angles, every angle twice side by side
-LIMIT = 65504  # of fp16, where diffusers clips the residual stream too
+RotaryTable = tuple[Tensor, Tensor]  # cosines and sines [N, D] of each token's angles, every angle twice side by side
+FP16_LIMIT = 65504  # where diffusers, too, clips the residual stream in fp16
 
 
-# ---- what is made again ----------------------------------------------------------------------------------------------
+# ---- what is recomputed ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Modulation(RecomputeOp):
+class Modulate(RecomputeOp):
     """x [B, N, d], shift and scale [B, d] -> LayerNorm(x) * (1 + scale) + shift."""
 
     eps: float
-    asks = True
+    uses_intermediates = True
 
-    def make(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+    def compute(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         x, shift, scale = inputs
         normed, mean, rstd = torch.native_layer_norm(x.float(), x.shape[-1:], None, None, self.eps)
         torch.addcmul(shift[:, None].float(), normed, 1 + scale[:, None].float(), out=normed)
         return normed.to(x.dtype), mean, rstd
 
-    def back(
-        self, grad: Tensor, needed: Sequence[bool], inputs: Sequence[Tensor], made: Sequence[Tensor]
+    def gradients(
+        self, grad: Tensor, needed: Sequence[bool], inputs: Sequence[Tensor], intermediates: Sequence[Tensor]
     ) -> Sequence[Tensor | None]:
-        (x, shift, scale), (mean, rstd) = inputs, made
-        grad, found = grad.float(), list[Tensor | None]((None, None, None))
+        (x, shift, scale), (mean, rstd) = inputs, intermediates
+        grad = grad.float()
+        of_x = of_shift = of_scale = None
         if needed[0]:
-            through, shape = grad * (1 + scale[:, None].float()), x.shape[-1:]
-            found[0] = torch.ops.aten.native_layer_norm_backward(
-                through, x.float(), shape, mean, rstd, None, None, [True, False, False]
+            of_normed = grad * (1 + scale[:, None].float())
+            of_x = torch.ops.aten.native_layer_norm_backward(
+                of_normed, x.float(), x.shape[-1:], mean, rstd, None, None, [True, False, False]
             )[0].to(x.dtype)
         if needed[1]:
-            found[1] = grad.sum(1).to(shift.dtype)
+            of_shift = grad.sum(1).to(shift.dtype)
         if needed[2]:
-            found[2] = (x.float() - mean).mul_(rstd).mul_(grad).sum(1).to(scale.dtype)
-        return found
+            of_scale = (x.float() - mean).mul_(rstd).mul_(grad).sum(1).to(scale.dtype)
+        return of_x, of_shift, of_scale
 
 
 class RotaryNorm(RecomputeOp):
-    """For each norm an x [B, N_i, heads * D] -> their RMS norms over D, one behind the other, turned by angle: [B, N, heads, D].
-    turn: cosines + i sines [N, 1, D / 2]."""
+    """For each norm an x [B, N_i, heads * D] -> their RMS norms over D, joined along the tokens and rotated: [B, N, heads, D].
 
-    def __init__(self, turn: Tensor, *norms: nn.RMSNorm) -> None:
-        """The norms' weights are held: those of an offloaded block may be gone from it in the backward pass."""
-        self.turn = turn
+    pe: cosines + i sines [N, 1, D / 2].
+    """
+
+    def __init__(self, pe: Tensor, *norms: nn.RMSNorm) -> None:
+        """Keeps the norms' weights themselves: in the backward pass those of an offloaded block may have left it."""
+        self.pe = pe
         self.norms = [(norm.weight.float(), norm.eps or torch.finfo(torch.float32).eps) for norm in norms]
 
-    def make(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        made = [
-            nn.functional.rms_norm(heads(x, len(weight)).float(), weight.shape, weight, eps)
+    def compute(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        parts = [
+            nn.functional.rms_norm(split_heads(x, len(weight)).float(), weight.shape, weight, eps)
             for x, (weight, eps) in zip(inputs, self.norms, strict=True)
         ]
-        normed = made[0] if len(made) == 1 else torch.cat(made, 1)
-        torch.view_as_complex(heads(normed, 2)).mul_(self.turn)
+        normed = parts[0] if len(parts) == 1 else torch.cat(parts, 1)  # [B, N, heads, D], fp32
+        torch.view_as_complex(split_heads(normed, 2)).mul_(self.pe)
         return (normed.to(inputs[0].dtype),)
 
-    def back(
-        self, grad: Tensor, needed: Sequence[bool], inputs: Sequence[Tensor], made: Sequence[Tensor]
+    def gradients(
+        self, grad: Tensor, needed: Sequence[bool], inputs: Sequence[Tensor], intermediates: Sequence[Tensor]
     ) -> Sequence[Tensor | None]:
-        turned = torch.view_as_complex(heads(grad.float().contiguous(), 2)) * self.turn.conj()
-        grad = torch.view_as_real(turned).flatten(-2)
-        grads = torch.split(grad, [x.shape[1] for x in inputs], dim=1)
+        rotated_back = torch.view_as_complex(split_heads(grad.float().contiguous(), 2)) * self.pe.conj()
+        of_normed = torch.view_as_real(rotated_back).flatten(-2)  # [B, N, heads, D]
+        parts = torch.split(of_normed, [x.shape[1] for x in inputs], dim=1)
         return [
-            norm_back(heads(x, len(weight)), weight, eps, one).flatten(-2).to(x.dtype) if need else None
-            for x, (weight, eps), one, need in zip(inputs, self.norms, grads, needed, strict=True)
+            rms_norm_backward(split_heads(x, len(weight)), weight, eps, part).flatten(-2).to(x.dtype) if need else None
+            for x, (weight, eps), part, need in zip(inputs, self.norms, parts, needed, strict=True)
         ]
 
 
-class Activation(RecomputeOp):
-    """GELU by tanh."""
+class Gelu(RecomputeOp):
+    """GELU's tanh approximation."""
 
-    def make(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+    def compute(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         return (gelu(inputs[0]),)
 
-    def back(
-        self, grad: Tensor, needed: Sequence[bool], inputs: Sequence[Tensor], made: Sequence[Tensor]
+    def gradients(
+        self, grad: Tensor, needed: Sequence[bool], inputs: Sequence[Tensor], intermediates: Sequence[Tensor]
     ) -> Sequence[Tensor | None]:
         return (torch.ops.aten.gelu_backward(grad, inputs[0], approximate="tanh"),)
 
 
 class ConcatGelu(RecomputeOp):
-    """Attention's output [B, N, d] and the GELU of an MLP's [B, N, inner], side by side: what a single block's last layer reads."""
+    """attn [B, N, d] and mlp [B, N, 4 * d] -> [attn, GELU(mlp)], [B, N, 5 * d]: what a single block's last layer reads."""
 
-    def make(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        attended, inner = inputs
-        width = attended.shape[-1]
-        out = attended.new_empty(*attended.shape[:-1], width + inner.shape[-1])
-        out[..., :width] = attended
-        gelu(inner, out[..., width:])
+    def compute(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        attn, mlp = inputs
+        width = attn.shape[-1]
+        out = attn.new_empty(*attn.shape[:-1], width + mlp.shape[-1])
+        out[..., :width] = attn
+        gelu(mlp, out[..., width:])
         return (out,)
 
-    def back(
-        self, grad: Tensor, needed: Sequence[bool], inputs: Sequence[Tensor], made: Sequence[Tensor]
+    def gradients(
+        self, grad: Tensor, needed: Sequence[bool], inputs: Sequence[Tensor], intermediates: Sequence[Tensor]
     ) -> Sequence[Tensor | None]:
-        first, second = torch.split(grad, [one.shape[-1] for one in inputs], dim=-1)
+        of_attn, of_gelu = torch.split(grad, [x.shape[-1] for x in inputs], dim=-1)
         return (
-            first if needed[0] else None,
-            torch.ops.aten.gelu_backward(second, inputs[1], approximate="tanh") if needed[1] else None,
+            of_attn if needed[0] else None,
+            torch.ops.aten.gelu_backward(of_gelu, inputs[1], approximate="tanh") if needed[1] else None,
         )
 
 
 class Concat(RecomputeOp):
-    """Text's and image's [B, N_i, d], one behind the other."""
+    """txt [B, T, d] and img [B, I, d] -> [B, N, d]."""
 
-    def make(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+    def compute(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         return (torch.cat(inputs, dim=1),)
 
-    def back(
-        self, grad: Tensor, needed: Sequence[bool], inputs: Sequence[Tensor], made: Sequence[Tensor]
+    def gradients(
+        self, grad: Tensor, needed: Sequence[bool], inputs: Sequence[Tensor], intermediates: Sequence[Tensor]
     ) -> Sequence[Tensor | None]:
-        grads = torch.split(grad, [one.shape[1] for one in inputs], dim=1)
-        return [one if need else None for one, need in zip(grads, needed, strict=True)]
+        parts = torch.split(grad, [x.shape[1] for x in inputs], dim=1)
+        return [part if need else None for part, need in zip(parts, needed, strict=True)]
 
 
 # ---- the blocks ------------------------------------------------------------------------------------------------------
 
 
-def rotary_norm(table: Table) -> Tensor:
+class Mod(NamedTuple):
+    """What modulates one layer's input and output: [B, d] each."""
+
+    shift: Tensor
+    scale: Tensor
+    gate: Tensor
+
+
+def modulation(norm: Any, vec: Tensor) -> list[Mod]:
+    """Of one of diffusers' modulated norms: two of them (attention, MLP) in a double block, one in a single block."""
+    chunks = norm.linear(norm.silu(vec)).split(norm.norm.normalized_shape[-1], 1)
+    return [Mod(*chunks[start : start + 3]) for start in range(0, len(chunks), 3)]
+
+
+def complex_pe(table: RotaryTable) -> Tensor:
+    """cosines + i sines [N, 1, D / 2]: multiplying by them rotates pairs of numbers."""
     cos, sin = table
     return torch.complex(cos[:, None, ::2].float(), sin[:, None, ::2].float())
 
 
-def attend(attn: Any, queries: Lazy, keys: Lazy, values: Lazy) -> Tensor:
-    """Queries and keys [B, N, heads, D], values [B, N, heads * D] -> [B, N, heads * D]."""
-    read = heads(values[0], attn.head_dim)
-    with recompute_on_backward(queries, keys, values):
-        found: Tensor = dispatch_attention_fn(queries[0], keys[0], read, backend=attn.processor._attention_backend)
-    return found.flatten(2, 3).to(read.dtype)
+def attention(attn: Any, q: Lazy, k: Lazy, v: Lazy) -> Tensor:
+    """q, k [B, N, heads, D], v [B, N, heads * D] -> [B, N, heads * D]."""
+    values = split_heads(v[0], attn.head_dim)
+    with recompute_on_backward(q, k, v):
+        out: Tensor = dispatch_attention_fn(q[0], k[0], values, backend=attn.processor._attention_backend)
+    return out.flatten(2, 3).to(values.dtype)
 
 
-def gated_residual(x: Tensor, gate: Tensor, what: Tensor) -> Tensor:
-    """x + gate * what."""
-    out = torch.addcmul(x, gate[:, None], what)
-    return out.clip(-LIMIT, LIMIT) if out.dtype == torch.float16 else out
+def gated_residual(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
+    """x + gate * update; x and update [B, N, d], gate [B, d]."""
+    out = torch.addcmul(x, gate[:, None], update)
+    return out.clip(-FP16_LIMIT, FP16_LIMIT) if out.dtype == torch.float16 else out
 
 
 class RecomputeBlock:
-    """In front of a block of diffusers'. plain: whether it keeps what others do, since it runs under checkpointing; again:
-    whether it makes again what its layers make of what they read together."""
+    """Put in front of a block of diffusers'.
 
-    plain = False
-    again = False
+    save_activations: keep what autograd usually keeps, since gradient checkpointing runs the block again anyway;
+    recompute_projections: compute again also what its linear layers give.
+    """
+
+    save_activations = False
+    recompute_projections = False
 
     def forward(
-        self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, image_rotary_emb: Table | None = None,
-        joint_attention_kwargs: dict[str, Any] | None = None,
+        self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor,
+        image_rotary_emb: RotaryTable | None = None, joint_attention_kwargs: dict[str, Any] | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Without gradients, or with arguments that only stock pipelines give: diffusers' own forward."""
         img, txt = hidden_states, encoder_hidden_states
         if image_rotary_emb is None or joint_attention_kwargs or not torch.is_grad_enabled():
-            own: Any = super()
-            stock: tuple[Tensor, Tensor] = own.forward(img, txt, temb, image_rotary_emb, joint_attention_kwargs)
+            parent: Any = super()
+            stock: tuple[Tensor, Tensor] = parent.forward(img, txt, temb, image_rotary_emb, joint_attention_kwargs)
             return stock
-        return self.lean(img, txt, temb, image_rotary_emb)
+        return self.recomputing_forward(img, txt, temb, image_rotary_emb)
 
-    def lean(self, img: Tensor, txt: Tensor, temb: Tensor, table: Table) -> tuple[Tensor, Tensor]:
-        """img [B, I, d], txt [B, T, d], temb [B, d] -> txt, img."""
+    def recomputing_forward(self, img: Tensor, txt: Tensor, vec: Tensor, table: RotaryTable) -> tuple[Tensor, Tensor]:
+        """img [B, I, d], txt [B, T, d], vec [B, d] -> txt, img."""
         raise NotImplementedError
 
 
 class RecomputeDoubleBlock(RecomputeBlock, FluxTransformerBlock):  # type: ignore[misc]
-    def lean(self, img: Tensor, txt: Tensor, temb: Tensor, table: Table) -> tuple[Tensor, Tensor]:
-        attn = self.attn
-        of_img, of_txt = (norm.linear(norm.silu(temb)).chunk(6, 1) for norm in (self.norm1, self.norm1_context))
-        read = recompute(Modulation(self.norm1.norm.eps), img, *of_img[:2], plain=self.plain)
-        q, k, v = recompute_projections(read, attn.to_q, attn.to_k, attn.to_v, again=self.again)
-        read = recompute(Modulation(self.norm1_context.norm.eps), txt, *of_txt[:2], plain=self.plain)
-        txt_q, txt_k, txt_v = recompute_projections(
-            read, attn.add_q_proj, attn.add_k_proj, attn.add_v_proj, again=self.again
-        )
-        turn, length = rotary_norm(table), txt.shape[1]
-        queries = recompute(RotaryNorm(turn, attn.norm_added_q, attn.norm_q), txt_q, q, plain=self.plain)
-        keys = recompute(RotaryNorm(turn, attn.norm_added_k, attn.norm_k), txt_k, k, plain=self.plain)
-        attended = attend(attn, queries, keys, recompute(Concat(), txt_v, v, plain=self.plain))
-        img = gated_residual(img, of_img[2], attn.to_out[0](attended[:, length:]))
-        txt = gated_residual(txt, of_txt[2], attn.to_add_out(attended[:, :length]))
-        img = self._fed(img, self.norm2, self.ff, of_img)
-        return self._fed(txt, self.norm2_context, self.ff_context, of_txt), img
+    """BFL's DoubleStreamBlock: image and text with weights of their own, joined in attention."""
 
-    def _fed(self, x: Tensor, norm: nn.LayerNorm, ff: Any, modulated: Sequence[Tensor]) -> Tensor:
-        """One stream's MLP, added. modulated: shift, scale, gate of attention's, then the MLP's."""
-        read = recompute(Modulation(norm.eps), x, *modulated[3:5], plain=self.plain)
-        [inner] = recompute_projections(read, ff.net[0].proj, again=self.again)
-        read = recompute(Activation(), inner, plain=self.plain)
-        with recompute_on_backward(read):
-            out = ff.net[2](read[0])
-        return gated_residual(x, modulated[5], out)
+    def recomputing_forward(self, img: Tensor, txt: Tensor, vec: Tensor, table: RotaryTable) -> tuple[Tensor, Tensor]:
+        attn, save = self.attn, self.save_activations
+        img_mod1, img_mod2 = modulation(self.norm1, vec)
+        txt_mod1, txt_mod2 = modulation(self.norm1_context, vec)
+        # Prepare image and text for attention: img_q, img_k, img_v [B, I, d], txt_q, txt_k, txt_v [B, T, d].
+        img_modulated = recompute(Modulate(self.norm1.norm.eps), img, *img_mod1[:2], save=save)
+        img_q, img_k, img_v = self._project(img_modulated, attn.to_q, attn.to_k, attn.to_v)
+        txt_modulated = recompute(Modulate(self.norm1_context.norm.eps), txt, *txt_mod1[:2], save=save)
+        txt_q, txt_k, txt_v = self._project(txt_modulated, attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+        # Attention over all N tokens, text first.
+        pe, length = complex_pe(table), txt.shape[1]
+        q = recompute(RotaryNorm(pe, attn.norm_added_q, attn.norm_q), txt_q, img_q, save=save)  # [B, N, heads, D]
+        k = recompute(RotaryNorm(pe, attn.norm_added_k, attn.norm_k), txt_k, img_k, save=save)
+        v = recompute(Concat(), txt_v, img_v, save=save)  # [B, N, d]
+        attended = attention(attn, q, k, v)  # [B, N, d]
+        txt_attn, img_attn = attended[:, :length], attended[:, length:]
+        img = gated_residual(img, img_mod1.gate, attn.to_out[0](img_attn))
+        txt = gated_residual(txt, txt_mod1.gate, attn.to_add_out(txt_attn))
+        img = self._mlp(img, self.norm2, self.ff, img_mod2)
+        return self._mlp(txt, self.norm2_context, self.ff_context, txt_mod2), img
+
+    def _project(self, x: Lazy, *layers: nn.Module) -> list[Lazy]:
+        return project(x, *layers, recompute=self.recompute_projections)
+
+    def _mlp(self, x: Tensor, norm: nn.LayerNorm, ff: Any, mod: Mod) -> Tensor:
+        """x + gate * MLP(modulated x) of one stream, [B, N_i, d]."""
+        modulated = recompute(Modulate(norm.eps), x, mod.shift, mod.scale, save=self.save_activations)
+        [hidden] = self._project(modulated, ff.net[0].proj)  # [B, N_i, 4 * d]
+        activated = recompute(Gelu(), hidden, save=self.save_activations)
+        with recompute_on_backward(activated):
+            update = ff.net[2](activated[0])
+        return gated_residual(x, mod.gate, update)
 
 
 class RecomputeSingleBlock(RecomputeBlock, FluxSingleTransformerBlock):  # type: ignore[misc]
-    last = False  # of the model, which goes on with the image alone: the text is then only what others attend to
+    """BFL's SingleStreamBlock: text and image as one sequence, attention and MLP side by side.
 
-    def lean(self, img: Tensor, txt: Tensor, temb: Tensor, table: Table) -> tuple[Tensor, Tensor]:
-        attn = self.attn
-        x, turn, length = torch.cat([txt, img], dim=1), rotary_norm(table), txt.shape[1]
-        first = length if self.last else 0  # of the tokens that anything comes of
-        shift, scale, gate = self.norm.linear(self.norm.silu(temb)).chunk(3, 1)
-        read = recompute(Modulation(self.norm.norm.eps), x, shift, scale, plain=self.plain)
+    last: it is the model's last block, behind which the text is dropped; queries and MLP of the image's tokens will do.
+    """
+
+    last = False
+
+    def recomputing_forward(self, img: Tensor, txt: Tensor, vec: Tensor, table: RotaryTable) -> tuple[Tensor, Tensor]:
+        attn, save, length = self.attn, self.save_activations, txt.shape[1]
+        x, pe = torch.cat([txt, img], dim=1), complex_pe(table)  # [B, N, d]
+        first = length if self.last else 0  # of the M = N - first tokens that have an output
+        [mod] = modulation(self.norm, vec)
+        modulated = recompute(Modulate(self.norm.norm.eps), x, mod.shift, mod.scale, save=save)  # [B, N, d]
         if first:
-            own, one = read
-            inner, q = recompute_projections((own[:, first:], one), self.proj_mlp, attn.to_q, again=False)
-            k, v = recompute_projections(read, attn.to_k, attn.to_v, again=False)
+            tensor, source = modulated
+            mlp, q = project((tensor[:, first:], source), self.proj_mlp, attn.to_q, recompute=False)
+            k, v = project(modulated, attn.to_k, attn.to_v, recompute=False)
         else:
-            inner, q, k, v = recompute_projections(
-                read, self.proj_mlp, attn.to_q, attn.to_k, attn.to_v, again=self.again
+            mlp, q, k, v = project(
+                modulated, self.proj_mlp, attn.to_q, attn.to_k, attn.to_v, recompute=self.recompute_projections
             )
-        queries = recompute(RotaryNorm(turn[first:], attn.norm_q), q, plain=self.plain)
-        keys = recompute(RotaryNorm(turn, attn.norm_k), k, plain=self.plain)
-        attended = attend(attn, queries, keys, v)
-        read = recompute(ConcatGelu(), attended, inner, plain=self.plain)
-        with recompute_on_backward(read):
-            out = self.proj_out(read[0])
-        out = gated_residual(x[:, first:], gate, out)
+        q = recompute(RotaryNorm(pe[first:], attn.norm_q), q, save=save)  # [B, M, heads, D]
+        k = recompute(RotaryNorm(pe, attn.norm_k), k, save=save)  # [B, N, heads, D]
+        attended = attention(attn, q, k, v)  # [B, M, d]
+        joined = recompute(ConcatGelu(), attended, mlp, save=save)  # [B, M, 5 * d]
+        with recompute_on_backward(joined):
+            update = self.proj_out(joined[0])
+        out = gated_residual(x[:, first:], mod.gate, update)  # [B, M, d]
         return (txt, out) if self.last else (out[:, :length], out[:, length:])
 
 
-def enable_recompute(transformer: Any, *, plain: Collection[nn.Module] = (), again: bool = False) -> None:
-    """Let its blocks keep less; the plain ones as much as ever, for checkpointing, which keeps nothing of it. again: still
-    less, for more time, but for the last block: when its turn comes in the backward pass all would be there anyway. Without
-    gradients, as for pictures, they go on as diffusers' own."""
-    lean: dict[type, Any] = {
-        FluxTransformerBlock: RecomputeDoubleBlock,
-        FluxSingleTransformerBlock: RecomputeSingleBlock,
-    }
+RECOMPUTING: dict[type, Any] = {
+    FluxTransformerBlock: RecomputeDoubleBlock,
+    FluxSingleTransformerBlock: RecomputeSingleBlock,
+}
+
+
+def enable_recompute(
+    transformer: Any, *, checkpointed: Collection[nn.Module] = (), recompute_projections: bool = False
+) -> None:
+    """Let the transformer's blocks keep less for the backward pass; without gradients they run as diffusers' own.
+
+    checkpointed: blocks that save their activations in the usual way, since gradient checkpointing drops them anyway.
+    recompute_projections: keep still less, for more time. Not in the last block: when its turn comes in the backward pass,
+    all that it kept would be there anyway.
+    """
     block: Any
-    twice = {id(block) for block in plain}
+    saving = {id(block) for block in checkpointed}
     for block in blocks_of(transformer):
-        if type(block) in lean:
-            block.__class__ = lean[type(block)]
-            block.plain, block.again = id(block) in twice, again
+        if type(block) in RECOMPUTING:
+            block.__class__ = RECOMPUTING[type(block)]
+            block.save_activations, block.recompute_projections = id(block) in saving, recompute_projections
     *_, last = blocks_of(transformer)
     if isinstance(last, RecomputeBlock):
-        last.again = False
+        last.recompute_projections = False
     if isinstance(last, RecomputeSingleBlock):
         last.last = True
 
 
 def disable_recompute(transformer: Any) -> None:
-    """diffusers' own again."""
-    stock: dict[type, Any] = {
-        RecomputeDoubleBlock: FluxTransformerBlock,
-        RecomputeSingleBlock: FluxSingleTransformerBlock,
-    }
+    """Turn the blocks into diffusers' own again."""
+    stock = {ours: theirs for theirs, ours in RECOMPUTING.items()}
     for block in blocks_of(transformer):
         if type(block) in stock:
             block.__class__ = stock[type(block)]
-            for name in ("plain", "again", "last"):
+            for name in ("save_activations", "recompute_projections", "last"):
                 block.__dict__.pop(name, None)

@@ -1,88 +1,21 @@
-"""Captions to embeddings, exactly as FluxPipeline.encode_prompt does it, and learned rows inside a frozen encoder."""
+"""Captions to embeddings, exactly as FluxPipeline.encode_prompt does it.
+
+Shapes: B batch, T text tokens.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from runner.core.errors import FluxrunError
-from runner.core.seeds import derive
-
-
-class TokenRows(nn.Module):
-    """A frozen embedding table with a few learned rows behind it.
-
-    Ids from `first` on are new tokens; `first` is the tokenizer's length, which may lie below the table's (T5-XXL's
-    table has 28 unused rows). Only `rows` [count, width] gets a gradient, never the table: two rows of T5-XXL are
-    8,192 numbers, its table 131 million.
-    """
-
-    def __init__(self, table: nn.Embedding, first: int, rows: nn.Parameter) -> None:
-        super().__init__()
-        self.table = table
-        self.first = first
-        self.rows = rows
-
-    @property
-    def weight(self) -> Tensor:
-        return self.table.weight
-
-    def forward(self, ids: Tensor) -> Tensor:
-        known: Tensor = self.table(ids.clamp(max=self.first - 1))
-        learned = nn.functional.embedding((ids - self.first).clamp(min=0), self.rows).to(known.dtype)
-        return torch.where((ids >= self.first)[..., None], learned, known)
+CLIP, T5 = "clip", "t5"
 
 
-def attach_token_rows(encoder: Any, tokenizer: Any, pieces: Sequence[str], rows: nn.Parameter) -> None:
-    """Give a loaded encoder and its tokenizer the new vocabulary, as load_textual_inversion will at inference. Raises
-    FluxrunError where the tokenizer has an entry of this name."""
-    vocabulary = tokenizer.get_vocab()
-    if taken := [piece for piece in pieces if piece in vocabulary]:
-        raise FluxrunError(
-            f"the base's {type(tokenizer).__name__} has {taken[0]} already, so no new row can be learned for it; give the "
-            "token another tokens.placeholder"
-        )
-    first = len(tokenizer)
-    tokenizer.add_tokens(list(pieces))
-    encoder.set_input_embeddings(TokenRows(encoder.get_input_embeddings(), first, rows))
-
-
-def table_std(encoder: Any) -> float:
-    """Standard deviation over all numbers of the embedding table: the size that new rows are given and kept at."""
-    return float(encoder.get_input_embeddings().weight.float().std())
-
-
-def initial_rows(
-    encoder: Any, tokenizer: Any, counts: Sequence[tuple[int, str | None]], seed: int, name: str
-) -> Tensor:
-    """Rows to begin with, [sum of counts, width] fp32. counts: (vectors, initializer phrase or None) per token.
-
-    Random rows have the table's standard deviation. A phrase gives its pieces' embeddings to the first rows, as many as
-    it has pieces in this encoder's vocabulary; rows beyond them are random.
-    """
-    weight = encoder.get_input_embeddings().weight
-    std = table_std(encoder)
-    parts: list[Tensor] = []
-    for index, (vectors, phrase) in enumerate(counts):
-        generator = torch.Generator().manual_seed(derive(seed, "rows", name, index))
-        rows = torch.randn(vectors, weight.shape[1], generator=generator) * std
-        if phrase is not None:
-            ids = tokenizer(phrase, add_special_tokens=False).input_ids[:vectors]
-            rows[: len(ids)] = weight[torch.tensor(ids, device=weight.device)].float().cpu()
-        parts.append(rows)
-    return torch.cat(parts)
-
-
-def keep_std(rows: Tensor, std: float) -> None:
-    """Pull the rows' standard deviation a tenth of the way (in logarithm) back to the table's.
-
-    The reference's `retract_embeddings`; called once per optimizer step, and only while the rows learn.
-    """
-    with torch.no_grad():
-        rows *= (std / rows.std()) ** 0.1
+def token_ids(encoder: str, tokenizer: Any, caption: str, length: int) -> Tensor:
+    """[T] of either encoder; a longer caption is cut off. length: T5's T; CLIP's is its tokenizer's."""
+    return clip_ids(tokenizer, caption) if encoder == CLIP else t5_ids(tokenizer, caption, length)
 
 
 def clip_ids(tokenizer: Any, caption: str) -> Tensor:
@@ -102,23 +35,31 @@ def _ids(tokenizer: Any, caption: str, length: int) -> Tensor:
     return ids[0]
 
 
+def embed(encoder: str, model: Any, tokenizer: Any, ids: Tensor, pooling: str) -> Tensor:
+    """ids [B, T] -> CLIP's pooled vector [B, width] or T5's states [B, T, width]. pooling: "diffusers" or "eos", see
+    `clip_pooled`; T5 has none."""
+    if encoder == T5:
+        return t5_states(model, ids)
+    return clip_pooled(model, ids, None if pooling == "diffusers" else int(tokenizer.eos_token_id))
+
+
 def clip_pooled(encoder: Any, ids: Tensor, eos: int | None) -> Tensor:
     """[B, 77] -> [B, width]: the state at one position of each caption.
 
-    `eos` None reads where this model's config says, as stock diffusers does: FLUX.1-dev's says 2, which transformers
-    takes as "the highest id", and that is the first new token wherever there is one. A number reads at the first
-    position with that id, the caption's real end, as ComfyUI does.
+    eos None: where the model's config says, as stock diffusers reads it. FLUX.1-dev's config says 2, which transformers takes as
+    "the highest id", so that is the first new token wherever there is one. A number: the first position with that id, the
+    caption's real end, as ComfyUI reads it.
     """
     out = encoder(ids, output_hidden_states=False)
     if eos is None:
         pooled: Tensor = out.pooler_output
         return pooled
-    at = (ids == eos).int().argmax(-1)
-    states: Tensor = out.last_hidden_state
-    return states[torch.arange(len(ids), device=ids.device), at]
+    position = (ids == eos).int().argmax(-1)
+    states: Tensor = out.last_hidden_state  # [B, 77, width]
+    return states[torch.arange(len(ids), device=ids.device), position]
 
 
 def t5_states(encoder: Any, ids: Tensor) -> Tensor:
-    """[B, T] -> [B, T, width]; padding is encoded and read like text, as FLUX was trained."""
+    """[B, T] -> [B, T, width]. Padding is encoded and read like text, as FLUX.1 was trained."""
     states: Tensor = encoder(ids, output_hidden_states=False)[0]
     return states

@@ -1,11 +1,11 @@
-"""Calling FLUX.1's transformer: blocks, attention backend, gradient checkpointing, rotary embeddings, prediction."""
+"""Calling FLUX.1's transformer: setting it up for training, attention backends, gradient checkpointing, rotary embeddings,
+prediction."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,14 +14,41 @@ from torch.utils.checkpoint import checkpoint
 
 from runner.base import layers
 from runner.core.errors import FluxrunError
+from runner.model.family import Predict, PromptEmbeds, TrainSettings
 from runner.model.flow_matching import NoisyBatch
 from runner.model.flux1.latents import image_ids
 from runner.spec.attention import ON_A_GPU
 
 
 def blocks_of(transformer: Any) -> list[nn.Module]:
-    """In the order in which they run."""
+    """Double blocks, then single blocks: the order in which they run."""
     return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+
+
+def prepare_training(transformer: Any, settings: TrainSettings) -> None:
+    """Choose the attention, and what is computed again in the backward pass. Raises FluxrunError where this machine has no such
+    attention."""
+    set_attention(transformer, settings.attention)
+    selective = settings.recompute == "selective"
+    checkpointed = [] if settings.recompute == "selective" else checkpointed_blocks(transformer, settings.recompute)
+    if settings.offloaded:  # each block recomputes itself
+        checkpointed = blocks_of(transformer)
+    elif checkpointed:
+        enable_gradient_checkpointing(transformer, checkpointed)
+    if not settings.compiled:  # the compiler decides for itself what to recompute
+        from runner.model.flux1.recompute import enable_recompute
+
+        enable_recompute(transformer, checkpointed=checkpointed, recompute_projections=selective)
+
+
+def end_training(transformer: Any) -> None:
+    """Undo `prepare_training`, and drop the rotary tables."""
+    from runner.model.flux1.recompute import disable_recompute
+
+    disable_recompute(transformer)
+    clear_rotary_tables(transformer)
+    set_attention(transformer, "native")
+    transformer.disable_gradient_checkpointing()
 
 
 def set_attention(transformer: Any, backend: str) -> None:
@@ -34,18 +61,18 @@ def set_attention(transformer: Any, backend: str) -> None:
         transformer.set_attention_backend(backend)
     except RuntimeError as error:
         raise FluxrunError(f"model.attention: {backend} cannot be used here ({error}); or use native") from error
-    finally:  # diffusers makes it everyone's: the next run in this process, and pictures, have not asked for it
+    finally:  # diffusers sets it for the whole process; the next run here, and pictures, have not asked for it
         _AttentionBackendRegistry.set_active_backend(AttentionBackendName.NATIVE)
 
 
-def run_twice(transformer: Any, every: int) -> list[nn.Module]:
-    """The blocks that gradient checkpointing of every n-th (0: of none) is for."""
+def checkpointed_blocks(transformer: Any, every: int) -> list[nn.Module]:
+    """The blocks that gradient checkpointing of every n-th block (0: of none) runs again."""
     blocks = blocks_of(transformer)
-    return [blocks[place] for place in layers.run_twice(len(blocks), every)]
+    return [blocks[index] for index in layers.run_twice(len(blocks), every)]
 
 
 def enable_gradient_checkpointing(transformer: Any, blocks: Collection[nn.Module]) -> None:
-    """Gradient checkpointing of these: their activations are made again in the backward pass."""
+    """Run these blocks again in the backward pass instead of keeping their activations."""
     chosen = {id(block) for block in blocks}
 
     def call(block: nn.Module, *inputs: Any) -> Any:
@@ -54,21 +81,10 @@ def enable_gradient_checkpointing(transformer: Any, blocks: Collection[nn.Module
     transformer.enable_gradient_checkpointing(call)
 
 
-@dataclass(frozen=True)
-class PromptEmbeds:
-    """What the transformer reads. txt [B, T, t5 width], vec [B, clip width]."""
-
-    txt: Tensor
-    vec: Tensor
-
-
-Predict = Callable[[NoisyBatch, PromptEmbeds, int, int], Tensor]
-
-
 def predictor(transformer: nn.Module, guidance: float, device: torch.device, dtype: torch.dtype) -> Predict:
-    """The transformer's velocity prediction: (noised, text, latent height, latent width) -> [B, N, 4*C].
+    """The transformer's velocity prediction: (noisy images, prompts, latent height, latent width) -> [B, N, 4*C].
 
-    Bases without a guidance embedding (FLUX.1-schnell) are told no guidance. What only depends on the shape is made once.
+    Bases without a guidance embedding (FLUX.1-schnell) get no guidance. Tensors that depend on the shape alone are kept.
     """
     guided = bool(transformer.config.guidance_embeds)  # type: ignore[union-attr]
 
@@ -77,17 +93,17 @@ def predictor(transformer: nn.Module, guidance: float, device: torch.device, dty
         return torch.zeros(length, 3, device=device, dtype=dtype), image_ids(h, w, device, dtype)
 
     @functools.cache
-    def told(count: int) -> Tensor | None:
-        return torch.full((count,), guidance, device=device) if guided else None
+    def guidance_of(batch: int) -> Tensor | None:
+        return torch.full((batch,), guidance, device=device) if guided else None
 
     def predict(noised: NoisyBatch, text: PromptEmbeds, h: int, w: int) -> Tensor:
-        count, length = text.txt.shape[:2]
+        batch, length = text.txt.shape[:2]
         txt_ids, img_ids = ids(length, h, w)
-        with rotary_of(transformer, (length, h, w)):
+        with rotary_tables_for(transformer, (length, h, w)):
             out: Tensor = transformer(
                 hidden_states=noised.img.to(dtype),
                 timestep=noised.timesteps,
-                guidance=told(count),
+                guidance=guidance_of(batch),
                 pooled_projections=text.vec,
                 encoder_hidden_states=text.txt,
                 txt_ids=txt_ids,
@@ -99,9 +115,9 @@ def predictor(transformer: nn.Module, guidance: float, device: torch.device, dty
     return predict
 
 
-class Rotary(nn.Module):
-    """The transformer's own position embedding, which it computes in every forward pass, kept per shape while the caller
-    says which shape that is."""
+class CachedRotary(nn.Module):
+    """The transformer's position embedding, kept per shape while `rotary_tables_for` says which shape the ids have. The
+    transformer itself computes it in every forward pass."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -110,24 +126,24 @@ class Rotary(nn.Module):
         self.tables: dict[tuple[int, int, int], Any] = {}
 
     def forward(self, ids: Tensor) -> Any:
-        if self.shape is None:  # stock diffusers draws
+        if self.shape is None:  # stock diffusers is drawing
             return self.inner(ids)
         if self.shape not in self.tables:
             self.tables[self.shape] = self.inner(ids)
         return self.tables[self.shape]
 
 
-def forget_shapes(transformer: nn.Module) -> None:
-    """Drop what was kept per shape."""
-    assert isinstance(transformer.pos_embed, Rotary)
+def clear_rotary_tables(transformer: nn.Module) -> None:
+    """Drop the tables of every shape."""
+    assert isinstance(transformer.pos_embed, CachedRotary)
     transformer.pos_embed.tables.clear()
 
 
 @contextmanager
-def rotary_of(transformer: nn.Module, shape: tuple[int, int, int]) -> Iterator[None]:
-    """Within, the ids are those of this (text length, latent height, latent width)."""
+def rotary_tables_for(transformer: nn.Module, shape: tuple[int, int, int]) -> Iterator[None]:
+    """Within the block, the ids are those of this shape: (text length, latent height, latent width)."""
     rotary = transformer.pos_embed
-    if not isinstance(rotary, Rotary):  # a transformer that was made elsewhere
+    if not isinstance(rotary, CachedRotary):  # a transformer that `load_transformer` has not loaded
         yield
         return
     rotary.shape = shape

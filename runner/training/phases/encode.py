@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from runner.checkpoint.storage import Weights
 from runner.model.device import release
-from runner.plan.phases import ENCODERS, Encode
+from runner.plan.phases import Encode
 from runner.training.context import RunContext
 from runner.training.encoders import encode_latents, encode_texts, reads
 
@@ -19,7 +19,7 @@ def encode_phase(context: RunContext, phase: Encode, weights: Weights, beside: S
     """
     if phase.latents:
         encode_latents(context)
-    for encoder in ENCODERS:
+    for encoder in context.encoders:
         others = [other for other in beside if reads(other.plan, encoder)]
         if encoder in phase.encoders or others:
             own = context.entries(encoder, weights) if encoder in phase.encoders else {}

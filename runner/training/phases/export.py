@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from runner.base.files import licence, transformer_config
 from runner.cache.store import Cache
@@ -29,12 +30,14 @@ from runner.export.model_card import CURVE, model_card
 from runner.export.pipeline import ExportedFiles
 from runner.model.base import Base
 from runner.model.device import DTYPES, release
-from runner.model.lora import lora_shape, text_lora_shape
+from runner.model.families import family_of
+from runner.model.family import ModelFamily, PromptEmbeds
 from runner.runs import sample_files
 from runner.runs.run import Run
 from runner.spec import export_names
 from runner.spec.schema import Spec, dump, flat
-from runner.training.encoders import frozen_t5
+from runner.training.adapter_shapes import lora_shape, text_lora_shape
+from runner.training.encoders import frozen_embeddings
 from runner.training.model_pool import ModelPool
 
 
@@ -49,6 +52,10 @@ class ExportRequest:
     stop_requested: Callable[[], bool]
     cache: Cache
     model_pool: ModelPool
+
+    @cached_property
+    def family(self) -> ModelFamily:
+        return family_of(self.base)
 
     @property
     def placeholders(self) -> tuple[Placeholder, ...]:
@@ -120,7 +127,7 @@ def _about(order: ExportRequest, step: int) -> ExportInfo:
     return ExportInfo(
         order.spec.name, Path(own).name if Path(own).is_dir() else own, step, order.placeholders, settings,
         licence(own, order.base.folder), export_day(order.run), bool(config.get("guidance_embeds")),
-        version("fluxrun"),
+        version("fluxrun"), order.family.layer_names,
     )  # fmt: skip
 
 
@@ -145,9 +152,9 @@ def _written(
         trained = formats.adapter(formats.rounded(weights, torch.float32), shapes)
         path, original = folder / formats.LORA_FILE, folder / export_names.kohya_file(about.name)
         formats.write_lora(path, *_stored(weights, shapes, dtype))
-        errors[path.name] = verify.lora_file(path, trained, dtype)
+        errors[path.name] = verify.lora_file(path, trained, dtype, about.layer_names)
         formats.write_kohya(original, stored, shapes, about)
-        errors[original.name] = verify.kohya_file(original, trained, dtype)
+        errors[original.name] = verify.kohya_file(original, trained, dtype, about.layer_names)
     if weights.rows:
         formats.write_embeddings(folder, stored, about.name)
         for path in (folder / export_names.embeddings_file(about.name), folder / export_names.webui_file(about.name)):
@@ -166,18 +173,18 @@ def _verified_pictures(
     order.event_log.line("export: reading the files back with diffusers")
     plain, learned = _read_prompts(order, stored, shapes, exported, [prompt for prompt, _ in shots])
     transformer = order.model_pool.take(order.base)
-    pipe = pipeline.image_pipeline(order.base, transformer, with_vae=bool(shots))
+    pipe = order.family.image_pipeline(order.base, transformer, with_vae=bool(shots))
     size = pipeline.size_of(order.spec)
     order.event_log.begin_phase("pictures", 0, 2 * len(shots), "pictures")
     columns: list[list[Image.Image]] = []
     for at, reads in ((0, plain), (step, learned)):
         if columns and exported.lora:
-            pipeline.load_lora(pipe, exported.lora)
+            pipe.load_lora(exported.lora)
             if shapes.lora:
                 verify.loaded_lora(pipe.transformer, stored.lora, shapes.lora)
         column = []
-        for index, (read, (_, seed)) in enumerate(zip(reads, shots, strict=True)):
-            column.append(pipeline.draw_image(pipe, read, seed, steps=own.steps, size=size))
+        for index, (prompt, (_, seed)) in enumerate(zip(reads, shots, strict=True)):
+            column.append(pipeline.draw_image(pipe, prompt, seed, steps=own.steps, size=size))
             run.check_lease()
             files.write_png(sample_file(run, at, index), column[-1])
             order.event_log.progress(len(columns) * len(shots) + index + 1, 2 * len(shots), "pictures")
@@ -195,22 +202,34 @@ def _verified_pictures(
 
 def _read_prompts(
     order: ExportRequest, stored: Weights, shapes: AdapterShapes, exported: ExportedFiles, prompts: Sequence[str]
-) -> tuple[list[pipeline.EncodedPrompt], list[pipeline.EncodedPrompt]]:
+) -> tuple[list[PromptEmbeds], list[PromptEmbeds]]:
     """The prompts as the base reads them, and with what was learned in the text encoders; that is compared on the way."""
-    length = order.spec.model.max_sequence_length
+    length, architecture = order.spec.model.max_sequence_length, order.family.architecture
     written = [expand_placeholders(prompt, order.placeholders) for prompt in prompts]
-    live = "t5" in stored.rows  # else T5 reads what it read before the training, and the cache has that
-    pipe = pipeline.text_pipeline(order.base, None, with_t5=live)
-    read = functools.partial(frozen_t5, order.base, order.cache, order.model_pool, order.spec)
-    plain = pipeline.read_prompts(pipe, prompts, length, texts=None if live else read(prompts))
+    # A large encoder that learned nothing reads what it read before the training, and the cache has that.
+    large = [encoder for encoder in architecture.encoders.values() if encoder.large]
+    with_large = any(encoder.name in stored.rows for encoder in large)
+
+    def cached(texts: Sequence[str]) -> dict[str, list[Tensor]]:
+        return (
+            {}
+            if with_large
+            else {
+                encoder.name: frozen_embeddings(encoder, order.base, order.cache, order.model_pool, order.spec, texts)
+                for encoder in large
+            }
+        )
+
+    pipe = order.family.text_pipeline(order.base, with_large=with_large)
+    plain = pipe.read(prompts, length, cached=cached(prompts))
     if exported.embeddings:
         pipeline.load_embeddings(pipe, exported.embeddings, order.placeholders)
-    verify.loaded_embeddings(pipe, stored, [piece for one in order.placeholders for piece in one.pieces])
+    verify.loaded_embeddings(pipe.encoders, stored, [piece for one in order.placeholders for piece in one.pieces])
     if exported.lora:
-        pipeline.load_text_lora(pipe, exported.lora)
-    if shapes.text_lora:
-        verify.loaded_lora(pipe.text_encoder, stored.text_lora, shapes.text_lora)
-    learned = pipeline.read_prompts(pipe, written, length, texts=None if live else read(written))
+        pipe.load_lora(exported.lora)
+    if shapes.text_lora and (adapted := architecture.text_lora_encoder):
+        verify.loaded_lora(pipe.encoders[adapted.name][0], stored.text_lora, shapes.text_lora)
+    learned = pipe.read(written, length, cached=cached(written))
     del pipe
     release(order.base.device)
     return plain, learned

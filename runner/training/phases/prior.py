@@ -40,12 +40,12 @@ def prior_phase(context: RunContext) -> None:
         dtype = DTYPES[own.dtype] if own.dtype else context.base.dtype
         base = replace(context.base, dtype=dtype)
         context.model_pool.clear(base)
-        pipe = pipeline.text_pipeline(base, None)
-        [read] = pipeline.read_prompts(pipe, [own.prompt], context.spec.model.max_sequence_length)
-        del pipe
+        texts = context.family.text_pipeline(base)
+        [prompt] = texts.read([own.prompt], context.spec.model.max_sequence_length)
+        del texts
         release(base.device)
         transformer = context.model_pool.take(base)
-        pipe = pipeline.image_pipeline(base, transformer)
+        pipe = context.family.image_pipeline(base, transformer)
         context.event_log.begin_phase("class images", there, own.count, "images")
         number = 0
         while (there := len(class_images.paths(folder))) < own.count:
@@ -55,7 +55,9 @@ def prior_phase(context: RunContext) -> None:
                     numbers.append(number)
                 number += 1
             seeds = [derive(0, "class image", own.prompt, one) for one in numbers]
-            made = pipeline.draw_batch(pipe, read, seeds, steps=STEPS, size=max(resolutions(context.spec)))
+            made = pipe.draw(
+                prompt, seeds, steps=STEPS, size=max(resolutions(context.spec)), guidance=pipeline.GUIDANCE
+            )
             for one, image in zip(numbers, made, strict=True):
                 files.write_png(class_images.generated_path(folder, one), image)
             context.event_log.progress(there + len(made), own.count, "images")

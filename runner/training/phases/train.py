@@ -11,11 +11,11 @@ from torch import nn
 from runner.checkpoint import storage
 from runner.checkpoint.storage import Checkpoint, Weights
 from runner.model import lora
-from runner.model.flux1.transformer import blocks_of, enable_gradient_checkpointing, run_twice, set_attention
-from runner.model.lora import lora_shape
+from runner.model.family import TrainSettings
 from runner.plan.phases import Inversion, Joint, Lora, learned_parts, recomputed, trains_lora
 from runner.spec.schema import Spec, Stop
 from runner.training import optimizers
+from runner.training.adapter_shapes import lora_shape
 from runner.training.context import RunContext
 from runner.training.encoders import CachedEncoder, LiveEncoder
 from runner.training.loop import EarlyStopping, LoopConfig, Step, TrainState, train
@@ -95,17 +95,10 @@ def load_transformer(
 ) -> tuple[nn.Module, dict[str, nn.Parameter]]:
     """The frozen base with its adapter, {} where it has none yet; the adapter learns only if the phase says so."""
     transformer = context.model_pool.take(context.base)
-    set_attention(transformer, context.spec.model.attention)
-    how = recomputed(context.spec, rows=bool(learned_parts(phase, "token rows")))
-    twice = [] if how == "selective" else run_twice(transformer, how)
-    if context.base.offload:  # which recomputes all of them by itself
-        twice = blocks_of(transformer)
-    elif twice:
-        enable_gradient_checkpointing(transformer, twice)
-    if not context.spec.model.compile:  # the compiler sees to it by itself
-        from runner.model.flux1.recompute import enable_recompute
-
-        enable_recompute(transformer, plain=twice, again=how == "selective")
+    recompute = recomputed(context.spec, rows=bool(learned_parts(phase, "token rows")))
+    model = context.spec.model
+    settings = TrainSettings(model.attention, recompute, context.base.offload, model.compile)
+    context.family.prepare_training(transformer, settings)
     adapter: dict[str, nn.Parameter] = {}
     if trains_lora(phase) or past.lora:
         adapter = lora.attach_lora(transformer, lora_shape(context.spec, context.base), context.spec.seed)
@@ -113,7 +106,7 @@ def load_transformer(
             lora.set_tensors(adapter, past.lora)
         for parameter in adapter.values():
             parameter.requires_grad_(trains_lora(phase))
-    if context.spec.model.compile:
+    if model.compile:
         transformer.compile_repeated_blocks()  # type: ignore[operator]
     return transformer.train(), adapter  # for LoRA's dropout; FLUX has none of its own
 
@@ -124,7 +117,7 @@ def load_encoders(context: RunContext, phase: TrainPhase, past: Weights) -> Enco
         name: LiveEncoder.load(context, name, past, learn_rows=name in rows, learn_lora=name in adapted)
         if name in (*rows, *adapted)
         else CachedEncoder(context, name, past)
-        for name in ("clip", "t5")
+        for name in context.encoders
     }
 
 
