@@ -16,7 +16,8 @@ from runner.cache.store import Cache
 from runner.core.errors import FluxrunError
 from runner.core.process_identity import exit_with_parent
 from runner.data import sources
-from runner.jobs.prepare import data_source, plan_of
+from runner.jobs.data_sets import data_source
+from runner.jobs.prepare import plan_of
 from runner.model import device
 from runner.model.flux1 import loading
 from runner.runs.run import Run

@@ -13,7 +13,7 @@ from runner.checkpoint.storage import Checkpoint, Weights
 from runner.model import lora
 from runner.model.flux1.transformer import blocks_of, enable_gradient_checkpointing, run_twice, set_attention
 from runner.model.lora import lora_shape
-from runner.plan.phases import Inversion, Joint, Lora, learned_parts, recomputed, trains_lora
+from runner.plan.phases import TrainPhase, learned_parts, recomputed, trains_lora
 from runner.spec.schema import Spec, Stop
 from runner.training import optimizers
 from runner.training.context import RunContext
@@ -23,7 +23,6 @@ from runner.training.objective import Encoders, FlowObjective
 from runner.training.optimizers import Adam, Adam8bit, Optimizer, ParameterGroup, ProdigyNumbers, schedule
 from runner.training.validation import Validator
 
-TrainPhase = Joint | Inversion | Lora
 ROW_POINTS = 100  # of norm and drift over a run: each waits for the device
 
 
