@@ -40,7 +40,7 @@ class EncodedPrompt:
 
 def load_embeddings(pipe: Any, file: Path, placeholders: Sequence[tokens.Placeholder]) -> None:
     """As the model card tells a user to: each encoder gets the rows that were learned for it."""
-    pieces = [piece for placeholder in placeholders for piece in placeholder.pieces]
+    pieces = tokens.vocabulary_entries(placeholders)
     rows = load_file(file)
     pipe.load_textual_inversion(rows["clip_l"], token=pieces, text_encoder=pipe.text_encoder, tokenizer=pipe.tokenizer)
     if "t5" in rows:

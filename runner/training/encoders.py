@@ -141,7 +141,7 @@ class LiveEncoder:
             made.again = twice and not context.base.offload  # where each block does so by itself
             enable_recompute(model, plain=twice or context.base.offload, again=how == "selective")
         if encoder in weights.rows or learn_rows:
-            counts = [(len(placeholder.pieces), placeholder.initializer) for placeholder in context.plan.placeholders]
+            counts = [(len(placeholder.entries), placeholder.initializer) for placeholder in context.plan.placeholders]
             made.first_rows = text_encoders.initial_rows(model, tokenizer, counts, context.spec.seed, encoder).to(
                 context.base.device
             )
@@ -176,7 +176,7 @@ class LiveEncoder:
         Raises FluxrunError for a token that is cut off everywhere; says so where it is cut off in some captions.
         """
         for placeholder in context.plan.placeholders:
-            wanted = set(self.tokenizer.convert_tokens_to_ids(list(placeholder.pieces)))
+            wanted = set(self.tokenizer.convert_tokens_to_ids(list(placeholder.entries)))
             naming = [
                 one
                 for one in context.pictures.captions

@@ -235,9 +235,7 @@ def test_an_old_run_of_such_a_name_is_kept(house: House, done: House, name: str)
     said = house.fluxrun("queue", "x.toml")
     other = {"cache": "run-cache", "b/export": "b-export"}[name]
     assert said.code == 2
-    assert (
-        f'; move that run (mv runs/{name} runs/{other}) and set name = "{other}" in its spec' in said.err
-    )
+    assert f'; move that run (mv runs/{name} runs/{other}) and set name = "{other}" in its spec' in said.err
     assert export_bytes(house.folder / "runs" / name) == before
     (house.folder / "runs" / name).rename(house.folder / "runs" / other)
     spec.write_text(spec.read_text().replace(f'"{name}"', f'"{other}"'))

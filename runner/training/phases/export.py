@@ -205,7 +205,7 @@ def _read_prompts(
     plain = pipeline.read_prompts(pipe, prompts, length, texts=None if live else read(prompts))
     if exported.embeddings:
         pipeline.load_embeddings(pipe, exported.embeddings, order.placeholders)
-    verify.loaded_embeddings(pipe, stored, [piece for one in order.placeholders for piece in one.pieces])
+    verify.loaded_embeddings(pipe, stored, tokens.vocabulary_entries(order.placeholders))
     if exported.lora:
         pipeline.load_text_lora(pipe, exported.lora)
     if shapes.text_lora:
