@@ -42,16 +42,16 @@ def misplaced_folder(folder: Path, count: int, runs: Path) -> str | None:
     """Why no class images can be made there, or None. Whoever has enough of them already has none made."""
     there = next(path for path in (folder, *folder.parents) if path.exists())
     if not there.is_dir():
-        return f"{there} is a file (found {str(folder)!r}); name a folder"
+        return f"expected a folder, got {str(folder)!r}, where {there} is a file; name a folder"
     if not needs_filling(folder, count):
         return None
     if not os.access(there, os.W_OK | os.X_OK):
-        return f"class images cannot be made in {folder}: {there} may not be written to; name another folder"
+        return f"class images cannot be made in {folder}: {there} is not writable; name another folder"
     if folder.resolve() == runs.resolve():
-        return f"it is the runs folder {runs}; name a folder of its own"
+        return f"this is the runs folder {runs}; name another folder"
     for path in (folder, *folder.parents):
         if (path / "plan.json").is_file() and (path / "spec.toml").is_file():
-            return f"it is, or lies in, the folder of a run ({path}); name a folder elsewhere"
+            return f"this is, or is inside, the folder of a run ({path}); name another folder"
     return None
 
 
@@ -61,16 +61,13 @@ def prompt_disagreement(folder: Path, prompt: str, base: BaseIdentity) -> tuple[
     there = note.get("prompt")
     if there is not None and there != prompt:
         return "prior.prompt", (
-            f"{folder} holds images of another prompt (found {prompt!r}, there {there!r}); use another folder, "
-            "or the same prompt"
+            f"{folder} holds images of the prompt {there!r}, got {prompt!r}; use another folder, or the same prompt"
         )
     maker = _maker(folder, note)
     if maker is None or not base.differs_from(maker):
         return None
-    found = f"found {base}, there {maker}" if str(base) != str(maker) else f"{base} has other files since"
-    return "prior.images", (
-        f"{folder} holds images made by another base ({found}); use another folder, or the same base"
-    )
+    changed = f", got {base}" if str(base) != str(maker) else ", whose files have changed since then"
+    return "prior.images", f"{folder} holds images made by {maker}{changed}; use another folder, or the same base"
 
 
 def write_note(folder: Path, prompt: str, base: BaseIdentity) -> None:

@@ -55,7 +55,7 @@ class TooManyPixelsError(ValueError):
     """A picture that would take too much memory, by what its header says."""
 
     def __init__(self, pixels: int) -> None:
-        super().__init__(f"{pixels:,} pixels, of which at most {MOST_PIXELS:,} are read: 16,384 x 16,384")
+        super().__init__(f"expected at most {MOST_PIXELS:,} pixels (16,384 x 16,384), got {pixels:,}")
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,7 @@ def measure(picture: Picture) -> tuple[int, int]:
 
 
 def _unreadable(picture: Picture, error: Exception) -> FluxrunError:
-    way_out = "scale it down" if isinstance(error, TooManyPixelsError) else "mend it or take it out of the data"
+    way_out = "scale it down" if isinstance(error, TooManyPixelsError) else "repair it, or remove it from the data"
     return FluxrunError(f"{picture.where}: not a readable image ({error}); {way_out}")
 
 

@@ -48,7 +48,7 @@ def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         except ValueError as error:
             raise DataError(f"{file}:{number}: not JSON ({error})") from error
         if not isinstance(row, dict):
-            raise DataError(f"{file}:{number}: wanted is an object (found {line[:60]})")
+            raise DataError(f"{file}:{number}: expected a JSON object, got {line[:60]}")
         yield number, row
 
 
@@ -74,10 +74,10 @@ class _RowFaults:
             number, value, way_out = rows[0]
             way_out = f"; {way_out}" if way_out else ""
             if len(rows) == 1:
-                yield key, f"{self.file}{at}{number}: {problem}{f' (found {value})' if value else ''}{way_out}"
+                yield key, f"{self.file}{at}{number}: {problem}{f', got {value}' if value else ''}{way_out}"
             else:
                 first = [f"{number}{f': {value}' if value else ''}" for number, value, _ in rows]
-                yield key, f"{self.file}: {problem} in {len(rows):,} rows ({unit}s {list_some(first)}){way_out}"
+                yield key, f"{self.file}: {problem}, in {len(rows):,} rows ({unit}s {list_some(first)}){way_out}"
 
 
 def read_captions(file: Path, image_column: str, column: str | None) -> dict[Path, str | None]:
@@ -92,11 +92,11 @@ def read_captions(file: Path, image_column: str, column: str | None) -> dict[Pat
     images = "data.source" if image_column == IMAGE_COLUMN else "data.image_column"
     for number, row in _rows(file):
         if column and column not in row:
-            way_out = f"there are {', '.join(sorted(map(str, row)))}"
+            way_out = f"the columns are {', '.join(sorted(map(str, row)))}"
             wrong.add("data.caption_column", f"no column {column!r}", number, way_out=way_out)
         name = row.get(image_column) or (row.get("file_name") if image_column == IMAGE_COLUMN else None)
         if not isinstance(name, str):
-            way_out = "wanted is a column file_name, or data.image_column"
+            way_out = "add a column file_name, or set data.image_column"
             wrong.add(images, f"no file named in {image_column!r}", number, way_out=way_out)
             continue
         path = folder / name
@@ -104,7 +104,7 @@ def read_captions(file: Path, image_column: str, column: str | None) -> dict[Pat
             wrong.add("data.source", "no such file in the folder", number, repr(name))
             continue
         if path in out:
-            wrong.add("data.source", "a picture named a second time", number, repr(name), "give each image one row")
+            wrong.add("data.source", "a second row for a picture", number, repr(name), "give each picture one row")
         caption = row.get(column) if column else None
         if caption is not None and not isinstance(caption, str):
             wrong.add("data.caption_column", f"{column} is not text", number, repr(caption))

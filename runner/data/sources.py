@@ -57,7 +57,7 @@ def read_source(source: DatasetSource) -> Pictures:
         for key, found, default in (("config", source.config, None), ("split", source.split, "train")):
             if found != default:
                 raise DataError(
-                    f"{path} is a folder of images, which has no data.{key} (found {found!r}); take that key out"
+                    f"{path} is a folder of images, which has no data.{key}, got {found!r}; remove that key"
                 )
         return read_folder(path, source.image_column, source.caption_column, source.prompt)
     return read_datasets(source)
@@ -79,8 +79,8 @@ def read_folder(folder: Path, image_column: str, caption_column: str | None, pro
         raise DataError(
             (
                 f"data.{which}_column",
-                f"{folder} has no {', '.join(METADATA)}, so no column {column!r}; add one of them, or take "
-                f"data.{which}_column out (captions then come from a NAME.txt beside each image)",
+                f"{folder} has no {', '.join(METADATA)}, so no column {column!r}; add one of them, or remove "
+                f"data.{which}_column (captions then come from a NAME.txt beside each image)",
             )
         )
     if metadata:
@@ -92,7 +92,7 @@ def read_folder(folder: Path, image_column: str, caption_column: str | None, pro
     if not captions:
         endings = ", ".join(sorted({*READ, *(ending for ending in HEIC if unreadable_ending(ending) is None)}))
         told = "".join(f"; {line}" for line in reasons(found, found.unused))
-        raise DataError(f"no image in {folder}; wanted are files ending in {endings}{told}")
+        raise DataError(f"no image in {folder}; expected files that end in {endings}{told}")
     bare = [path.relative_to(folder).as_posix() for path, caption in captions.items() if not (caption or prompt)]
     if bare:
         how = "set data.prompt, or write a NAME.txt beside each"
@@ -169,7 +169,7 @@ def read_datasets(source: DatasetSource) -> Pictures:
     if missing:
         there = ", ".join(rows.column_names)
         raise DataError(
-            *((key, f"{source.text} has no column {column!r}; there are {there}") for key, column in missing)
+            *((key, f"{source.text} has no column {column!r}; the columns are {there}") for key, column in missing)
         )
     rows = rows.cast_column(source.image_column, ImageFeature(decode=False))  # opened below, in FORMATS only
     captions = list(rows[source.caption_column]) if source.caption_column else [None] * len(rows)
@@ -178,7 +178,7 @@ def read_datasets(source: DatasetSource) -> Pictures:
         raise DataError(
             (
                 "data.caption_column",
-                f"{source.text}: {source.caption_column} is not text (rows {list_some(odd)}); name another column",
+                f"{source.text}: the column {source.caption_column} is not text (rows {list_some(odd)}); name another column",
             )
         )
     bare = [str(index) for index, caption in enumerate(captions) if not ((caption or "").strip() or source.prompt)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,12 +13,12 @@ class Placeholder:
     """One concept: the word written in captions, and the vocabulary entries that stand for it ("<s0>", "<s1>")."""
 
     name: str
-    pieces: tuple[str, ...]
+    entries: tuple[str, ...]
     initializer: str | None
 
     @property
     def text(self) -> str:
-        return "".join(self.pieces)
+        return "".join(self.entries)
 
 
 PLACEHOLDER = "s"
@@ -50,6 +50,11 @@ def placeholders(tokens: Sequence[Token]) -> tuple[Placeholder, ...]:
             Placeholder(token.name, tuple(f"<{word}{start + i}>" for i in range(token.vectors)), token.initializer)
         )
     return tuple(out)
+
+
+def vocabulary_entries(placeholders: Iterable[Placeholder]) -> list[str]:
+    """Those of all placeholders, in order: the order of the rows in every file and tensor of learned embeddings."""
+    return [entry for placeholder in placeholders for entry in placeholder.entries]
 
 
 def _pattern(names: Sequence[str]) -> re.Pattern[str]:

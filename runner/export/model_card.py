@@ -7,10 +7,11 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from runner.data.tokens import expand_placeholders, tokens_in_caption
+from runner.data.tokens import expand_placeholders, tokens_in_caption, vocabulary_entries
 from runner.export.about import ExportInfo
 from runner.export.formats import LORA_FILE
 from runner.export.webui import webui_words
+from runner.spec.dtypes import TORCH_NAMES
 from runner.spec.export_names import embeddings_file, file_stem, kohya_file
 
 POOLINGS = {
@@ -123,7 +124,7 @@ def _code(about: ExportInfo, errors: Mapping[str, float], guidance: float, repo:
         yield f'pipe.load_lora_weights(folder, weight_name="{LORA_FILE}")'
     if embeddings in errors:
         yield f'rows = load_file(f"{{folder}}/{embeddings}")'
-        pieces = json.dumps([piece for placeholder in about.placeholders for piece in placeholder.pieces])
+        pieces = json.dumps(vocabulary_entries(about.placeholders))
         for key, suffix in (("clip_l", ""), ("t5", "_2")):
             if key == "clip_l" or "t5" in about.settings["inversion.encoders"]:
                 yield f'pipe.load_textual_inversion(rows["{key}"], token={pieces},'
@@ -133,8 +134,7 @@ def _code(about: ExportInfo, errors: Mapping[str, float], guidance: float, repo:
 
 def _dtype(asked: str | None) -> str:
     """The run's: without `model.dtype` fluxrun takes bf16 on a GPU and fp32 on a CPU."""
-    names = {"bf16": "torch.bfloat16", "fp16": "torch.float16", "fp32": "torch.float32"}
-    return names[asked] if asked else 'torch.bfloat16 if device == "cuda" else torch.float32'
+    return TORCH_NAMES[asked] if asked else 'torch.bfloat16 if device == "cuda" else torch.float32'
 
 
 def _call(about: ExportInfo, guidance: float, with_lora: bool) -> Iterator[str]:

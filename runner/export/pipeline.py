@@ -35,7 +35,7 @@ def size_of(spec: Spec) -> int:
 
 def load_embeddings(pipe: TextPipeline, file: Path, placeholders: Sequence[tokens.Placeholder]) -> None:
     """The learned rows of all placeholders."""
-    pipe.load_embeddings(file, [piece for placeholder in placeholders for piece in placeholder.pieces])
+    pipe.load_embeddings(file, tokens.vocabulary_entries(placeholders))
 
 
 def draw_image(

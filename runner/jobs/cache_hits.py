@@ -18,13 +18,13 @@ from runner.cache import keys
 from runner.core.files import read_json
 from runner.core.humanize import format_bytes
 from runner.jobs.job import Job
-from runner.jobs.memory import BYTES, LARGE
+from runner.jobs.memory import LARGE
 from runner.plan.build import resolutions
 from runner.plan.disk import bytes_in, left_to_write
 from runner.plan.phases import Encode
+from runner.spec.dtypes import BYTES, TORCH_NAMES, base_dtype
 from runner.spec.schema import Spec
 
-TORCH = {"bf16": "torch.bfloat16", "fp16": "torch.float16", "fp32": "torch.float32"}
 ENTRY = 512  # bytes that an entry takes beside its numbers: its header, its name in the list of views
 CHANNELS = 2 * 16  # mean and log-variance of FLUX's 16 latent channels
 
@@ -54,7 +54,7 @@ def cache_hits_for(job: Job, runs: Path, *, on_gpu: bool, read: Print = fingerpr
     if folder is None or pictures is None:
         return {}
     spec, entries_folder = job.spec, runs / "cache"
-    dtype = spec.model.dtype or ("bf16" if on_gpu else "fp32")
+    dtype = base_dtype(spec.model.dtype, on_gpu=on_gpu)
     [first] = [phase for phase in job.plan.phases if isinstance(phase, Encode) and phase.at == 0]
     vae_dtype = "fp32" if dtype == "fp16" else dtype
     found = {"latents": _latents(job, entries_folder, read(folder / "vae"), vae_dtype)}
@@ -63,7 +63,7 @@ def cache_hits_for(job: Job, runs: Path, *, on_gpu: bool, read: Print = fingerpr
         prints = {part: read(folder / part) for part in encoder.parts}
         entries = list(keys.entries(spec, pictures, job.plan.placeholders, encoder))
         held = [spec.model.quantize] if encoder.large and spec.model.quantize != "none" else []
-        wanted = {keys.text_key(encoder, one, prints, TORCH[dtype], held=held) for one in entries}
+        wanted = {keys.text_key(encoder, one, prints, TORCH_NAMES[dtype], held=held) for one in entries}
         each = BYTES[dtype] * _width(folder, encoder.name) * (1 if encoder.pooled else spec.model.max_sequence_length)
         found[encoder.name] = _hits(entries_folder, encoder.name, wanted, each)
     return found
@@ -72,7 +72,7 @@ def cache_hits_for(job: Job, runs: Path, *, on_gpu: bool, read: Print = fingerpr
 def _latents(job: Job, cache: Path, vae: str, dtype: str) -> CacheHits:
     """The keys are of pixels, so they are known only where the data set was decoded before."""
     assert job.pictures is not None
-    note = keys.views_key(job.spec, job.pictures.fingerprint, vae, TORCH[dtype])
+    note = keys.views_key(job.spec, job.pictures.fingerprint, vae, TORCH_NAMES[dtype])
     known = read_json(cache / "views" / note[:2] / f"{note}.json") if note else {}
     sizes = job.plan.sizes or {}
     each = max((width * height // 64 for width, height in sizes), default=0) * CHANNELS * BYTES[dtype]
@@ -129,7 +129,7 @@ def _made_of_a_hub_base(job: Job, *, on_gpu: bool) -> int:
     if job.pictures is None:
         return 0
     spec = job.spec
-    each = BYTES[spec.model.dtype or ("bf16" if on_gpu else "fp32")]
+    each = BYTES[base_dtype(spec.model.dtype, on_gpu=on_gpu)]
     views = len(job.pictures.items) * (spec.data.variants or 1) + len(job.pictures.held)
     latents = sum(views * CHANNELS * (side // 8) ** 2 * each for side in resolutions(spec))
     return latents + len(keys.captions(spec, job.pictures)) * spec.model.max_sequence_length * int(T5["d_model"]) * each
@@ -140,7 +140,7 @@ def _read_again(job: Job, phase: Encode, *, on_gpu: bool) -> int:
     if phase.at == 0 or job.pictures is None:
         return 0
     spec = job.spec
-    each = BYTES[spec.model.dtype or ("bf16" if on_gpu else "fp32")]
+    each = BYTES[base_dtype(spec.model.dtype, on_gpu=on_gpu)]
     shapes = read_base_configs(spec.model.base)
     width = shapes.t5["d_model"] if shapes else T5["d_model"]
     long = spec.model.max_sequence_length * width if "t5" in phase.encoders else 0
@@ -150,7 +150,7 @@ def _read_again(job: Job, phase: Encode, *, on_gpu: bool) -> int:
 def _quantized(spec: Spec, *, on_gpu: bool) -> int:
     """The transformer and T5 as they are kept for the next run."""
     shapes = read_base_configs(spec.model.base) or BaseConfigs(FLUX1, CLIP, T5, VAE)
-    plain = BYTES[spec.model.dtype or ("bf16" if on_gpu else "fp32")]
+    plain = BYTES[base_dtype(spec.model.dtype, on_gpu=on_gpu)]
     numbers = [shapes.numbers[part] for part in LARGE]
     return int(sum(matrices * quantized_size.BYTES[spec.model.quantize] + rest * plain for matrices, rest in numbers))
 

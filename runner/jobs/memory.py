@@ -22,9 +22,9 @@ from runner.plan.phases import (
     recomputed,
     trains_lora,
 )
+from runner.spec.dtypes import BYTES, base_dtype
 from runner.spec.schema import Spec
 
-BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 LARGE = ("transformer", "text_encoder_2")  # what model.quantize and model.offload are about
 
 # What the kernels hold for themselves. On a GPU: cuBLAS's workspace, 8 x 4 MiB (device.prepare) for each of two threads.
@@ -105,7 +105,7 @@ class _MemoryModel:
 
     @property
     def narrow(self) -> int:
-        return BYTES[self.spec.model.dtype or ("bf16" if self.on_gpu else "fp32")]
+        return BYTES[base_dtype(self.spec.model.dtype, on_gpu=self.on_gpu)]
 
     @property
     def width(self) -> ByteWidths:

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from runner.core.errors import FluxrunError
+from runner.spec.dtypes import Dtype, base_dtype
 
 TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
@@ -52,9 +53,9 @@ def compiled_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fluxrun" / "compile"
 
 
-def resolve_dtype(name: str | None, device: torch.device) -> torch.dtype:
-    """The dtype of the frozen base. bf16 halves a GPU's memory; on a CPU it is several times slower than fp32."""
-    return DTYPES[name or ("bf16" if device.type == "cuda" else "fp32")]
+def resolve_dtype(name: Dtype | None, device: torch.device) -> torch.dtype:
+    """The dtype of the frozen base."""
+    return DTYPES[base_dtype(name, on_gpu=device.type == "cuda")]
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:

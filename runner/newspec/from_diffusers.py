@@ -96,16 +96,14 @@ def _split(words: list[str]) -> tuple[list[str], str, dict[str, str]]:
     if at is None:
         raise CommandError("no script in the command (a word that ends in .py)")
     if "flux" not in words[at]:
-        raise CommandError(
-            f"{words[at]} is not a FLUX training script; it should be train_dreambooth_lora_flux_advanced.py"
-        )
+        raise CommandError(f"expected train_dreambooth_lora_flux_advanced.py, got {words[at]}")
     flags: dict[str, str] = {}
     rest, unknown = words[at + 1 :], []
     index = 0
     while index < len(rest):
         name, equals, value = rest[index].removeprefix("--").partition("=")
         if not rest[index].startswith("--"):
-            raise CommandError(f"a word without a flag: {rest[index]!r}")
+            raise CommandError(f"expected a flag, got {rest[index]!r}")
         index += 1
         if name not in _known():
             unknown.append(name)
@@ -116,7 +114,7 @@ def _split(words: list[str]) -> tuple[list[str], str, dict[str, str]]:
         flags[name] = value
     if unknown:
         near = [f"--{name}{_near(name)}" for name in unknown]
-        raise CommandError(f"flags that the script does not have: {', '.join(near)}")
+        raise CommandError(f"expected flags of the script, got {', '.join(near)}")
     return words[:at], words[at], flags
 
 
@@ -196,7 +194,9 @@ def _typed(name: str, text: str, kind: type) -> Any:
     try:
         return kind(text)
     except ValueError:
-        raise CommandError(f"--{name}: {text!r} is no {kind.__name__}") from None
+        raise CommandError(
+            f"--{name}: expected {'a whole number' if kind is int else 'a number'}, got {text!r}"
+        ) from None
 
 
 def _number(given: Mapping[str, str], flag: str, default: Number) -> Number:
@@ -207,7 +207,7 @@ def _number(given: Mapping[str, str], flag: str, default: Number) -> Number:
 def _data(draft: Draft, given: Mapping[str, str]) -> None:
     source = given.get("instance_data_dir") or given.get("dataset_name")
     if not source:
-        raise CommandError("neither --dataset_name nor --instance_data_dir is given")
+        raise CommandError("neither --dataset_name nor --instance_data_dir is given; add one")
     draft.values["data.source"] = source
     draft.values["data.interpolation"] = given.get("image_interpolation_mode", "lanczos")
     if draft.values["data.interpolation"] not in ("lanczos", "bicubic", "bilinear", "box", "hamming", "nearest"):
@@ -217,7 +217,7 @@ def _data(draft: Draft, given: Mapping[str, str]) -> None:
     if "with_prior_preservation" not in given:
         return
     if not given.get("class_prompt"):
-        raise CommandError("--with_prior_preservation wants a --class_prompt, as in the script; add it")
+        raise CommandError("--with_prior_preservation needs a --class_prompt, as in the script; add it")
     values = {
         "prior.images": given.get("class_data_dir", "class-images"),
         "prior.prompt": given["class_prompt"],

@@ -151,7 +151,7 @@ def _phases(
 def _text_part(spec: Spec, facts: Facts, known: Sequence[tokens.Placeholder]) -> Part | None:
     """What learns in the text encoders. The spec allows one kind in a run."""
     if known:
-        vectors = sum(len(placeholder.pieces) for placeholder in known)
+        vectors = sum(len(placeholder.entries) for placeholder in known)
         return Part("token rows", spec.inversion.encoders, vectors * _width(facts, spec.inversion.encoders))
     if spec.text_lora:
         layers = clip_layers(facts.clip or CLIP_L)

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from runner.spec.dtypes import BYTES
 from runner.spec.schema import Spec
 
 SPARE = 16 << 20  # bytes left free beside a checkpoint, for state, log and events
 SMALL_FILES = 128 << 10  # spec, plan, state, card, the curve as a picture, TensorBoard's own
 BYTES_PER_STEP = 1 << 10  # in the history, TensorBoard's events and the log
-EXPORTED = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 # NAME.safetensors has q, k and v (and the MLP's input) of a block in one adapter, block-diagonal: in a single block with
 # attention alone that is 7d x 3r + 3r x d numbers for 3 (d x r + r x d), four times as many. No layer comes to more.
@@ -25,7 +25,7 @@ def run_bytes(spec: Spec, trained: int, moments: float, stages: int, steps: int)
     kept = spec.checkpoint.keep + stages + 1
     kept += int(spec.export.best or spec.stop.no_better_for is not None)  # the best step's
     checkpoints = kept * int(4 * trained * (1 + moments))
-    exports = EXPORTED[spec.export.dtype] * trained * (1 + FUSED)
+    exports = BYTES[spec.export.dtype] * trained * (1 + FUSED)
     return checkpoints + exports + _picture_bytes(spec, steps) + SMALL_FILES + BYTES_PER_STEP * steps
 
 

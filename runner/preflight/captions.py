@@ -51,13 +51,13 @@ def _too_long(
 ) -> Iterator[Finding]:
     for encoder, limit in (("clip", CLIP_READS), ("t5", seen.spec.model.max_sequence_length)):
         learns = encoder in seen.spec.inversion.encoders
-        pieces = tuple(piece for one in known for piece in one.pieces) if learns else ()
+        pieces = tuple(tokens.vocabulary_entries(known)) if learns else ()
         try:
             own = reader(base, encoder, pieces)
         except (OSError, ValueError, KeyError):
             continue  # a fault of the base, told where its files are looked at
         if taken := own.taken(pieces):
-            index = next(index for index, one in enumerate(known) if taken[0] in one.pieces)
+            index = next(index for index, one in enumerate(known) if taken[0] in one.entries)
             yield at(
                 seen.source, "error", f"tokens.{index}.placeholder",
                 f"{NAMES[encoder]}'s tokenizer of this base has {taken[0]} already, so no new row can be learned for it; set "

@@ -22,6 +22,7 @@ from runner.plan.phases import Plan, TrainPhase
 from runner.preflight import libraries
 from runner.preflight.finding import Finding, at, here
 from runner.spec.attention import ON_A_GPU
+from runner.spec.dtypes import BYTES, base_dtype
 from runner.spec.schema import Spec
 
 SMALL = 2**30  # bytes of weights below which a base needs no GPU
@@ -40,7 +41,7 @@ class MemoryFloor:
 
 def memory_floor(spec: Spec, plan: Plan, numbers: Mapping[str, int], on_gpu: bool) -> MemoryFloor:
     """`numbers`: of each of the base's parts, as its files tell them."""
-    each = memory.BYTES[spec.model.dtype or ("bf16" if on_gpu else "fp32")]
+    each = BYTES[base_dtype(spec.model.dtype, on_gpu=on_gpu)]
     away = memory.LARGE if on_gpu and spec.model.offload != "none" else ()
     most = (0, "")
     for phase in plan.phases:
@@ -134,7 +135,7 @@ def _on_gpus(seen: Job, plan: Plan, gpus: Sequence[Gpu], numbers: Mapping[str, i
         )  # fmt: skip
     yield from _half(seen)
     available = memory_available()
-    each = memory.BYTES[spec.model.dtype or "bf16"]
+    each = BYTES[base_dtype(spec.model.dtype, on_gpu=True)]
     largest = int(max((count * _bytes(spec, part, each) for part, count in numbers.items()), default=0))
     if available is not None and largest > available:
         yield at(

@@ -60,11 +60,13 @@ def _base(told: Any, chain: tuple[Path, ...], line: int) -> Path:
     base = Path(os.path.normpath(file.parent / Path(told).expanduser()))
     if base.resolve() in [one.resolve() for one in chain]:
         way = " -> ".join(one.name for one in (*chain, base))
-        raise refused(f"the files extend each other in a circle ({way}); take one {KEY} out")
+        raise refused(f"the files extend each other in a circle ({way}); remove one {KEY}")
     if len(chain) >= DEEPEST:
-        raise refused(f"more than {DEEPEST} files extend each other (found {told!r}); write some of them into one")
+        raise refused(
+            f"expected at most {DEEPEST} files that extend each other, got {told!r} after them; merge some of them"
+        )
     if not base.is_file():
-        raise refused(f"no such file (found {told!r}); name a TOML file, relative to this one")
+        raise refused(f"expected an existing file, got {told!r}; name a TOML file, relative to this one")
     return base
 
 

@@ -17,7 +17,7 @@ from runner.core.errors import Fault, SpecError
 from runner.core.user_text import read_user_text
 from runner.spec import sweeps
 from runner.spec.extends import Reader, base_only_files, read_merged, read_with_lines
-from runner.spec.messages import KeyFault, explain
+from runner.spec.messages import CHOICES, KeyFault, explain
 from runner.spec.origins import origins_in
 from runner.spec.rules import broken_rules, drop_unused_inversion, fill_defaults, secret_values
 from runner.spec.run_names import allowed, clashes, names_in
@@ -250,7 +250,7 @@ def _one_per_key(told: Sequence[KeyFault], written: Mapping[str, Any]) -> list[K
     list and its entries the entries; none for values that the user did not write, but another faulty key gave."""
     best: dict[str, KeyFault] = {}
     for one in told:
-        if one.key in best and not one.message.startswith("not one of the names"):
+        if one.key in best and one.kind not in CHOICES:
             continue
         if _required(one.message) or _is_written(one.key, written) or not one.key:
             best[one.key] = one

@@ -24,16 +24,21 @@ from runner.spec.keys import (
 )
 from runner.spec.unknown_keys import show_value, unknown_key_faults
 
+CHOICES = {"literal_error", "union_tag_invalid"}  # pydantic's error types of a value that is none of the names allowed
 TAGS = {"none", "sigma_sqrt", "logit_normal", "mode", "cosmap", "adamw", "adamw8bit", "prodigy"}
 
 
 @dataclass(frozen=True)
 class KeyFault:
-    """What is wrong with a dotted key. `meant`: the keys that it was likely meant for, so that nothing is said of them."""
+    """What is wrong with a dotted key.
+
+    meant: the keys that it was probably meant for, about which nothing is reported; kind: pydantic's type of the error.
+    """
 
     key: str
     message: str
     meant: tuple[str, ...] = ()
+    kind: str = ""
 
 
 def explain(
@@ -44,12 +49,12 @@ def explain(
     path = _real_path(detail["loc"], tables)
     name, kind, found = ".".join(map(str, path)), detail["type"], detail["input"]
     if kind == "extra_forbidden":
-        return KeyFault(name, *unknown_key_faults(path, found, tables, written, swept))
+        return KeyFault(name, *unknown_key_faults(path, found, tables, written, swept), kind)
     if kind == "missing":
-        return KeyFault(name, _missing(path))
-    if kind in ("literal_error", "union_tag_invalid"):
+        return KeyFault(name, _missing(path), kind=kind)
+    if kind in CHOICES:
         return _no_choice(name, path, kind, found, detail.get("ctx", {}))
-    return KeyFault(name, _told(_expected(path, kind, found, detail), path, kind, found))
+    return KeyFault(name, _told(_expected(path, kind, found, detail), path, kind, found), kind=kind)
 
 
 def _told(what: str, path: Where, kind: str, found: Any) -> str:
@@ -75,10 +80,11 @@ def _no_choice(name: str, path: Where, kind: str, found: Any, context: Mapping[s
     more = ["true", "false", "a whole number from 1"] if about and "bool" in str(about.annotation) else []
     guess = _guess(str(found), choices)
     if found == []:
-        return KeyFault(name, _told("expected at least one name, got []", path, kind, found))
+        return KeyFault(name, _told("expected at least one name, got []", path, kind, found), kind="too_short")
     return KeyFault(
         name,
-        f"not one of the names allowed (found {show_value(found)}); allowed are {', '.join([*more, *choices])}{guess}",
+        f"expected one of {', '.join([*more, *choices])}, got {show_value(found)}{guess}",
+        kind=kind,
     )
 
 
@@ -121,7 +127,7 @@ def _expected(path: Where, kind: str, found: Any, detail: Mapping[str, Any]) -> 
         word = next((word for name, word in BOUNDS.items() if name in limits), "")
         wanted = f"{word} {number(next(iter(limits.values())))}" if word else ""
     if not wanted:
-        return f"{detail['msg'][0].lower()}{detail['msg'][1:]} (found {show_value(found)})"
+        return f"{detail['msg'][0].lower()}{detail['msg'][1:]}, got {show_value(found)}"
     return f"expected {wanted}, got {_got(found)}"
 
 
@@ -210,7 +216,7 @@ def _one_line(key: str, found: str) -> str:
     if not any(ord(c) < 32 for c in typed) and (key.endswith(PATHS) or re.match(r"[A-Za-z]:", found)):
         slashes = typed.replace("\\", "/")
         return f"in double quotes {shown} is a control character, not the backslash of a path; write \"{slashes}\", or '{typed}'"
-    return f"it holds the control character {shown}; take it out"
+    return f"it holds the control character {shown}; remove it"
 
 
 PATHS = ("source", "base", "images")

@@ -108,7 +108,7 @@ def _float(value: Any) -> Any:
 
 def secret_values(tables: Any, path: str = "") -> Iterator[tuple[str, str]]:
     """Keys and values that look like a credential; the value is not shown."""
-    said = "no secret may stand in a spec (not shown); take it out, use the environment variable HF_TOKEN or `hf auth login`"
+    said = "a spec must not contain secrets (not shown); remove it, and use the environment variable HF_TOKEN or `hf auth login`"
     wandb = said.replace("HF_TOKEN or `hf auth login`", "WANDB_API_KEY or `wandb login`")
     items = tables.items() if isinstance(tables, Mapping) else enumerate(tables) if isinstance(tables, list) else ()
     for name, value in items:
@@ -139,7 +139,7 @@ def broken_rules(spec: Spec, written: Mapping[str, Any]) -> Iterator[BrokenRule]
     if spec.model.attention in HALF and spec.model.dtype == "fp32":
         yield BrokenRule(
             "model.attention",
-            f'{spec.model.attention} takes bf16 and fp16 alone (model.dtype is fp32); use "native"',
+            f'{spec.model.attention} needs model.dtype bf16 or fp16, got fp32; use "native"',
             ("model.attention", "model.dtype"),
         )
     yield from _offload(spec)
@@ -156,41 +156,43 @@ def _length(spec: Spec) -> Iterator[BrokenRule]:
         )
     if spec.train.steps is not None and spec.train.epochs is not None:
         yield BrokenRule(
-            "train.epochs", f"train.steps is set too (found {spec.train.epochs}); take one of the two out", reads
+            "train.epochs",
+            f"expected train.steps or train.epochs, got both (epochs = {spec.train.epochs}); remove one",
+            reads,
         )
 
 
 def _tokens(spec: Spec, written: Mapping[str, Any]) -> Iterator[BrokenRule]:
     for index, name in _repeated(token.name for token in spec.tokens):
         key = f"tokens.{index}.name"
-        yield BrokenRule(key, f"another token has this name (found {show_value(name)}); give each its own", (key,))
+        yield BrokenRule(
+            key, f"expected a different name for each token, got {show_value(name)} twice; change one", (key,)
+        )
     for index, word in _repeated(token.placeholder for token in spec.tokens):
         key = f"tokens.{index}.placeholder"
         said = (
-            f"another token has this placeholder (found {show_value(word)}); give each its own, or take it out of all"
+            f"expected a different placeholder for each token, got {show_value(word)} twice; change one, or remove both"
         )
         yield BrokenRule(key, said, (key,))
     if not spec.tokens and "inversion" in written:
         way = "" if spec.text_lora else "add a [[tokens]] table with a name, or "
-        yield BrokenRule(
-            "inversion", f"there are no tokens to learn; {way}take [inversion] out", ("inversion", "tokens")
-        )
+        yield BrokenRule("inversion", f"there are no tokens to learn; {way}remove [inversion]", ("inversion", "tokens"))
     if spec.inversion.encoders not in (("clip",), ("clip", "t5")):
         yield BrokenRule(
             "inversion.encoders",
-            f'not a choice of encoders (found {show_value(list(spec.inversion.encoders))}); allowed are ["clip"] and ["clip", "t5"]',
+            f'expected ["clip"] or ["clip", "t5"], got {show_value(list(spec.inversion.encoders))}',
             ("inversion.encoders",),
         )
     if spec.lora.until == 0 and not spec.tokens and spec.text_lora is None:
         yield BrokenRule(
             "lora.until",
-            "nothing is left to train (found 0); raise it, or add a [[tokens]] table for textual inversion",
+            "nothing is left to train, got 0; raise it, or add a [[tokens]] table for textual inversion",
             ("lora.until", "tokens", "text_lora"),
         )
     if spec.text_lora is not None and spec.tokens:
         yield BrokenRule(
             "text_lora",
-            "CLIP cannot learn a LoRA and token rows in one run; take [text_lora] or [[tokens]] out",
+            "a run cannot train both a LoRA and token embeddings in CLIP; remove [text_lora] or [[tokens]]",
             ("text_lora", "tokens"),
         )
 
@@ -207,16 +209,16 @@ def _repeated(words: Iterable[str | None]) -> Iterator[tuple[int, str]]:
 
 
 def _evaluation(spec: Spec) -> Iterator[BrokenRule]:
-    """What goes by the eval loss wants it to be taken."""
+    """Keys that need the eval loss need it to be measured."""
     ways = []
     if spec.validation.every is None:
-        ways.append("is only taken every validate.every steps; set that too")
+        ways.append("is measured only where validate.every is set; set that too")
     if not spec.validation.loss:
-        ways.append("validate.loss = false leaves out; take that out")
+        ways.append("validate.loss = false turns off; remove that")
     ruled = [name for name, value in spec.stop.model_dump().items() if value is not None]
     for key in [f"stop.{name}" for name in ruled] + (["export.best"] if spec.export.best else []):
         for way in ways:
-            yield BrokenRule(key, f"goes by the eval loss, which {way}", (key, "validate.every", "validate.loss"))
+            yield BrokenRule(key, f"needs the eval loss, which {way}", (key, "validate.every", "validate.loss"))
 
 
 def _offload(spec: Spec) -> Iterator[BrokenRule]:
@@ -226,12 +228,12 @@ def _offload(spec: Spec) -> Iterator[BrokenRule]:
     for table, every in (("model", own.gradient_checkpointing), ("inversion", spec.inversion.gradient_checkpointing)):
         if every == "selective" or (every is not None and every > 1):
             key = f"{table}.gradient_checkpointing"
-            message = f"blocks that are offloaded are all recomputed (found {show_value(every)}); take this key out"
+            message = f"offloaded blocks are always recomputed, got {show_value(every)}; remove this key"
             yield BrokenRule(key, message, (key, "model.offload"))
     if own.compile:
         yield BrokenRule(
             "model.compile",
-            "compiled blocks cannot be offloaded (found true); take this key or model.offload out",
+            "compiled blocks cannot be offloaded, got true; remove this key or model.offload",
             ("model.compile", "model.offload"),
         )
 
@@ -244,14 +246,14 @@ def _selective(spec: Spec) -> Iterator[BrokenRule]:
         if spec.model.compile:
             yield BrokenRule(
                 key,
-                'compiled blocks are recomputed as a whole (found "selective"); use true, or a number for every n-th',
+                'compiled blocks are recomputed as a whole, got "selective"; use true, or n for every n-th block',
                 (key, "model.compile"),
             )
         if spec.lora.dropout > 0:
             yield BrokenRule(
                 key,
-                f'dropout would be drawn anew (found "selective", lora.dropout is {spec.lora.dropout:g}); use true, or a number '
-                "for every n-th",
+                f'recomputation would draw another dropout, got "selective" with lora.dropout = {spec.lora.dropout:g}; use true, or n for '
+                "every n-th block",
                 (key, "lora.dropout"),
             )
 
@@ -267,8 +269,8 @@ def _prodigy(spec: Spec) -> Iterator[BrokenRule]:
         if lr is not None and lr != spec.train.lr:
             yield BrokenRule(
                 key,
-                f"Prodigy estimates one step size for everything it trains, so all learning rates are one (found {lr:g}, "
-                f'train.lr is {spec.train.lr:g}); take this key out, or use optimizer.name = "adamw"',
+                f"Prodigy has one learning rate for all that it trains, got {lr:g} with train.lr = {spec.train.lr:g}; "
+                'remove this key, or use optimizer.name = "adamw"',
                 (key, "train.lr", "optimizer.name"),
             )
 
@@ -278,24 +280,24 @@ def _schedule(spec: Spec) -> Iterator[BrokenRule]:
     if steps is not None and own.warmup > steps:
         yield BrokenRule(
             "schedule.warmup",
-            f"longer than the run (found {own.warmup}, train.steps is {steps}); lower it",
+            f"expected at most train.steps ({steps}), got {own.warmup}; lower it",
             ("schedule.warmup", "train.steps"),
         )
     if own.warmup and own.name == "constant":
         yield BrokenRule(
             "schedule.warmup",
-            f'the constant schedule has no warm-up (found {own.warmup}); use schedule.name = "constant_with_warmup"',
+            f'the constant schedule has no warm-up, got {own.warmup}; use schedule.name = "constant_with_warmup"',
             ("schedule.warmup", "schedule.name"),
         )
     if own.cycles != 1 and own.name != "cosine_with_restarts":
         yield BrokenRule(
             "schedule.cycles",
-            f'only cosine_with_restarts has cycles (found {own.cycles}); take it out, or use schedule.name = "cosine_with_restarts"',
+            f'only cosine_with_restarts has cycles, got {own.cycles}; remove it, or use schedule.name = "cosine_with_restarts"',
             ("schedule.cycles", "schedule.name"),
         )
     if own.power != 1 and own.name != "polynomial":
         yield BrokenRule(
             "schedule.power",
-            f'only polynomial has a power (found {own.power:g}); take it out, or use schedule.name = "polynomial"',
+            f'only polynomial has a power, got {own.power:g}; remove it, or use schedule.name = "polynomial"',
             ("schedule.power", "schedule.name"),
         )

@@ -18,9 +18,9 @@ from runner.spec.unknown_keys import show_value
 
 # What the runs folder and every run's folder hold under fixed names, in lower case: some disks ignore case.
 IN_RUNS_FOLDER = {
-    "cache": "the cache of latents and text embeddings lies there",
-    "index.html": "the results page lies there",
-    "index.jsonl": "the results index lies there",
+    "cache": "the cache of latents and text embeddings is there",
+    "index.html": "the results page is there",
+    "index.jsonl": "the results index is there",
 }
 IN_RUN_FOLDER = {
     "spec.toml", "plan.json", "state.json", "lease.json", "pins.json", "inputs.json", "history.jsonl", "run.log", "stop", "checkpoints",
@@ -52,7 +52,7 @@ def reserved(name: str) -> str | None:
     if first in IN_RUNS_FOLDER:
         return IN_RUNS_FOLDER[first]
     taken = [part for part in second if part in IN_RUN_FOLDER or part.startswith(EVENTS)]
-    return f"every run's own folder holds {taken[0]!r}" if taken else None
+    return f"every run's folder has a {taken[0]!r}" if taken else None
 
 
 def unportable(name: str) -> str | None:
@@ -60,7 +60,7 @@ def unportable(name: str) -> str | None:
     for part in name.lower().split("/"):
         stem = part.partition(".")[0]
         if stem in DEVICES:
-            return f"Windows keeps {stem!r} for a device"
+            return f"Windows reserves {stem!r} for a device"
         if part.endswith("."):
             return "Windows drops a . at the end"
     return None
@@ -99,28 +99,27 @@ class RunsThere:
 def name_fault(name: str, runs: Path, there: RunsThere, *, swept: bool = False) -> str | None:
     """Why a run of this name cannot have its folder below `runs`, or None. swept: a sweep gave the name."""
     outer, _, inner = name.partition("/")
-    found = f"(found {show_value(f'{outer}/...' if swept else name)})"
+    shown = show_value(f"{outer}/..." if swept else name)
     own = there.names.get(name.lower())
     way_out = _moving(runs, name) if own == name else OTHER_NAME
     if why := reserved(name) or (None if own == name else unportable(name)):
-        return f"not a name for a run {found}: {why}; {way_out}"
+        return f"expected a usable name, got {shown} ({why}); {way_out}"
     if inner and outer.lower() in there.names:
-        return f"its folder would lie inside that of the run {there.names[outer.lower()]!r} {found}; {way_out}"
+        return f"expected a folder outside that of the run {there.names[outer.lower()]!r}, got {shown}; {way_out}"
     if not inner and (held := there.inside.get(outer.lower())):
-        return f"its folder holds another run, {held!r} {found}; {OTHER_NAME}, or {_moving(runs, held)}"
+        way_out = f"{OTHER_NAME}, or {_moving(runs, held)}"
+        return f"expected a folder that holds no other run, got {shown}, which holds {held!r}; {way_out}"
     if own is not None and own != name:
-        return f"the name of the run {own!r} differs in case alone {found}, and some disks ignore case; {way_out}"
+        return f"expected a name that differs from {own!r} in more than case, got {shown} (some disks ignore case); {way_out}"
     if there.around:
-        return f"the runs folder {runs} lies inside that of a run, {there.around}; name another one with --runs"
-    return _path_fault(name, runs, there, found)
+        return f"the runs folder {runs} is inside the folder of a run, {there.around}; choose another with --runs"
+    return _path_fault(name, runs, there, shown)
 
 
 def _moving(runs: Path, name: str) -> str:
     """How a run that an earlier fluxrun made under this name is kept."""
     other = allowed(name.replace("/", "-"))
-    return (
-        f"move the run that is there (mv {runs / name} {runs / other}) and set name = {json.dumps(other)} in its spec"
-    )
+    return f"move that run (mv {runs / name} {runs / other}) and set name = {json.dumps(other)} in its spec"
 
 
 def _file_name_limit(folders: Sequence[Path]) -> int:
@@ -135,22 +134,22 @@ def longest_file_name(name: str) -> int:
     return len(webui_file(name)) + ASIDE
 
 
-def _path_fault(name: str, runs: Path, there: RunsThere, found: str) -> str | None:
+def _path_fault(name: str, runs: Path, there: RunsThere, shown: str) -> str | None:
     folder = runs / name
     if (wanted := longest_file_name(name)) > there.file_name_limit:
         return (
-            f"its files would have names of {wanted} bytes {found}, and the disk of {runs} allows {there.file_name_limit}; "
-            f"set a shorter `name`, or a runs folder elsewhere with --runs"
+            f"expected file names of at most {there.file_name_limit} bytes, as the disk of {runs} allows, got {wanted} bytes for "
+            f"{shown}; set a shorter `name`, or another runs folder with --runs"
         )
     length = len(str(folder.absolute()).encode()) + len("/checkpoints/") + max(wanted, 50)  # 50: a checkpoint's name
     if length > LONGEST_PATH:
         return (
-            f"the paths of its files would have {length} bytes {found}, and {LONGEST_PATH} are allowed; "
-            "give it a shorter `name`, or a runs folder nearer to the root with --runs"
+            f"expected file paths of at most {LONGEST_PATH} bytes, got {length} bytes for {shown}; set a shorter `name`, or a runs "
+            "folder nearer to the root with --runs"
         )
     for path in (folder, folder.parent):
         if path != runs and exists(path) and not path.is_dir():
-            return f"{path} is a file, where the run's folder would be {found}; {OTHER_NAME}"
+            return f"expected no file where the run's folder will be, got {path}; {OTHER_NAME}"
     return None
 
 
@@ -170,25 +169,28 @@ def clashes(named: Sequence[tuple[str, Path, bool]]) -> Iterator[tuple[int, str]
         if swept:
             yield (
                 position,
-                f"a sweep has this name (found {show_value(outer)}, also in {where}); give one of the two another `name`",
+                f"expected a different name for each sweep, got {show_value(outer)} here and in {where}; change the `name` of one",
             )
         elif first != name:
             yield (
                 position,
                 (
-                    f"two names differ in case alone (found {show_value(name)}, {show_value(first)} in {where}), and some disks ignore case; "
-                    "give one of them another `name`"
+                    f"expected names that differ in more than case, got {show_value(name)} here and {show_value(first)} in {where} "
+                    "(some disks ignore case); change the `name` of one"
                 ),
             )
         else:
-            yield position, f"two runs have this name (found {show_value(name)}, also in {where}); give each its own"
+            yield (
+                position,
+                f"expected a different name for each run, got {show_value(name)} here and in {where}; change one",
+            )
     for position, (name, _, _) in enumerate(named):
         if name.lower() in holders:
             inside, where = holders[name.lower()]
             yield (
                 position,
                 (
-                    f"its folder would hold another run's (found {show_value(name)}, and {show_value(inside)} in {where}); give one of the two "
-                    "another `name`"
+                    f"expected a folder that holds no other run, got {show_value(name)} here and {show_value(inside)} in {where}; change "
+                    "the `name` of one"
                 ),
             )

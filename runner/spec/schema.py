@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from runner.spec.attention import Attention
+from runner.spec.dtypes import Dtype
 
-Dtype = Literal["bf16", "fp16", "fp32"]
 Natural = Annotated[int, Field(ge=1, le=2**31)]
 Whole = Annotated[int, Field(ge=0, le=2**31)]
 Part = Annotated[float, Field(ge=0, le=1)]

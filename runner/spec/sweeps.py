@@ -49,10 +49,13 @@ def faults(sweep: Mapping[str, Any], tables: dict[str, Any]) -> Iterator[tuple[s
         if "/" in name:
             yield (
                 "name",
-                f"the runs of a sweep are called NAME/KEY=VALUE, so its NAME has no / (found {show_value(name)}); take it out",
+                f"expected no / in the name of a sweep, whose runs are called NAME/KEY=VALUE, got {show_value(name)}; remove it",
             )
         if len(name) > LONGEST_NAME:
-            yield "name", f"too long for a sweep (found {len(name)} characters); at most {LONGEST_NAME} are allowed"
+            yield (
+                "name",
+                f"expected at most {LONGEST_NAME} characters in the name of a sweep, got {len(name)}; shorten it",
+            )
     for key, values in sweep.items():
         if not isinstance(values, list) or not values:
             yield (
@@ -62,10 +65,13 @@ def faults(sweep: Mapping[str, Any], tables: dict[str, Any]) -> Iterator[tuple[s
         elif key in ("name", ""):
             yield f"sweep.{key}", "a sweep names its runs itself; sweep another key"
         elif key.partition(".")[0] == "notify":  # an address may be a secret, and values stand in the runs' names
-            yield f"sweep.{key}", "every run of a sweep tells the same; write it below [notify], outside of [sweep]"
+            yield (
+                f"sweep.{key}",
+                "all runs of a sweep send the same notifications; write it below [notify] instead of [sweep]",
+            )
         elif twice := [text for text, count in Counter(map(_exact, values)).items() if count > 1]:
             found = next(value for value in values if _exact(value) == twice[0])
-            yield f"sweep.{key}", f"a value stands in the list twice (found {show_value(found)}); take one out"
+            yield f"sweep.{key}", f"expected each value once, got {show_value(found)} twice; remove one"
         elif wrong := _no_place(tables, key):
             yield f"sweep.{key}", wrong
 
@@ -78,7 +84,7 @@ def _no_place(tables: dict[str, Any], key: str) -> str | None:
         if isinstance(here, list):
             if not (part.isdecimal() and int(part) < len(here)):
                 name = ".".join(parts[:number])
-                return f"{name} is a list of {len(here)}; its entries are {name}.0 and so on"
+                return f"expected an entry that {name} has ({name}.0 is the first of {len(here)}), got {name}.{part}"
             here = here[int(part)]
         else:
             here = here.get(part) if isinstance(here, dict) else None
@@ -96,7 +102,7 @@ def too_many(sweep: Mapping[str, Sequence[Any]]) -> str | None:
         return None
     product = " x ".join(f"{len(values):,} of {key}" for key, values in sweep.items())
     return (
-        f"asks for {asked:,} runs ({product}); at most {MOST_RUNS:,} are allowed in one command; take values out, or sweep "
+        f"asks for {asked:,} runs ({product}); at most {MOST_RUNS:,} are allowed in one command; remove values, or sweep "
         "fewer keys at a time"
     )
 

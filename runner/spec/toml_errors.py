@@ -38,7 +38,7 @@ def toml_faults(text: str) -> list[tuple[int, str]]:
         start = _begins(lines)
         line, message = _explained(lines, start, *error)
         if SECRET.search("\n".join(lines[start - 1 : error[0]])):
-            message = f"this line (not shown) does not read as TOML; {FORM}"
+            message = f"this line does not parse (not shown, as it may hold a secret); {FORM}"
         told.append((line, message))
         found = ASSIGNMENT.match(lines[start - 1])
         if not found or error[0] > start or found["value"].count("[") > found["value"].count("]"):
@@ -93,14 +93,14 @@ def _explained(lines: Sequence[str], start: int, line: int, column: int, what: s
 
 def _found(text: str) -> str:
     text = text.strip()
-    return f"(found {text if len(text) <= LONGEST else text[: LONGEST - 3] + '...'})"
+    return f"got `{text if len(text) <= LONGEST else text[: LONGEST - 3] + '...'}`"
 
 
 def _in_list(lines: Sequence[str], start: int, line: int, column: int, what: str) -> tuple[int, str]:
     """In a list that goes over several lines."""
     at = lines[line - 1]
     if (line, column) >= (len(lines), len(lines[-1])) or HEADER.match(at) or ASSIGNMENT.match(at):
-        return start, "the list that begins here is not closed; write ] behind its last value"
+        return start, "the list that begins here is not closed; write ] after its last value"
     before = at[: column - 1].strip()
     if what == "Unclosed array" and not before.rstrip(","):
         line = next(
@@ -110,32 +110,30 @@ def _in_list(lines: Sequence[str], start: int, line: int, column: int, what: str
     if what == "Unclosed array":
         return line, _comma(before)
     if at[column - 1 :].lstrip().startswith(","):
-        return line, f"one comma too many {_found(at)}; take it out"
+        return line, f"expected one comma, {_found(at)}; remove the other"
     return line, _value(at[column - 1 :].rstrip("], "), 0, what)
 
 
 def _comma(before: str) -> str:
     last = re.findall(r'"(?:\\.|[^"\\])*"|\'[^\']*\'|[^\s,\[]+', before)
-    return f"a comma is missing behind {last[-1] if last else 'a value'}; write one"
+    return f"expected a comma after {last[-1] if last else 'a value'}; write one"
 
 
 def _header(lines: Sequence[str], start: int, what: str) -> str:
     found = HEADER.match(lines[start - 1])
     if found is None:
-        return f"a table's name stands in brackets {_found(lines[start - 1])}; write it as in [lora]"
+        return f"expected a table's name in brackets, {_found(lines[start - 1])}; write it as in [lora]"
     name, opened, closed = found["name"], found["open"], found["close"]
     if len(closed) != len(opened):
-        return f"the brackets around a table's name do not match {_found(lines[start - 1])}; write {_table(name)}"
+        return f"the brackets around a table's name do not match, {_found(lines[start - 1])}; write {_table(name)}"
     first = _first(lines, start, name)
     if _table(name) != f"{opened}{name}{closed}":
-        return f"{opened}{name}{closed} can stand only once; write {_table(name)}, here{first and f' and in{first}'}"
+        return f"{opened}{name}{closed} is allowed only once; write {_table(name)}, here{first and f' and in{first}'}"
     if "twice" in what or "overwrite" in what or "immutable" in what:
         if opened == "[[":
-            return f"{name} has been written as another kind of value{first and f' in{first}'}; write [[{name}]] there, too"
-        return (
-            f"[{name}] stands here a second time{first and f' (first in{first})'}; write its keys below the first one"
-        )
-    return f"not the name of a table {_found(lines[start - 1])}; write it as in [lora]"
+            return f"{name} is another kind of value{first and f' in{first}'}; write [[{name}]] there, too"
+        return f"[{name}] is here a second time{first and f' (first in{first})'}; write its keys below the first one"
+    return f"expected the name of a table, {_found(lines[start - 1])}; write it as in [lora]"
 
 
 def _table(name: str) -> str:
@@ -157,27 +155,29 @@ def _first(lines: Sequence[str], start: int, dotted: str) -> str:
 
 def _twice(lines: Sequence[str], start: int, key: str) -> str:
     first = _first(lines, start, key)
-    return f"{key} stands here a second time{first and f' (first in{first})'}; take one of them out"
+    return f"{key} is here a second time{first and f' (first in{first})'}; remove one of them"
 
 
 def _no_assignment(line: str, below: Sequence[str]) -> str:
     bare = line.strip()
     if bare == "---":
-        return f"this is YAML, not TOML {_found(bare)}; {FORM}"
+        return f"this looks like YAML, {_found(bare)}; {FORM}"
     entry = next((one for one in below if one.strip()), "")
     if (found := re.fullmatch(rf"(?P<key>{KEY})\s*:", _bare(bare))) and entry.startswith((" ", "\t", "- ")):
-        return f"this is YAML, not TOML {_found(bare)}; write {_table(found['key'])}, and keys below it as rank = 16"
+        return f"this looks like YAML, {_found(bare)}; write {_table(found['key'])}, and keys below it as rank = 16"
     if bare.startswith(("//", ";", "--", "/*", "<!--")):
-        return f"a comment begins with # {_found(bare)}; write # {bare.lstrip('/;-*<! ')}"
+        return f"expected # before a comment, {_found(bare)}; write # {bare.lstrip('/;-*<! ')}"
     if found := re.fullmatch(rf"(?P<key>{KEY})\s*:=?\s*(?P<value>.*)", bare):
-        return f"TOML has = between key and value {_found(bare)}; write {_pair(found['key'], found['value'])}"
+        return f"expected = between key and value, {_found(bare)}; write {_pair(found['key'], found['value'])}"
     if bare.startswith(("{", "}", "- ")):
-        return f"this is JSON or YAML, not TOML {_found(bare)}; write tables as [lora] and keys as rank = 16"
+        return f"this looks like JSON or YAML, {_found(bare)}; write tables as [lora] and keys as rank = 16"
     if "=" in bare:
-        return f"not the name of a key {_found(bare)}; keys have letters, digits, - and _, as in rank = 16"
+        return (
+            f"expected the name of a key before =, {_found(bare)}; names have letters, digits, - and _, as in rank = 16"
+        )
     if found := re.fullmatch(rf"(?P<key>{KEY})\s+(?P<value>.+)", bare):
-        return f"no = between key and value {_found(bare)}; write {_pair(found['key'], found['value'])}"
-    return f"neither a table nor a key with its value {_found(bare)}; write tables as [lora] and keys as rank = 16"
+        return f"expected = between key and value, {_found(bare)}; write {_pair(found['key'], found['value'])}"
+    return f"expected a table or a key with its value, {_found(bare)}; write tables as [lora] and keys as rank = 16"
 
 
 def _pair(key: str, value: str) -> str:
@@ -216,13 +216,13 @@ def _value(value: str, column: int, what: str) -> str:
     """Of what stands behind `=`, or in a list from the place where it goes wrong. column: of that place, from 1."""
     text = value.strip()
     if not _bare(text).strip() or text.startswith("#"):
-        return "no value behind =; write one, or take the line out"
+        return "expected a value after =; write one, or remove the line"
     kinds: dict[str, Callable[[str, int, str], str]] = {'"': _double, "'": _single, "[": _list, "{": _inline}
     if text[0] in TYPOGRAPHIC or (
         text[0] in "\"'" and what.startswith(("Illegal", "Unterminated")) and text[-1:] in TYPOGRAPHIC
     ):
         inner = _bare(text).strip(TYPOGRAPHIC + "\"' ")
-        return f"quotes that are not TOML's {_found(text)}; write {_quoted(inner)}"
+        return f"expected straight quotes, {_found(text)}; write {_quoted(inner)}"
     if message := _behind(_bare(text)):
         return message
     if text[0] in kinds:
@@ -237,17 +237,17 @@ def _behind(text: str) -> str:
         return _word(value)
     if value and value != text and (_is_value(value) or value[0] not in "\"'[{="):
         mark = "semicolon" if ";" in text[len(value) :] else "comma"
-        return f"no {mark} belongs behind a value {_found(text)}; write {_put_right(value)}"
+        return f"expected no {mark} after a value, {_found(text)}; write {_put_right(value)}"
     if (found := re.fullmatch(rf"(?P<number>[\d.,_]+)\s*(?:{UNITS})", text)) and _is_number(found["number"]):
-        return f"a number stands without its unit {_found(text)}; write {_put_right(found['number'])}"
+        return f"expected a number without its unit, {_found(text)}; write {_put_right(found['number'])}"
     found = re.fullmatch(VALUE, text)
     if not found or not (_is_value(found["value"]) or found["value"] in WORDS or _is_number(found["value"])):
         return ""
     value, rest = _put_right(found["value"]), found["rest"]
     if rest.startswith(COMMENTS) and not set(rest) & {'"', "'"}:
-        return f"a comment begins with # {_found(text)}; write {value} # {rest.strip('/;-*! ')}"
+        return f"expected # before a comment, {_found(text)}; write {value} # {rest.strip('/;-*! ')}"
     if (following := rest.lstrip(",; ")) and ASSIGNMENT.match(following):
-        return f"each key has a line of its own {_found(text)}; write {value}, and on the next line {following}"
+        return f"expected one key per line, {_found(text)}; write {value}, and on the next line {following}"
     return ""
 
 
@@ -261,55 +261,57 @@ def _double(text: str, column: int, what: str) -> str:
     if what.startswith("Illegal character '\\n'") or what.startswith("Unterminated"):
         if text.endswith('\\"'):
             return _backslash(text[1:-1])
-        return f'the text is not closed {_found(text)}; write " at its end'
+        return f'the text is not closed, {_found(text)}; write " at its end'
     if what.startswith("Illegal character"):
-        return f"a control character in the text {_found(repr(text)[1:-1])}; take it out"
+        return f"expected no control character in text, {_found(repr(text)[1:-1])}; remove it"
     inner = _bare(text).rstrip('"').lstrip('"')
-    return f"the text ends before the line does {_found(text)}; write '{inner}' in single quotes, or \\\" inside of it"
+    return f"the text ends before the line does, {_found(text)}; write '{inner}' in single quotes, or \\\" inside of it"
 
 
 def _backslash(inner: str) -> str:
     found = _found(f'"{inner}"')
     if " " in inner.strip() and ":\\" not in inner and not inner.startswith("\\"):
-        return f"a backslash in double quotes begins an escape, as \\n is {found}; write '{inner}' in single quotes"
+        return f"a backslash in double quotes begins an escape like \\n, {found}; write '{inner}' in single quotes"
     slashes = inner.replace("\\", "/")
-    return f"a backslash in double quotes begins an escape, as \\n is {found}; write \"{slashes}\", or '{inner}' in single quotes"
+    return f"a backslash in double quotes begins an escape like \\n, {found}; write \"{slashes}\", or '{inner}' in single quotes"
 
 
 def _single(text: str, column: int, what: str) -> str:
     inner = _bare(text).strip("'")
     if "'" in inner and '"' not in inner and "\\" not in inner:
-        return f'the text ends before the line does {_found(text)}; write "{inner}" in double quotes'
-    return f"the text is not closed {_found(text)}; write ' at its end"
+        return f'the text ends before the line does, {_found(text)}; write "{inner}" in double quotes'
+    return f"the text is not closed, {_found(text)}; write ' at its end"
 
 
 def _list(text: str, column: int, what: str) -> str:
     before, rest = text[: column - 1], text[column - 1 :]
     if rest.lstrip().startswith(","):
-        return f"one comma too many {_found(text)}; take it out"
+        return f"expected one comma, {_found(text)}; remove the other"
     if what == "Unclosed array" and _bare(text).rstrip().endswith("]"):
         return _comma(before)
     if what == "Unclosed array" or not rest.strip():
-        return f"the list is not closed {_found(text)}; write ] behind its last value"
+        return f"the list is not closed, {_found(text)}; write ] after its last value"
     item = re.match(r'"(?:\\.|[^"\\])*"?|\'[^\']*\'?|[^,\]]+', rest)
     return _value(item[0] if item else rest, 0, what)
 
 
 def _inline(text: str, column: int, what: str) -> str:
-    return f'not a table in one line {_found(text)}; write it as in {{ name = "TOK", vectors = 2 }}'
+    return f'expected an inline table, {_found(text)}; write it as in {{ name = "TOK", vectors = 2 }}'
 
 
 def _word(word: str) -> str:
     if word.startswith("="):
-        return f"one = is enough {_found(word)}; write = {_put_right(word.lstrip('= '))}"
+        return f"expected one =, {_found(f'={word}')}; write = {_put_right(word.lstrip('= '))}"
     if word in WORDS:
-        return f"TOML's words for this are true and false {_found(word)}; write {WORDS[word]}"
+        return f"expected true or false, {_found(word)}; write {WORDS[word]}"
     if word in NOTHING:
-        return f"TOML has no word for nothing {_found(word)}; take the line out, or write # before it, for the default"
+        return f"TOML has no null value, {_found(word)}; for the default remove the line, or write # before it"
     if number := _number(word):
-        return f"not a number as TOML has them {_found(word)}; write {number}"
+        return f"expected a number in TOML's form, {_found(word)}; write {number}"
     quoted = _quoted(word.strip(TYPOGRAPHIC + "\"'"))
-    return f"text stands in quotes {_found(word)}; write {quoted if len(quoted) <= LONGEST else 'them around it'}"
+    return (
+        f"expected quotes around text, {_found(word)}; write {quoted if len(quoted) <= LONGEST else 'them around it'}"
+    )
 
 
 def _number(word: str) -> str:

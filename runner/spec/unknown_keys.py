@@ -25,12 +25,12 @@ def unknown_key_faults(
     here = sorted(keys_of(path[:-1], tables))
     is_table = isinstance(value, Mapping) or (isinstance(value, list) and value and isinstance(value[0], Mapping))
     is_swept = ".".join(map(str, path)) in swept
-    found = "in [sweep]" if is_swept else show_value(value)
-    text = f"unknown {'table' if is_table else 'key'} (found {found}); allowed here: {', '.join(here)}"
+    written_as = f"{path[-1]} in [sweep]" if is_swept else f"{path[-1]} = {show_value(value)}"
+    text = f"unknown {'table' if is_table else 'key'}, got {written_as}; allowed here: {', '.join(here)}"
     why, meant = _what_was_meant(path, here)
     for key in meant:
         if len(meant) == 1 and (key in swept if is_swept else _is_set(key, written)):
-            why = f"{key} is set already, so take this one out"
+            why = f"{key} is already set, so remove this one"
     return f"{text}; {why}" if why else text, meant
 
 
@@ -40,7 +40,7 @@ def _what_was_meant(path: Where, here: list[str]) -> tuple[str, tuple[str, ...]]
     within = [str(part) for part in path[:-1]]
     everywhere = list(spec_keys())
     if reason := NOT_THERE.get(".".join([*table, wrong])):
-        return f"{reason}; take this key out", ()
+        return f"{reason}; remove this key", ()
     if near := difflib.get_close_matches(wrong.lower(), here, 1, 0.75):
         key = ".".join([*within, near[0]])
         return f"did you mean {_line(key)}?", (key,)
@@ -49,7 +49,7 @@ def _what_was_meant(path: Where, here: list[str]) -> tuple[str, tuple[str, ...]]
         told = "" if key.rpartition(".")[2] == wrong else f", which {program} calls {wrong}"
         return f"did you mean {_line(key)}{told}?", (_key_in(key),)
     if reason := NO_KEY.get(wrong):
-        return f"there is none here ({reason}); take it out", ()
+        return f"no key here does this ({reason}); remove it", ()
     same = [key for key in everywhere if key.rpartition(".")[2] == wrong]
     if same:
         return f"{_where(wrong, same)}; write it there", tuple(same)
@@ -68,7 +68,7 @@ def _what_was_meant(path: Where, here: list[str]) -> tuple[str, tuple[str, ...]]
 
 def _where(name: str, keys: list[str]) -> str:
     if keys == [name]:
-        return f"[{name}] is a table of its own" if _is_table(name) else f"{name} stands above all tables"
+        return f"[{name}] is a table at the top level" if _is_table(name) else f"{name} belongs above all tables"
     return f"{name} is a key of {' or '.join(_line(key.rpartition('.')[0]) for key in keys)}"
 
 

@@ -213,7 +213,7 @@ class RunContext:
 
     @property
     def pieces(self) -> list[str]:
-        return [piece for placeholder in self.plan.placeholders for piece in placeholder.pieces]
+        return tokens.vocabulary_entries(self.plan.placeholders)
 
     def check_stop(self) -> None:
         if self.stop_requested():

@@ -150,7 +150,7 @@ class LiveEncoder:
                 encoder, model, save_activations=checkpointed or offloaded, projections=recompute == "selective"
             )
         if encoder in weights.rows or learn_rows:
-            counts = [(len(placeholder.pieces), placeholder.initializer) for placeholder in context.plan.placeholders]
+            counts = [(len(placeholder.entries), placeholder.initializer) for placeholder in context.plan.placeholders]
             made.first_rows = token_rows.initial_rows(model, tokenizer, counts, context.spec.seed, encoder).to(
                 context.base.device
             )
@@ -185,7 +185,7 @@ class LiveEncoder:
         Raises FluxrunError for a token that is cut off everywhere; says so where it is cut off in some captions.
         """
         for placeholder in context.plan.placeholders:
-            wanted = set(self.tokenizer.convert_tokens_to_ids(list(placeholder.pieces)))
+            wanted = set(self.tokenizer.convert_tokens_to_ids(list(placeholder.entries)))
             naming = [
                 one
                 for one in context.pictures.captions

@@ -186,7 +186,7 @@ def test_a_terminal_gets_the_line_and_a_caret(house: House) -> None:
     assert code == 2
     assert "good" in said.split("bad.toml:14")[0]  # what can be planned is shown before the faults
     assert said.splitlines()[-4:] == [
-        "bad.toml:14: lora.rnk: unknown key (found 4); allowed here: alpha, dropout, layers, rank, until; did you mean lora.rank?",
+        "bad.toml:14: lora.rnk: unknown key, got rnk = 4; allowed here: alpha, dropout, layers, rank, until; did you mean lora.rank?",
         "   14 | rnk = 4",
         "      | ^^^",
         "1 fault; nothing was started",

@@ -150,13 +150,13 @@ def test_a_note_of_another_base_is_refused(house: House) -> None:
     path, folder = spec(house, "a", "a circle"), house.folder / "classes"
     noted(folder, prompt="a circle", base="me/other", revision="0123", fingerprint="of other files")
     assert faults(house, path) == [
-        "a.toml:20: prior.images: classes holds images made by another base (found builtin:tiny, there me/other at "
-        "revision 0123); use another folder, or the same base"
+        "a.toml:20: prior.images: classes holds images made by me/other at revision 0123, got builtin:tiny; "
+        "use another folder, or the same base"
     ]
     noted(folder, prompt="a circle", base="/moved/since", fingerprint=str(tiny.fingerprint))
     assert house.fluxrun("plan", path).code == 0
     noted(folder, prompt="a circle", base="builtin:tiny", fingerprint="of other files")
-    assert "(builtin:tiny has other files since)" in house.fluxrun("plan", path).err
+    assert "made by builtin:tiny, whose files have changed since then" in house.fluxrun("plan", path).err
 
 
 def test_notes_that_name_the_base_alone(house: House) -> None:
@@ -166,7 +166,7 @@ def test_notes_that_name_the_base_alone(house: House) -> None:
         noted(folder, prompt="a circle", base=base)
         assert house.fluxrun("plan", path).code == 0, base
     noted(folder, prompt="a circle", base="me/other")
-    assert "made by another base (found builtin:tiny, there me/other)" in house.fluxrun("plan", path).err
+    assert "made by me/other, got builtin:tiny" in house.fluxrun("plan", path).err
     (folder / "class-00000.png").rename(folder / "dog.png")
     assert house.fluxrun("plan", path).code == 0
 
@@ -192,7 +192,7 @@ def test_a_run_that_finds_the_folder_filled_for_another_prompt_fails(
     said = house.fluxrun("queue", path)
     assert said.code == 1
     assert (
-        f"a: failed: prior.prompt: {folder} holds images of another prompt (found 'a circle', there 'a star'); use another "
+        f"a: failed: prior.prompt: {folder} holds images of the prompt 'a star', got 'a circle'; use another "
         "folder, or the same prompt" in said.err
     )
     assert sorted(one.name for one in folder.iterdir()) == [".lock", "class-00000.png", "fluxrun-prior.json"]
@@ -208,7 +208,7 @@ def test_the_first_to_lock_the_folder_has_it(house: House, monkeypatch: pytest.M
         "fingerprint": identity_of("builtin:tiny", None).fingerprint,
     }  # fmt: skip
     before = {path.name: path.read_bytes() for path in (house.folder / "classes").iterdir()}
-    with pytest.raises(FluxrunError, match="found 'a star', there 'a circle'"):
+    with pytest.raises(FluxrunError, match="of the prompt 'a circle', got 'a star'"):
         prior_phase(second)
     assert {path.name: path.read_bytes() for path in (house.folder / "classes").iterdir()} == before
 
@@ -247,10 +247,10 @@ def test_a_place_where_no_class_images_can_be_made_is_told(house: House) -> None
     for name in ("plan.json", "spec.toml"):
         (run / name).write_text("")
     cases = {
-        "a-file": "a-file is a file (found 'a-file'); name a folder",
-        "a-file/deep": "a-file is a file (found 'a-file/deep'); name a folder",
-        "runs": "it is the runs folder runs; name a folder of its own",
-        "runs/old/samples": "it is, or lies in, the folder of a run (runs/old); name a folder elsewhere",
+        "a-file": "expected a folder, got 'a-file', where a-file is a file; name a folder",
+        "a-file/deep": "expected a folder, got 'a-file/deep', where a-file is a file; name a folder",
+        "runs": "this is the runs folder runs; name another folder",
+        "runs/old/samples": "this is, or is inside, the folder of a run (runs/old); name another folder",
     }
     for images, told in cases.items():
         said = house.fluxrun("plan", spec(house, "a", "a circle", images))

@@ -128,7 +128,7 @@ def test_heic_with_the_extra(house: House, pics: Path, monkeypatch: pytest.Monke
     without_heif(monkeypatch)
     assert check(house, 2)[0] == (
         "error: a.toml:5: data.source: pics/renamed.jpg: not a readable image (HEIC, which needs pillow-heif; pip install "
-        '"fluxrun[heic]"); mend it or take it out of the data'
+        '"fluxrun[heic]"); repair it, or remove it from the data'
     )
 
 
@@ -139,7 +139,7 @@ def test_a_folder_with_nothing_that_is_read_says_what_lies_there(
     for index in range(2):
         (pics / f"p{index}.png").rename(pics / f"p{index}.heic")
     assert check(house, 2)[0] == (
-        "error: a.toml:5: data.source: no image in pics; wanted are files ending in .avif, .bmp, .gif, .jfif, .jpe, .jpeg, "
+        "error: a.toml:5: data.source: no image in pics; expected files that end in .avif, .bmp, .gif, .jfif, .jpe, .jpeg, "
         '.jpg, .png, .tif, .tiff, .webp; p0.heic, p1.heic: HEIC, which needs pillow-heif; pip install "fluxrun[heic]"'
     )
 
@@ -316,18 +316,18 @@ def test_one_wrong_column_is_one_fault(house: House, pics: Path) -> None:
     spec = house.folder / "a.toml"
     spec.write_text(spec.read_text().replace('prompt = "a TOK"', 'caption_column = "txt"'))
     assert check(house, 2) == [
-        "error: a.toml:6: data.caption_column: pics/metadata.jsonl: no column 'txt' in 20 rows (lines 1, 2, 3, 4, 5, ...); "
-        "there are file_name, text"
+        "error: a.toml:6: data.caption_column: pics/metadata.jsonl: no column 'txt', in 20 rows (lines 1, 2, 3, 4, 5, ...); "
+        "the columns are file_name, text"
     ]
     (pics / "metadata.jsonl").write_text(
         rows.replace("p1", "q1").replace('"text"', '"txt"') + '{"file_name": "p0.png", "txt": 3}'
     )
     assert check(house, 2) == [
-        "error: a.toml:5: data.source: pics/metadata.jsonl: no such file in the folder in 11 rows (lines 2: 'q1.png', 11: "
+        "error: a.toml:5: data.source: pics/metadata.jsonl: no such file in the folder, in 11 rows (lines 2: 'q1.png', 11: "
         "'q10.png', 12: 'q11.png', 13: 'q12.png', 14: 'q13.png', ...)",
-        "error: a.toml:5: data.source: pics/metadata.jsonl:21: a picture named a second time (found 'p0.png'); give each "
-        "image one row",
-        "error: a.toml:6: data.caption_column: pics/metadata.jsonl:21: txt is not text (found 3)",
+        "error: a.toml:5: data.source: pics/metadata.jsonl:21: a second row for a picture, got 'p0.png'; give each "
+        "picture one row",
+        "error: a.toml:6: data.caption_column: pics/metadata.jsonl:21: txt is not text, got 3",
     ]
 
 
@@ -394,12 +394,12 @@ def test_a_large_scan_is_read_without_a_word(house: House, pics: Path) -> None:
 def test_a_picture_that_is_too_large(house: House, pics: Path, size: tuple[int, int]) -> None:
     blank(pics / "scan.png", *size, whole=False)
     assert check(house, 2)[0] == (
-        f"error: a.toml:5: data.source: pics/scan.png: not a readable image ({size[0] * size[1]:,} pixels, of which at most "
-        "268,435,456 are read: 16,384 x 16,384); scale it down"
+        f"error: a.toml:5: data.source: pics/scan.png: not a readable image (expected at most 268,435,456 pixels "
+        f"(16,384 x 16,384), got {size[0] * size[1]:,}); scale it down"
     )
     spec = house.folder / "a.toml"
     spec.write_text(spec.read_text().replace("center_crop", "buckets = true\ncenter_crop"))
-    assert "pixels, of which at most 268,435,456 are read" in check(house, 2)[0]
+    assert "expected at most 268,435,456 pixels " in check(house, 2)[0]
 
 
 def test_the_largest_picture_that_is_read(pics: Path) -> None:

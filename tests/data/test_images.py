@@ -90,7 +90,7 @@ def test_a_picture_is_upright_and_rgb_whatever_it_was(tmp_path: Path) -> None:
 def test_a_truncated_image_is_named(tmp_path: Path) -> None:
     whole = (PICTURES / "01.png").read_bytes()
     (tmp_path / "1.png").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(FluxrunError, match=r"1.png: not a readable image \(.*\); mend it or take it out"):
+    with pytest.raises(FluxrunError, match=r"1.png: not a readable image \(.*\); repair it, or remove it"):
         decode(picture(tmp_path / "1.png"))
     (tmp_path / "1.png").write_bytes(b"nothing")
     with pytest.raises(FluxrunError, match=r"1.png: not a readable image"):

@@ -67,29 +67,27 @@ def test_an_imagefolders_metadata(tmp_path: Path, kind: str) -> None:
         read(tmp_path)
     with pytest.raises(
         DataError,
-        match=rf"metadata.{kind}: no column 'txt' in 3 rows \({places[kind]}\); there are file_name, picture, text",
+        match=rf"metadata.{kind}: no column 'txt', in 3 rows \({places[kind]}\); the columns are file_name, picture, text",
     ):
         read(tmp_path, caption_column="txt", prompt="a TOK")
 
 
 def test_a_column_that_nothing_has_is_refused(tmp_path: Path) -> None:
     """Else every image would silently get the prompt."""
-    with pytest.raises(DataError, match=r"has no metadata.jsonl, .*, so no column 'text'; add one of them, or take"):
+    with pytest.raises(DataError, match=r"has no metadata.jsonl, .*, so no column 'text'; add one of them, or remove"):
         read(folder(tmp_path), caption_column="text", prompt="a TOK")
 
 
 def test_a_key_that_a_folder_cannot_honour_is_refused(tmp_path: Path) -> None:
     folder(tmp_path)
-    with pytest.raises(DataError, match=r"is a folder of images, which has no data.split \(found 'test'\)"):
+    with pytest.raises(DataError, match=r"is a folder of images, which has no data.split, got 'test'"):
         read(tmp_path, split="test", prompt="a TOK")
-    with pytest.raises(DataError, match=r"has no data.config \(found 'small'\); take that key out"):
+    with pytest.raises(DataError, match=r"has no data.config, got 'small'; remove that key"):
         read(tmp_path, config="small", prompt="a TOK")
-    with pytest.raises(DataError, match="so no column 'img'; add one of them, or take data.image_column out"):
+    with pytest.raises(DataError, match="so no column 'img'; add one of them, or remove data.image_column"):
         read(tmp_path, image_column="img", prompt="a TOK")
     write_metadata(tmp_path, "jsonl")
-    with pytest.raises(
-        DataError, match=r"no file named in 'img' in 3 rows \(lines 1, 2, 3\); wanted is a column file_name"
-    ):
+    with pytest.raises(DataError, match=r"no file named in 'img', in 3 rows \(lines 1, 2, 3\); add a column file_name"):
         read(tmp_path, image_column="img", prompt="a TOK")
 
 
@@ -108,7 +106,7 @@ def test_text_as_other_systems_write_it(tmp_path: Path) -> None:
 def test_an_image_listed_twice_is_refused(tmp_path: Path) -> None:
     folder(tmp_path)
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, [*ROWS, {**ROWS[0], "text": "other"}])))
-    with pytest.raises(DataError, match=r"metadata.jsonl:4: a picture named a second time \(found '1.png'\); give"):
+    with pytest.raises(DataError, match=r"metadata.jsonl:4: a second row for a picture, got '1.png'; give"):
         read(tmp_path, caption_column="text", prompt="a TOK")
 
 
@@ -188,7 +186,7 @@ def test_a_columnar_data_set_with_images_inside(tmp_path: Path, kind: str, rows:
     assert [picture.caption for picture in found.items] == ["a TOK", "a prompt"]
     with Image.open(PICTURES / "02.png") as wanted:
         assert np.array_equal(np.asarray(decode(found.items[1])), np.asarray(wanted.convert("RGB")))
-    with pytest.raises(DataError, match="has no column 'image'; there are img, text, number"):
+    with pytest.raises(DataError, match="has no column 'image'; the columns are img, text, number"):
         read(path, prompt="a")
     with pytest.raises(DataError, match=r"number is not text \(rows 0, 1\)"):
         read(path, image_column="img", caption_column="number", prompt="a")

@@ -119,73 +119,73 @@ FOLLOWED: dict[str, tuple[str, str, str]] = {
     ),
     "a misspelt length": (
         LEAST.replace("steps", "stps"),
-        "7: train.stps: unknown key (found 10); allowed here: accumulate, batch_size, epochs, guidance, lr, max_grad_norm, "
+        "7: train.stps: unknown key, got stps = 10; allowed here: accumulate, batch_size, epochs, guidance, lr, max_grad_norm, "
         "scale_lr, steps, weighting; did you mean train.steps?",
         LEAST,
     ),
     "a key of another table": (
         f"every = 4\n{LEAST}",
-        f"1: every: unknown key (found 4); allowed here: {TOP}; every is a key of [checkpoint] or [validate]; write it there",
+        f"1: every: unknown key, got every = 4; allowed here: {TOP}; every is a key of [checkpoint] or [validate]; write it there",
         f"{LEAST}[checkpoint]\nevery = 4\n",
     ),
     "a key above all tables": (
         f"{LEAST}seed = 4\n",
-        "8: train.seed: unknown key (found 4); allowed here: accumulate, batch_size, epochs, guidance, lr, max_grad_norm, "
-        "scale_lr, steps, weighting; seed stands above all tables; write it there",
+        "8: train.seed: unknown key, got seed = 4; allowed here: accumulate, batch_size, epochs, guidance, lr, max_grad_norm, "
+        "scale_lr, steps, weighting; seed belongs above all tables; write it there",
         f"seed = 4\n{LEAST}",
     ),
     "a rate that is set twice": (
         f"{LEAST}lr = 1e-4\nlearning_rate = 1e-3\n",
-        "9: train.learning_rate: unknown key (found 0.001); allowed here: accumulate, batch_size, epochs, guidance, lr, "
-        "max_grad_norm, scale_lr, steps, weighting; train.lr is set already, so take this one out",
+        "9: train.learning_rate: unknown key, got learning_rate = 0.001; allowed here: accumulate, batch_size, epochs, guidance, lr, "
+        "max_grad_norm, scale_lr, steps, weighting; train.lr is already set, so remove this one",
         f"{LEAST}lr = 1e-4\n",
     ),
     "guidance of the pictures": (
         f"{LEAST}guidance = 1\n[validate]\nguidance = 4\n",
-        "10: validate.guidance: unknown key (found 4); allowed here: count, every, loss, prompts, size, steps; sample pictures "
-        "are always drawn at guidance 3.5; train.guidance is the training's; take this key out",
+        "10: validate.guidance: unknown key, got guidance = 4; allowed here: count, every, loss, prompts, size, steps; sample pictures "
+        "are always drawn at guidance 3.5; train.guidance is the training's; remove this key",
         f"{LEAST}guidance = 1\n[validate]\n",
     ),
     "rows without tokens, with text_lora": (
         f"{LEAST}[inversion]\nlr = 1e-3\n[text_lora]\nrank = 4\n",
-        "8: inversion: there are no tokens to learn; take [inversion] out",
+        "8: inversion: there are no tokens to learn; remove [inversion]",
         f"{LEAST}[text_lora]\nrank = 4\n",
     ),
     "both lengths": (
         f"{LEAST}epochs = 2\n",
-        "8: train.epochs: train.steps is set too (found 2); take one of the two out",
+        "8: train.epochs: expected train.steps or train.epochs, got both (epochs = 2); remove one",
         LEAST,
     ),
     "best of no look": (
         f"{LEAST}[export]\nbest = true\n",
-        "9: export.best: goes by the eval loss, which is only taken every validate.every steps; set that too",
+        "9: export.best: needs the eval loss, which is measured only where validate.every is set; set that too",
         f"{LEAST}[export]\nbest = true\n[validate]\nevery = 5\n",
     ),
     "warm-up of the constant schedule": (
         f"{LEAST}[schedule]\nwarmup = 2\n",
-        '9: schedule.warmup: the constant schedule has no warm-up (found 2); use schedule.name = "constant_with_warmup"',
+        '9: schedule.warmup: the constant schedule has no warm-up, got 2; use schedule.name = "constant_with_warmup"',
         f'{LEAST}[schedule]\nwarmup = 2\nname = "constant_with_warmup"\n',
     ),
     "cycles of another schedule": (
         f"{LEAST}[schedule]\ncycles = 2\n",
-        "9: schedule.cycles: only cosine_with_restarts has cycles (found 2); take it out, or use schedule.name = "
+        "9: schedule.cycles: only cosine_with_restarts has cycles, got 2; remove it, or use schedule.name = "
         '"cosine_with_restarts"',
         f'{LEAST}[schedule]\ncycles = 2\nname = "cosine_with_restarts"\n',
     ),
     "power of another schedule": (
         f"{LEAST}[schedule]\npower = 2\n",
-        '9: schedule.power: only polynomial has a power (found 2); take it out, or use schedule.name = "polynomial"',
+        '9: schedule.power: only polynomial has a power, got 2; remove it, or use schedule.name = "polynomial"',
         f'{LEAST}[schedule]\npower = 2\nname = "polynomial"\n',
     ),
     "compiled and offloaded": (
         LEAST.replace('tiny"\n', 'tiny"\ncompile = true\noffload = "blocks"\n'),
-        "3: model.compile: compiled blocks cannot be offloaded (found true); take this key or model.offload out",
+        "3: model.compile: compiled blocks cannot be offloaded, got true; remove this key or model.offload",
         LEAST.replace('tiny"\n', 'tiny"\noffload = "blocks"\n'),
     ),
     "selective and compiled": (
         LEAST.replace('tiny"\n', 'tiny"\ncompile = true\ngradient_checkpointing = "selective"\n'),
-        "4: model.gradient_checkpointing: compiled blocks are recomputed as a whole (found \"selective\"); use true, or a number "
-        "for every n-th",
+        "4: model.gradient_checkpointing: compiled blocks are recomputed as a whole, got \"selective\"; use true, or n for "
+        "every n-th block",
         LEAST.replace('tiny"\n', 'tiny"\ncompile = true\ngradient_checkpointing = true\n'),
     ),
     "above the range of 2**31": (
@@ -205,7 +205,7 @@ FOLLOWED: dict[str, tuple[str, str, str]] = {
     ),
     "a table in capitals": (
         f"{LEAST}[LoRA]\nrank = 4\n",
-        f"8: LoRA: unknown table (found {{'rank': 4}}); allowed here: {TOP}; did you mean [lora]?",
+        f"8: LoRA: unknown table, got LoRA = {{'rank': 4}}; allowed here: {TOP}; did you mean [lora]?",
         f"{LEAST}[lora]\nrank = 4\n",
     ),
 }  # fmt: skip
@@ -223,8 +223,8 @@ def test_a_fault_is_mended_by_what_its_message_says(house: House, name: str) -> 
 def test_two_faults_of_one_reason_are_told_at_once(house: House) -> None:
     told = plan(house, f"{LEAST}[validate]\nloss = false\n[stop]\nat = 0.5\n")
     assert told == [
-        "11: stop.at: goes by the eval loss, which is only taken every validate.every steps; set that too",
-        "11: stop.at: goes by the eval loss, which validate.loss = false leaves out; take that out",
+        "11: stop.at: needs the eval loss, which is measured only where validate.every is set; set that too",
+        "11: stop.at: needs the eval loss, which validate.loss = false turns off; remove that",
     ]
     assert plan(house, f"{LEAST}[validate]\nevery = 5\n[stop]\nat = 0.5\n") == []
 
@@ -298,12 +298,12 @@ def test_what_other_trainers_call_a_key_is_a_key_here() -> None:
         ("netwrk_dim = 4", "did you mean lora.rank, which sd-scripts calls network_dim?", "[lora]\nrank = 4"),
         (
             "noise_offset = 0.1",
-            "there is none here (FLUX.1 is trained by flow matching, for which it has no meaning); take it out",
+            "no key here does this (FLUX.1 is trained by flow matching, for which it has no meaning); remove it",
             "",
         ),
         (
             'caption_extension = ".txt"',
-            "there is none here (a picture's caption is the .txt file beside it); take it out",
+            "no key here does this (a picture's caption is the .txt file beside it); remove it",
             "",
         ),
     ],
@@ -311,7 +311,7 @@ def test_what_other_trainers_call_a_key_is_a_key_here() -> None:
 def test_a_name_from_another_trainer_leads_to_its_key(house: House, line: str, meant: str, mended: str | None) -> None:
     [told] = plan(house, f"{LEAST}{line}\n")
     name = line.partition(" ")[0]
-    assert told.startswith(f"8: train.{name}: unknown key (found ")
+    assert told.startswith(f"8: train.{name}: unknown key, got {name} = ")
     assert told.endswith(f"; {meant}")
     if mended is not None:
         assert plan(house, f"{LEAST}{mended}\n") == []
@@ -328,7 +328,7 @@ def test_a_foreign_files_own_keys_at_the_top(house: House) -> None:
     for line, meant in (
         ("lr = 1e-4", "did you mean train.lr?"),
         ("batch_size = 2", "did you mean train.batch_size?"),
-        ("steps = 5", "train.steps is set already, so take this one out"),
+        ("steps = 5", "train.steps is already set, so remove this one"),
         ("[network]\nlinear = 4", "did you mean [lora], which ai-toolkit calls network?"),
         ("[sample]\nsample_every = 4", "did you mean [validate], which ai-toolkit calls sample?"),
     ):

@@ -280,4 +280,4 @@ def test_a_run_without_an_eval_loss(house: House) -> None:
     late.write_text(late.read_text() + "loss = false\nevery = 2\n[stop]\nat = 0.1\n")
     said = house.fluxrun("plan", late)
     assert said.code == 2
-    assert "stop.at: goes by the eval loss, which validate.loss = false leaves out; take that out" in said.err
+    assert "stop.at: needs the eval loss, which validate.loss = false turns off; remove that" in said.err

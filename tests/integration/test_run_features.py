@@ -294,7 +294,7 @@ def test_several_tokens_learn_side_by_side(house: House) -> None:
     early = storage.read(house.folder / "runs" / "a" / "checkpoints" / "step-000002.safetensors").weights.rows
     for name in ("clip", "t5"):
         tokenizer, encoder = loading.load_tokenizer(BASE, name), loading.load_encoder(BASE, name)
-        counts = [(len(one.pieces), one.initializer) for one in job.plan.placeholders]
+        counts = [(len(one.entries), one.initializer) for one in job.plan.placeholders]
         first = token_rows.initial_rows(encoder, tokenizer, counts, 0, name)
         assert len({tuple(row) for row in first.tolist()}) == 5  # each begins as its own
         turned = torch.nn.functional.cosine_similarity(early[name], first)

@@ -99,6 +99,6 @@ def test_what_selective_recomputing_does_not_go_with(house: House) -> None:
     )
     said = house.fluxrun("plan", spec).err
     for table in ("model", "inversion"):
-        key, way = f"{table}.gradient_checkpointing", "use true, or a number for every n-th"
-        assert f'{key}: compiled blocks are recomputed as a whole (found "selective"); {way}' in said
-        assert f'{key}: dropout would be drawn anew (found "selective", lora.dropout is 0.5); {way}' in said
+        key, way = f"{table}.gradient_checkpointing", "use true, or n for every n-th block"
+        assert f'{key}: compiled blocks are recomputed as a whole, got "selective"; {way}' in said
+        assert f'{key}: recomputation would draw another dropout, got "selective" with lora.dropout = 0.5; {way}' in said

@@ -85,9 +85,9 @@ def test_offloading_and_what_it_does_not_go_with(house: House) -> None:
     )
     said = house.fluxrun("plan", spec).err
     for table, every in (("model", 2), ("inversion", "'selective'")):
-        told = f"blocks that are offloaded are all recomputed (found {every}); take this key out"
+        told = f"offloaded blocks are always recomputed, got {every}; remove this key"
         assert f"{table}.gradient_checkpointing: {told}" in said
-    assert "model.compile: compiled blocks cannot be offloaded (found true); take this key or model.offload out" in said
+    assert "model.compile: compiled blocks cannot be offloaded, got true; remove this key or model.offload" in said
 
 
 @pytest.mark.gpu

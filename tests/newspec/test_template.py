@@ -271,7 +271,7 @@ def test_what_the_script_takes_and_fluxrun_does_not_is_said_before_anything_is_w
     assert "Invalid value for --from-command: fluxrun would refuse that spec: data.resolution: " in said.err
     assert not (bare.folder / "a.toml").exists()
     said = bare.fluxrun("new", "a.toml", "--from-command", f"{COMMAND} --with_prior_preservation")
-    assert said.err.endswith("--with_prior_preservation wants a --class_prompt, as in the script; add it\n")
+    assert said.err.endswith("--with_prior_preservation needs a --class_prompt, as in the script; add it\n")
     text = new(bare, "--from-command", f"{COMMAND} --lr_scheduler cosine --max_train_steps 300")
     assert (
         "# --lr_warmup_steps: 500, the script's default, is longer than the run; schedule.warmup is its 300 steps.\n"
@@ -363,7 +363,7 @@ def test_few_small_pictures_do_not_make_the_others_small(bare: House) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda folder: folder.mkdir(), "no image in dogs; wanted are files ending in "),
+        (lambda folder: folder.mkdir(), "no image in dogs; expected files that end in "),
         (
             lambda folder: pictures(folder, (64, 64), (64, 64), captions=("a dog", "A dog")),
             "all 2 pictures have a caption, and no word in capitals, like TOK, is in each; write the word to be learned into "

@@ -158,8 +158,8 @@ def test_placeholders_that_cannot_be_are_refused(house: House) -> None:
     said = house.fluxrun("plan", house.spec(name=two))
     assert said.code == 2
     assert (
-        "a.toml:13: tokens.1.placeholder: another token has this placeholder (found 'bird'); give each its own, or take it "
-        "out of all\n"
+        "a.toml:13: tokens.1.placeholder: expected a different placeholder for each token, got 'bird' twice; change one, or "
+        "remove both\n"
     ) in said.err
     for word in ("Bird", "bird1", "<bird>", "a b", ""):
         said = house.fluxrun("plan", house.spec(name=f'name = "TOK"\nplaceholder = "{word}"'))

@@ -83,7 +83,7 @@ def test_faults_in_inherited_keys_point_at_the_other_file(tmp_path: Path) -> Non
     assert [fault.split(": ")[:2] for fault in faults(path)] == [["a.toml:5", "tokens.0.name"]]
     path = files(tmp_path, OWN, BASE.replace("[lora]", "[lora"))
     assert faults(path) == [
-        "shared/base.toml:9: not TOML: the brackets around a table's name do not match (found [lora); write [lora]"
+        "shared/base.toml:9: not TOML: the brackets around a table's name do not match, got `[lora`; write [lora]"
     ]
 
 
@@ -111,8 +111,8 @@ def test_chains_and_their_refusals(tmp_path: Path) -> None:
 
     (tmp_path / "root.toml").write_text('\nextends = "a.toml"\n')
     assert faults(path) == [
-        "root.toml:2: extends: the files extend each other in a circle (a.toml -> base.toml -> root.toml -> a.toml); take "
-        "one extends out"
+        "root.toml:2: extends: the files extend each other in a circle (a.toml -> base.toml -> root.toml -> a.toml); "
+        "remove one extends"
     ]
     (tmp_path / "root.toml").write_text('extends = ["x.toml"]\n')
     assert faults(path) == [
@@ -120,12 +120,12 @@ def test_chains_and_their_refusals(tmp_path: Path) -> None:
     ]
     (tmp_path / "root.toml").write_text('extends = "none.toml"\n')
     assert faults(path) == [
-        "root.toml:1: extends: no such file (found 'none.toml'); name a TOML file, relative to this one"
+        "root.toml:1: extends: expected an existing file, got 'none.toml'; name a TOML file, relative to this one"
     ]
     for number in range(9):
         (tmp_path / f"{number}.toml").write_text(f'extends = "{number + 1}.toml"\n')
     assert faults(tmp_path / "0.toml") == [
-        "7.toml:1: extends: more than 8 files extend each other (found '8.toml'); write some of them into one"
+        "7.toml:1: extends: expected at most 8 files that extend each other, got '8.toml' after them; merge some of them"
     ]
 
 

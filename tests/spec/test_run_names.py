@@ -54,11 +54,11 @@ def put(house: House, done: House, name: str) -> Path:
 @pytest.mark.parametrize(
     ("stem", "why"),
     [
-        ("cache", "the cache of latents and text embeddings lies there"),
-        ("index.html", "the results page lies there"),
-        ("INDEX.jsonl", "the results index lies there"),
-        ("con", "Windows keeps 'con' for a device"),
-        ("LPT1.night", "Windows keeps 'lpt1' for a device"),
+        ("cache", "the cache of latents and text embeddings is there"),
+        ("index.html", "the results page is there"),
+        ("INDEX.jsonl", "the results index is there"),
+        ("con", "Windows reserves 'con' for a device"),
+        ("LPT1.night", "Windows reserves 'lpt1' for a device"),
         ("night.", "Windows drops a . at the end"),
     ],
 )
@@ -66,7 +66,7 @@ def put(house: House, done: House, name: str) -> Path:
 def test_a_name_that_is_taken_is_refused(house: House, stem: str, why: str, written: bool) -> None:
     spec = named(house, "a" if written else stem, stem if written else None)
     said = house.fluxrun("queue", spec.name)
-    assert (said.code, said.err) == (2, f"{spec.name}:1: name: not a name for a run (found {stem!r}): {why}; {TAKEN}")
+    assert (said.code, said.err) == (2, f"{spec.name}:1: name: expected a usable name, got {stem!r} ({why}); {TAKEN}")
     assert not (house.folder / "runs").exists()
 
 
@@ -75,7 +75,7 @@ def test_behind_a_slash_nothing_that_a_run_itself_holds(house: House, part: str)
     said = house.fluxrun("plan", named(house, "a", f"b/{part}").name)
     assert said.code == 2
     assert said.err.startswith(
-        f"a.toml:1: name: not a name for a run (found 'b/{part}'): every run's own folder holds {part.lower()!r}; "
+        f"a.toml:1: name: expected a usable name, got 'b/{part}' (every run's folder has a {part.lower()!r}); "
     )
 
 
@@ -129,7 +129,7 @@ def test_a_path_that_no_disk_takes_is_told(house: House) -> None:
     name = "x" * 180
     said = house.fluxrun("plan", named(house, "a", name).name, "--runs", deep)
     assert said.code == 2
-    assert "and 4095 are allowed; give it a shorter `name`" in said.err
+    assert "expected file paths of at most 4095 bytes, got " in said.err
     assert house.fluxrun("plan", named(house, "a").name, "--runs", deep).code == 0
     said = house.fluxrun("plan", "a.toml", "--runs", f"{deep}d")
     assert said.code == 2
@@ -139,8 +139,8 @@ def test_a_path_that_no_disk_takes_is_told(house: House) -> None:
 def test_a_disk_with_shorter_names_is_told(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "pathconf", lambda _, what: {"PC_NAME_MAX": 143}[what])
     said = house.fluxrun("plan", named(house, "a", "n" * 120).name)
-    assert "its files would have names of 159 bytes (found 'nnn" in said.err
-    assert "and the disk of runs allows 143; set a shorter `name`" in said.err
+    assert "expected file names of at most 143 bytes, as the disk of runs allows, got 159 bytes for 'nnn" in said.err
+    assert "; set a shorter `name`" in said.err
 
 
 # ---- runs beside each other ----------------------------------------------------------------------------------------
@@ -151,10 +151,10 @@ def test_no_run_of_a_batch_lies_inside_another(house: House) -> None:
     said = house.fluxrun("queue", "t0.toml", "t1.toml", "t2.toml", "t3.toml")
     assert (said.code, said.err) == (
         2,
-        "t0.toml:1: name: its folder would hold another run's (found 'A', and 'a/b' in t1.toml); give one of the two "
-        "another `name`\n"
-        "t3.toml:1: name: two names differ in case alone (found 'C', 'c' in t2.toml), and some disks ignore case; give "
-        "one of them another `name`\n"
+        "t0.toml:1: name: expected a folder that holds no other run, got 'A' here and 'a/b' in t1.toml; change the "
+        "`name` of one\n"
+        "t3.toml:1: name: expected names that differ in more than case, got 'C' here and 'c' in t2.toml (some disks "
+        "ignore case); change the `name` of one\n"
         "2 faults; nothing was started\n",
     )
     assert not (house.folder / "runs").exists()
@@ -166,8 +166,8 @@ def test_a_sweeps_folder_is_no_run(house: House) -> None:
     sweep.write_text(sweep.read_text() + '[sweep]\n"lora.rank" = [2, 4]\n')
     said = house.fluxrun("plan", "one.toml", "two.toml")
     assert said.err == (
-        "one.toml:1: name: its folder would hold another run's (found 'night', and 'night/lora.rank=2' in two.toml); give "
-        "one of the two another `name`\n1 fault; nothing was started\n"
+        "one.toml:1: name: expected a folder that holds no other run, got 'night' here and 'night/lora.rank=2' in "
+        "two.toml; change the `name` of one\n1 fault; nothing was started\n"
     )
 
 
@@ -178,7 +178,7 @@ def test_two_sweeps_of_one_name_are_told_once(house: House) -> None:
         sweep.write_text(sweep.read_text() + '[sweep]\n"lora.rank" = [2, 4]\n')
     said = house.fluxrun("plan", "x", "y")
     assert said.err == (
-        "y/s.toml:1: name: a sweep has this name (found 's', also in x/s.toml); give one of the two another `name`\n"
+        "y/s.toml:1: name: expected a different name for each sweep, got 's' here and in x/s.toml; change the `name` of one\n"
         "1 fault; nothing was started\n"
     )
 
@@ -187,30 +187,30 @@ def test_no_run_of_another_night_is_lain_into(house: House, done: House) -> None
     put(house, done, "a")
     said = house.fluxrun("queue", named(house, "t1", "a/b").name)
     assert said.err == (
-        "t1.toml:1: name: its folder would lie inside that of the run 'a' (found 'a/b'); set another `name` in this spec "
+        "t1.toml:1: name: expected a folder outside that of the run 'a', got 'a/b'; set another `name` in this spec "
         "(letters, digits and . _ = , + -)\n1 fault; nothing was started\n"
     )
     sweep = named(house, "a")
     sweep.write_text(sweep.read_text() + '[sweep]\n"lora.rank" = [2, 4, 8]\n')
     said = house.fluxrun("queue", "a.toml")
     assert said.err == (
-        "a.toml:1: name: its folder would lie inside that of the run 'a' (found 'a/...'); set another `name` in this spec "
+        "a.toml:1: name: expected a folder outside that of the run 'a', got 'a/...'; set another `name` in this spec "
         "(letters, digits and . _ = , + -)\n1 fault; nothing was started\n"
     )
     said = house.fluxrun("plan", named(house, "t2", "A").name)
     assert said.err.startswith(
-        "t2.toml:1: name: the name of the run 'a' differs in case alone (found 'A'), and some disks ignore case; set "
+        "t2.toml:1: name: expected a name that differs from 'a' in more than case, got 'A' (some disks ignore case); set "
     )
     said = house.fluxrun("plan", named(house, "t2", "b").name, "--runs", "runs/a")
-    assert "name: the runs folder runs/a lies inside that of a run, " in said.err
+    assert "name: the runs folder runs/a is inside the folder of a run, " in said.err
 
 
 def test_no_run_comes_around_those_of_another_night(house: House, done: House) -> None:
     put(house, done, "a/b")
     said = house.fluxrun("queue", named(house, "t1", "a").name)
     assert said.err == (
-        "t1.toml:1: name: its folder holds another run, 'a/b' (found 'a'); set another `name` in this spec (letters, digits "
-        'and . _ = , + -), or move the run that is there (mv runs/a/b runs/a-b) and set name = "a-b" in its spec\n'
+        "t1.toml:1: name: expected a folder that holds no other run, got 'a', which holds 'a/b'; set another `name` in this "
+        'spec (letters, digits and . _ = , + -), or move that run (mv runs/a/b runs/a-b) and set name = "a-b" in its spec\n'
         "1 fault; nothing was started\n"
     )
 
@@ -219,7 +219,7 @@ def test_a_file_in_the_place_of_a_run_is_told(house: House) -> None:
     (house.folder / "runs").mkdir()
     (house.folder / "runs" / "notes").write_text("mine")
     said = house.fluxrun("queue", named(house, "a", "notes").name)
-    assert "name: runs/notes is a file, where the run's folder would be (found 'notes'); set another" in said.err
+    assert "name: expected no file where the run's folder will be, got runs/notes; set another" in said.err
     assert (house.folder / "runs" / "notes").read_text() == "mine"
 
 
@@ -235,9 +235,7 @@ def test_an_old_run_of_such_a_name_is_kept(house: House, done: House, name: str)
     said = house.fluxrun("queue", "x.toml")
     other = {"cache": "run-cache", "b/export": "b-export"}[name]
     assert said.code == 2
-    assert (
-        f'; move the run that is there (mv runs/{name} runs/{other}) and set name = "{other}" in its spec' in said.err
-    )
+    assert f'; move that run (mv runs/{name} runs/{other}) and set name = "{other}" in its spec' in said.err
     assert export_bytes(house.folder / "runs" / name) == before
     (house.folder / "runs" / name).rename(house.folder / "runs" / other)
     spec.write_text(spec.read_text().replace(f'"{name}"', f'"{other}"'))

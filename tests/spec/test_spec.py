@@ -203,7 +203,7 @@ def test_a_sweep_is_the_product_of_its_lists(tmp_path: Path) -> None:
 def test_two_specs_of_one_name(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / f"{name}.toml").write_text('name = "same"\n' + LEAST)
-    with pytest.raises(SpecError, match="b.toml:1: name: two runs have this name"):
+    with pytest.raises(SpecError, match="b.toml:1: name: expected a different name for each run"):
         load([tmp_path])
 
 
@@ -228,7 +228,7 @@ def test_a_table_or_list_of_the_wrong_kind_is_told_in_toml_words(tmp_path: Path)
         "(how the timesteps are drawn and weighted)"
     )
     assert told[1].startswith("one.toml:9: validate.prompts: expected a list of text, got 'a TOK'; write prompts = [")
-    assert told[2].startswith("one.toml:10: token: unknown table (found ")
+    assert told[2].startswith("one.toml:10: token: unknown table, got token = ")
     assert told[2].endswith("did you mean [[tokens]]?")
 
 

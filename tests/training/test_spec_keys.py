@@ -444,7 +444,7 @@ def test_a_class_folder_remembers_its_prompt(stocked: House) -> None:
     said = stocked.fluxrun("plan", write(stocked, **{**PRIOR, "prior__prompt": "a blue star"}))
     assert said.code == 2
     assert "prior.prompt: " in said.err
-    assert "holds images of another prompt (found 'a blue star', there 'a red circle')" in said.err
+    assert "holds images of the prompt 'a red circle', got 'a blue star'" in said.err
 
 
 def test_a_held_out_share_of_everything_is_refused(stocked: House) -> None:

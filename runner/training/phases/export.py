@@ -224,7 +224,7 @@ def _read_prompts(
     plain = pipe.read(prompts, length, cached=cached(prompts))
     if exported.embeddings:
         pipeline.load_embeddings(pipe, exported.embeddings, order.placeholders)
-    verify.loaded_embeddings(pipe.encoders, stored, [piece for one in order.placeholders for piece in one.pieces])
+    verify.loaded_embeddings(pipe.encoders, stored, tokens.vocabulary_entries(order.placeholders))
     if exported.lora:
         pipe.load_lora(exported.lora)
     if shapes.text_lora and (adapted := architecture.text_lora_encoder):

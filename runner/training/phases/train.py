@@ -155,10 +155,10 @@ def row_sizes(context: RunContext, encoders: Encoders) -> dict[str, float]:
         sizes = torch.stack([now.norm(dim=1), (now - first).norm(dim=1), first.norm(dim=1)]).cpu()
         start = 0
         for placeholder in context.plan.placeholders:
-            norm, way, began = sizes[:, start : start + len(placeholder.pieces)].mean(1).tolist()
+            norm, way, began = sizes[:, start : start + len(placeholder.entries)].mean(1).tolist()
             found[f"rows/norm {placeholder.name} {name}"] = norm
             found[f"rows/drift {placeholder.name} {name}"] = way / began
-            start += len(placeholder.pieces)
+            start += len(placeholder.entries)
     return found
 
 
