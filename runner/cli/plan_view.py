@@ -34,7 +34,7 @@ COLOURS = {Joint: "magenta", Lora: "cyan", Inversion: "yellow"}
 STATES = {"done": "green", "resume": "yellow", "running": "cyan", "waiting": "cyan", "new": "bold", "changed": "red"}
 
 
-def draw(
+def print_plan(
     console: Console, jobs: Sequence[Job], times: Sequence[TimeEstimate], cached: Mapping[str, str], now: float, *,
     on_gpu: bool = True,
 ) -> None:  # fmt: skip

@@ -41,6 +41,12 @@ def console() -> Console:
     return _Console(highlight=False, width=PIPE_WIDTH if free else None)
 
 
+def print_parts(screen: Console, parts: Iterable[RenderableType]) -> None:
+    """Print tables folded to the width, and lines in full."""
+    for part in parts:
+        screen.print(part, soft_wrap=isinstance(part, Text))
+
+
 # ---- a table of the width there is ---------------------------------------------------------------------------------
 
 

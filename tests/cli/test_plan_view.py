@@ -52,7 +52,7 @@ def checkpoint_at(job: Job, step: int) -> None:
 
 def picture(house: House, jobs: list[Job], width: int = 130) -> list[str]:
     console = Console(record=True, width=width, file=open(os.devnull, "w"))  # noqa: SIM115
-    plan_view.draw(console, jobs, timing.estimate_times(jobs, house.folder / "runs"), {}, NOW)
+    plan_view.print_plan(console, jobs, timing.estimate_times(jobs, house.folder / "runs"), {}, NOW)
     text = console.export_text().replace(f"{house.folder}/", "")
     return [line.rstrip() for line in text.splitlines() if line.strip()]
 

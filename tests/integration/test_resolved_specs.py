@@ -234,4 +234,4 @@ def test_the_runs_folder_is_named_where_a_command_would_take_another(
     )
     monkeypatch.setenv("FLUXRUN_RUNS", "elsewhere")
     said = house.fluxrun("stop", "nothing", "--runs", "runs")
-    assert "`fluxrun status --runs runs` tells what each run is doing" in said.err
+    assert "`fluxrun status --runs runs` shows what each run is doing" in said.err
