@@ -73,7 +73,7 @@ def test_closed_standard_files_do_not_become_files_of_the_run() -> None:
     code = (
         "import os, tempfile\n"
         "from runner.core import output\n"
-        "with output.outlived(), tempfile.TemporaryFile() as file:\n"
+        "with output.ignore_lost_output(), tempfile.TemporaryFile() as file:\n"
         "    os._exit(file.fileno())\n"
     )
     command = f"exec \"{sys.executable}\" -P -c '{code}' 0<&- 1>&- 2>&-"
