@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
 
+from runner.cli.json_output import echo_json
 from runner.cli.options import json_option, runs_option, slots_option, specs_argument
 from runner.core import output
 
@@ -50,7 +50,7 @@ def check(
     if as_json:
         names = [job.spec.name for job in seen]
         document = {"runs": names, "findings": [finding.as_json() for finding in findings], "counts": counts}
-        click.echo(json.dumps(document, indent=1))
+        echo_json(document)
     else:
         echo_findings(findings, err=False)
         summary = ", ".join(pluralize(count, level) for level, count in counts.items())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from runner.cli.json_output import echo_json
 from runner.cli.options import json_option, runs_option, specs_argument
 from runner.core.errors import SpecError
 
@@ -95,7 +95,7 @@ def _print_json(specs: Sequence[Path], runs: Path, *, on_gpu: bool, fresh: bool)
             strict=True,
         )
     ]
-    click.echo(json.dumps({"runs": rows, "errors": errors}, indent=1))
+    echo_json({"runs": rows, "errors": errors})
     return len(errors)
 
 

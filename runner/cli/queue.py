@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from runner.cli.json_output import echo_json
 from runner.cli.options import json_option, runs_option, slots_option, specs_argument
 from runner.cli.plan import plan
 from runner.core import output
@@ -140,7 +140,7 @@ def _make_runs_folder(runs: Path) -> None:
 def _print_records(runs: Path, names: set[str]) -> None:
     from runner.runs.index import results
 
-    click.echo(json.dumps([asdict(record) for record in results(runs) if record.name in names], indent=1))
+    echo_json([asdict(record) for record in results(runs) if record.name in names])
 
 
 @click.command("_train", hidden=True)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import click
 
+from runner.cli.json_output import echo_json
 from runner.cli.options import existing_runs_option, json_option
 
 
@@ -32,7 +32,7 @@ def results(runs: Path, as_json: bool, as_csv: bool, sort: str) -> None:
     if as_csv:
         click.echo(index.as_csv(records), nl=False)
     elif as_json:
-        click.echo(json.dumps([asdict(record) for record in records], indent=1))
+        echo_json([asdict(record) for record in records])
     else:
         from runner.report.tables import console, print_parts, results_table
 
@@ -54,7 +54,7 @@ def compare(names: tuple[str, ...], runs: Path, as_json: bool, out: Path | None)
     if out is not None:
         comparison.write_sheet(runs, names, out)
     if as_json:
-        click.echo(json.dumps(document, indent=1))
+        echo_json(document)
     else:
         screen = console()
         print_parts(screen, comparison.as_tables(document, screen.width))

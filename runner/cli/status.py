@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import click
 
+from runner.cli.json_output import echo_json
 from runner.cli.options import complete_run_name, existing_runs_option, json_option
 
 
@@ -25,7 +25,7 @@ def status(names: tuple[str, ...], runs: Path, as_json: bool, watch: bool) -> No
     if unknown:
         raise click.BadParameter(f"no such run in {runs}: {', '.join(sorted(unknown))}", param_hint="RUN")
     if as_json:
-        click.echo(json.dumps(states, indent=1))
+        echo_json(states)
         return
     from runner.report.tables import console, print_parts, status_table
 

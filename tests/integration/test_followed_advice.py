@@ -551,7 +551,7 @@ def test_a_warning_about_a_default_shows_no_line(house: House) -> None:
 def test_when_the_cache_was_last_used(days: tuple[int, int, str]) -> None:
     from rich.console import Console
 
-    from runner.cli.cache import CacheKind, kinds_table
+    from runner.cli.cache_entries import CacheKind, kinds_table
 
     newest, oldest, said = days
     console = Console(width=100, record=True, file=io.StringIO())
