@@ -34,7 +34,8 @@ def results(runs: Path, as_json: bool, as_csv: bool, sort: str) -> None:
     elif as_json:
         echo_json([asdict(record) for record in records])
     else:
-        from runner.report.tables import console, print_parts, results_table
+        from runner.report.run_tables import results_table
+        from runner.report.tables import console, print_parts
 
         screen = console()
         print_parts(screen, results_table(records, index.distinguishing_keys(records), screen.width))

@@ -1,4 +1,4 @@
-"""`fluxrun sample`: pictures from what runs exported."""
+"""Draws pictures with the exports of runs: the work of `fluxrun sample`."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ SHEET = "sample-sheet.png"
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """What is drawn of every run: (prompt, seed) each, alike for all of them."""
+    """What to draw with every run. prompts: (prompt, seed) of each picture; size: of its sides, in pixels."""
 
-    shots: tuple[tuple[str, int], ...]
+    prompts: tuple[tuple[str, int], ...]
     steps: int
     size: int
     scale: float
@@ -39,64 +39,64 @@ def sample_runs(
     runs: Path, names: Sequence[str], prompts: Sequence[str], *, count: int, seed: int | None, steps: int | None,
     scale: float, gpus: str | None, out: Path | None,
 ) -> list[Path]:  # fmt: skip
-    """Write the pictures, and where there are several a contact sheet of all; returns their paths, the sheet's last.
+    """Draw and write the pictures, and a contact sheet if there are several. Returns their paths, the sheet's last.
 
-    Prompts, seed, steps and size default to the first run's, so that runs are compared on equal terms. Raises
-    FluxrunError where a run has no exports or there is no prompt.
+    Prompts, seed, steps and size default to those of the first run, for all runs, so that their pictures compare. Raises
+    FluxrunError if a run has no exports, or if there is no prompt.
     """
-    found = [_exported(Run(runs, name)) for name in dict.fromkeys(names)]
+    chosen = [_exported_run(Run(runs, name)) for name in dict.fromkeys(names)]
     if out is not None:
-        files.output_folder(out / SHEET)  # before minutes of drawing, not after
-    spec = found[0][1]
-    chosen = tuple(prompts) or spec.validation.prompts
-    if not chosen:
+        files.output_folder(out / SHEET)  # refuse it before minutes of drawing
+    first_run, spec = chosen[0]
+    texts = tuple(prompts) or spec.validation.prompts
+    if not texts:
         raise FluxrunError("no prompt: give --prompt, or validate.prompts in the spec")
-    first = spec.seed if seed is None else seed
-    shots = tuple(sample_files.samples_of(chosen, count, first))
-    wish = SampleRequest(shots, steps or spec.validation.steps, pipeline.size_of(spec), scale)
-    where = device.choose_device(gpus)
+    pairs = tuple(sample_files.samples_of(texts, count, spec.seed if seed is None else seed))
+    request = SampleRequest(pairs, steps or spec.validation.steps, pipeline.size_of(spec), scale)
+    target = device.choose_device(gpus)
     loading.quiet()
-    columns, written = [], []
-    for run, own in found:
-        columns.append(_draw(run, own, wish, gpus))
-        device.release(where)
+    pictures, written = [], []
+    for run, run_spec in chosen:
+        drawn = _draw(run, run_spec, request, gpus)
+        device.release(target)
+        pictures.append(drawn)
         folder = files.make_folder(out or run.samples)
-        before = f"{file_stem(run.name)}-" if out and len(found) > 1 else ""
-        for number, (picture, (_, used)) in enumerate(zip(columns[-1], shots, strict=True)):
-            written.append(folder / f"{before}sample-{number // count}-seed{used}.png")
+        prefix = f"{file_stem(run.name)}-" if out and len(chosen) > 1 else ""
+        for index, (picture, (_, picture_seed)) in enumerate(zip(drawn, pairs, strict=True)):
+            written.append(folder / f"{prefix}sample-{index // count}-seed{picture_seed}.png")
             files.write_png(written[-1], picture)
     if len(written) > 1:
-        written.append((out or found[0][0].samples) / SHEET)
-        files.write_png(written[-1], _sheet([run.name for run, _ in found], columns, wish, count))
+        written.append((out or first_run.samples) / SHEET)
+        files.write_png(written[-1], _sheet([run.name for run, _ in chosen], pictures, request, count))
     return written
 
 
-def _exported(run: Run) -> tuple[Run, Spec]:
+def _exported_run(run: Run) -> tuple[Run, Spec]:
     if not run.export.is_dir():
-        ask = fluxrun_command("status", runs=run.runs)
-        raise FluxrunError(f"{run.export}: no exports; `{ask}` tells how far the run is")
+        status = fluxrun_command("status", runs=run.runs)
+        raise FluxrunError(f"{run.export}: no exports; `{status}` shows how far the run is")
     return run, read_spec(run.spec_file)
 
 
-def _draw(run: Run, spec: Spec, wish: SampleRequest, gpus: str | None) -> list[Image.Image]:
-    placeholders = tokens.placeholders(spec.tokens)
-    exported = formats.exported_files(run.export, run.name, placeholders)
+def _draw(run: Run, spec: Spec, request: SampleRequest, gpus: str | None) -> list[Image.Image]:
+    """One picture per prompt of the request."""
+    exported = formats.exported_files(run.export, run.name, tokens.placeholders(spec.tokens))
     return pipeline.draw_samples(
-        open_base(spec, gpus, Cache(run.runs / "cache")), exported, wish.shots, length=spec.model.max_sequence_length, steps=wish.steps,
-        size=wish.size, scale=wish.scale,
+        open_base(spec, gpus, Cache(run.runs / "cache")), exported, request.prompts, length=spec.model.max_sequence_length,
+        steps=request.steps, size=request.size, scale=request.scale,
     )  # fmt: skip
 
 
 def _sheet(
-    names: Sequence[str], columns: Sequence[Sequence[Image.Image]], wish: SampleRequest, count: int
+    names: Sequence[str], pictures: Sequence[Sequence[Image.Image]], request: SampleRequest, count: int
 ) -> Image.Image:
-    """One run: a row per prompt, a column per seed. Several: a row per picture, a column per run."""
+    """One run: a row per prompt and a column per seed. Several runs: a row per prompt and seed, and a column per run."""
     if len(names) > 1:
         rows = [
-            (f"{prompt} (seed {seed})", [column[index] for column in columns])
-            for index, (prompt, seed) in enumerate(wish.shots)
+            (f"{prompt} (seed {seed})", [of_run[index] for of_run in pictures])
+            for index, (prompt, seed) in enumerate(request.prompts)
         ]
         return contact_sheet.draw_contact_sheet(rows, names)
-    starts = range(0, len(wish.shots), count)
-    one = [(wish.shots[start][0], columns[0][start : start + count]) for start in starts]
-    return contact_sheet.draw_contact_sheet(one, [f"seed {seed}" for _, seed in wish.shots[:count]])
+    starts = range(0, len(request.prompts), count)
+    by_prompt = [(request.prompts[start][0], pictures[0][start : start + count]) for start in starts]
+    return contact_sheet.draw_contact_sheet(by_prompt, [f"seed {seed}" for _, seed in request.prompts[:count]])

@@ -27,7 +27,8 @@ def status(names: tuple[str, ...], runs: Path, as_json: bool, watch: bool) -> No
     if as_json:
         echo_json(states)
         return
-    from runner.report.tables import console, print_parts, status_table
+    from runner.report.run_tables import status_table
+    from runner.report.tables import console, print_parts
 
     screen = console()
     if not watch:

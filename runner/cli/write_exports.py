@@ -1,4 +1,4 @@
-"""`fluxrun export`: a run's exports made again, from any checkpoint, whatever state the run is in."""
+"""Writes the exports of a run again, from any of its checkpoints: the work of `fluxrun export`."""
 
 from __future__ import annotations
 
@@ -22,40 +22,46 @@ from runner.training.recorder import export_facts
 def write_exports(
     runs: Path, name: str, step: int | None, *, gpus: str | None, push_too: bool, event_log: EventLog
 ) -> list[Path]:
-    """Write `export/` from the newest checkpoint, or that of `step`, and return its weight files. The run's state stays
-    what it is. Raises FluxrunError where there is no such checkpoint, Held while another process works on the run."""
+    """Write `export/` from the checkpoint of `step`, by default the newest, and return the weight files.
+
+    The run's state (done, failed, ...) stays as it is. Raises FluxrunError if there is no such run or checkpoint, and
+    LockHeldError while another process works on the run.
+    """
     run = Run(runs, name)
     if not run.spec_file.is_file():
-        raise FluxrunError(f"{run.folder}: no such run; `{fluxrun_command('status', runs=runs)}` names those there are")
+        raise FluxrunError(
+            f"{run.folder}: no such run; `{fluxrun_command('status', runs=runs)}` lists the runs there are"
+        )
     run.refuse_if_locked()
     with run.locked(), StopRequest() as stop:
-        run.attempt = run.lease().attempt  # no attempt of its own: it trains nothing
+        run.attempt = run.lease().attempt  # an export is not a new attempt: it trains nothing
         spec = read_spec(run.spec_file)
-        made = _checkpoint(run, step, event_log)
-        event_log.line(f"{name}: exporting step {made.step}")
+        checkpoint = _read_checkpoint(run, step, event_log)
+        event_log.line(f"{name}: exporting step {checkpoint.step}")
         loading.quiet()
         cache = open_cache(run.runs)
-        order = ExportRequest(run, spec, open_base(spec, gpus, cache), event_log, stop, cache, ModelPool())
-        delivered = export_phase(order, made)
-        run.update_state(**export_facts(run, delivered))
+        request = ExportRequest(run, spec, open_base(spec, gpus, cache), event_log, stop, cache, ModelPool())
+        result = export_phase(request, checkpoint)
+        run.update_state(**export_facts(run, result))
         if push_too:
-            push(order)
+            push(request)
     write_index(runs)
-    return [run.export / file for file in sorted(delivered.errors)]
+    return [run.export / file for file in sorted(result.errors)]
 
 
-def _checkpoint(run: Run, step: int | None, event_log: EventLog) -> Checkpoint:
-    there = run.checkpoint_files()
+def _read_checkpoint(run: Run, step: int | None, event_log: EventLog) -> Checkpoint:
+    """The checkpoint of `step`, or the newest one that is intact."""
+    checkpoints = run.checkpoint_files()
     if step is not None:
-        for at, path in there:
-            if at == step:
+        for checkpoint_step, path in checkpoints:
+            if checkpoint_step == step:
                 return storage.read(path)
-        steps = ", ".join(str(at) for at, _ in reversed(there)) or "none"
+        steps = ", ".join(str(checkpoint_step) for checkpoint_step, _ in reversed(checkpoints)) or "none"
         raise FluxrunError(f"--step {step}: no checkpoint of this step in {run.checkpoints}; there are: {steps}")
-    for _, path in there:
+    for _, path in checkpoints:
         try:
             return storage.read(path)
         except BadFileError as error:
-            event_log.line(f"{error}; taking the checkpoint before it")
-    ask = fluxrun_command("status", runs=run.runs)
-    raise FluxrunError(f"{run.checkpoints}: no checkpoint to export; `{ask}` tells how far the run is")
+            event_log.line(f"{error}; using the checkpoint before it")
+    status = fluxrun_command("status", runs=run.runs)
+    raise FluxrunError(f"{run.checkpoints}: no checkpoint to export; `{status}` shows how far the run is")

@@ -32,7 +32,7 @@ LAYOUT: Mapping[str, Mapping[str, Sequence[str]]] = {
     "Token rows": {
         f"{what}, {encoder}": [f"rows/{what} .* {encoder}"] for encoder in ("clip", "t5") for what in ("norm", "drift")
     },
-    "Going": {
+    "Training": {
         "s/step": ["train/step_seconds"],
         "learning rate": ["lr/.*", "train/lr"],  # the latter by earlier versions: the largest one
         "gradient norm": ["train/grad_norm"],

@@ -63,7 +63,7 @@ def test_waiting_runs_are_shared_among_the_running_ones() -> None:
     ("values", "wanted"), [([], ""), ([1.0], "▁"), ([1.0, 8.0], "▁█"), ([3.0, 3.0], "▁▁"), (list(range(8)), "▁▂▃▄▅▆▇█")]
 )
 def test_spark_lines(values: list[float], wanted: str) -> None:
-    assert watch.spark(values) == wanted
+    assert watch.sparkline(values) == wanted
 
 
 def test_slots_that_are_taken_are_named(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def test_layout_and_spec_are_there_for_their_plugins(night: House) -> None:
     events = loaded(folder)
     [layout] = [event.tensor_proto.string_val[0] for event in events.Tensors(metadata.CONFIG_SUMMARY_TAG)]
     titles = [category.title for category in layout_pb2.Layout.FromString(layout).category]
-    assert titles == ["Losses", "Held-out loss by timestep", "Token rows", "Going"]
+    assert titles == ["Losses", "Held-out loss by timestep", "Token rows", "Training"]
     assert "spec" in events.PluginTagToContent("text")
     [text] = [event.tensor_proto.string_val[0].decode() for event in events.Tensors("spec")]
     assert "    [lora]\n    rank = 4\n" in text
