@@ -17,6 +17,7 @@ from rich.table import Table
 
 from runner.core import files
 from runner.core.errors import LockHeldError
+from runner.core.humanize import pluralize
 from runner.runs.run import find_runs
 
 DAY = 86400.0  # seconds
@@ -97,5 +98,5 @@ def _cache_files(folder: Path, pattern: str) -> Iterator[Path]:
 
 def _days_ago(newest: int, oldest: int) -> str:
     """In days: "today", "3 days ago", "today to 40 days ago"."""
-    first, last = ("today" if days == 0 else f"{days} day{'' if days == 1 else 's'} ago" for days in (newest, oldest))
+    first, last = ("today" if days == 0 else f"{pluralize(days, 'day')} ago" for days in (newest, oldest))
     return first if first == last else f"{first if newest == 0 else newest} to {last}"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from runner.core.command_line import RUNS_VARIABLE
+from runner.core.command_line import DEFAULT_RUNS, RUNS_VARIABLE
 
 
 def _usable_runs_folder(ctx: click.Context, _: click.Parameter, runs: Path) -> Path:
@@ -42,7 +42,7 @@ def _existing_runs_folder(ctx: click.Context, param: click.Parameter, runs: Path
 
 
 _runs_option = partial(
-    click.option, "--runs", type=click.Path(path_type=Path, file_okay=False), default="runs", envvar=RUNS_VARIABLE,
+    click.option, "--runs", type=click.Path(path_type=Path, file_okay=False), default=DEFAULT_RUNS, envvar=RUNS_VARIABLE,
     show_default=True, help="The runs folder.",
 )  # fmt: skip
 runs_option = _runs_option(callback=_usable_runs_folder)
@@ -60,5 +60,5 @@ def complete_run_name(ctx: click.Context, _: click.Parameter, incomplete: str) -
     """For shell completion: the names of runs that begin with `incomplete`; [] if there is no runs folder."""
     from runner.runs.run import find_runs
 
-    runs = Path(ctx.params.get("runs") or os.environ.get(RUNS_VARIABLE) or "runs")
+    runs = Path(ctx.params.get("runs") or os.environ.get(RUNS_VARIABLE) or DEFAULT_RUNS)
     return [run.name for run in find_runs(runs) if run.name.startswith(incomplete)]

@@ -80,9 +80,9 @@ def board(ctx: click.Context, runs: Path, port: int) -> None:
     """Start TensorBoard on the runs folder, until Ctrl-C."""
     import subprocess
 
-    from runner.tracking.hparams import write_board
+    from runner.tracking.hparams import write_sessions
 
-    write_board(runs)
+    write_sessions(runs)
     command = [sys.executable, "-P", "-m", "tensorboard.main", "--logdir", str(runs), "--port", str(port)]
     with subprocess.Popen(command) as server:
         try:

@@ -22,9 +22,9 @@ def preload() -> None:
 def publish(runs: Path, print_line: Callable[[str], None]) -> None:
     """Write both. An error is printed and does not fail the queue: its runs are done."""
     from runner.report.page import write_report
-    from runner.tracking.hparams import write_board
+    from runner.tracking.hparams import write_sessions
 
-    for what, write in (("TensorBoard's overview", write_board), ("the results page", write_report)):
+    for what, write in (("TensorBoard's data on the runs", write_sessions), ("the results page", write_report)):
         try:
             write(runs)
         except Exception as error:
