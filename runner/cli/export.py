@@ -1,62 +1,53 @@
-"""`fluxrun export`: a run's exports made again, from any checkpoint, whatever state the run is in."""
+"""`fluxrun export` writes a run's exports again; `fluxrun convert` changes the layout of a LoRA file."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from runner.checkpoint import storage
-from runner.checkpoint.storage import Checkpoint
-from runner.core.command_line import fluxrun_command
-from runner.core.errors import BadFileError, FluxrunError
-from runner.core.events import EventLog
-from runner.core.signals import StopRequest
-from runner.model import device, libraries
-from runner.runs.index import write_index
-from runner.runs.run import Run, read_spec
-from runner.training.context import open_base, open_cache
-from runner.training.model_pool import ModelPool
-from runner.training.phases.export import ExportRequest, export_phase, push
-from runner.training.recorder import export_facts
+import click
+
+from runner.cli.options import complete_run_name, existing_runs_option, gpu_option
+from runner.core import output
 
 
-def write_exports(
-    runs: Path, name: str, step: int | None, *, gpus: str | None, push_too: bool, event_log: EventLog
-) -> list[Path]:
-    """Write `export/` from the newest checkpoint, or that of `step`, and return its weight files. The run's state stays
-    what it is. Raises FluxrunError where there is no such checkpoint, Held while another process works on the run."""
-    run = Run(runs, name)
-    if not run.spec_file.is_file():
-        raise FluxrunError(f"{run.folder}: no such run; `{fluxrun_command('status', runs=runs)}` names those there are")
-    run.refuse_if_locked()
-    with run.locked(), StopRequest() as stop:
-        run.attempt = run.lease().attempt  # no attempt of its own: it trains nothing
-        spec = read_spec(run.spec_file)
-        made = _checkpoint(run, step, event_log)
-        event_log.line(f"{name}: exporting step {made.step}")
-        libraries.quiet()
-        cache, where = open_cache(run.runs), device.choose_device(gpus)
-        device.prepare_device(where, tf32=spec.model.tf32)
-        order = ExportRequest(run, spec, open_base(spec, where, cache), event_log, stop, cache, ModelPool())
-        delivered = export_phase(order, made)
-        run.update_state(**export_facts(run, delivered))
-        if push_too:
-            push(order)
-    write_index(runs)
-    return [run.export / file for file in sorted(delivered.errors)]
+@click.command()
+@click.argument("name", metavar="RUN", shell_complete=complete_run_name)
+@existing_runs_option
+@click.option("--step", type=click.IntRange(min=0), help="Export the checkpoint of this step. Default: the newest.")
+@click.option("--push", is_flag=True, help="Also upload the files, as hub.repo and hub.private say.")
+@gpu_option
+@click.pass_context
+def export(ctx: click.Context, name: str, runs: Path, step: int | None, push: bool, gpus: str | None) -> None:
+    """Write the exports of RUN again, whatever state it is in."""
+    ctx.with_resource(output.ignore_lost_output())
+    from runner.cli.write_exports import write_exports
+    from runner.core.events import EventLog
+    from runner.engine.progress import Screen
+
+    screen = Screen()
+    event_log = EventLog(lambda event: screen.show("", event))
+    for path in write_exports(runs, name, step, gpus=gpus, push_too=push, event_log=event_log):
+        click.echo(path)
 
 
-def _checkpoint(run: Run, step: int | None, event_log: EventLog) -> Checkpoint:
-    there = run.checkpoint_files()
-    if step is not None:
-        for at, path in there:
-            if at == step:
-                return storage.read(path)
-        steps = ", ".join(str(at) for at, _ in reversed(there)) or "none"
-        raise FluxrunError(f"--step {step}: no checkpoint of this step in {run.checkpoints}; there are: {steps}")
-    for _, path in there:
-        try:
-            return storage.read(path)
-        except BadFileError as error:
-            event_log.line(f"{error}; taking the checkpoint before it")
-    ask = fluxrun_command("status", runs=run.runs)
-    raise FluxrunError(f"{run.checkpoints}: no checkpoint to export; `{ask}` tells how far the run is")
+@click.command()
+@click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.option("--to", type=click.Choice(["diffusers", "kohya"]), required=True, help="Layout to write.")
+@click.option(
+    "--out", type=click.Path(path_type=Path, dir_okay=False), help="File to write. Default: FILE's name and the layout."
+)
+@click.option("--leave-out", is_flag=True, help="Leave out a T5 LoRA, biases and norms, and convert the rest.")
+def convert(file: Path, to: str, out: Path | None, leave_out: bool) -> None:
+    """Convert a FLUX.1 LoRA to diffusers' layout, or to the original one (kohya, ComfyUI).
+
+    Reads what kohya's sd-scripts, OneTrainer, ai-toolkit, x-flux, diffusers, ComfyUI and Black Forest Labs write.
+    """
+    from runner.export.convert import convert as convert_file
+
+    converted = convert_file(file, to, out, leave_out=leave_out)
+    for note in converted.notes:
+        click.echo(f"{converted.file}: {note}", err=True)
+    click.echo(
+        f"{converted.file}: read back; the largest difference of a weight's change is {converted.error:.2g}", err=True
+    )
+    click.echo(converted.file)

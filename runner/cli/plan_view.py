@@ -1,4 +1,4 @@
-"""The plan of a night as a picture for a terminal: a table of runs, their phases as bars, when each and all will end."""
+"""The plan of a queue on a terminal: a table of runs with their phases as bars, and when each run and the queue will end."""
 
 from __future__ import annotations
 
@@ -15,183 +15,189 @@ from rich.text import Text
 
 from runner.core import hardware
 from runner.core.command_line import fluxrun_command
-from runner.core.humanize import format_bytes, format_duration
+from runner.core.humanize import format_bytes, format_duration, pluralize
 from runner.data.buckets import Size
 from runner.jobs.cache_hits import queue_bytes
 from runner.jobs.card_fit import Estimates, lines
 from runner.jobs.job import Job
 from runner.jobs.timing import TimeEstimate
-from runner.report.tables import GAP, LEAST_NAME, LEAST_NARROW, NARROW
+from runner.report.tables import GAP, MIN_NAME, MIN_NAME_NARROW, NARROW
 from runner.runs.short_names import shortened
 
-BAR, NARROW_BAR, NARROWEST_BAR = 24, 16, 10
-LONGEST_NAME = 56
-REASON = 40  # characters of a line that says why a run runs, where there is room
-WIDE = 118  # columns from which a terminal has room for everything
+# Widths in characters.
+BAR, BAR_NARROW, BAR_NARROWEST = 24, 16, 10
+MAX_NAME = 56
+REASON = 40  # of a line that says why a run will run, where there is room
+WIDE = 118  # a terminal at least this wide shows every column
 ONLY_WIDE = ("disk", "memory", "s/step")
 COLOURS = {"joint": "magenta", "lora": "cyan", "inversion": "yellow"}
 STATES = {"done": "green", "resume": "yellow", "running": "cyan", "waiting": "cyan", "new": "bold", "changed": "red"}
 
 
-def draw(
+def print_plan(
     console: Console, jobs: Sequence[Job], times: Sequence[TimeEstimate], cached: Mapping[str, str], now: float, *,
     on_gpu: bool = True,
 ) -> None:  # fmt: skip
-    """`cached`: what there is in the cache, by run; `now`: when the night begins, seconds since 1970. Runs are taken to go
-    one after the other."""
+    """Print the table, notes and totals.
+
+    times: one per job. cached: by run name, a line about its cache entries. now: when the queue starts, in seconds since
+    1970. Runs are assumed to run one after the other.
+    """
     console.print(_table(jobs, times, now, console.width))
-    lines = (*_sweeps(jobs), *_images(jobs), *_same(cached), *_memory(jobs, on_gpu), *_notes(jobs))
-    told = (Text(line) for line in lines)
-    for line in (*told, *_sum(jobs, times, now, on_gpu)):
+    notes = (*_sweeps(jobs), *_images(jobs), *_merged(cached), *_memory(jobs, on_gpu), *_notes(jobs))
+    for line in (*map(Text, notes), *_totals(jobs, times, now, on_gpu)):
         console.print(line, soft_wrap=True)
 
 
+def sizes_line(sizes: Mapping[Size, int] | None) -> str:
+    """The buckets of a data set: "10 at 64x64, 4 at 96x64; ..."."""
+    if sizes is None:
+        return "counted when the data set is here"
+    buckets = ", ".join(f"{count} at {width}x{height}" for (width, height), count in sizes.items())
+    return f"{buckets}; none is dropped{', no batch mixes sizes' if len(sizes) > 1 else ''}"
+
+
+def sweep_line(swept: Mapping[str, Any]) -> str:
+    """The values that one run has of a sweep: "lora.rank = 4, train.lr = 0.001"."""
+    return ", ".join(f"{key} = {value}" for key, value in swept.items())
+
+
+# ---- the table -----------------------------------------------------------------------------------------------------
+
+
 def _table(jobs: Sequence[Job], times: Sequence[TimeEstimate], now: float, width: int) -> Table:
+    """A row per job: its name, state and phases, and the number columns that have a value and fit `width`."""
     wide = width >= WIDE
-    longest = max((job.plan.steps for job in jobs), default=1)
+    max_steps = max((job.plan.steps for job in jobs), default=1)
     rows = []
     end: float | None = now
-    for job, own in zip(jobs, times, strict=True):
-        end = None if end is None or own.seconds is None else end + own.seconds
-        rows.append(_numbers(job, own, end, now))
-    shown = [title for title in rows[0] if any(row[title] for row in rows) and (wide or title not in ONLY_WIDE)]
-    numbers = sum(max(len(title), *(len(row[title]) for row in rows)) + GAP for title in shown)
-    bar = BAR if wide else NARROW_BAR if width >= NARROW else NARROWEST_BAR
-    room = max(LEAST_NARROW, width - numbers - bar - GAP - 1)  # for the names
-    lines = 2 if room < LEAST_NAME else 1
-    names = shortened([job.plan.name for job in jobs], min(lines * room, LONGEST_NAME))
+    for job, estimate in zip(jobs, times, strict=True):
+        end = None if end is None or estimate.seconds is None else end + estimate.seconds
+        rows.append(_number_cells(job, estimate, end, now))
+    titles = [title for title in rows[0] if any(row[title] for row in rows) and (wide or title not in ONLY_WIDE)]
+    numbers_width = sum(max(len(title), *(len(row[title]) for row in rows)) + GAP for title in titles)
+    bar_width = BAR if wide else BAR_NARROW if width >= NARROW else BAR_NARROWEST
+    name_width = max(MIN_NAME_NARROW, width - numbers_width - bar_width - GAP - 1)
+    name_lines = 2 if name_width < MIN_NAME else 1
+    names = shortened([job.plan.name for job in jobs], min(name_lines * name_width, MAX_NAME))
     table = Table(box=box.SIMPLE, padding=(0, GAP - 1, 0, 0), show_edge=False)
-    table.add_column("run", overflow="fold", width=min(room, max(REASON, *map(cell_len, names))))
-    table.add_column("phases", overflow="fold", min_width=bar)
-    for title in shown:
+    table.add_column("run", overflow="fold", width=min(name_width, max(REASON, *map(cell_len, names))))
+    table.add_column("phases", overflow="fold", min_width=bar_width)
+    for title in titles:
         table.add_column(title, justify="right", no_wrap=True)
-    for job, own, row, name in zip(jobs, times, rows, names, strict=True):
-        table.add_row(_run(job, own, name), _phases(job, own, longest, bar), *(row[title] for title in shown))
+    for job, estimate, row, name in zip(jobs, times, rows, names, strict=True):
+        phases = _phases_cell(job, estimate, max_steps, bar_width)
+        table.add_row(_run_cell(job, estimate, name), phases, *(row[title] for title in titles))
     return table
 
 
-def _numbers(job: Job, own: TimeEstimate, end: float | None, now: float) -> dict[str, str]:
-    """The cells of one row; a column without any is left out. "?" is what no earlier run tells."""
-    todo, about = own.left > 0, "~" if own.about else ""
-    left = f"{own.left}" if own.left in (0, job.plan.steps) else f"{own.left} of {job.plan.steps}"
+def _number_cells(job: Job, estimate: TimeEstimate, end: float | None, now: float) -> dict[str, str]:
+    """The cells of a row by column title; "?" where no earlier run tells how long it takes."""
+    todo, about = estimate.left > 0, "~" if estimate.about else ""
+    steps = job.plan.steps
     return {
-        "steps": left,
+        "steps": f"{estimate.left}" if estimate.left in (0, steps) else f"{estimate.left} of {steps}",
         "disk": format_bytes(job.plan.disk_bytes) if todo else "",
-        "memory": format_bytes(own.peak) if own.peak and todo else "",
-        "s/step": f"{about}{own.s_per_step:.3g}" if own.s_per_step else "",
-        "takes": "" if not todo else "?" if own.seconds is None else about + format_duration(own.seconds),
-        "ends": "" if not todo else "?" if end is None else _when(end, now),
+        "memory": format_bytes(estimate.peak) if estimate.peak and todo else "",
+        "s/step": f"{about}{estimate.s_per_step:.3g}" if estimate.s_per_step else "",
+        "takes": "" if not todo else "?" if estimate.seconds is None else about + format_duration(estimate.seconds),
+        "ends": "" if not todo else "?" if end is None else _clock(end, now),
     }
 
 
-def _run(job: Job, own: TimeEstimate, name: str) -> Text:
-    """Name; state; why."""
-    at = job.plan.steps - own.left
-    where = f" at step {at}" if job.status.state == "resume" and own.left else ""
-    said = Text(name)
-    said.append(f"\n  {job.status.state}{where}", style=STATES.get(job.status.state, ""))
-    return said.append(f": {job.status.reason}", style="not bold dim")
+def _run_cell(job: Job, estimate: TimeEstimate, name: str) -> Text:
+    """The run's name; below it, its state and why."""
+    state, step = job.status.state, job.plan.steps - estimate.left
+    at_step = f" at step {step}" if state == "resume" and estimate.left else ""
+    cell = Text(name)
+    cell.append(f"\n  {state}{at_step}", style=STATES.get(state, ""))
+    return cell.append(f": {job.status.reason}", style="not bold dim")
 
 
-def _phases(job: Job, own: TimeEstimate, longest: int, most: int) -> Group:
-    """A bar as long as the run's share of the longest one's steps, shaded where it is done; names and steps below."""
-    at, bar, words = job.plan.steps - own.left, Text(), Text()
-    cells = max(len(job.plan.training), round(most * job.plan.steps / longest))
+def _phases_cell(job: Job, estimate: TimeEstimate, max_steps: int, max_width: int) -> Group:
+    """A bar as long as the run's share of `max_steps`, shaded where it is done; below it, the phases and their steps."""
+    step, bar, words = job.plan.steps - estimate.left, Text(), Text()
+    width = max(len(job.plan.training), round(max_width * job.plan.steps / max_steps))
     for phase in job.plan.training:
         colour = COLOURS[phase.kind]
-        first, last = (round(cells * step / job.plan.steps) for step in (phase.start, phase.stop))
-        done = min(last, max(first, round(cells * at / job.plan.steps)))
+        first, last = (round(width * at / job.plan.steps) for at in (phase.start, phase.stop))
+        done = min(last, max(first, round(width * step / job.plan.steps)))
         bar.append("░" * (done - first) + "█" * max(last - done, int(last == first)), style=colour)
         words.append(f"{', ' if words else ''}{phase.name} {phase.start + 1}-{phase.stop}", style=colour)
     return Group(bar, words)
 
 
-def _sum(jobs: Sequence[Job], times: Sequence[TimeEstimate], now: float, on_gpu: bool) -> Iterator[Text]:
-    left = sum(own.left for own in times)
-    todo = [job for job, own in zip(jobs, times, strict=True) if own.left]
-    disk = sum(queue_bytes(todo, on_gpu=on_gpu and hardware.NVIDIA.is_dir()))
-    said = Text(
-        f"{_count(len(jobs), 'run')}, {len(todo)} to do: {left} steps, about {format_bytes(disk)}", style="bold"
-    )
-    unknown = [job for job, own in zip(jobs, times, strict=True) if own.seconds is None]
-    if not todo:
-        yield said
-    elif unknown:
-        yield said.append("; when it ends is unknown", style="bold")
-        names = [job.plan.name for job in unknown]
-        measure = fluxrun_command("check", *dict.fromkeys(job.file for job in unknown[:3]), "--step")
-        yield Text(
-            "? no earlier run on this machine has the same base and size, so the time of a step is not known "
-            f"({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}); `{measure}` measures it",
-            style="dim",
-        )
-    else:
-        seconds = sum(own.seconds or 0.0 for own in times)
-        yield said.append(
-            f"; ends {_when(now + seconds, now)}, in {format_duration(seconds)}, if begun now", style="bold"
-        )
-    if any(own.about for own in times):
-        yield Text("~ by an earlier run with another batch", style="dim")
+# ---- the lines below it --------------------------------------------------------------------------------------------
 
 
 def _sweeps(jobs: Sequence[Job]) -> Iterator[str]:
-    """What each [sweep] came to: its keys, their values, how many runs."""
+    """For each spec with a [sweep]: its keys, their values, and the number of runs."""
     for file, group in groupby((job for job in jobs if job.source.swept), key=lambda job: job.file):
         runs = list(group)
-        values: dict[str, list[str]] = {}
+        values: dict[str, dict[str, None]] = {}  # ordered sets
         for job in runs:
             for key, value in job.source.swept.items():
-                values.setdefault(key, [])
-                if str(value) not in values[key]:
-                    values[key].append(str(value))
-        product = " × ".join(f"{key} = {', '.join(found)}" for key, found in values.items())
-        yield f"sweep of {file}: {product}: {_count(len(runs), 'run')}"
-
-
-def sweep_line(swept: Mapping[str, Any]) -> str:
-    """One run's part of it."""
-    return ", ".join(f"{key} = {value}" for key, value in swept.items())
+                values.setdefault(key, {})[str(value)] = None
+        product = " × ".join(f"{key} = {', '.join(texts)}" for key, texts in values.items())
+        yield f"sweep of {file}: {product}: {pluralize(len(runs), 'run')}"
 
 
 def _images(jobs: Sequence[Job]) -> Iterator[str]:
-    yield from _same({job.plan.name: f"images: {sizes_line(job.plan.sizes)}" for job in jobs})
+    yield from _merged({job.plan.name: f"images: {sizes_line(job.plan.sizes)}" for job in jobs})
 
 
 def _memory(jobs: Sequence[Job], on_gpu: bool) -> Iterator[str]:
-    """What the runs that are to do will need, by formula."""
+    """The estimated memory of the runs that are not done."""
     estimates = Estimates(on_gpu=on_gpu)
-    told: dict[str, list[str]] = {job.plan.name: list(lines(job, estimates)) for job in jobs if not job.is_done}
-    for index in range(max((len(found) for found in told.values()), default=0)):
-        yield from _same({name: found[index] for name, found in told.items() if index < len(found)})
+    by_run = {job.plan.name: list(lines(job, estimates)) for job in jobs if job.status.state != "done"}
+    for index in range(max(map(len, by_run.values()), default=0)):
+        yield from _merged({name: texts[index] for name, texts in by_run.items() if index < len(texts)})
 
 
 def _notes(jobs: Sequence[Job]) -> Iterator[str]:
     for note in dict.fromkeys(note for job in jobs for note in job.plan.notes):
-        yield from _same({job.plan.name: f"note: {note}" for job in jobs if note in job.plan.notes})
+        yield from _merged({job.plan.name: f"note: {note}" for job in jobs if note in job.plan.notes})
 
 
-def sizes_line(sizes: Mapping[Size, int] | None) -> str:
-    """The bucket table."""
-    if sizes is None:
-        return "counted when the data set is here"
-    table = ", ".join(f"{count} at {width}x{height}" for (width, height), count in sizes.items())
-    return f"{table}; none is dropped{', no batch mixes sizes' if len(sizes) > 1 else ''}"
-
-
-def _same(told: Mapping[str, str]) -> Iterator[str]:
-    """What several runs have in common is told once."""
+def _merged(lines_by_run: Mapping[str, str]) -> Iterator[str]:
+    """Each different line once, followed by the names of its runs if there are several lines."""
     by_text: dict[str, list[str]] = {}
-    for name, text in told.items():
+    for name, text in lines_by_run.items():
         by_text.setdefault(text, []).append(name)
     for text, names in by_text.items():
-        whose = f" ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if len(by_text) > 1 else ""
-        yield f"{text}{whose}"
+        yield f"{text} ({_first_three(names)})" if len(by_text) > 1 else text
 
 
-def _when(at: float, now: float) -> str:
-    there, today = time.localtime(at), time.localtime(now)
-    return time.strftime("%H:%M" if there[:3] == today[:3] else "%a %H:%M", there)
+def _totals(jobs: Sequence[Job], times: Sequence[TimeEstimate], now: float, on_gpu: bool) -> Iterator[Text]:
+    """How much there is to do, and when the queue ends if it starts now."""
+    todo = [job for job, estimate in zip(jobs, times, strict=True) if estimate.left]
+    unknown = [job for job, estimate in zip(jobs, times, strict=True) if estimate.seconds is None]
+    steps = sum(estimate.left for estimate in times)
+    disk = format_bytes(sum(queue_bytes(todo, on_gpu=on_gpu and hardware.NVIDIA.is_dir())))
+    total = f"{pluralize(len(jobs), 'run')}, {len(todo)} to do: {steps} steps, about {disk}"
+    if not todo:
+        yield Text(total, style="bold")
+    elif unknown:
+        yield Text(f"{total}; when it ends is unknown", style="bold")
+        measure = fluxrun_command("check", *dict.fromkeys(job.file for job in unknown[:3]), "--step")
+        yield Text(
+            "? no earlier run on this machine has the same base and size, so the time of a step is not known "
+            f"({_first_three([job.plan.name for job in unknown])}); `{measure}` measures it",
+            style="dim",
+        )
+    else:
+        seconds = sum(estimate.seconds or 0.0 for estimate in times)
+        ends = f"; ends {_clock(now + seconds, now)}, in {format_duration(seconds)}, if started now"
+        yield Text(total + ends, style="bold")
+    if any(estimate.about for estimate in times):
+        yield Text("~ from an earlier run with another batch size", style="dim")
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+def _first_three(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def _clock(moment: float, now: float) -> str:
+    """ "22:31", or with the weekday if that is not today: "Tue 06:10"."""
+    local, today = time.localtime(moment), time.localtime(now)
+    return time.strftime("%H:%M" if local[:3] == today[:3] else "%a %H:%M", local)

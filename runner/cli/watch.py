@@ -1,4 +1,4 @@
-"""`fluxrun status --watch`: a queue's runs as they go, from their folders alone, so from any terminal. No torch."""
+"""The view of `fluxrun status --watch`: the runs of a folder as they train. It reads only files, so it works from any terminal."""
 
 from __future__ import annotations
 
@@ -14,69 +14,74 @@ from rich.text import Text
 
 from runner.core import locks
 from runner.core.humanize import format_duration
-from runner.report.tables import Column, column, fitted, number_text, reasons
+from runner.report.run_tables import reasons
+from runner.report.tables import Column, column, fitted
+from runner.report.values import number_text
 from runner.runs.run import Run, find_runs
 from runner.tracking.history import read_history
 
 BLOCKS = "▁▂▃▄▅▆▇█"
-WIDTH = 24  # of a spark line and a bar, in characters
+WIDTH = 24  # of a sparkline and a progress bar, in characters
 ORDER = ("running", "waiting", "failed", "stopped", "done")
 COLOURS = {"running": "cyan", "failed": "red", "stopped": "yellow", "done": "green"}
 
+State = Mapping[str, Any]  # a run's state.json
+
 
 def view(runs: Path, names: Collection[str], width: int) -> Group:
-    """A table of the runs (all where none is named), those that run first, below a line about the whole."""
-    found = [(run, run.state()) for run in find_runs(runs) if not names or run.name in names]
-    found.sort(key=lambda one: (_place(one[1]), one[0].name))
-    states = [state for _, state in found]
-    left = [_left(state) for state in states]
+    """A summary line, a table of the named runs (all if none is named) and why runs stopped. Running ones come first."""
+    rows = [(run, run.state()) for run in find_runs(runs) if not names or run.name in names]
+    rows.sort(key=lambda row: (_rank(row[1]), row[0].name))
+    states = [state for _, state in rows]
     table = fitted(
-        [run.name for run, _ in found],
+        [run.name for run, _ in rows],
         [
             column("state", [Text(_name(state), style=COLOURS.get(_name(state), "")) for state in states], 0),
             Column("", [_bar(state) for state in states], WIDTH, 4),
             column("step", [f"{state.get('step', 0)}/{state.get('steps') or '?'}" for state in states], 0, right=True),
             column("loss", [number_text(state.get("train_loss"), ".4f") for state in states], 1, right=True),
-            column("", [Text(_curve(run, state), style="cyan") for run, state in found], 6),
+            column("", [Text(_loss_curve(run, state), style="cyan") for run, state in rows], 6),
             column("s/step", [number_text(state.get("s_per_step"), ".3g") for state in states], 3, right=True),
-            column("left", left, 2, right=True),
-            column("last sample", [_last_sample(run) for run, _ in found], 5),
+            column("left", [_time_left_text(state) for state in states], 2, right=True),
+            column("last sample", [_last_sample(run) for run, _ in rows], 5),
         ],
         width,
     )
-    why = reasons({run.name: state.get("error") or state.get("ended") for run, state in found})
+    why = reasons({run.name: state.get("error") or state.get("ended") for run, state in rows})
     return Group(Text(headline(runs, states)), Text(""), *table, *why)
 
 
-def headline(runs: Path, states: Sequence[Mapping[str, Any]]) -> str:
-    """How many runs are in which state, which slots are taken, and when all of it will be through."""
-    counts = [f"{sum(_name(state) == name for state in states)} {name}" for name in ORDER]
-    told = ", ".join(count for count in counts if not count.startswith("0 ")) or "no runs yet"
+def headline(runs: Path, states: Sequence[State]) -> str:
+    """How many runs are in which state, which slots are in use, and how long all of it will take."""
+    counts = {name: sum(_name(state) == name for state in states) for name in ORDER}
+    text = ", ".join(f"{count} {name}" for name, count in counts.items() if count) or "no runs yet"
     slots = [
         f"{lock.name} (process {holder})"
         for lock in sorted((runs / ".slots").glob("*"))
         if (holder := locks.lock_holder(lock)) is not None
     ]
-    busy = f"; slots: {', '.join(slots)}" if slots else ""
+    if slots:
+        text += f"; slots: {', '.join(slots)}"
     left = time_left(states)
-    return f"{told}{busy}" + ("" if left is None else f"; all done in about {format_duration(left)}")
+    return text if left is None else f"{text}; all done in about {format_duration(left)}"
 
 
-def time_left(states: Sequence[Mapping[str, Any]]) -> float | None:
-    """Seconds, for what runs or waits, the running ones side by side; None where no pace is known, or nothing is left."""
-    going = [state for state in states if _name(state) == "running"]
+def time_left(states: Sequence[State]) -> float | None:
+    """Seconds until all running and waiting runs are done, if as many run at a time as now. None while no running run has
+    a time per step."""
+    running = [state for state in states if _name(state) == "running"]
     waiting = [state for state in states if _name(state) == "waiting"]
-    paces = [state["s_per_step"] for state in going if state.get("s_per_step")]
-    if not paces:
+    step_times = [state["s_per_step"] for state in running if state.get("s_per_step")]
+    if not step_times:
         return None
-    pace: float = statistics.median(paces)
-    running = [_steps_left(state) * float(state.get("s_per_step") or pace) for state in going]
-    later = sum(_steps_left(state) for state in waiting) * pace
-    return max(max(running), (sum(running) + later) / len(going))
+    typical: float = statistics.median(step_times)
+    running_left = [_steps_left(state) * float(state.get("s_per_step") or typical) for state in running]
+    waiting_left = sum(_steps_left(state) for state in waiting) * typical
+    return max(*running_left, (sum(running_left) + waiting_left) / len(running))
 
 
-def spark(values: Sequence[float], width: int = WIDTH) -> str:
-    """A line of blocks, each the mean of a part of the values; "" for none."""
+def sparkline(values: Sequence[float], width: int = WIDTH) -> str:
+    """A curve of at most `width` block characters, each the mean of an equal part of the values; "" for no values."""
     if not values:
         return ""
     count = min(width, len(values))
@@ -87,22 +92,24 @@ def spark(values: Sequence[float], width: int = WIDTH) -> str:
     return "".join(BLOCKS[round((mean - low) * scale)] for mean in means)
 
 
-def _bar(state: Mapping[str, Any]) -> ProgressBar:
-    """Full where the run is done, also before its last planned step."""
+def _bar(state: State) -> ProgressBar:
+    """Full if the run is done, even if it ended before its last planned step."""
     steps = max(1, int(state.get("steps") or 0))
     done = steps if _name(state) == "done" else min(int(state.get("step", 0)), steps)
     return ProgressBar(total=steps, completed=done, width=WIDTH)
 
 
-def _curve(run: Run, state: Mapping[str, Any]) -> str:
+def _loss_curve(run: Run, state: State) -> str:
     if _name(state) != "running":
         return ""
-    return spark(list(read_history(run.history_file).get("train/loss", {}).values()))
+    return sparkline(list(read_history(run.history_file).get("train/loss", {}).values()))
 
 
-def _left(state: Mapping[str, Any]) -> str:
-    pace = state.get("s_per_step")
-    return format_duration(_steps_left(state) * pace) if pace and _name(state) in ("running", "waiting") else ""
+def _time_left_text(state: State) -> str:
+    s_per_step = state.get("s_per_step")
+    if not s_per_step or _name(state) not in ("running", "waiting"):
+        return ""
+    return format_duration(_steps_left(state) * s_per_step)
 
 
 def _last_sample(run: Run) -> str:
@@ -113,13 +120,13 @@ def _last_sample(run: Run) -> str:
     return str(newest[min(newest)])
 
 
-def _steps_left(state: Mapping[str, Any]) -> int:
+def _steps_left(state: State) -> int:
     return max(0, int(state.get("steps") or 0) - int(state.get("step", 0)))
 
 
-def _name(state: Mapping[str, Any]) -> str:
+def _name(state: State) -> str:
     return str(state.get("state", "unknown"))
 
 
-def _place(state: Mapping[str, Any]) -> int:
+def _rank(state: State) -> int:
     return ORDER.index(_name(state)) if _name(state) in ORDER else len(ORDER)

@@ -1,4 +1,4 @@
-"""The commands that messages and the results page tell people to type. No torch."""
+"""The `fluxrun` commands that messages and the results page tell people to type."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ RUNS_VARIABLE = "FLUXRUN_RUNS"
 
 
 def fluxrun_command(*words: str | Path, runs: Path | None = None) -> str:
-    """`fluxrun WORDS` as a shell takes it, in the folder where fluxrun is typed now. `runs`: the runs folder it is about,
-    which is named unless it is the one that a command takes by itself."""
-    default = runs is None or (runs == DEFAULT_RUNS and RUNS_VARIABLE not in os.environ)
-    where = [] if default else ["--runs", str(runs)]
-    return shlex.join(["fluxrun", *map(str, words), *where])
+    """`fluxrun WORDS`, quoted for a shell, to be typed in the current folder.
+
+    `runs`: the runs folder that the command is about. `--runs` is left out if the command would use that folder anyway.
+    """
+    is_default = runs is None or (runs == DEFAULT_RUNS and RUNS_VARIABLE not in os.environ)
+    runs_option = [] if is_default else ["--runs", str(runs)]
+    return shlex.join(["fluxrun", *map(str, words), *runs_option])

@@ -1,4 +1,4 @@
-"""Output that nobody reads any more must not end a night: a closed pipe, a lost terminal, a full disk under a log. No torch."""
+"""Keeps a command going when its output can no longer be written: a closed pipe, a lost terminal, a full disk under a log."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from typing import Any
 from runner.core.errors import DISK_ERRNOS
 
 LOST_READER_ERRNOS = {errno.EPIPE, errno.EIO, errno.ENXIO}  # a closed pipe; a terminal that is gone (tty_ioctl(4))
-CLOSED_PIPE = 141  # 128 + SIGPIPE: what a shell sees of any program that a closed pipe ends
+CLOSED_PIPE = 141  # 128 + SIGPIPE: the exit code that a shell reports for any program that a closed pipe ends
 
 
 @contextmanager
 def ignore_lost_output() -> Iterator[None]:
-    """What is written to stdout and stderr here, and cannot be, is dropped, and the work goes on."""
+    """Drop output that cannot be written: to stdout if its reader is gone, to stderr also if its disk is full or failing."""
     _occupy_standard_files()
-    before = sys.stdout, sys.stderr
+    originals = sys.stdout, sys.stderr
     sys.stdout = _tolerant(sys.stdout, LOST_READER_ERRNOS)
     sys.stderr = _tolerant(sys.stderr, LOST_READER_ERRNOS | DISK_ERRNOS)
     try:
@@ -29,49 +29,52 @@ def ignore_lost_output() -> Iterator[None]:
         for stream in (sys.stdout, sys.stderr):
             if stream is not None:
                 stream.flush()
-        sys.stdout, sys.stderr = before
+        sys.stdout, sys.stderr = originals
 
 
-def _tolerant(stream: Any, dropped: set[int]) -> Any:
-    """The same file, without errors of these numbers. A stream that is no file of the system's (a test's, a closed one, which
-    is None) stays as it is."""
+def exit_code_of_closed_pipe() -> int:
+    """The exit code of a command whose output was not read to the end. Discards what is still buffered."""
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, OSError, ValueError):  # not a file of the system, see `_tolerant`
+            os.dup2(devnull, stream.fileno())
+    os.close(devnull)
+    return CLOSED_PIPE
+
+
+def _tolerant(stream: Any, ignored: set[int]) -> Any:
+    """The same file, without the errors whose numbers are in `ignored`. A stream that is not a file of the system (a test's, or
+    None for a closed one) is returned as it is."""
     try:
         number = stream.fileno()
     except (AttributeError, OSError, ValueError):
         return stream
     with suppress(OSError):
         stream.flush()
-    buffer = io.BufferedWriter(_Tolerant(number, dropped))
+    buffer = io.BufferedWriter(_TolerantFile(number, ignored))
     return io.TextIOWrapper(buffer, encoding=stream.encoding, errors=stream.errors, line_buffering=True)
 
 
-def exit_code_of_closed_pipe() -> int:
-    """The exit code of a command whose output was not read to its end; nothing more is said."""
-    nothing = os.open(os.devnull, os.O_WRONLY)
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(AttributeError, OSError, ValueError):  # as above
-            os.dup2(nothing, stream.fileno())  # what is still in its buffer goes there too
-    os.close(nothing)
-    return CLOSED_PIPE
-
-
-class _Tolerant(io.FileIO):
-    def __init__(self, number: int, dropped: set[int]) -> None:
+class _TolerantFile(io.FileIO):
+    def __init__(self, number: int, ignored: set[int]) -> None:
         super().__init__(number, "w", closefd=False)
-        self.dropped = dropped
+        self.ignored = ignored
 
     def write(self, data: Any, /) -> int:
         try:
             return super().write(data)
         except OSError as error:
-            if error.errno not in self.dropped:
+            if error.errno not in self.ignored:
                 raise
             return memoryview(data).nbytes
 
 
 def _occupy_standard_files() -> None:
-    """Where stdin, stdout or stderr is closed, the next file that is opened gets its number, and what a library prints goes
-    into a checkpoint: give the number to nothing instead."""
+    """Open closed standard files on /dev/null.
+
+    Otherwise the next file that is opened gets the number of the closed one, and what a library prints goes into it: for
+    example into a checkpoint.
+    """
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(number)

@@ -1,4 +1,4 @@
-"""What a queue leaves for the morning: the results page, and what TensorBoard needs beside the numbers. No torch."""
+"""What a queue writes when it ends: the results page, and TensorBoard's data on the runs."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 
 
 def preload() -> None:
-    """Import what writing them needs, so that it is there when the last run is done."""
-    with suppress(Exception):  # what is wrong with it is told when they are written
+    """Import what `publish` needs while runs train, so that it takes no time at the end."""
+    with suppress(Exception):  # `publish` will meet the same error, and print it
         import_module("runner.tracking.hparams")
         import_module("runner.report.page")
         import_module("jinja2")
@@ -19,13 +19,13 @@ def preload() -> None:
         import_module("tensorboard.summary.writer.record_writer")
 
 
-def publish(runs: Path, tell: Callable[[str], None]) -> None:
-    """Write both. They show what is there already, so whatever is wrong with them must not fail a queue whose runs are done."""
+def publish(runs: Path, print_line: Callable[[str], None]) -> None:
+    """Write both. An error is printed and does not fail the queue: its runs are done."""
     from runner.report.page import write_report
-    from runner.tracking.hparams import write_board
+    from runner.tracking.hparams import write_sessions
 
-    for write in (write_board, write_report):
+    for what, write in (("TensorBoard's data on the runs", write_sessions), ("the results page", write_report)):
         try:
             write(runs)
         except Exception as error:
-            tell(f"{write.__name__}: {type(error).__name__}: {error}; the runs are not touched by that")
+            print_line(f"{what} was not written: {type(error).__name__}: {error}; the runs are not affected")

@@ -1,4 +1,4 @@
-"""Small copies of sample pictures for the results page, made once each. No torch."""
+"""Small copies of sample pictures for the results page, kept from one page to the next."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ SIDE = 160  # pixels
 QUALITY = 74  # WebP: about 4 kB a picture
 
 
-class Thumbs:
-    """The folder `runs/.thumbs`; `used` are the names asked for."""
+class Thumbnails:
+    """The thumbnails of a runs folder, in RUNS/.thumbs. `used`: names of the files that `read` asked for."""
 
     def __init__(self, runs: Path) -> None:
         self.folder = runs / ".thumbs"
         self.used: set[str] = set()
 
-    def of(self, picture: Path) -> bytes | None:
-        """A WebP of at most SIDE x SIDE pixels; None where the file is no picture."""
+    def read(self, picture: Path) -> bytes | None:
+        """A WebP of at most SIDE x SIDE pixels, made if there is none yet; None if the file is no picture."""
         from PIL import Image, UnidentifiedImageError
 
         try:
-            facts = picture.stat()
-            key = f"{picture.relative_to(self.folder.parent)} {facts.st_mtime_ns} {facts.st_size} {SIDE} {QUALITY}"
+            stat = picture.stat()
+            key = f"{picture.relative_to(self.folder.parent)} {stat.st_mtime_ns} {stat.st_size} {SIDE} {QUALITY}"
             path = self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.webp"
             self.used.add(path.name)
             if path.is_file():
@@ -42,18 +42,18 @@ class Thumbs:
         files.write_bytes(path, [buffer.getvalue()], durable=False)
         return buffer.getvalue()
 
-    def forget_others(self) -> None:
-        """Remove what no picture of now has asked for."""
+    def remove_unused(self) -> None:
+        """Remove thumbnails that `read` was not asked for: their pictures have changed or are gone."""
         for path in self.folder.glob("*.webp"):
             if path.name not in self.used:
                 path.unlink(missing_ok=True)
 
 
-def evenly(steps: Collection[int], count: int) -> list[int]:
-    """At most `count` of the steps, spread evenly, the last one always and the first one where two are wanted."""
+def spread_evenly(steps: Collection[int], count: int) -> list[int]:
+    """At most `count` of the steps, evenly spread. The last one is always among them; the first one if `count` is above 1."""
     ordered = sorted(steps)
     if len(ordered) <= count:
         return ordered
     if count == 1:
         return ordered[-1:]
-    return [ordered[round(place * (len(ordered) - 1) / (count - 1))] for place in range(count)]
+    return [ordered[round(index * (len(ordered) - 1) / (count - 1))] for index in range(count)]

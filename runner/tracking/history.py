@@ -1,9 +1,9 @@
-"""A run's numbers by step, `history.jsonl`: what the results page and `compare` draw. No torch.
+"""A run's numbers by step: the file `history.jsonl`, from which the results page and `compare` draw curves.
 
-One JSON object a line: "step", and numbers under TensorBoard's names. Beside the event files it is there because two
-hundred runs of it are read in a second, without TensorBoard, and because it survives what event files do not: a line
-torn by a kill is dropped, what an interrupted attempt wrote past its checkpoint is cut off when the run goes on, and of
-two lines for one step and name the later one holds.
+Each line is a JSON object: "step", and numbers under the names that TensorBoard shows. The file is kept in addition to
+TensorBoard's event files because it is read much faster, without TensorBoard, and because it stays correct when a run is
+interrupted: a line torn by a kill is dropped, lines past the checkpoint that a run resumes from are cut off, and of two
+lines with the same step and name the later one counts.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from typing import Any
 from runner.core import files
 from runner.runs.state import is_number
 
-Series = dict[int, float]  # by step, in their order
+Series = dict[int, float]  # values by step, in the order of the steps
 
 
 class History:
-    """Where the trainer writes. It takes numbers as the trackers do."""
+    """Writes the file. A `Tracker`, as TensorBoard and W&B are (`runner.tracking.trackers`)."""
 
     def __init__(self, path: Path, start: int) -> None:
-        """Continue the file behind step `start`."""
+        """Continue the file after step `start`; later lines, of an interrupted attempt, are removed."""
         self.path = path
         if path.is_file() and not path.is_symlink():
             kept = [line for line in _lines(path) if line["step"] <= start]
@@ -33,8 +33,10 @@ class History:
                 files.write_text(path, "".join(f"{json.dumps(line)}\n" for line in kept))
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        line = json.dumps({"step": step, **{name: _short(value) for name, value in values.items()}})
-        with files.ignore_disk_errors():  # a gap in a curve is no reason to stop; a checkpoint that fails is
+        line = json.dumps({"step": step, **{name: _rounded(value) for name, value in values.items()}})
+        with (
+            files.ignore_disk_errors()
+        ):  # a gap in a curve must not stop a run; a checkpoint that cannot be written does
             handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
             try:
                 os.write(handle, f"{line}\n".encode())
@@ -42,24 +44,25 @@ class History:
                 os.close(handle)
 
     def picture(self, name: str, image: Any, step: int) -> None:
-        """Pictures are files of their own."""
+        """Nothing: pictures are files in the run's samples/."""
 
     def close(self) -> None:
-        """Nothing is held open."""
+        """Nothing: each line opens and closes the file."""
 
 
 def read_history(path: Path) -> dict[str, Series]:
-    """Every series by its name; {} where there is no such file. Values that are no finite numbers are left out."""
-    found: dict[str, Series] = {}
+    """Every series by name; {} if there is no such file. Values that are not finite numbers are left out."""
+    history: dict[str, Series] = {}
     for line in _lines(path):
         step = line.pop("step")
         for name, value in line.items():
             if is_number(value):
-                found.setdefault(name, {})[step] = float(value)
-    return {name: dict(sorted(series.items())) for name, series in found.items()}
+                history.setdefault(name, {})[step] = float(value)
+    return {name: dict(sorted(series.items())) for name, series in history.items()}
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines that are whole; none if there is no such file."""
     if not path.is_file():
         return
     with path.open("rb") as file:
@@ -72,6 +75,6 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
                 yield line
 
 
-def _short(value: float) -> float | None:
-    """Six digits; None for what JSON has no number for."""
+def _rounded(value: float) -> float | None:
+    """Six digits; None for infinities and NaN, which JSON cannot write."""
     return float(f"{value:.6g}") if math.isfinite(value) else None

@@ -1,8 +1,8 @@
-"""What TensorBoard needs beside the numbers: HParams sessions, the layout of custom scalars, the spec as text. No torch.
+"""What TensorBoard shows of a run besides its curves: HParams, the layout of custom scalars, and the spec as text.
 
-All of it stands in one small event file per run, `events.out.tfevents.0.fluxrun`, which is derived from the run folders
-and rewritten whole: so a resume doubles nothing, and a run that failed last night and is done now is shown as done. Its
-name sorts before those of the trainers' own event files, behind whose last one TensorBoard watches for news.
+It is written to one small event file per run, `events.out.tfevents.0.fluxrun`. The file is derived from the run folders and
+always rewritten whole, so a resumed run appears once, and a run that failed and was continued appears as done. Its name
+sorts before those of the event files with curves: TensorBoard watches only the last file of a folder for new events.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from runner.runs.index import Record, distinguishing_keys, record_of, short_labe
 from runner.runs.run import Run, find_runs
 from runner.runs.state import is_number
 
-FILE = "events.out.tfevents.0.fluxrun"
-FEW = 12  # distinct values that are offered as check boxes
+EVENT_FILE = "events.out.tfevents.0.fluxrun"
+MAX_CHECK_BOXES = 12  # for the values of one hyperparameter
 
 METRICS = (
     ("eval/loss", "eval loss"),
@@ -32,25 +32,25 @@ LAYOUT: Mapping[str, Mapping[str, Sequence[str]]] = {
     "Token rows": {
         f"{what}, {encoder}": [f"rows/{what} .* {encoder}"] for encoder in ("clip", "t5") for what in ("norm", "drift")
     },
-    "Going": {
+    "Training": {
         "s/step": ["train/step_seconds"],
-        "learning rate": ["lr/.*", "train/lr"],  # the latter by earlier versions: the largest one
+        "learning rate": ["lr/.*", "train/lr"],  # train/lr: written by earlier versions, the largest rate
         "gradient norm": ["train/grad_norm"],
     },
 }
 
 
-def write_board(runs: Path) -> None:
-    """For every run that TensorBoard has something of."""
+def write_sessions(runs: Path) -> None:
+    """Write the event file of every run that has others, with curves."""
     records = _records(runs)
     keys = distinguishing_keys(records.values())
     for run in find_runs(runs):
-        if any(path.name != FILE for path in run.folder.glob("events.out.tfevents.*")):
+        if any(path.name != EVENT_FILE for path in run.folder.glob("events.out.tfevents.*")):
             _write(run, records, keys)
 
 
 def write_session(run: Run) -> None:
-    """For one run, as it begins; the keys that differ are those of all runs that are there."""
+    """Write the event file of one run, when it starts. Its hyperparameters are the keys in which the runs of the folder differ."""
     records = _records(run.runs)
     _write(run, records, distinguishing_keys(records.values()))
 
@@ -61,12 +61,13 @@ def _records(runs: Path) -> dict[str, Record]:
 
 def _write(run: Run, records: Mapping[str, Record], keys: Sequence[str]) -> None:
     specs = {name: record.spec for name, record in records.items()}
-    content, path = _content(run, specs, keys), run.folder / FILE
+    content, path = _content(run, specs, keys), run.folder / EVENT_FILE
     if not path.is_file() or path.read_bytes() != content:
         files.write_bytes(path, [content], durable=False)
 
 
 def _content(run: Run, specs: Mapping[str, Mapping[str, Any]], keys: Sequence[str]) -> bytes:
+    """The event file. `specs`: of all runs, by name; `keys`: those in which they differ."""
     from tensorboard.compat.proto import event_pb2
     from tensorboard.plugins.custom_scalar import metadata as custom_scalar
     from tensorboard.plugins.hparams import summary_v2 as hp
@@ -75,70 +76,76 @@ def _content(run: Run, specs: Mapping[str, Mapping[str, Any]], keys: Sequence[st
 
     state = run.state()
     label = dict(zip(specs, short_labels(list(specs)), strict=True))[run.name]
-    began = state.get("started")
-    time = float(began) if isinstance(began, int | float) else 0.0
-    session = {key: _simple(value) for key, value in specs[run.name].items()}
+    time = _seconds(state.get("started"))
+    session = {key: _hparam_value(value) for key, value in specs[run.name].items()}
     buffer = io.BytesIO()
     writer = RecordWriter(buffer)  # type: ignore[no-untyped-call]
     writer.write(event_pb2.Event(wall_time=time, file_version="brain.Event:2").SerializeToString())  # type: ignore[no-untyped-call]
     for summary in (
         hp.hparams_config_pb(
-            hparams=[hp.HParam(key, _domain(values)) for key, values in _values(specs, keys)],
+            hparams=[hp.HParam(key, _domain(values)) for key, values in _distinct_values(specs, keys)],
             metrics=[hp.Metric(tag, display_name=title) for tag, title in METRICS],
             time_created_secs=time,
         ),
         hp.hparams_pb(session, trial_id=label, start_time_secs=time),
-        *_end(state),
-        _text(custom_scalar.CONFIG_SUMMARY_TAG, custom_scalar.create_summary_metadata(), _layout().SerializeToString()),  # type: ignore[no-untyped-call]
-        _text("spec", text.create_summary_metadata("spec", ""), _as_code(run.spec_file).encode()),  # type: ignore[no-untyped-call]
+        *_session_end(state),
+        _text_summary(
+            custom_scalar.CONFIG_SUMMARY_TAG, custom_scalar.create_summary_metadata(), _layout().SerializeToString()
+        ),  # type: ignore[no-untyped-call]
+        _text_summary("spec", text.create_summary_metadata("spec", ""), _as_markdown(run.spec_file).encode()),  # type: ignore[no-untyped-call]
     ):
         event = event_pb2.Event(wall_time=time, step=0, summary=summary)
         writer.write(event.SerializeToString())  # type: ignore[no-untyped-call]
     return buffer.getvalue()
 
 
-def _text(tag: str, about: Any, value: bytes) -> Any:
-    """The plugins' own `summary` modules would want TensorFlow."""
+def _text_summary(tag: str, metadata: Any, value: bytes) -> Any:
+    """A summary of one string. (The plugins' own `summary` modules need TensorFlow.)"""
     from tensorboard.compat.proto import summary_pb2, tensor_pb2, types_pb2
 
     tensor = tensor_pb2.TensorProto(dtype=types_pb2.DT_STRING, string_val=[value])
-    return summary_pb2.Summary(value=[summary_pb2.Summary.Value(tag=tag, metadata=about, tensor=tensor)])
+    return summary_pb2.Summary(value=[summary_pb2.Summary.Value(tag=tag, metadata=metadata, tensor=tensor)])
 
 
-def _end(state: Mapping[str, Any]) -> Iterator[Any]:
-    """A run that has not ended has no end; one that is stopped goes on."""
+def _session_end(state: Mapping[str, Any]) -> Iterator[Any]:
+    """How the run ended, if it is done or failed. A stopped run has not ended: it can be continued."""
     from tensorboard.compat.proto import summary_pb2
     from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
 
-    ends = {"done": api_pb2.STATUS_SUCCESS, "failed": api_pb2.STATUS_FAILURE}
-    if state["state"] in ends:
-        at = state.get("finished", state.get("updated"))
+    statuses = {"done": api_pb2.STATUS_SUCCESS, "failed": api_pb2.STATUS_FAILURE}
+    if state["state"] in statuses:
         info = plugin_data_pb2.SessionEndInfo(
-            status=ends[state["state"]], end_time_secs=float(at) if isinstance(at, int | float) else 0.0
+            status=statuses[state["state"]], end_time_secs=_seconds(state.get("finished", state.get("updated")))
         )
-        about = metadata.create_summary_metadata(plugin_data_pb2.HParamsPluginData(session_end_info=info))  # type: ignore[no-untyped-call]
+        summary_metadata = metadata.create_summary_metadata(plugin_data_pb2.HParamsPluginData(session_end_info=info))  # type: ignore[no-untyped-call]
         value = summary_pb2.Summary.Value(
-            tag=metadata.SESSION_END_INFO_TAG, metadata=about, tensor=metadata.NULL_TENSOR
+            tag=metadata.SESSION_END_INFO_TAG, metadata=summary_metadata, tensor=metadata.NULL_TENSOR
         )
         yield summary_pb2.Summary(value=[value])
 
 
-def _values(specs: Mapping[str, Mapping[str, Any]], keys: Sequence[str]) -> Iterator[tuple[str, list[Any]]]:
+def _seconds(moment: Any) -> float:
+    """A time of state.json; 0 for what is no number."""
+    return float(moment) if isinstance(moment, int | float) else 0.0
+
+
+def _distinct_values(specs: Mapping[str, Mapping[str, Any]], keys: Sequence[str]) -> Iterator[tuple[str, list[Any]]]:
+    """(key, its different values in order) of each key."""
     for key in keys:
-        found = [_simple(spec[key]) for spec in specs.values() if key in spec]
-        yield key, sorted(set(found), key=lambda value: (str(type(value)), value))
+        values = {_hparam_value(spec[key]) for spec in specs.values() if key in spec}
+        yield key, sorted(values, key=lambda value: (str(type(value)), value))
 
 
 def _domain(values: Sequence[Any]) -> Any:
-    """Check boxes for a few values of one type; None lets TensorBoard ask for an interval or a pattern."""
+    """Check boxes for a few values of one type. None: TensorBoard offers an interval or a pattern instead."""
     from tensorboard.plugins.hparams import summary_v2 as hp
 
-    same = len({type(value) for value in values}) == 1
-    return hp.Discrete(values) if same and len(values) <= FEW else None
+    one_type = len({type(value) for value in values}) == 1
+    return hp.Discrete(values) if one_type and len(values) <= MAX_CHECK_BOXES else None
 
 
-def _simple(value: Any) -> bool | float | str:
-    """HParams knows these three."""
+def _hparam_value(value: Any) -> bool | float | str:
+    """A value of a type that HParams has."""
     if isinstance(value, bool | str):
         return value
     return float(value) if is_number(value) else str(value)
@@ -161,6 +168,6 @@ def _layout() -> Any:
     )
 
 
-def _as_code(path: Path) -> str:
-    """Markdown that shows a file as it is."""
+def _as_markdown(path: Path) -> str:
+    """Markdown that shows a file verbatim."""
     return "".join(f"    {line}\n" for line in path.read_text(encoding="utf-8", errors="replace").splitlines())

@@ -68,7 +68,7 @@ def test_nothing_is_removed_under_a_queue(mine: House) -> None:
     run.lease_file.write_text(json.dumps(lease))
     said = mine.fluxrun("cache", "prune", "--days", "0")
     assert said.code == 3
-    assert f"process {os.getpid()} is working on runs, and may be about to read its cache" in said.err
+    assert f"process {os.getpid()} is working on runs and may be about to read its cache" in said.err
     assert list((mine.folder / "runs" / "cache").rglob("*.safetensors"))
 
 

@@ -31,7 +31,7 @@ def test_unknown_runs_and_columns_are_named(done: House) -> None:
     assert "no such run in runs: b-not-there" in said.err
     said = done.fluxrun("results", "--sort", "speed")
     assert said.code == 2
-    assert "'speed'; there are name, state," in said.err
+    assert "'speed' is neither a column nor a key of these specs; columns are name, state," in said.err
 
 
 def test_queue_prints_its_records_as_json(done: House) -> None:

@@ -17,7 +17,6 @@ import click
 import pytest
 from rich.console import Console
 
-from runner import cli
 from runner.cli import main
 from runner.core import files
 from runner.core.process_identity import Process, _boot, _started
@@ -30,7 +29,9 @@ READERS = (
     ["status"], ["status", "--watch"], ["status", "--json"], ["results"], ["results", "--csv"], ["compare", "a", "b"],
     ["report"], ["board"], ["cache"], ["cache", "prune"], ["stop"], ["stop", "a"], ["sample", "a"], ["export", "a"],
 )  # fmt: skip
-SAID = "Error: Invalid value for --runs: there is no folder 'nothere'; name the one that `fluxrun queue` has put its runs into"
+SAID = (
+    "Error: Invalid value for --runs: there is no folder 'nothere'; name the runs folder that `fluxrun queue` wrote to"
+)
 
 
 # ---- a folder that is not there ------------------------------------------------------------------------------------
@@ -40,8 +41,8 @@ SAID = "Error: Invalid value for --runs: there is no folder 'nothere'; name the 
 def test_a_runs_folder_that_is_not_there_is_refused(
     house: House, words: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli.sys, "executable", "/bin/true")  # what does not refuse would serve, or watch, for ever
-    monkeypatch.setattr(cli.time, "sleep", lambda _: pytest.fail("it watches"))
+    monkeypatch.setattr(sys, "executable", "/bin/true")  # what does not refuse would serve, or watch, for ever
+    monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("it watches"))
     said = house.fluxrun(*words, "--runs", "nothere")
     assert (said.code, said.out, said.err.splitlines()[-1]) == (2, "", SAID)
     assert not (house.folder / "nothere").exists()
@@ -130,7 +131,7 @@ def test_the_picture_of_a_night_that_goes_on(house: House, queue: Process) -> No
     jobs = prepare_jobs([spec], house.folder / "runs", fetch=False, fresh=False)
     console = Console(width=120)
     with console.capture() as shown:
-        plan_view.draw(console, jobs, estimate_times(jobs, house.folder / "runs"), {}, time.time())
+        plan_view.print_plan(console, jobs, estimate_times(jobs, house.folder / "runs"), {}, time.time())
     assert f"running: process {queue.pid}" in shown.get()
     assert "3 of 6" in shown.get()
 
@@ -179,7 +180,7 @@ def test_ctrl_c_ends_the_board_and_its_server(house: House, monkeypatch: pytest.
     (house.folder / "runs").mkdir()
     server = house.write("server", "#!/bin/sh\necho $$ > pid\nexec sleep 60\n")
     server.chmod(0o755)
-    monkeypatch.setattr(cli.sys, "executable", str(server))
+    monkeypatch.setattr(sys, "executable", str(server))
 
     def press() -> None:
         while not (house.folder / "pid").is_file() or not (house.folder / "pid").read_text():

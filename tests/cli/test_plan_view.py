@@ -52,7 +52,7 @@ def checkpoint_at(job: Job, step: int) -> None:
 
 def picture(house: House, jobs: list[Job], width: int = 130) -> list[str]:
     console = Console(record=True, width=width, file=open(os.devnull, "w"))  # noqa: SIM115
-    plan_view.draw(console, jobs, timing.estimate_times(jobs, house.folder / "runs"), {}, NOW)
+    plan_view.print_plan(console, jobs, timing.estimate_times(jobs, house.folder / "runs"), {}, NOW)
     text = console.export_text().replace(f"{house.folder}/", "")
     return [line.rstrip() for line in text.splitlines() if line.strip()]
 
@@ -83,7 +83,7 @@ def test_a_night_of_every_state(house: House) -> None:
         "changed: lora.rank: 4 -> 8",
     ):
         assert words in text
-    assert said[-1].endswith("; ends 22:31, in 31:20, if begun now")
+    assert said[-1].endswith("; ends 22:31, in 31:20, if started now")
     assert said[-1].startswith("4 runs, 3 to do: 17 steps, about ")
 
 
@@ -107,7 +107,7 @@ def test_another_batch_is_reckoned_with(house: House) -> None:
     assert (own.s_per_step, own.seconds, own.peak, own.about) == (20.0, 120.0, None, True)
     said = picture(house, jobs_of(house, house.folder / "b.toml"))
     assert "~20" in said[2]
-    assert said[-1] == "~ by an earlier run with another batch"
+    assert said[-1] == "~ from an earlier run with another batch size"
 
 
 def test_the_newest_run_tells_the_pace(house: House) -> None:

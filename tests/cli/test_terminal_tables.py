@@ -171,7 +171,7 @@ def test_the_picture_of_the_night_fits_the_terminal(tmp_path: Path, width: int) 
     jobs = prepare_jobs([spec], tmp_path / "runs", fetch=False, fresh=False)
     console = Console(width=width)
     with console.capture() as shown:
-        plan_view.draw(console, jobs, [TimeEstimate(6, 3500.0, 21000.0, 3 << 30, False)] * 8, {}, time.time())
+        plan_view.print_plan(console, jobs, [TimeEstimate(6, 3500.0, 21000.0, 3 << 30, False)] * 8, {}, time.time())
     lines = shown.get().splitlines()
     head, rule, *rows = lines[: next(at for at, line in enumerate(lines) if line.startswith("sweep of "))]
     assert max(map(cell_len, (head, rule, *rows))) <= width

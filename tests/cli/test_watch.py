@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -62,7 +63,7 @@ def test_waiting_runs_are_shared_among_the_running_ones() -> None:
     ("values", "wanted"), [([], ""), ([1.0], "▁"), ([1.0, 8.0], "▁█"), ([3.0, 3.0], "▁▁"), (list(range(8)), "▁▂▃▄▅▆▇█")]
 )
 def test_spark_lines(values: list[float], wanted: str) -> None:
-    assert watch.spark(values) == wanted
+    assert watch.sparkline(values) == wanted
 
 
 def test_slots_that_are_taken_are_named(tmp_path: Path) -> None:
@@ -73,12 +74,10 @@ def test_slots_that_are_taken_are_named(tmp_path: Path) -> None:
 
 
 def test_watch_draws_until_it_is_interrupted(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    from runner import cli
-
     def interrupt(_: float) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli.time, "sleep", interrupt)
+    monkeypatch.setattr(time, "sleep", interrupt)
     (house.folder / "runs").mkdir()
     said = house.fluxrun("status", "--watch")
     assert (said.code, said.err) == (0, "")

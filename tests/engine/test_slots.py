@@ -179,10 +179,10 @@ def test_an_event_is_whole_or_not_there() -> None:
 def test_stop_where_nothing_works(house: House) -> None:
     (house.folder / "runs").mkdir()
     said = house.fluxrun("stop")
-    assert (said.code, said.err) == (1, "fluxrun: runs: no queue is at work there\n")
+    assert (said.code, said.err) == (1, "fluxrun: runs: no queue is working on it\n")
     said = house.fluxrun("stop", "a")
     assert (said.code, said.err) == (
-        1, "fluxrun: runs/a: nothing is working on it; `fluxrun status` tells what each run is doing\n",
+        1, "fluxrun: runs/a: nothing is working on it; `fluxrun status` shows what each run is doing\n",
     )  # fmt: skip
 
 
@@ -202,7 +202,7 @@ def test_a_run_that_waits_is_not_begun(house: House) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recorder.RunRecorder, "begin", beginning)
         assert house.fluxrun("queue", *specs).code == 3
-    assert told == ["b: will not be begun\n"]
+    assert told == ["b: will not be started\n"]
     states = {row["name"]: row["state"] for row in json.loads(house.fluxrun("status", "--json").out)}
     assert states == {"a": "done", "b": "stopped", "c": "done"}
     assert house.fluxrun("queue", *specs).code == 0

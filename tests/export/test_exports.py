@@ -86,7 +86,7 @@ def test_sample_and_the_runs_own_pictures_agree(done: House) -> None:
 def test_sample_tells_what_is_missing(done: House) -> None:
     said = done.fluxrun("sample", "nothing")
     assert said.code == 1
-    assert said.err == "fluxrun: runs/nothing/export: no exports; `fluxrun status` tells how far the run is\n"
+    assert said.err == "fluxrun: runs/nothing/export: no exports; `fluxrun status` shows how far the run is\n"
 
 
 def shape_of(weights: Weights) -> LoraShape:
@@ -288,7 +288,7 @@ def test_export_tells_what_is_missing(mine: House) -> None:
     assert said.code == 1
     assert said.err == ("fluxrun: --step 5: no checkpoint of this step in runs/a/checkpoints; there are: 2, 3, 4, 6\n")
     said = mine.fluxrun("export", "b")
-    assert said.err == "fluxrun: runs/b: no such run; `fluxrun status` names those there are\n"
+    assert said.err == "fluxrun: runs/b: no such run; `fluxrun status` lists the runs there are\n"
     shutil.rmtree(mine.folder / "runs" / "a" / "checkpoints")
     said = mine.fluxrun("export", "a")
     assert "runs/a/checkpoints: no checkpoint to export" in said.err

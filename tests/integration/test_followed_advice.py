@@ -517,7 +517,7 @@ class Terminal(io.StringIO):
 
 
 def test_check_shows_the_line_with_a_caret_on_a_terminal(house: House, monkeypatch: Patch) -> None:
-    from runner import cli
+    from runner.cli.diagnostics import echo_findings
     from runner.jobs.prepare import inspect_specs
     from runner.preflight.check import check
 
@@ -526,7 +526,7 @@ def test_check_shows_the_line_with_a_caret_on_a_terminal(house: House, monkeypat
     found = [one for one in check(seen, faults, house.folder / "runs", "cpu") if one.level != "note"]
     for shown in (True, False):
         monkeypatch.setattr("sys.stdout", screen := Terminal() if shown else io.StringIO())
-        cli._echo_findings(found, err=False)
+        echo_findings(found, err=False)
         lines = screen.getvalue().splitlines()
         at = next(number for number, line in enumerate(lines) if "lora.rnk: unknown key" in line)
         assert (lines[at + 1 : at + 3] == ["   14 | rnk = 4", "      | ^^^"]) == shown
@@ -551,11 +551,11 @@ def test_a_warning_about_a_default_shows_no_line(house: House) -> None:
 def test_when_the_cache_was_last_used(days: tuple[int, int, str]) -> None:
     from rich.console import Console
 
-    from runner.cli.cache import Kind, as_table
+    from runner.cli.cache_entries import CacheKind, kinds_table
 
     newest, oldest, said = days
     console = Console(width=100, record=True, file=io.StringIO())
-    console.print(as_table([Kind("latents", 3, 2**20, oldest, newest)]))
+    console.print(kinds_table([CacheKind("latents", 3, 2**20, oldest, newest)]))
     text = console.export_text()
     assert "last used" in text
     assert f" {said} " in text

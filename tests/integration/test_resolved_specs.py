@@ -227,11 +227,11 @@ def test_the_runs_folder_is_named_where_a_command_would_take_another(
         (house.folder / folder).mkdir()
     said = house.fluxrun("export", "nothing", "--runs", "other night")
     assert said.err == (
-        "fluxrun: other night/nothing: no such run; `fluxrun status --runs 'other night'` names those there are\n"
+        "fluxrun: other night/nothing: no such run; `fluxrun status --runs 'other night'` lists the runs there are\n"
     )
     assert house.fluxrun("sample", "nothing").err == (
-        "fluxrun: runs/nothing/export: no exports; `fluxrun status` tells how far the run is\n"
+        "fluxrun: runs/nothing/export: no exports; `fluxrun status` shows how far the run is\n"
     )
     monkeypatch.setenv("FLUXRUN_RUNS", "elsewhere")
     said = house.fluxrun("stop", "nothing", "--runs", "runs")
-    assert "`fluxrun status --runs runs` tells what each run is doing" in said.err
+    assert "`fluxrun status --runs runs` shows what each run is doing" in said.err

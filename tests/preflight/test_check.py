@@ -488,7 +488,7 @@ def test_a_queue_checks_first(house: House, monkeypatch: Patch) -> None:
     said = house.fluxrun("queue", path)
     assert said.code == 2
     assert said.err.startswith("error: ")
-    assert said.err.splitlines()[-1] == "1 error; nothing was started (--no-check starts in spite of them)"
+    assert said.err.splitlines()[-1] == "1 error; nothing was started (--no-check starts anyway)"
     assert not (house.folder / "runs").exists()
 
 

@@ -227,7 +227,7 @@ def test_a_runs_folder_that_cannot_be_made(house: House) -> None:
         said = house.fluxrun(command, spec, "--runs", runs)
         assert said.code == 2
         assert (
-            f"Invalid value for '--runs': {runs} cannot be there: {runs.parent} is a file; name another folder"
+            f"Invalid value for '--runs': {runs} cannot be made: {runs.parent} is a file; name another folder"
             in said.err
         )
 

@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from runner.report.page import MOST_THUMBS, render, write_report
+from runner.report.page import render, write_report
+from runner.report.sample_grid import MAX_THUMBNAILS
 from runner.runs.index import short_labels
 from tests.support.browser import browser, complaints, needs_browser, resize
 from tests.support.house import House
@@ -114,15 +115,15 @@ def test_thumbnails_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     runs = tmp_path / "runs"
     write_run(runs, "a", steps=60, look_every=2)
     write_run(runs, "b", steps=60, look_every=2)
-    monkeypatch.setattr("runner.report.page.MOST_THUMBS", 12)
+    monkeypatch.setattr("runner.report.sample_grid.MAX_THUMBNAILS", 12)
     cells = [cell for shot in page_data(runs)["shots"] for cell in shot["cells"]]
     assert len(cells) == 12
     assert {cell[1] for cell in cells} == {2, 30, 60}
-    monkeypatch.setattr("runner.report.page.MOST_BYTES", 1)
+    monkeypatch.setattr("runner.report.sample_grid.MAX_BYTES", 1)
     cells = [cell for shot in page_data(runs)["shots"] for cell in shot["cells"]]
     assert sum(cell[2] is not None for cell in cells) == 1  # the others are links
     assert all((runs / urllib.request.url2pathname(cell[3])).is_file() for cell in cells)
-    assert MOST_THUMBS == 1500
+    assert MAX_THUMBNAILS == 1500
 
 
 def page_data(runs: Path) -> Any:
@@ -138,7 +139,7 @@ def test_a_page_that_cannot_be_written_fails_no_queue(done: House, monkeypatch: 
     told: list[str] = []
     monkeypatch.setattr("runner.report.page.write_report", broken)
     publish(done.folder / "runs", told.append)
-    assert told == ["broken: ValueError: no; the runs are not touched by that"]
+    assert told == ["the results page was not written: ValueError: no; the runs are not affected"]
 
 
 # ---- what it does --------------------------------------------------------------------------------------------------

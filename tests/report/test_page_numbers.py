@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from runner.report import page
-from runner.report.page import POINTS
+from runner.report.curves import MAX_POINTS, thinned
+from runner.report.page_run import read_page_runs
 from runner.runs.index import Record, comparable_key, distinguishing_keys, short_labels
 from tests.support.run_folders import write_run
 
@@ -26,7 +27,7 @@ def test_the_best_run_is_that_with_the_lowest_eval_loss(runs: Path) -> None:
     state.write_text(
         json.dumps({key: value for key, value in json.loads(state.read_text()).items() if key != "eval_loss"})
     )
-    found = page._summary(page._folders(runs))
+    found = page._summary(read_page_runs(runs))
     assert found == {
         "count": 3, "states": [("done", 2), ("failed", 1)], "wall": "3:00:00",
         "best": {"label": "b", "at": 1, "loss": "0.2500"}, "failed": ["c"],
@@ -34,7 +35,7 @@ def test_the_best_run_is_that_with_the_lowest_eval_loss(runs: Path) -> None:
 
 
 def test_a_row_of_the_table_has_each_number_and_what_to_sort_it_by(runs: Path) -> None:
-    [done, _, failed] = [page._row(one) for one in page._folders(runs)]
+    [done, _, failed] = [page._row(one) for one in read_page_runs(runs)]
     assert (done["eval"], done["train"]) == (("0.5000", 0.5), ("0.5100", 0.51))
     assert (done["steps"], done["pace"], done["memory"]) == (("100", 100), ("1.58", 1.58), ("20.00", 20 << 30))
     assert done["wall"] == ("1:00:00", 3600.0)
@@ -45,12 +46,12 @@ def test_a_row_of_the_table_has_each_number_and_what_to_sort_it_by(runs: Path) -
 
 def test_a_long_curve_is_thinned_to_means() -> None:
     """Over equal spans, each at its last step; a short one stays as it is."""
-    short = {step: float(step) for step in range(1, POINTS + 1)}
-    assert page._thinned(short) == [list(short), list(short.values())]
-    steps, values = page._thinned({step: float(step) for step in range(1, 4 * POINTS + 1)})
-    assert len(steps) == POINTS
+    short = {step: float(step) for step in range(1, MAX_POINTS + 1)}
+    assert thinned(short) == [list(short), list(short.values())]
+    steps, values = thinned({step: float(step) for step in range(1, 4 * MAX_POINTS + 1)})
+    assert len(steps) == MAX_POINTS
     assert (steps[0], values[0]) == (4, 2.5)
-    assert (steps[-1], values[-1]) == (4 * POINTS, pytest.approx(4 * POINTS - 1.5, rel=1e-4))
+    assert (steps[-1], values[-1]) == (4 * MAX_POINTS, pytest.approx(4 * MAX_POINTS - 1.5, rel=1e-4))
 
 
 def test_losses_are_compared_where_they_are_of_the_same_pictures() -> None:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import runner
-from runner.tracking.hparams import write_board
+from runner.tracking.hparams import write_sessions
 from tests.support.house import House
 from tests.support.paths import PROJECT
 from tests.support.run_folders import write_run
@@ -28,7 +28,7 @@ def test_a_foreign_or_damaged_folder_is_read_as_far_as_it_can(night: House) -> N
     (runs / "c" / "spec.toml").write_text("not [ toml")
     (runs / "a" / "spec.toml").write_text(f"seed = 1{'0' * 400}\nat = 2020-01-01\n")
     with_events(runs / "a")
-    write_board(runs)
+    write_sessions(runs)
     (runs / "b" / "state.json").write_text('{"state": 7}')
     records = {record.name: record for record in runner.results(runs)}
     assert (records["foreign"].eval_loss, records["foreign"].exports, records["foreign"].versions) == (None, [], {})

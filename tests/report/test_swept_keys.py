@@ -14,7 +14,7 @@ from runner.jobs.prepare import prepare_jobs
 from runner.report.page import render
 from runner.runs.index import distinguishing_keys
 from runner.spec.rules import FOLLOWED_DEFAULTS, fill_defaults
-from runner.tracking.hparams import write_board
+from runner.tracking.hparams import write_sessions
 from tests.support.house import House
 from tests.support.paths import OLD_RUNS
 from tests.support.run_folders import write_run
@@ -55,7 +55,7 @@ def test_a_swept_rate_is_the_column(house: House) -> None:
     assert page_columns(runs) == ["train.lr"]
     for folder in (runs / "a").iterdir():
         with_events(folder)
-    write_board(runs)
+    write_sessions(runs)
     [named] = {
         tuple(info.name for info in hparams(folder)["experiment"].hparam_infos) for folder in (runs / "a").iterdir()
     }

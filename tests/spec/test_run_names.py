@@ -360,5 +360,5 @@ def test_a_runs_folder_that_cannot_be_read_is_one_line(house: House, monkeypatch
     monkeypatch.setattr(run_names, "names_in", refused)
     said = house.fluxrun("plan", named(house, "a").name)
     assert (said.code, said.err) == (
-        3, "fluxrun: runs: Permission denied; the same command goes on once that is mended\n",
+        3, "fluxrun: runs: Permission denied; fix that, then type the same command again\n",
     )  # fmt: skip

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from runner.tracking.history import read_history
-from runner.tracking.hparams import FILE, write_board
+from runner.tracking.hparams import EVENT_FILE, write_sessions
 from tests.support.house import House
 from tests.support.run_folders import write_run
 from tests.support.tensorboard import hparams, loaded, with_events
@@ -18,7 +18,7 @@ def test_hparams_of_a_night(night: House) -> None:
     runs = night.folder / "runs"
     with_events(runs / "a")
     with_events(write_run(runs, "d", state="failed", rank=32, error="the loss left the numbers"))
-    write_board(runs)
+    write_sessions(runs)
     found = hparams(runs / "a")
     assert [info.name for info in found["experiment"].hparam_infos] == ["lora.rank"]  # alpha only repeats it
     assert list(found["experiment"].hparam_infos[0].domain_discrete) == [4, 8, 16, 32]
@@ -29,7 +29,7 @@ def test_hparams_of_a_night(night: House) -> None:
     assert found["start"].hparams["lora.rank"].number_value == 4
     assert found["start"].hparams["validate.prompts"].string_value.startswith("['a TOK on snow'")
     assert (found["end"].status, hparams(runs / "d")["end"].status) == (1, 2)  # success, failure
-    assert not (runs / "b" / FILE).exists()  # TensorBoard knows nothing else of it
+    assert not (runs / "b" / EVENT_FILE).exists()  # TensorBoard knows nothing else of it
 
 
 def test_a_run_that_failed_and_is_done_now_is_shown_as_done_once(night: House) -> None:
@@ -37,7 +37,7 @@ def test_a_run_that_failed_and_is_done_now_is_shown_as_done_once(night: House) -
     state = json.loads((folder / "state.json").read_text())
     for now, status in (("stopped", None), ("failed", 2), ("done", 1)):
         (folder / "state.json").write_text(json.dumps({**state, "state": now}))
-        write_board(night.folder / "runs")
+        write_sessions(night.folder / "runs")
         end = hparams(folder)["end"]
         assert (end and end.status) == status
     assert len(list(folder.glob("events.out.*"))) == 2
@@ -47,11 +47,11 @@ def test_layout_and_spec_are_there_for_their_plugins(night: House) -> None:
     from tensorboard.plugins.custom_scalar import layout_pb2, metadata
 
     folder = with_events(night.folder / "runs" / "a")
-    write_board(night.folder / "runs")
+    write_sessions(night.folder / "runs")
     events = loaded(folder)
     [layout] = [event.tensor_proto.string_val[0] for event in events.Tensors(metadata.CONFIG_SUMMARY_TAG)]
     titles = [category.title for category in layout_pb2.Layout.FromString(layout).category]
-    assert titles == ["Losses", "Held-out loss by timestep", "Token rows", "Going"]
+    assert titles == ["Losses", "Held-out loss by timestep", "Token rows", "Training"]
     assert "spec" in events.PluginTagToContent("text")
     [text] = [event.tensor_proto.string_val[0].decode() for event in events.Tensors("spec")]
     assert "    [lora]\n    rank = 4\n" in text
@@ -79,14 +79,14 @@ def test_a_real_run_and_its_resume_are_one_session(house: House, monkeypatch: py
 
 
 def test_a_resume_within_the_same_second_leaves_the_session_its_name(house: House) -> None:
-    from runner.tracking.hparams import FILE
-    from runner.tracking.trackers import _make_way
+    from runner.tracking.hparams import EVENT_FILE
+    from runner.tracking.trackers import _put_earlier_files_first
 
     later = f"events.out.tfevents.{int(time.time()) + 60}.host.1.0"
-    for name in (FILE, later):
+    for name in (EVENT_FILE, later):
         (house.folder / name).write_bytes(b"")
-    _make_way(house.folder)
+    _put_earlier_files_first(house.folder)
     assert sorted(path.name for path in house.folder.glob("events*")) == [
-        FILE,
+        EVENT_FILE,
         "events.out.tfevents.0000000000.host.1.0",
     ]

@@ -1,5 +1,5 @@
 "use strict";
-// What words come from specs, captions and logs goes into text nodes only, never into HTML.
+// Words from specs, captions and logs are written into text nodes only, never into HTML.
 (() => {
   const { runs, shots, compares } = JSON.parse(document.getElementById("data").textContent);
   const at = id => document.getElementById(id);
@@ -15,7 +15,7 @@
       try {
         await navigator.clipboard.writeText(code.textContent);
         button.textContent = "Copied";
-      } catch {  // some browsers refuse where a page comes from disk: leave it selected
+      } catch {  // some browsers forbid this for pages opened from disk: select the text instead
         getSelection().selectAllChildren(code);
         button.textContent = "Selected";
       }
@@ -24,7 +24,7 @@
   }
   for (const box of document.querySelectorAll("details")) {
     box.addEventListener("toggle", () => {
-      for (const log of box.querySelectorAll(".log")) log.scrollTop = log.scrollHeight;  // its end says why
+      for (const log of box.querySelectorAll(".log")) log.scrollTop = log.scrollHeight;  // show the end, which says why the run failed
     });
   }
   if (!runs.length) return;
@@ -35,12 +35,12 @@
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const LIGHT = ["#2f6fde", "#e0731d", "#1b9e62", "#c9308f", "#8357e8", "#a97f00", "#0a97a8", "#d23b3b"];
   const DARK = ["#6ea8ff", "#ffa057", "#4cd694", "#ff7ac6", "#b69cff", "#e6c34a", "#45d0e0", "#ff7d7d"];
-  const colour = place => {  // beyond these, golden-angle hues: neighbours differ however many there are
+  const colour = place => {  // past the palette, hues a golden angle apart: neighbours always differ
     if (place < LIGHT.length) return (dark.matches ? DARK : LIGHT)[place];
     const hue = (place * 137.508 + 222) % 360;
     return `hsl(${hue.toFixed(1)} ${dark.matches ? 75 : 68}% ${dark.matches ? 66 : 42}%)`;
   };
-  const places = new Map();  // run -> colour number, kept while it is compared
+  const places = new Map();  // run -> colour number, the same as long as the run is compared
   const chosen = new Set();
   const byLoss = indices => [...indices].sort((a, b) => (runs[a].loss ?? Infinity) - (runs[b].loss ?? Infinity));
 
@@ -105,7 +105,7 @@
     };
     const order = (a, b) => {
       const [x, y] = [value(a), value(b)];
-      if (x === "" || y === "") return (x === "") - (y === "");  // what is not known comes last, both ways
+      if (x === "" || y === "") return (x === "") - (y === "");  // unknown values come last in both directions
       const result = typeof x === "number" && typeof y === "number" ? x - y : compare(String(x), String(y));
       return descending ? -result : result;
     };
@@ -191,7 +191,7 @@
 
   // ---- curves -----------------------------------------------------------------------------------------------------
 
-  const smoothed = (values, factor) => {  // exponential, without the start's bias, as TensorBoard does it
+  const smoothed = (values, factor) => {  // exponential moving average with bias correction, as in TensorBoard
     let sum = 0, weight = 0;
     return values.map(value => {
       sum = factor * sum + (1 - factor) * value;
@@ -208,7 +208,7 @@
     },
     sigmas: index => [["", runs[index].sigmas]],
     drift: index => Object.entries(runs[index].rows.drift),
-    // encoders differ fifty-fold in the size of their rows, so that only what became of it can share an axis
+    // the encoders' rows differ fifty-fold in length, so only lengths relative to the first one share an axis
     norm: index => Object.entries(runs[index].rows.norm).map(
       ([name, [steps, values]]) => [name, [steps, values.map(value => value / (values[0] || 1))]]),
   };
@@ -279,7 +279,7 @@
     }, 100);
   });
 
-  // ---- all of it --------------------------------------------------------------------------------------------------
+  // ---- drawing the page -------------------------------------------------------------------------------------------
 
   const inOrder = () => byLoss(chosen);
   const swatch = index => {
