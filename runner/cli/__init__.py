@@ -191,7 +191,7 @@ def queue(
             if todo and not no_check and not _all_well(todo, runs, gpus, slots):
                 ctx.exit(2)
             for job in todo:
-                if job.verdict.state == "changed":
+                if job.status.state == "changed":
                     screen.line(f"{job.plan.name}: the old run now is {job.run.archive()}")
             try:
                 make_folder(runs)
@@ -209,9 +209,9 @@ def queue(
 
 def _all_well(jobs: list[Job], runs: Path, gpus: str | None, slots: int) -> bool:
     """`fluxrun check` of what is to run: its warnings and errors on stderr, and whether there is no error."""
-    from runner.preflight.check import check, seen_of
+    from runner.preflight.check import check
 
-    found = [one for one in check(seen_of(jobs), (), runs, gpus, slots) if one.level != "note"]
+    found = [one for one in check(jobs, (), runs, gpus, slots) if one.level != "note"]
     errors = sum(one.level == "error" for one in found)
     _echo_findings(found, err=True)
     if errors:
@@ -268,8 +268,8 @@ def train(ctx: click.Context, parent: int | None, gpus: str | None) -> None:
 def _without_done(jobs: list[Job], screen: Any) -> list[Job]:
     todo = []
     for job in jobs:
-        if job.verdict.state == "done":
-            screen.line(f"{job.plan.name}: skipped, done ({job.verdict.reason})")
+        if job.is_done:
+            screen.line(f"{job.plan.name}: skipped, done ({job.status.reason})")
         else:
             todo.append(job)
     return todo
@@ -287,7 +287,7 @@ def plan(
     """Validate and print the plan; touches nothing, needs no GPU and no torch."""
     from runner.core import hardware
     from runner.jobs import cache_hits, card_fit, timing
-    from runner.jobs.prepare import inspect_specs, jobs_of, prepare_jobs
+    from runner.jobs.prepare import inspect_specs, planned_jobs, prepare_jobs
     from runner.plan import description
 
     on_gpu = gpus != "cpu"
@@ -298,7 +298,7 @@ def plan(
         from runner.report.tables import console
 
         seen, faults = inspect_specs(list(specs), runs, fetch=False, fresh=fresh)
-        if shown := jobs_of(seen):
+        if shown := planned_jobs(seen):
             cached = cache_hits.lines(shown, runs, on_gpu=here)
             times = timing.estimate_times(shown, runs, on_gpu=here)
             plan_view.draw(console(), shown, times, cached, time.time(), on_gpu=on_gpu)
@@ -319,8 +319,8 @@ def plan(
             {
                 **card_fit.with_memory(description.as_json(job.plan), job, estimates),
                 "spec": str(job.file),
-                "state": job.verdict.state,
-                "reason": job.verdict.reason,
+                "state": job.status.state,
+                "reason": job.status.reason,
                 "cache": cache_hits.as_json(hits),
                 "time": vars(took),
             }
@@ -337,7 +337,7 @@ def plan(
 
     cached = cache_hits.lines(jobs, runs, on_gpu=here)
     for job in jobs:
-        click.echo(f"{job.plan.name}  ({job.file})  {job.verdict.state}: {job.verdict.reason}")
+        click.echo(f"{job.plan.name}  ({job.file})  {job.status.state}: {job.status.reason}")
         if job.source.swept:
             click.echo(f"  {'sweep':<15}{sweep_line(job.source.swept)}")
         click.echo(f"  {'images':<15}{sizes_line(job.plan.sizes)}")
@@ -640,7 +640,7 @@ def check(
     """Everything that can be known before the night: the plan, every picture and caption, the base's files, disk,
     memory, GPUs, logins, versions. `queue` does it first by itself. Exit code 2 where something is wrong.
     """
-    from runner.jobs.prepare import inspect_specs, jobs_of, notify_faults
+    from runner.jobs.prepare import inspect_specs, notify_faults, planned_jobs
     from runner.preflight.check import check as look
     from runner.preflight.check import check_folders
     from runner.preflight.finding import in_order
@@ -648,7 +648,7 @@ def check(
     if step:  # which trains
         ctx.with_resource(output.ignore_lost_output())
     seen, faults = inspect_specs(list(specs), runs, fetch=True, fresh=fresh)
-    found = look(seen, [*faults, *notify_faults(jobs_of(seen), allow_commands)], runs, gpus, slots)
+    found = look(seen, [*faults, *notify_faults(planned_jobs(seen), allow_commands)], runs, gpus, slots)
     found = in_order([*found, *check_folders(seen)])
     if step and not any(one.level == "error" for one in found):
         from runner.preflight.trial import try_steps

@@ -21,7 +21,6 @@ from runner.jobs.cache_hits import queue_bytes
 from runner.jobs.card_fit import Estimates, lines
 from runner.jobs.job import Job
 from runner.jobs.timing import TimeEstimate
-from runner.plan.phases import Inversion, Joint, Lora
 from runner.report.tables import GAP, LEAST_NAME, LEAST_NARROW, NARROW
 from runner.runs.short_names import shortened
 
@@ -30,7 +29,7 @@ LONGEST_NAME = 56
 REASON = 40  # characters of a line that says why a run runs, where there is room
 WIDE = 118  # columns from which a terminal has room for everything
 ONLY_WIDE = ("disk", "memory", "s/step")
-COLOURS = {Joint: "magenta", Lora: "cyan", Inversion: "yellow"}
+COLOURS = {"joint": "magenta", "lora": "cyan", "inversion": "yellow"}
 STATES = {"done": "green", "resume": "yellow", "running": "cyan", "waiting": "cyan", "new": "bold", "changed": "red"}
 
 
@@ -88,10 +87,10 @@ def _numbers(job: Job, own: TimeEstimate, end: float | None, now: float) -> dict
 def _run(job: Job, own: TimeEstimate, name: str) -> Text:
     """Name; state; why."""
     at = job.plan.steps - own.left
-    where = f" at step {at}" if job.verdict.state == "resume" and own.left else ""
+    where = f" at step {at}" if job.status.state == "resume" and own.left else ""
     said = Text(name)
-    said.append(f"\n  {job.verdict.state}{where}", style=STATES.get(job.verdict.state, ""))
-    return said.append(f": {job.verdict.reason}", style="not bold dim")
+    said.append(f"\n  {job.status.state}{where}", style=STATES.get(job.status.state, ""))
+    return said.append(f": {job.status.reason}", style="not bold dim")
 
 
 def _phases(job: Job, own: TimeEstimate, longest: int, most: int) -> Group:
@@ -99,7 +98,7 @@ def _phases(job: Job, own: TimeEstimate, longest: int, most: int) -> Group:
     at, bar, words = job.plan.steps - own.left, Text(), Text()
     cells = max(len(job.plan.training), round(most * job.plan.steps / longest))
     for phase in job.plan.training:
-        colour = COLOURS[type(phase)]
+        colour = COLOURS[phase.kind]
         first, last = (round(cells * step / job.plan.steps) for step in (phase.start, phase.stop))
         done = min(last, max(first, round(cells * at / job.plan.steps)))
         bar.append("░" * (done - first) + "█" * max(last - done, int(last == first)), style=colour)
@@ -161,9 +160,7 @@ def _images(jobs: Sequence[Job]) -> Iterator[str]:
 def _memory(jobs: Sequence[Job], on_gpu: bool) -> Iterator[str]:
     """What the runs that are to do will need, by formula."""
     estimates = Estimates(on_gpu=on_gpu)
-    told: dict[str, list[str]] = {
-        job.plan.name: list(lines(job, estimates)) for job in jobs if job.verdict.state != "done"
-    }
+    told: dict[str, list[str]] = {job.plan.name: list(lines(job, estimates)) for job in jobs if not job.is_done}
     for index in range(max((len(found) for found in told.values()), default=0)):
         yield from _same({name: found[index] for name, found in told.items() if index < len(found)})
 

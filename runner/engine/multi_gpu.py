@@ -15,7 +15,8 @@ import torch
 from runner.core.errors import FluxrunError
 from runner.core.process_identity import exit_with_parent
 from runner.data import sources
-from runner.jobs.prepare import data_source, plan_of
+from runner.jobs.data_sets import data_source
+from runner.jobs.prepare import plan_of
 from runner.model import device, libraries
 from runner.runs.run import Run
 from runner.spec.schema import Spec, dump

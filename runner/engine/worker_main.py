@@ -25,7 +25,8 @@ from runner.data import sources
 from runner.data.images import DataError, Pictures
 from runner.data.sources import DatasetSource
 from runner.engine.multi_gpu import train_on_ranks
-from runner.jobs.prepare import data_source, plan_of
+from runner.jobs.data_sets import data_source
+from runner.jobs.prepare import plan_of
 from runner.model import device, libraries
 from runner.model.base import Base
 from runner.plan.build import PlanError

@@ -15,23 +15,23 @@ from runner.core.humanize import list_some
 from runner.data import class_images
 
 if TYPE_CHECKING:
-    from runner.jobs.job import Seen
+    from runner.jobs.job import Job
     from runner.spec.schema import Prior
 
 
-def batch_faults(seen: Sequence[Seen], owner: str) -> list[Fault]:
+def batch_faults(seen: Sequence[Job], owner: str) -> list[Fault]:
     """Each once. Runs that are done make and read nothing more. owner: the hub login's name, where it is known."""
-    waiting = [one for one in seen if one.verdict is None or one.verdict.state != "done"]
+    waiting = [one for one in seen if not one.is_done]
     return list(dict.fromkeys([*_class_folders(waiting), *_pictures_made(waiting), *_same_repository(seen, owner)]))
 
 
-def _class_folders(waiting: Sequence[Seen]) -> Iterator[Fault]:
+def _class_folders(waiting: Sequence[Job]) -> Iterator[Fault]:
     """Runs that share a folder of class images want the same ones: of one prompt, by one base."""
-    first: dict[Path, tuple[Seen, Prior]] = {}
+    first: dict[Path, tuple[Job, Prior]] = {}
     identity = cache(_identity)
     for one in waiting:
         own = one.spec.prior
-        if own is None or any(key.startswith("prior") for key in one.bad):
+        if own is None or any(key.startswith("prior") for key in one.faulty_keys):
             continue
         folder = Path(own.images)
         other, others = first.setdefault(folder, (one, own))
@@ -43,7 +43,7 @@ def _class_folders(waiting: Sequence[Seen]) -> Iterator[Fault]:
                 f"{_place(other, 'prior.prompt')} has another prompt for the same folder of class images (found "
                 f"{own.prompt!r}, there {others.prompt!r}); {_way_out(one, 'prior.prompt', 'prompt')}",
             )
-        elif not {"model", "model.base"} & (one.bad | other.bad):
+        elif not {"model", "model.base"} & (one.faulty_keys | other.faulty_keys):
             base, theirs = (identity(each.spec.model.base, each.spec.model.revision) for each in (one, other))
             if base.differs_from(theirs):
                 yield one.source.fault(
@@ -59,27 +59,27 @@ def _identity(name: str, revision: str | None) -> BaseIdentity:
     return found if found.fingerprint else replace(found, revision=found.revision or "main")
 
 
-def _way_out(one: Seen, key: str, what: str) -> str:
+def _way_out(one: Job, key: str, what: str) -> str:
     if any(swept.startswith(key) for swept in one.source.swept):
         return f"take it out of the sweep, and write a spec for each {what}, with its own prior.images"
     return f"give this run its own prior.images, or the same {what}"
 
 
-def _place(one: Seen, key: str) -> str:
+def _place(one: Job, key: str) -> str:
     file, line = one.source.place(key)
     return f"{file}:{line}"
 
 
-def _pictures_made(waiting: Sequence[Seen]) -> Iterator[Fault]:
+def _pictures_made(waiting: Sequence[Job]) -> Iterator[Fault]:
     """Pictures that one run makes must not become training pictures of another."""
-    filled: dict[Path, Seen] = {}
+    filled: dict[Path, Job] = {}
     for one in waiting:
         if (own := one.spec.prior) and class_images.needs_filling(Path(own.images), own.count):
             filled.setdefault(Path(own.images), one)
     folders = {one.run.folder.resolve(): one for one in waiting}
     for one in waiting:
         source = Path(one.spec.data.source)
-        if "data.source" in one.bad or not source.is_absolute():
+        if "data.source" in one.faulty_keys or not source.is_absolute():
             continue
         for images, maker in filled.items():
             if images.is_relative_to(source) and maker is not one:
@@ -97,16 +97,16 @@ def _pictures_made(waiting: Sequence[Seen]) -> Iterator[Fault]:
                 )
 
 
-def _same_repository(seen: Sequence[Seen], owner: str) -> Iterator[Fault]:
+def _same_repository(seen: Sequence[Job], owner: str) -> Iterator[Fault]:
     """Runs that push to one repository would replace each other's files; those of earlier nights, too."""
-    pushing: dict[str, list[Seen]] = {}
+    pushing: dict[str, list[Job]] = {}
     for one in seen:
-        if one.spec.hub.push and "hub" not in one.bad:
+        if one.spec.hub.push and "hub" not in one.faulty_keys:
             name = hub.repository(one.spec.hub.repo, one.spec.name)
             full = name if "/" in name else f"{owner}/{name}"
             pushing.setdefault(full.lower(), []).append(one)  # the hub ignores case in names
     for alike in pushing.values():
-        if len(alike) < 2 or all(one.verdict is not None and one.verdict.state == "done" for one in alike):
+        if len(alike) < 2 or all(one.is_done for one in alike):
             continue
         last = alike[-1]
         found = hub.repository(last.spec.hub.repo, last.spec.name)

@@ -12,7 +12,7 @@ from runner.core.humanize import format_bytes
 from runner.jobs import memory
 from runner.jobs.job import Job
 from runner.jobs.memory import TABLES, estimate, needs, with_values
-from runner.plan.phases import Phase, Plan, Train, recomputed
+from runner.plan.phases import Phase, Plan, TrainPhase, recomputed
 from runner.spec.schema import Spec
 
 UNKNOWN = "memory: not known before the base is on this disk (its configs tell it)"
@@ -221,7 +221,7 @@ def _replanned(plan: Plan, update: Mapping[str, Mapping[str, Any]]) -> Plan:
 
 
 def _clip_alone(phase: Phase) -> Phase:
-    if not isinstance(phase, Train):
+    if not isinstance(phase, TrainPhase):
         return phase
     trains = tuple(replace(part, encoders=("clip",)) if part.encoders else part for part in phase.trains)
     return replace(phase, trains=trains)

@@ -10,41 +10,58 @@ from runner.plan.phases import Plan
 from runner.runs.run import Run, RunStatus
 from runner.spec.loader import overlaps
 from runner.spec.schema import Spec
-from runner.spec.source import SpecOrigin as SpecSource
+from runner.spec.source import SpecOrigin
 
 
 @dataclass(frozen=True)
-class Seen:
-    """One run asked for, as far as it could be looked at; None where something was wrong, or only the hub knows.
+class Planned:
+    """What a job has once nothing keeps it from being planned. status: what the run folder says of the plan."""
 
-    `spec` has absolute paths; `bad`: its faulty keys; `unread`: those whose values could not be read, so that others, or
-    defaults, stand in their place; `doubts`: (key, message) of what nobody could tell.
-    """
-
-    source: SpecSource
-    spec: Spec
-    bad: frozenset[str]
-    pictures: Pictures | None
-    plan: Plan | None
-    run: Run
-    verdict: RunStatus | None
-    doubts: tuple[tuple[str, str], ...] = ()
-    unread: frozenset[str] = frozenset()
-
-    def knows(self, *keys: str) -> bool:
-        """Whether the spec says of these keys what the user wrote."""
-        return not any(overlaps(key, bad) for key in keys for bad in self.unread)
+    plan: Plan
+    status: RunStatus
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run to be: its spec (paths absolute), plan and folder, and what the folder says of it."""
+    """One run asked for: where its spec came from, the spec (paths absolute), its folder and its images.
 
-    file: Path
+    pictures: None for a hub data set that is not on this disk, and for one that cannot be read.
+    planned: None where something is wrong with the spec or what it names.
+    doubts: (key, message) of what could not be checked.
+    faulty_keys: dotted keys with a fault. unread_keys: those of them whose values could not be read, so that a default or a
+    placeholder stands in `spec`.
+    """
+
+    source: SpecOrigin
     spec: Spec
-    plan: Plan
-    pictures: Pictures | None  # None: a hub data set not fetched yet
     run: Run
-    verdict: RunStatus
-    source: SpecSource
+    pictures: Pictures | None
+    planned: Planned | None = None
     doubts: tuple[tuple[str, str], ...] = ()
+    faulty_keys: frozenset[str] = frozenset()
+    unread_keys: frozenset[str] = frozenset()
+
+    @property
+    def file(self) -> Path:
+        return self.source.file
+
+    @property
+    def plan(self) -> Plan:
+        """Only of a job that is planned."""
+        assert self.planned is not None
+        return self.planned.plan
+
+    @property
+    def status(self) -> RunStatus:
+        """Only of a job that is planned."""
+        assert self.planned is not None
+        return self.planned.status
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the run has been trained and exported as the spec asks."""
+        return self.planned is not None and self.planned.status.state == "done"
+
+    def was_read(self, *keys: str) -> bool:
+        """Whether `spec` holds the user's own values of these keys."""
+        return not any(overlaps(key, unread) for key in keys for unread in self.unread_keys)

@@ -15,12 +15,9 @@ from runner.plan.build import MOMENTS, resolutions
 from runner.plan.description import resident
 from runner.plan.phases import (
     Encode,
-    Inversion,
-    Joint,
-    Lora,
     Plan,
     Prior,
-    Train,
+    TrainPhase,
     learned_parts,
     recomputed,
     trains_lora,
@@ -70,7 +67,7 @@ def estimate(spec: Spec, plan: Plan, shapes: BaseConfigs, *, on_gpu: bool) -> di
     found: dict[str, Memory] = {}
     trained = False
     for phase in plan.phases:
-        trained = trained or isinstance(phase, Train)
+        trained = trained or isinstance(phase, TrainPhase)
         workspace = GPU_WORKSPACE if on_gpu else CPU_TRAINED if trained else CPU_WORKSPACE
         context = _MemoryModel(spec, plan, shapes, on_gpu, workspace)
         match phase:
@@ -82,7 +79,7 @@ def estimate(spec: Spec, plan: Plan, shapes: BaseConfigs, *, on_gpu: bool) -> di
                     context = replace(context, spec=with_values(spec, {"model": {"dtype": spec.prior.dtype}}))
                 encoders = ("text_encoder", "text_encoder_2")
                 found[phase.name] = context.drawing(encoders, max(resolutions(spec)), spec.prior.batch_size, 0)
-            case Joint() | Inversion() | Lora():
+            case TrainPhase():
                 found[phase.name] = context.training(phase)
             case _:
                 size = spec.validation.size or max(resolutions(spec))
@@ -189,7 +186,7 @@ class _MemoryModel:
         """The optimizer's numbers in the checkpoint that a CPU run holds from its training on."""
         return 0 if self.on_gpu else int(4 * learned * MOMENTS[self.spec.optimizer.name])
 
-    def training(self, phase: Train) -> Memory:
+    def training(self, phase: TrainPhase) -> Memory:
         spec, shapes, narrow = self.spec, self.shapes, self.narrow
         images = spec.train.batch_size * (2 if spec.prior else 1)
         texts = images if self.plan.texts is None else min(images, self.plan.texts)  # each is read once
@@ -233,9 +230,9 @@ class _MemoryModel:
         decoded = activation_memory.vae_decoder_buffers(self.shapes.vae, side * side, self.narrow)
         return self.weights(("vae",)) + max(forward, decoded)
 
-    def stopped(self, phase: Train) -> int:
+    def stopped(self, phase: TrainPhase) -> int:
         """Numbers of a LoRA that stays in place while it learns no more."""
-        if trains_lora(phase) or isinstance(phase, Lora):
+        if trains_lora(phase) or phase.kind == "lora":
             return 0
         before = [one for one in self.plan.training if one.stop <= phase.start]
         return sum(part.parameters or 0 for one in before[-1:] for part in one.trains if part.what == "lora")

@@ -63,15 +63,15 @@ def estimate_times(jobs: Sequence[Job], runs: Path, *, on_gpu: bool = True) -> l
 
 
 def steps_left(job: Job) -> int:
-    if job.verdict.state == "done":
+    if job.is_done:
         return 0
-    if job.verdict.state not in ("resume", "running", "waiting"):
+    if job.status.state not in ("resume", "running", "waiting"):
         return job.plan.steps
     state = job.run.state()
     if state.get("ended"):  # early: what is left is the export
         return 0
     saved = max((step for step, _ in job.run.checkpoint_files()), default=0)
-    return max(0, job.plan.steps - (int(state.get("step", 0)) if job.verdict.state == "running" else saved))
+    return max(0, job.plan.steps - (int(state.get("step", 0)) if job.status.state == "running" else saved))
 
 
 def _best(found: Sequence[Pace], images: int) -> Pace | None:

@@ -11,7 +11,7 @@ from runner.core.hardware import query_gpus
 from runner.core.humanize import format_bytes
 from runner.data.images import Pictures
 from runner.jobs import card_fit, memory
-from runner.jobs.prepare import draft_plan, plan_of
+from runner.jobs.prepare import draft_spec, plan_of
 from runner.newspec.template import NewError, Values
 from runner.plan.phases import Plan
 from runner.spec.schema import Spec
@@ -72,7 +72,7 @@ def fitting_values(text_with: Callable[[Values], str], file: Path, pictures: Pic
 
 
 def _planned(text: str, file: Path, pictures: Pictures | None) -> tuple[Spec, Plan]:
-    spec = draft_plan(text, file)
+    spec = draft_spec(text, file)
     if spec.train.steps is None:  # memory does not ask how long it is, and epochs would ask for the pictures
         spec = spec.model_copy(update={"train": spec.train.model_copy(update={"steps": 1000, "epochs": None})})
     return spec, plan_of(spec, pictures)

@@ -10,7 +10,7 @@ from runner.core.command_line import fluxrun_command as typed
 from runner.core.errors import SpecError
 from runner.core.humanize import format_bytes
 from runner.data.images import Pictures
-from runner.jobs.prepare import draft_plan
+from runner.jobs.prepare import draft_spec
 from runner.newspec.card import card_bytes, fitting_values
 from runner.newspec.from_diffusers import CommandError, draft_of, written
 from runner.newspec.pictures import FolderFindings, inspect_folder
@@ -56,7 +56,7 @@ def _fitted(
     pictures: Pictures | None = found.pictures if found else None
     notes = [found.told] if found else []
     try:
-        draft_plan(text_with({}), wish.file)
+        draft_spec(text_with({}), wish.file)
         values: Values = {}
         if wish.card is not None:
             card = card_bytes(wish.card)

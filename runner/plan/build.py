@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Literal
 
 from runner.base.architectures import adapted_layers, architecture_of
 from runner.base.layers import CLIP_L, FLUX1, clip_layers
@@ -14,7 +15,7 @@ from runner.data import tokens
 from runner.data.buckets import Size, group_by_bucket
 from runner.plan.disk import run_bytes
 from runner.plan.keys import OPEN_ENDED, RESULT_FORMAT, _result_values
-from runner.plan.phases import Encode, Export, Facts, Inversion, Joint, Lora, Part, Phase, Plan, Prior, Train
+from runner.plan.phases import Encode, Export, Facts, Part, Phase, Plan, Prior, TrainPhase
 from runner.spec.schema import Spec
 
 
@@ -96,7 +97,7 @@ MOMENTS = {"adamw": 2.0, "adamw8bit": 0.5, "prodigy": 4.0}
 
 def _disk(spec: Spec, facts: Facts, phases: Sequence[Phase], steps: int) -> int:
     """A base whose config only the hub has is taken for a FLUX.1 of the published shape."""
-    training = [phase for phase in phases if isinstance(phase, Train)]
+    training = [phase for phase in phases if isinstance(phase, TrainPhase)]
     parts = {part.what: part.parameters for phase in training for part in phase.trains}
     if "lora" in parts and parts["lora"] is None:
         parts["lora"] = _lora_count(spec, replace(facts, config=FLUX1))
@@ -126,14 +127,14 @@ def _phases(
     for stop in sorted({text_stop, lora_stop} - {0}):
         with_lora = stop <= lora_stop
         if text and stop <= text_stop:
-            kind: type[Train] = Joint if with_lora else Inversion if known else Lora
-            name = {Joint: "joint", Inversion: "inversion", Lora: "text-lora"}[kind]
+            kind: Literal["joint", "inversion", "lora"] = "joint" if with_lora else "inversion" if known else "lora"
+            name = "text-lora" if kind == "lora" else kind
             trains = (text, lora) if with_lora else (text,)
-            phases.append(kind(name, start, stop, trains, chained(name, start)))
+            phases.append(TrainPhase(kind, name, start, stop, trains, chained(name, start)))
         else:
             if live:  # the pivot: the text side is fixed from here on, so every caption can be encoded
                 phases.append(Encode("encode-learned", start, live, False, chained("encode", start)))
-            phases.append(Lora("lora", start, stop, (lora,), chained("lora", start)))
+            phases.append(TrainPhase("lora", "lora", start, stop, (lora,), chained("lora", start)))
         start = stop
         chained("ends", stop)
     pictures = len(spec.validation.prompts) * spec.validation.count

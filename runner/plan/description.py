@@ -5,22 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 from runner.base.architectures import encoder_part
-from runner.plan.phases import Encode, Export, Inversion, Joint, Lora, Phase, Plan, Prior, Train
+from runner.plan.phases import Encode, Export, Phase, Plan, Prior, TrainPhase
 
-# ---- as a document -------------------------------------------------------------------------------------------------
-
-
-KINDS = {Prior: "prior", Encode: "encode", Joint: "joint", Inversion: "inversion", Lora: "lora", Export: "export"}
+KINDS = {Prior: "prior", Encode: "encode", Export: "export"}
 
 
 def describe(phase: Phase) -> dict[str, Any]:
     """One phase of `fluxrun plan --json`."""
-    parts = phase.trains if isinstance(phase, Train) else ()
+    parts = phase.trains if isinstance(phase, TrainPhase) else ()
     return {
-        "kind": KINDS[type(phase)],
+        "kind": phase.kind if isinstance(phase, TrainPhase) else KINDS[type(phase)],
         "name": phase.name,
-        "start": phase.start if isinstance(phase, Train) else phase.at,
-        "stop": phase.stop if isinstance(phase, Train) else phase.at,
+        "start": phase.start if isinstance(phase, TrainPhase) else phase.at,
+        "stop": phase.stop if isinstance(phase, TrainPhase) else phase.at,
         "trains": [
             {
                 "what": part.what,
@@ -38,7 +35,7 @@ def resident(phase: Phase) -> tuple[str, ...]:
     match phase:
         case Encode():
             return (*map(encoder_part, phase.encoders), *(("vae",) if phase.latents else ()))
-        case Joint() | Inversion() | Lora():
+        case TrainPhase():
             return ("transformer", *(encoder_part(name) for part in phase.trains for name in part.encoders))
         case Export():
             return (*map(encoder_part, phase.encoders), "transformer", *(("vae",) if phase.pictures else ()))

@@ -60,31 +60,15 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Joint:
-    """The transformer's LoRA, with token rows or the CLIP encoder's LoRA beside it."""
+class TrainPhase:
+    """Training from step `start` to step `stop` of what `trains` lists.
 
-    name: str
-    start: int
-    stop: int
-    trains: tuple[Part, ...]
-    key: str
+    kind: "joint" is the transformer's LoRA together with token rows or with the CLIP encoder's LoRA. "inversion" is token
+    rows alone; a LoRA that has stopped learning stays in place. "lora" is one LoRA alone: the transformer's, with every
+    caption encoded beforehand, or the CLIP encoder's.
+    """
 
-
-@dataclass(frozen=True)
-class Inversion:
-    """Token rows alone; a LoRA that has stopped learning stays in place."""
-
-    name: str
-    start: int
-    stop: int
-    trains: tuple[Part, ...]
-    key: str
-
-
-@dataclass(frozen=True)
-class Lora:
-    """LoRA alone: the transformer's (every caption is encoded, it has the device to itself), or the CLIP encoder's."""
-
+    kind: Literal["joint", "inversion", "lora"]
     name: str
     start: int
     stop: int
@@ -103,13 +87,12 @@ class Export:
     key: str
 
 
-Train = Joint | Inversion | Lora
-Phase = Prior | Encode | Train | Export
+Phase = Prior | Encode | TrainPhase | Export
 
 
 def learned_parts(phase: Phase, what: str) -> tuple[str, ...]:
     """The encoders whose `what` learns in this phase."""
-    parts = phase.trains if isinstance(phase, Train) else ()
+    parts = phase.trains if isinstance(phase, TrainPhase) else ()
     return tuple(encoder for part in parts if part.what == what for encoder in part.encoders)
 
 
@@ -122,7 +105,7 @@ def recomputed(spec: Spec, *, rows: bool) -> int | Literal["selective"]:
 
 
 def trains_lora(phase: Phase) -> bool:
-    return isinstance(phase, Train) and any(part.what == "lora" for part in phase.trains)
+    return isinstance(phase, TrainPhase) and any(part.what == "lora" for part in phase.trains)
 
 
 @dataclass(frozen=True)
@@ -154,5 +137,5 @@ class Plan:
         return content_key(last.key, last.stop)
 
     @property
-    def training(self) -> tuple[Train, ...]:
-        return tuple(phase for phase in self.phases if isinstance(phase, Train))
+    def training(self) -> tuple[TrainPhase, ...]:
+        return tuple(phase for phase in self.phases if isinstance(phase, TrainPhase))

@@ -9,7 +9,7 @@ from runner.core.humanize import list_some, pluralize
 from runner.data import tokens
 from runner.data.images import Picture
 from runner.data.tokens import Placeholder
-from runner.jobs.job import Seen
+from runner.jobs.job import Job
 from runner.preflight.finding import Finding, at
 from runner.preflight.tokenizers import CLIP_READS, NAMES, CaptionReader
 
@@ -19,21 +19,21 @@ LONGEST_SHOWN = 100  # characters of what is cut off
 ReaderOf = Callable[[Path, str, tuple[str, ...]], CaptionReader]
 
 
-def check_text(seen: Seen, base: Path | None, reader: ReaderOf) -> Iterator[Finding]:
+def check_text(seen: Job, base: Path | None, reader: ReaderOf) -> Iterator[Finding]:
     """`base`: its folder on this disk; without it nobody can say how long a caption is."""
     spec = seen.spec
-    if not seen.knows("tokens"):
+    if not seen.was_read("tokens"):
         return
     known = tokens.placeholders(spec.tokens)
     if seen.pictures is not None:
         every = (*seen.pictures.items, *seen.pictures.held)
         yield from _unnamed(seen, seen.pictures.items, known)
-        if base is not None and seen.knows("model.base", "model.max_sequence_length", "inversion.encoders"):
+        if base is not None and seen.was_read("model.base", "model.max_sequence_length", "inversion.encoders"):
             yield from _too_long(seen, every, known, base, reader)
     yield from _prompts(seen, known)
 
 
-def _unnamed(seen: Seen, pictures: Sequence[Picture], known: Sequence[Placeholder]) -> Iterator[Finding]:
+def _unnamed(seen: Job, pictures: Sequence[Picture], known: Sequence[Placeholder]) -> Iterator[Finding]:
     for index, one in enumerate(known):
         without = [picture for picture in pictures if one.name not in tokens.tokens_in_caption(picture.caption, known)]
         if 0 < len(without) < len(pictures):  # all of them: the plan refuses it
@@ -47,7 +47,7 @@ def _unnamed(seen: Seen, pictures: Sequence[Picture], known: Sequence[Placeholde
 
 
 def _too_long(
-    seen: Seen, pictures: Sequence[Picture], known: Sequence[Placeholder], base: Path, reader: ReaderOf
+    seen: Job, pictures: Sequence[Picture], known: Sequence[Placeholder], base: Path, reader: ReaderOf
 ) -> Iterator[Finding]:
     for encoder, limit in (("clip", CLIP_READS), ("t5", seen.spec.model.max_sequence_length)):
         learns = encoder in seen.spec.inversion.encoders
@@ -88,7 +88,7 @@ def _too_long(
             )  # fmt: skip
 
 
-def _prompts(seen: Seen, known: Sequence[Placeholder]) -> Iterator[Finding]:
+def _prompts(seen: Job, known: Sequence[Placeholder]) -> Iterator[Finding]:
     spec = seen.spec
     if known and spec.prior and (inside := tokens.tokens_in_caption(spec.prior.prompt, known)):
         yield at(

@@ -11,7 +11,7 @@ from runner.base.param_counts import numbers_of
 from runner.core import hub
 from runner.core.errors import Fault
 from runner.core.tracebacks import summary_line
-from runner.jobs.job import Job, Seen
+from runner.jobs.job import Job
 from runner.preflight.base_files import check_base
 from runner.preflight.captions import check_text
 from runner.preflight.devices import check_devices
@@ -25,7 +25,7 @@ from runner.preflight.tokenizers import CaptionReader
 from runner.preflight.values import check_values
 
 
-def check(seen: Sequence[Seen], faults: Sequence[Fault], runs: Path, gpus: str | None, slots: int = 1) -> list[Finding]:
+def check(seen: Sequence[Job], faults: Sequence[Fault], runs: Path, gpus: str | None, slots: int = 1) -> list[Finding]:
     """The worst first. `faults`: what the specs are refused for anyway; `gpus`, `slots`: as a queue takes them."""
     found = [Finding("error", fault.message, fault.file, fault.line, fault.key) for fault in sorted(faults)]
     bases, numbers, download = _bases(seen, found)
@@ -45,12 +45,12 @@ def check(seen: Sequence[Seen], faults: Sequence[Fault], runs: Path, gpus: str |
     return in_order(found)
 
 
-def check_folders(seen: Sequence[Seen]) -> list[Finding]:
+def check_folders(seen: Sequence[Job]) -> list[Finding]:
     """Runs that another queue has at the moment. A queue says so itself when it comes to them."""
     return [found for one in seen for found in _of_one(one, "name", check_folder)]
 
 
-def _of_one(seen: Seen, key: str, look: Callable[[Seen], Iterable[Finding]]) -> list[Finding]:
+def _of_one(seen: Job, key: str, look: Callable[[Job], Iterable[Finding]]) -> list[Finding]:
     """What `look` finds of one run. Where it fails itself, that is a finding: it ends neither the check nor the queue."""
     try:
         return list(look(seen))
@@ -67,13 +67,13 @@ def _of_all(what: str, look: Callable[[], Iterable[Finding]]) -> list[Finding]:
         return [here("warning", f"{what} could not be checked: {summary_line(error)}")]
 
 
-def _base(seen: Seen) -> tuple[str, str | None, str | None]:
+def _base(seen: Job) -> tuple[str, str | None, str | None]:
     own = seen.spec.model
     return own.base, own.revision, own.variant
 
 
 def _bases(
-    seen: Sequence[Seen], found: list[Finding]
+    seen: Sequence[Job], found: list[Finding]
 ) -> tuple[dict[tuple[str, str | None, str | None], Path], dict[str, dict[str, int]], int]:
     """(folder of each base, numbers in its parts, bytes to fetch); what is wrong is added to `found`."""
     folders: dict[tuple[str, str | None, str | None], Path] = {}
@@ -82,11 +82,11 @@ def _bases(
     download = 0
     for one in seen:
         key = _base(one)
-        if "model.base" in one.bad or "model" in one.bad:
+        if "model.base" in one.faulty_keys or "model" in one.faulty_keys:
             continue
         if key not in looked:
 
-            def look(one: Seen, key: tuple[str, str | None, str | None] = key) -> list[Finding]:
+            def look(one: Job, key: tuple[str, str | None, str | None] = key) -> list[Finding]:
                 nonlocal download
                 told, bytes_ = _look_at_base(one, key, folders, numbers)
                 download += bytes_
@@ -99,7 +99,7 @@ def _bases(
 
 
 def _look_at_base(
-    one: Seen, key: tuple[str, str | None, str | None], folders: dict[tuple[str, str | None, str | None], Path],
+    one: Job, key: tuple[str, str | None, str | None], folders: dict[tuple[str, str | None, str | None], Path],
     numbers: dict[str, dict[str, int]],
 ) -> tuple[list[Finding], int]:  # fmt: skip
     """(what is wrong, bytes to fetch); what is known of it goes into `folders` and `numbers`."""
@@ -116,16 +116,8 @@ def _look_at_base(
     return [at(one.source, "error", "model.base", message) for message in told], 0
 
 
-def _pushes(seen: Sequence[Seen]) -> Iterator[Finding]:
-    pushing = [one for one in seen if one.spec.hub.push and "hub.push" not in one.bad]
+def _pushes(seen: Sequence[Job]) -> Iterator[Finding]:
+    pushing = [one for one in seen if one.spec.hub.push and "hub.push" not in one.faulty_keys]
     login = hub.login() if pushing else hub.Login()
     for one in pushing:
         yield from check_push(one, login)
-
-
-def seen_of(jobs: Sequence[Job]) -> list[Seen]:
-    """What a queue is about to run, as a check takes it."""
-    return [
-        Seen(job.source, job.spec, frozenset(), job.pictures, job.plan, job.run, job.verdict, job.doubts)
-        for job in jobs
-    ]

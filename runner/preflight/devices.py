@@ -15,10 +15,10 @@ from runner.core.humanize import format_bytes
 from runner.engine import slots
 from runner.jobs import card_fit, memory
 from runner.jobs.card_fit import less_memory
-from runner.jobs.job import Seen
+from runner.jobs.job import Job
 from runner.plan.build import MOMENTS
 from runner.plan.description import resident
-from runner.plan.phases import Plan, Train
+from runner.plan.phases import Plan, TrainPhase
 from runner.preflight import libraries
 from runner.preflight.finding import Finding, at, here
 from runner.spec.attention import ON_A_GPU
@@ -45,7 +45,7 @@ def memory_floor(spec: Spec, plan: Plan, numbers: Mapping[str, int], on_gpu: boo
     most = (0, "")
     for phase in plan.phases:
         parts = [int(numbers.get(part, 0) * _bytes(spec, part, each)) for part in resident(phase) if part not in away]
-        if isinstance(phase, Train):
+        if isinstance(phase, TrainPhase):
             trained = sum(part.parameters or 0 for part in phase.trains)
             most = max(most, (int(sum(parts) + trained * 4 * (2 + MOMENTS[spec.optimizer.name])), phase.name))
         else:
@@ -60,10 +60,10 @@ def _bytes(spec: Spec, part: str, plain: float) -> float:
 
 
 def check_devices(
-    seen: Sequence[Seen], numbers: Mapping[str, Mapping[str, int]], asked: str | None, count: int, runs: Path
+    seen: Sequence[Job], numbers: Mapping[str, Mapping[str, int]], asked: str | None, count: int, runs: Path
 ) -> Iterator[Finding]:
     """`numbers`: of each base's parts; `asked`, `count`: what --gpus and --slots say."""
-    planned = [(one, one.plan) for one in seen if one.plan]
+    planned = [(one, one.plan) for one in seen if one.planned]
     if not planned:
         return
     most = max(one.spec.compute.gpus for one, _ in planned)
@@ -104,7 +104,7 @@ def check_devices(
     )
 
 
-def _on_gpus(seen: Seen, plan: Plan, gpus: Sequence[Gpu], numbers: Mapping[str, int]) -> Iterator[Finding]:
+def _on_gpus(seen: Job, plan: Plan, gpus: Sequence[Gpu], numbers: Mapping[str, int]) -> Iterator[Finding]:
     spec = seen.spec
     if spec.compute.gpus > len(gpus):
         yield at(
@@ -156,7 +156,7 @@ def _smaller(spec: Spec, plan: Plan, need: MemoryFloor, gpu: Gpu) -> str:
 
 
 def _on_the_cpu(
-    planned: Sequence[tuple[Seen, Plan]], numbers: Mapping[str, Mapping[str, int]], told: bool
+    planned: Sequence[tuple[Job, Plan]], numbers: Mapping[str, Mapping[str, int]], told: bool
 ) -> Iterator[Finding]:
     available = memory_available()
     for one, plan in planned:
@@ -193,7 +193,7 @@ def _on_the_cpu(
         yield from _half(one)
 
 
-def _half(seen: Seen) -> Iterator[Finding]:
+def _half(seen: Job) -> Iterator[Finding]:
     if seen.spec.model.dtype == "fp16" and seen.spec.model.base not in BUILTIN:
         yield at(
             seen.source, "warning", "model.dtype",

@@ -11,8 +11,8 @@ from runner.core import hardware
 from runner.core.errors import LockHeldError
 from runner.core.humanize import format_bytes, pluralize
 from runner.jobs.cache_hits import queue_bytes
-from runner.jobs.job import Seen
-from runner.jobs.prepare import jobs_of
+from runner.jobs.job import Job
+from runner.jobs.prepare import planned_jobs
 from runner.plan.disk import SPARE
 from runner.preflight.finding import Finding, at, here
 
@@ -20,11 +20,11 @@ from runner.preflight.finding import Finding, at, here
 
 
 def check_disk(
-    seen: Sequence[Seen], runs: Path, gpus: str | None, download: int = 0, hub_cache: Path | None = None
+    seen: Sequence[Job], runs: Path, gpus: str | None, download: int = 0, hub_cache: Path | None = None
 ) -> Iterator[Finding]:
     """What all runs will write against what is free. gpus: as --gpus takes them; `download`: bytes of bases that come into
     `hub_cache`."""
-    jobs = [job for job in jobs_of(seen) if job.verdict.state != "done"]
+    jobs = [job for job in planned_jobs(seen) if not job.is_done]
     folders, cached = queue_bytes(jobs, on_gpu=gpus != "cpu" and hardware.NVIDIA.is_dir())
     disk = _existing(runs)
     free = shutil.disk_usage(disk).free
@@ -63,9 +63,9 @@ def check_runs_folder(runs: Path) -> Iterator[Finding]:
         )
 
 
-def check_folder(seen: Seen) -> Iterator[Finding]:
+def check_folder(seen: Job) -> Iterator[Finding]:
     """Whether another queue has the run's folder."""
-    if seen.verdict is None or seen.verdict.state == "done":
+    if seen.planned is None or seen.is_done:
         return
     try:
         seen.run.refuse_if_locked()

@@ -12,7 +12,7 @@ from typing import Any
 from runner.base.files import PARTS
 from runner.core import hub
 from runner.core.humanize import format_bytes
-from runner.jobs.job import Seen
+from runner.jobs.job import Job
 from runner.preflight.finding import Finding, at
 
 WANTED = ("model_index.json", *(f"{part}/*" for part in PARTS))  # as `flux.open_base` fetches them
@@ -25,7 +25,7 @@ def hub_cache() -> Path:
     return Path(constants.HF_HUB_CACHE)
 
 
-def check_access(seen: Seen, folder: Path | None) -> tuple[list[Finding], int]:
+def check_access(seen: Job, folder: Path | None) -> tuple[list[Finding], int]:
     """(findings, bytes to fetch) of a base that is not on this disk whole. `folder`: as far as it is there."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
@@ -86,7 +86,7 @@ def logged_in() -> bool:
     return bool(get_token())
 
 
-def check_push(seen: Seen, login: hub.Login) -> Iterator[Finding]:
+def check_push(seen: Job, login: hub.Login) -> Iterator[Finding]:
     """A login that is certainly wrong is told with the spec's faults (`runner.jobs.prepare`)."""
     repo, names = seen.spec.hub.repo or "", login.owners
     if login.doubt:
@@ -99,7 +99,7 @@ def check_push(seen: Seen, login: hub.Login) -> Iterator[Finding]:
         )  # fmt: skip
 
 
-def check_wandb(seen: Seen) -> Iterator[Finding]:
+def check_wandb(seen: Job) -> Iterator[Finding]:
     if "wandb" not in seen.spec.track.to or os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
         return
     if not (os.environ.get("WANDB_API_KEY") or _in_netrc()):

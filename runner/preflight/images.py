@@ -11,7 +11,7 @@ from runner.data.buckets import Size, group_by_bucket
 from runner.data.image_files import PictureFolder, metadata_of
 from runner.data.images import Picture
 from runner.data.sources import reasons
-from runner.jobs.job import Seen
+from runner.jobs.job import Job
 from runner.plan.build import resolutions
 from runner.preflight.finding import Finding, at
 from runner.preflight.fingerprints import ImageFingerprint, duplicates
@@ -21,18 +21,18 @@ LEAST_SHOWN = 0.5  # of a picture, else it is told that the crop hides more than
 Looks = Mapping[str, ImageFingerprint | str]
 
 
-def pictures_of(seen: Seen) -> tuple[Picture, ...]:
+def pictures_of(seen: Job) -> tuple[Picture, ...]:
     """Everything that a run would decode."""
     own = seen.pictures
     return (*own.items, *own.held, *classes_of(seen)) if own else classes_of(seen)
 
 
-def classes_of(seen: Seen) -> tuple[Picture, ...]:
+def classes_of(seen: Job) -> tuple[Picture, ...]:
     own = seen.spec.prior
-    return class_images.pictures(Path(own.images), own.count, own.prompt) if own and seen.knows("prior") else ()
+    return class_images.pictures(Path(own.images), own.count, own.prompt) if own and seen.was_read("prior") else ()
 
 
-def check_data(seen: Seen, looks: Looks) -> Iterator[Finding]:
+def check_data(seen: Job, looks: Looks) -> Iterator[Finding]:
     yield from _unreadable(seen, looks)
     if seen.pictures is None:
         return
@@ -44,7 +44,7 @@ def check_data(seen: Seen, looks: Looks) -> Iterator[Finding]:
     yield from _classes(seen, looks)
 
 
-def _unreadable(seen: Seen, looks: Looks) -> Iterator[Finding]:
+def _unreadable(seen: Job, looks: Looks) -> Iterator[Finding]:
     wrong: dict[str, list[str]] = {}
     for picture in pictures_of(seen):
         key = "prior.images" if picture.name.startswith("class/") else "data.source"
@@ -57,7 +57,7 @@ def _unreadable(seen: Seen, looks: Looks) -> Iterator[Finding]:
             yield at(seen.source, "error", key, f"{len(told)} images cannot be read", told)
 
 
-def _twice(seen: Seen, looks: Looks) -> Iterator[Finding]:
+def _twice(seen: Job, looks: Looks) -> Iterator[Finding]:
     """Copies: among the training pictures, and, worse, between them and those kept for the eval loss."""
     assert seen.pictures is not None
     held = {picture.where for picture in seen.pictures.held}
@@ -106,9 +106,9 @@ def _and(names: Sequence[str]) -> str:
     return f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def _sizes(seen: Seen, looks: Looks) -> Iterator[Finding]:
+def _sizes(seen: Job, looks: Looks) -> Iterator[Finding]:
     assert seen.pictures is not None
-    if not seen.knows("data.resolution", "data.buckets"):
+    if not seen.was_read("data.resolution", "data.buckets"):
         return
     own = seen.spec.data
     read = [(one, found.size) for one in seen.pictures.items if isinstance(found := looks[one.where], ImageFingerprint)]
@@ -139,16 +139,16 @@ def _sizes(seen: Seen, looks: Looks) -> Iterator[Finding]:
         yield _table(seen, {size: len(chosen) for size, chosen in grouped.items()})
 
 
-def _table(seen: Seen, counts: Mapping[Size, int]) -> Finding:
+def _table(seen: Job, counts: Mapping[Size, int]) -> Finding:
     """The bucket table; and what batches make of it."""
     train = seen.spec.train
     table = [f"{number} at {_by(size)}" for size, number in counts.items()]
-    known = seen.knows("train.batch_size")
+    known = seen.was_read("train.batch_size")
     few = [_by(size) for size, number in counts.items() if known and number < train.batch_size]
     said = f"training pictures: {', '.join(table)}"
     if few:
         said += f"; batches of {train.batch_size} at {list_some(few)} repeat pictures, for there are fewer"
-    if seen.plan:
+    if seen.planned:
         images = seen.plan.steps * train.batch_size * train.accumulate * seen.spec.compute.gpus
         said += f"; {seen.plan.steps} steps show each {images / sum(counts.values()):.3g} times"
         if images < sum(counts.values()):
@@ -157,7 +157,7 @@ def _table(seen: Seen, counts: Mapping[Size, int]) -> Finding:
     return at(seen.source, "note", "data.source", said)
 
 
-def _left_out(seen: Seen, key: str, folder: PictureFolder | None) -> Iterator[Finding]:
+def _left_out(seen: Job, key: str, folder: PictureFolder | None) -> Iterator[Finding]:
     """What looks like a picture or a caption, and is not used."""
     if folder is None:
         return
@@ -171,7 +171,7 @@ def _left_out(seen: Seen, key: str, folder: PictureFolder | None) -> Iterator[Fi
             yield at(seen.source, "warning", key, f"{look} not {use}", reasons(folder, files))
 
 
-def _animated(seen: Seen, looks: Looks) -> Iterator[Finding]:
+def _animated(seen: Job, looks: Looks) -> Iterator[Finding]:
     moving = [
         one.name
         for one in pictures_of(seen)
@@ -185,7 +185,7 @@ def _animated(seen: Seen, looks: Looks) -> Iterator[Finding]:
         )  # fmt: skip
 
 
-def _captions(seen: Seen) -> Iterator[Finding]:
+def _captions(seen: Job) -> Iterator[Finding]:
     """Captions beside the pictures that are empty, of no picture, or of several. What a metadata file says is the plan's."""
     assert seen.pictures is not None
     folder = seen.pictures.folder
@@ -222,9 +222,9 @@ def _captions(seen: Seen) -> Iterator[Finding]:
         )  # fmt: skip
 
 
-def _classes(seen: Seen, looks: Looks) -> Iterator[Finding]:
+def _classes(seen: Job, looks: Looks) -> Iterator[Finding]:
     own = seen.spec.prior
-    if own is None or not seen.knows("prior"):
+    if own is None or not seen.was_read("prior"):
         return
     yield from _left_out(seen, "prior.images", class_images.contents(Path(own.images)))
     there = classes_of(seen)

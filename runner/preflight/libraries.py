@@ -7,14 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 
-from runner.jobs.job import Seen
+from runner.jobs.job import Job
 from runner.preflight.finding import Finding, at, here
 from runner.spec.attention import PACKAGES
 
 # ---- libraries -----------------------------------------------------------------------------------------------------
 
 
-def check_libraries(seen: Sequence[Seen]) -> Iterator[Finding]:
+def check_libraries(seen: Sequence[Job]) -> Iterator[Finding]:
     from packaging.requirements import Requirement
 
     for one in seen:
@@ -37,7 +37,7 @@ def check_libraries(seen: Sequence[Seen]) -> Iterator[Finding]:
 SHOWN = ("fluxrun", "torch", "diffusers", "transformers", "peft")
 
 
-def _optional(seen: Seen) -> Iterator[Finding]:
+def _optional(seen: Job) -> Iterator[Finding]:
     if seen.spec.optimizer.name == "adamw8bit" and find_spec("bitsandbytes") is None:
         yield at(
             seen.source, "error", "optimizer.name",
@@ -59,9 +59,9 @@ def _optional(seen: Seen) -> Iterator[Finding]:
         yield at(seen.source, "error", "track.to", 'wandb is not installed; pip install "fluxrun[wandb]"')
 
 
-def _drifted(seen: Seen, now: Mapping[str, str]) -> Iterator[Finding]:
+def _drifted(seen: Job, now: Mapping[str, str]) -> Iterator[Finding]:
     """A run that goes on under other libraries than it was begun with does not end with the same bytes."""
-    if seen.verdict is None or seen.verdict.state != "resume":
+    if seen.planned is None or seen.status.state != "resume":
         return
     then = seen.run.state().get("versions")
     changed = [

@@ -23,8 +23,9 @@ from runner.engine.progress import Screen
 from runner.engine.slots import make_slots
 from runner.engine.supervisor import run_queue
 from runner.jobs import timing
-from runner.jobs.job import Job, Seen
-from runner.jobs.prepare import data_source, plan_of
+from runner.jobs.data_sets import data_source
+from runner.jobs.job import Job, Planned
+from runner.jobs.prepare import plan_of
 from runner.plan.build import resolutions
 from runner.preflight.finding import Finding, at
 from runner.runs.run import Run, RunStatus
@@ -36,7 +37,7 @@ STEPS = 4  # so that both sides of a pivot are there, and the median is not of t
 SAME_STEP = ("name", "seed", "data", "train", "schedule", "checkpoint", "validate", "track", "hub")
 
 
-def try_steps(seen: Sequence[Seen], gpus: str | None) -> list[Finding]:
+def try_steps(seen: Sequence[Job], gpus: str | None) -> list[Finding]:
     """A note with time and memory for each shape, or an error where its steps failed."""
     with (
         tempfile.TemporaryDirectory(prefix="fluxrun-step-") as name,
@@ -54,7 +55,7 @@ def try_steps(seen: Sequence[Seen], gpus: str | None) -> list[Finding]:
         return [_told(one, shape, job) for one, shape, job in tried]
 
 
-def _told(seen: Seen, shape: Size, job: Job) -> Finding:
+def _told(seen: Job, shape: Size, job: Job) -> Finding:
     state, batch = job.run.state(), seen.spec.train.batch_size
     what = f"{shape[0]}x{shape[1]} x {batch}"
     if state.get("state") != "done":
@@ -63,7 +64,7 @@ def _told(seen: Seen, shape: Size, job: Job) -> Finding:
             f"the first steps of {what} failed ({state.get('error') or state.get('state')}); see model and train for what "
             "needs less memory",
         )  # fmt: skip
-    pace, steps = float(state["s_per_step"]), seen.plan.steps if seen.plan else 0
+    pace, steps = float(state["s_per_step"]), seen.plan.steps if seen.planned else 0
     return at(
         seen.source, "note", "data.resolution",
         f"a step of {what} takes {pace:.3g} s, its peak is {format_bytes(state['peak_memory_bytes'])}; {steps} such steps take "
@@ -71,10 +72,10 @@ def _told(seen: Seen, shape: Size, job: Job) -> Finding:
     )  # fmt: skip
 
 
-def _trials(seen: Sequence[Seen], scratch: Path) -> Iterator[tuple[Seen, Size, Job]]:
+def _trials(seen: Sequence[Job], scratch: Path) -> Iterator[tuple[Job, Size, Job]]:
     known = set()
     for one in seen:
-        if one.plan is None or one.pictures is None:
+        if one.planned is None or one.pictures is None:
             continue
         own = one.spec
         step = {key: value for key, value in dump(own).items() if key not in SAME_STEP}
@@ -91,7 +92,7 @@ def _shapes(spec: Spec, pictures: Sequence[Picture]) -> dict[Size, list[Picture]
     return {shape: [pictures[index] for index in chosen] for shape, chosen in found.items()}
 
 
-def _trial(seen: Seen, shape: Size, pictures: Sequence[Picture], scratch: Path, number: int) -> Job:
+def _trial(seen: Job, shape: Size, pictures: Sequence[Picture], scratch: Path, number: int) -> Job:
     """The same run with a batch of pictures of this shape, and a few steps."""
     own = seen.spec
     known = tokens.placeholders(own.tokens)
@@ -123,4 +124,4 @@ def _trial(seen: Seen, shape: Size, pictures: Sequence[Picture], scratch: Path, 
     spec = own.model_copy(update=changed)
     read = sources.read_source(data_source(spec))
     run = Run(scratch / "runs", spec.name)
-    return Job(seen.source.file, spec, plan_of(spec, read), read, run, RunStatus("new", "a trial"), seen.source)
+    return Job(seen.source, spec, run, read, Planned(plan_of(spec, read), RunStatus("new", "a trial")))

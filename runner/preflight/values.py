@@ -8,7 +8,7 @@ from runner.base.files import clip_config, local_folder, transformer_config
 from runner.base.layers import CLIP_L, FLUX1, clip_layers, linear_layers, lora_layers
 from runner.core.humanize import pluralize
 from runner.core.notify import Target, literal_secrets
-from runner.jobs.job import Seen
+from runner.jobs.job import Job
 from runner.preflight.finding import Finding, at
 from runner.spec.schema import Spec
 
@@ -23,7 +23,7 @@ HIGHEST_ROWS = 0.1
 PRODIGY = (0.1, 10.0)
 
 
-def check_values(seen: Seen) -> Iterator[Finding]:
+def check_values(seen: Job) -> Iterator[Finding]:
     yield from _rates(seen)
     yield from _ranks(seen)
     yield from _looks(seen)
@@ -31,7 +31,7 @@ def check_values(seen: Seen) -> Iterator[Finding]:
         yield at(seen.source, "warning", key, message)
 
 
-def _rates(seen: Seen) -> Iterator[Finding]:
+def _rates(seen: Job) -> Iterator[Finding]:
     spec = seen.spec
     images = spec.train.batch_size * spec.train.accumulate * spec.compute.gpus if spec.train.scale_lr else 1
     scaled = f" times {images} images a step, by train.scale_lr" if images > 1 else ""
@@ -63,9 +63,9 @@ def _trained_rates(spec: Spec) -> Iterator[tuple[str, float, str, float]]:
         yield "text_lora.lr", spec.text_lora.lr, "1e-6 to 1e-4", HIGHEST_LORA
 
 
-def _ranks(seen: Seen) -> Iterator[Finding]:
+def _ranks(seen: Job) -> Iterator[Finding]:
     """A matrix has no more directions than its shorter side."""
-    if seen.plan is None:  # its base's config may be what is wrong
+    if seen.planned is None:  # its base's config may be what is wrong
         return
     spec, folder = seen.spec, local_folder(seen.spec.model.base)
     adapted: list[tuple[str, int, Mapping[str, tuple[int, int]]]] = []
@@ -84,7 +84,7 @@ def _ranks(seen: Seen) -> Iterator[Finding]:
             )  # fmt: skip
 
 
-def _looks(seen: Seen) -> Iterator[Finding]:
+def _looks(seen: Job) -> Iterator[Finding]:
     """Rules that go by the eval loss, which is taken every `validate.every` steps."""
     spec, every, patience = seen.spec, seen.spec.validation.every, seen.spec.stop.no_better_for
     if every is None:
@@ -96,7 +96,7 @@ def _looks(seen: Seen) -> Iterator[Finding]:
             f"validate.every is {every}); set it to several times that, {3 * every} say, or look more often",
         )  # fmt: skip
     ruled = [name for name, value in spec.stop.model_dump().items() if value is not None]
-    if ruled and seen.plan and every >= seen.plan.steps:
+    if ruled and seen.planned and every >= seen.plan.steps:
         yield at(
             seen.source, "warning", f"stop.{ruled[0]}",
             f"nothing is looked at before the end of the run (validate.every is {every}, the run has {seen.plan.steps} steps), "

@@ -19,7 +19,7 @@ from runner.core import files
 from runner.core.command_line import fluxrun_command
 from runner.core.events import EventLog
 from runner.model import device
-from runner.plan.phases import Inversion, Joint, Lora, Phase, Plan
+from runner.plan.phases import Phase, Plan, TrainPhase
 from runner.runs.run import Run
 from runner.runs.sample_files import sample_tag, samples_of
 from runner.spec.schema import Spec, dump, flat
@@ -105,7 +105,7 @@ class RunRecorder:
         self.phase, self.entered = phase, time.monotonic()
         device.reset_peak(self.where)
         self.heartbeat(durable=True)
-        if isinstance(phase, Joint | Inversion | Lora):
+        if isinstance(phase, TrainPhase):
             done = progress.step if progress else phase.start
             self.event_log.line(f"{phase.name}: steps {done + 1} to {phase.stop}")
             self.event_log.begin_phase(phase.name, done, phase.stop, "steps")
@@ -139,7 +139,7 @@ class RunRecorder:
             self.event_log.line(
                 f"step {step.number} skipped: loss {step.loss}, gradient norm {step.grad_norm}; nothing was updated"
             )
-        stop = self.phase.stop if isinstance(self.phase, Joint | Inversion | Lora) else self.plan.steps
+        stop = self.phase.stop if isinstance(self.phase, TrainPhase) else self.plan.steps
         self.event_log.step(step.number, step.smoothed, step.seconds, stop, self.plan.steps)
         if time.monotonic() - self.beat > HEARTBEAT:
             self.heartbeat()

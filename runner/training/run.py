@@ -14,7 +14,7 @@ from runner.data import class_images
 from runner.data.images import Pictures
 from runner.model import device
 from runner.model.base import Base
-from runner.plan.phases import Encode, Export, Inversion, Joint, Lora, Phase, Plan, Prior
+from runner.plan.phases import Encode, Export, Phase, Plan, Prior, TrainPhase
 from runner.runs.checkpoint_files import checkpoint_name
 from runner.runs.run import Run
 from runner.spec.schema import Spec
@@ -77,7 +77,7 @@ def execute_run(
                         )
                         if phase.latents and context.class_pictures:
                             assert_class_images_unchanged(run, context)  # those that were just read are still the same
-                    case Joint() | Inversion() | Lora():
+                    case TrainPhase():
                         ranks.wait()
                         progress = train_phase(
                             context, phase, progress, recorder.save, recorder.settle, recorder.step, recorder.show

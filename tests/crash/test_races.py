@@ -223,7 +223,7 @@ def test_a_queue_that_dies_while_it_enlists(house: House, monkeypatch: pytest.Mo
             except KeyboardInterrupt:
                 assert kept < 4
     [again] = prepare_jobs([house.folder / "a.toml"], house.folder / "runs", fetch=False, fresh=False)
-    assert again.verdict.state == ("resume" if kept > 1 else "new")
+    assert again.status.state == ("resume" if kept > 1 else "new")
     assert again.run.claim(again.spec, again.plan, "0") > 0
 
 

@@ -96,7 +96,7 @@ def test_a_run_that_ended_early_has_no_steps_left(house: House) -> None:
     job.run.write_state("stopped", step=2, ended="eval loss 0.1 at step 2 has come down to stop.at (1)")
     job.run.release()
     [job] = prepare_jobs([house.folder / "a.toml"], runs, fetch=False, fresh=False)
-    assert (job.verdict.state, steps_left(job)) == ("resume", 0)
+    assert (job.status.state, steps_left(job)) == ("resume", 0)
     job.run.update_state(ended=None)
     assert steps_left(job) == 6
 

@@ -181,11 +181,11 @@ def test_advice_on_phases_is_right_wherever_it_is_given(house: House) -> None:
     """For many pairs of specs: what is advised keeps every step trained so far, which is asked of the plans' own keys."""
     [job] = prepare_jobs([house.spec()], house.folder / "runs", fetch=True, fresh=False)
     from runner.jobs.bases import BaseRegistry
-    from runner.jobs.prepare import _facts
+    from runner.jobs.prepare import facts_of
     from runner.plan.description import as_json
     from runner.plan.phases import Facts
 
-    facts: Facts = _facts(job.spec, job.pictures, BaseRegistry().of(job.spec))
+    facts: Facts = facts_of(job.spec, job.pictures, BaseRegistry().of(job.spec))
 
     def planned(steps: int, text: float, lora: float):  # type: ignore[no-untyped-def]
         spec = job.spec.model_copy(

@@ -12,7 +12,7 @@ from runner.checkpoint import storage
 from runner.checkpoint.storage import Checkpoint, Weights
 from runner.model import lora
 from runner.model.family import TrainSettings
-from runner.plan.phases import Inversion, Joint, Lora, learned_parts, recomputed, trains_lora
+from runner.plan.phases import TrainPhase, learned_parts, recomputed, trains_lora
 from runner.spec.schema import Spec, Stop
 from runner.training import optimizers
 from runner.training.adapter_shapes import lora_shape
@@ -23,7 +23,6 @@ from runner.training.objective import Encoders, FlowObjective
 from runner.training.optimizers import Adam, Adam8bit, Optimizer, ParameterGroup, ProdigyNumbers, schedule
 from runner.training.validation import Validator
 
-TrainPhase = Joint | Inversion | Lora
 ROW_POINTS = 100  # of norm and drift over a run: each waits for the device
 
 
