@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import tomli_w
 
-from runner.base import architectures, files
-from runner.jobs import prepare
+from runner.base import architectures, layers
 from runner.spec import extends, loader, sweeps, toml_lines
 from runner.spec.loader import load
 from tests.support.house import House
@@ -277,15 +276,16 @@ def test_specs_together_are_counted_too(house: House, monkeypatch: pytest.Monkey
 def test_a_sweep_reads_and_plans_once_what_its_runs_share(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     """A hundred runs read the base, the pictures and the file as often as four do."""
     from runner.data import sources
-    from runner.jobs import cache_hits, card_fit, memory
+    from runner.jobs import bases, cache_hits, card_fit, memory
 
     counts = []
     for rates in (2, 50):
         with monkeypatch.context() as patch:
             watched = [
-                Counted(patch, prepare, "fingerprint"), Counted(patch, cache_hits, "fingerprint"), Counted(patch, sources, "read"),
-                Counted(patch, prepare, "transformer_config"), Counted(patch, extends, "read_toml"),
-                Counted(patch, card_fit, "read_shapes"), Counted(patch, memory, "estimate"), Counted(patch, files, "linear_layers"),
+                Counted(patch, bases, "fingerprint"), Counted(patch, cache_hits, "fingerprint"),
+                Counted(patch, bases, "transformer_config"), Counted(patch, card_fit, "read_base_configs"),
+                Counted(patch, sources, "read_source"), Counted(patch, extends, "read_toml"),
+                Counted(patch, memory, "estimate"), Counted(patch, layers, "lora_layers"),
             ]  # fmt: skip
             path = swept(house, train__lr=[round(1e-4 * n, 6) for n in range(1, rates + 1)], lora__rank=[2, 4])
             architectures._adapted_layers.cache_clear()
