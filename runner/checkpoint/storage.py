@@ -1,4 +1,4 @@
-"""How far training came, in one file: weights, optimizer state, and a header that says whose it is."""
+"""The checkpoint format: weights and optimizer state in one safetensors file, whose header names the phase and the step."""
 
 from __future__ import annotations
 
@@ -18,15 +18,20 @@ from runner.model.device import copy_out
 from runner.runs.checkpoint_files import checkpoint_name
 
 FORMAT = 1
-NOT_THE_FILES = {
+# Errors that say nothing about the file: permissions, file handles, memory, a network file system.
+UNRELATED_ERRORS = {
     errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT, errno.EINTR,
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Weights:
-    """What training makes. lora, text_lora: by their modules' names in the transformer and the CLIP encoder; rows:
-    "clip" and "t5", [vectors, width]; all fp32."""
+    """Everything that training learns, in fp32.
+
+    lora: "MODULE.lora_A.weight" [rank, in] and "MODULE.lora_B.weight" [out, rank], by diffusers' names of the
+    transformer's modules. text_lora: the same for CLIP's text encoder. rows: the token embeddings of the placeholders, by
+    encoder ("clip", "t5"), [vectors, width].
+    """
 
     lora: Mapping[str, Tensor] = field(default_factory=dict)
     rows: Mapping[str, Tensor] = field(default_factory=dict)
@@ -35,8 +40,11 @@ class Weights:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """step: optimisation steps of the whole run. optimizer: per parameter "NAME/STATE". scalars: JSON numbers that
-    are no tensors (Prodigy's d, step counts, the smoothed loss). No generator state: randomness comes from (seed, step).
+    """The state of training after a step.
+
+    phase, phase_key: the phase that was training; a run resumes only into a phase with the same key. step: optimization
+    steps since the run began. optimizer: state tensors as "PARAMETER/STATE". scalars: JSON values (Prodigy's d, step counts,
+    the loop's TrainState). No generator state is needed: random numbers are functions of the seed and the step.
     """
 
     phase: str
@@ -47,8 +55,8 @@ class Checkpoint:
     scalars: Mapping[str, Any]
 
 
-def named(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """All tensors under the names they have in the file."""
+def named_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """All tensors by their names in the file."""
     return {
         **{f"lora/{name}": tensor for name, tensor in checkpoint.weights.lora.items()},
         **{f"rows/{name}": tensor for name, tensor in checkpoint.weights.rows.items()},
@@ -57,14 +65,15 @@ def named(checkpoint: Checkpoint) -> dict[str, Tensor]:
     }
 
 
-def copied(checkpoint: Checkpoint) -> Checkpoint:
-    """The same in host memory of its own, so that training may go on while it is written."""
-    return _built(
-        checkpoint.phase, checkpoint.phase_key, checkpoint.step, copy_out(named(checkpoint)), checkpoint.scalars
+def copy_to_host(checkpoint: Checkpoint) -> Checkpoint:
+    """A copy in host memory, so that training may go on while it is written."""
+    return _from_tensors(
+        checkpoint.phase, checkpoint.phase_key, checkpoint.step, copy_out(named_tensors(checkpoint)), checkpoint.scalars
     )
 
 
 def write(path: Path, checkpoint: Checkpoint, *, disk: files.Disk = files.DISK) -> None:
+    """Write a checkpoint beside its place, sync it and rename it. Raises OSError."""
     header = {
         "format": str(FORMAT),
         "phase": checkpoint.phase,
@@ -72,16 +81,18 @@ def write(path: Path, checkpoint: Checkpoint, *, disk: files.Disk = files.DISK) 
         "step": str(checkpoint.step),
         "scalars": json.dumps(checkpoint.scalars, sort_keys=True),
     }
-    tensors.save(path, named(checkpoint), header, disk=disk)
+    tensors.save(path, named_tensors(checkpoint), header, disk=disk)
 
 
 def read(path: Path) -> Checkpoint:
-    """Read and verify; the name must agree with the header. Raises BadFileError, and OSError where it could not be read for a
-    reason that is not the file's own: that tells nothing against it."""
+    """Read a checkpoint and verify its digest and its name.
+
+    Raises BadFileError if the file is damaged, and OSError if it could not be read for a reason outside the file.
+    """
     try:
-        found, header = tensors.load(path)
+        loaded, header = tensors.load(path)
     except BadFileError as error:
-        if isinstance(error.__cause__, OSError) and error.__cause__.errno in NOT_THE_FILES:
+        if isinstance(error.__cause__, OSError) and error.__cause__.errno in UNRELATED_ERRORS:
             raise error.__cause__ from error
         raise
     if header.get("format") != str(FORMAT):
@@ -94,10 +105,12 @@ def read(path: Path) -> Checkpoint:
         raise BadFileError(f"{path}: the header is incomplete ({error})") from error
     if path.name != checkpoint_name(step):
         raise BadFileError(f"{path}: the header says step {step}")
-    return _built(phase, key, step, found, scalars)
+    return _from_tensors(phase, key, step, loaded, scalars)
 
 
-def _built(phase: str, key: str, step: int, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> Checkpoint:
+def _from_tensors(
+    phase: str, key: str, step: int, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]
+) -> Checkpoint:
     def under(prefix: str) -> dict[str, Tensor]:
         return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 

@@ -1,4 +1,4 @@
-"""Writes the checkpoints of one run, behind the training's back: training waits only for the copy out of the device."""
+"""Asynchronous checkpoint writer: training blocks only while the tensors are copied out of the device."""
 
 from __future__ import annotations
 
@@ -15,8 +15,12 @@ from runner.runs.checkpoint_files import checkpoint_name, checkpoint_steps
 
 
 class Writer:
-    """One save at a time, in order. `log` hears of a step only once it is on the disk and was read back; what went
-    wrong is raised by the next call. `check_lease` raises where this process may no longer write."""
+    """Writes checkpoints in a thread, one at a time and in order, and removes old ones.
+
+    keep: how many checkpoints to keep, besides those of the steps in `kept_always` and of the best step. check_lease: raises
+    RunLockedError when another attempt owns the run. log: told of each step once its checkpoint was read back from the disk.
+    A failed write is raised by the next `save`, `wait` or `raise_if_failed`.
+    """
 
     def __init__(
         self,
@@ -31,62 +35,66 @@ class Writer:
         self.check_lease, self.log, self.disk = check_lease, log, disk
         self.best: int | None = None
         self.pool = ThreadPoolExecutor(1, "checkpoint")
-        self.pool.submit(int)  # starts the thread now: a signal while it starts would leave it to itself
+        self.pool.submit(int)  # start the thread now: a signal during its start would leave it without an owner
         self.pending: Future[None] | None = None
 
-    def save(self, made: Checkpoint) -> None:
-        """Begin to write `made`, whose tensors nobody else changes, once the save before it is done."""
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Wait for the previous write, then begin to write this one. Its tensors must not change any more."""
         self.wait()
-        self.pending = self.pool.submit(self.write, made)
+        self.pending = self.pool.submit(self.write, checkpoint)
 
-    def look(self) -> None:
-        """Raise what a save has failed of, without waiting for it."""
+    def raise_if_failed(self) -> None:
+        """Raise what the pending write failed with, without waiting for it."""
         if self.pending is not None and self.pending.done():
             self.wait()
 
     def wait(self) -> None:
+        """Wait for the pending write, and raise what it failed with."""
         pending, self.pending = self.pending, None
         if pending is not None:
             pending.result()
 
     def close(self) -> None:
-        """Finish what is being written; its failure has been raised, or something worse is on its way."""
+        """Finish the pending write without raising: by now its failure was raised, or the run ends for another reason."""
         self.pool.shutdown()
 
-    def write(self, made: Checkpoint) -> None:
-        """Write, read back, then prune: never an instant without a verified checkpoint."""
-        path = self.folder / checkpoint_name(made.step)
-        self._make_sure_of_room(made)
+    def write(self, checkpoint: Checkpoint) -> None:
+        """Write, read back, then remove old checkpoints, so that a verified one exists at every moment.
+
+        Raises DiskError for a full or failing disk."""
+        path = self.folder / checkpoint_name(checkpoint.step)
+        self._require_space(checkpoint)
         self.check_lease()
-        storage.write(path, made, disk=self.disk)
+        storage.write(path, checkpoint, disk=self.disk)
         try:
             storage.read(path)
         except BadFileError as error:
             raise DiskError(
-                f"{error}; so it was read back right after it was written: the disk is failing, or the memory. The "
+                f"{error}; that is what came back right after writing, so the disk or the memory is failing. The "
                 "checkpoint before it stands; the same command goes on from there"
             ) from error
         self.check_lease()
-        self.best = made.scalars.get("meters", {}).get("best_step")
-        self._prune(made.step)
-        self.log(f"checkpoint at step {made.step}")
+        self.best = checkpoint.scalars.get("meters", {}).get("best_step")
+        self._prune(checkpoint.step)
+        self.log(f"checkpoint at step {checkpoint.step}")
 
-    def _make_sure_of_room(self, made: Checkpoint) -> None:
-        size = sum(tensor.nbytes for tensor in storage.named(made).values())
+    def _require_space(self, checkpoint: Checkpoint) -> None:
+        size = sum(tensor.nbytes for tensor in storage.named_tensors(checkpoint).values())
         free = self.disk.free(self.folder)
         if free < size + SPARE:
             raise DiskError(
-                f"no room for the checkpoint of step {made.step} in {self.folder}: {free >> 20} MiB free, it needs "
+                f"no room for the checkpoint of step {checkpoint.step} in {self.folder}: {free >> 20} MiB free, it needs "
                 f"{(size + SPARE) >> 20}; the checkpoint before it stands. Free some space, then the same command goes on"
             )
 
     def _prune(self, step: int) -> None:
-        """Those of later steps are another plan's, and left alone; the best step's is kept for the export."""
-        spared = {*self.kept_always, self.best}
-        there = [(number, path) for number, path in checkpoint_steps(self.folder) if number <= step]
-        for number, path in [one for one in there if one[0] not in spared][self.keep :]:
+        """Remove all but the newest `keep` checkpoints. Those of later steps belong to another plan and stay; the best
+        step's stays for the export."""
+        kept = {*self.kept_always, self.best}
+        existing = [(number, path) for number, path in checkpoint_steps(self.folder) if number <= step]
+        for number, path in [(number, path) for number, path in existing if number not in kept][self.keep :]:
             assert number < step
             try:
                 self.disk.unlink(path)
-            except OSError as error:  # one file too many harms nothing
-                self.log(f"{path.name}: an old checkpoint, cannot be removed ({error})")
+            except OSError as error:  # a file too many does no harm
+                self.log(f"{path.name}: this old checkpoint cannot be removed ({error})")

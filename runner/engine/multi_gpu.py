@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from runner.core.errors import FluxrunError
+from runner.core.events import EventLog
 from runner.core.process_identity import exit_with_parent
 from runner.data import sources
 from runner.jobs.data_sets import data_source
@@ -20,7 +21,7 @@ from runner.jobs.prepare import plan_of
 from runner.model import device, libraries
 from runner.runs.run import Run
 from runner.spec.schema import Spec, dump
-from runner.training.context import open_base, open_cache
+from runner.training.context import RunContext, open_base, open_cache
 from runner.training.distributed import Ranks
 from runner.training.run import assist_rank
 
@@ -93,7 +94,8 @@ def main() -> None:
     ranks.join(ranks.find(request["port"]), torch_device)
     try:
         parts = request["micro_batch_parts"]
-        assist_rank(Run(runs, spec.name), spec, plan, pictures, base, cache, ranks, parts)
+        context = RunContext(spec, plan, pictures, base, cache, EventLog(), ranks, lambda: False, parts)
+        assist_rank(Run(runs, spec.name), context)
     finally:
         ranks.leave()
 

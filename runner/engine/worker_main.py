@@ -174,10 +174,10 @@ def _train(
         return [context for context in contexts if context]
 
     with train_on_ranks(spec, plan.key, run.runs, torch_device, micro_batch_parts) as ranks:
-        execute_run(
-            run, spec, plan, pictures, base, cache, event_log, stop, ranks, attempt=request.attempt, split=micro_batch_parts,
-            model_pool=state.model_pool, beside=upcoming,
-        )  # fmt: skip
+        context = RunContext(
+            spec, plan, pictures, base, cache, event_log, ranks, stop, micro_batch_parts, state.model_pool
+        )
+        execute_run(run, context, attempt=request.attempt, upcoming=upcoming)
 
 
 def _upcoming_context(

@@ -238,7 +238,7 @@ class LiveEncoder:
     def _states(self, ids: Tensor, pooling: str) -> Tensor:
         return self.family.embed(self.encoder, self.model, self.tokenizer, ids, pooling)
 
-    def settle(self) -> None:
+    def post_step(self) -> None:
         if self.rows is not None and self.rows.requires_grad:
             token_rows.keep_std(self.rows, self.std)
 
@@ -268,5 +268,5 @@ class CachedEncoder:
     def embed(self, captions: Sequence[str], pooling: str) -> Tensor:
         return to_device(self.look_up(captions, pooling), self.device)
 
-    def settle(self) -> None:
+    def post_step(self) -> None:
         """Nothing here changes."""

@@ -141,9 +141,9 @@ class FlowObjective:
         embeddings = {name: encoder.embed(captions, pooling) for name, encoder in self.encoders.items()}
         return self.family.prompt_embeds(embeddings)
 
-    def settle(self) -> None:
+    def post_step(self) -> None:
         for encoder in self.encoders.values():
-            encoder.settle()
+            encoder.post_step()
 
     # ---- evaluation ------------------------------------------------------------------------------------------------
 

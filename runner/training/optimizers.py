@@ -91,10 +91,9 @@ class Optimizer:
         for group, settings in zip(self.groups, self.torch.param_groups, strict=True):
             settings["lr"] = group.lr * factor
         self.torch.step()
-        self.drop()
+        self.zero_grad()
 
-    def drop(self) -> None:
-        """Forget the gradients."""
+    def zero_grad(self) -> None:
         self.torch.zero_grad(set_to_none=True)
 
     def learning_rates(self) -> dict[str, float]:

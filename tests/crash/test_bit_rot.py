@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from runner.cache.store import Cache
 from runner.checkpoint import storage
-from runner.checkpoint.storage import Weights, named
+from runner.checkpoint.storage import Weights, named_tensors
 from runner.core.errors import BadFileError
 from runner.model import tensors
 from runner.plan.phases import Encode
@@ -67,7 +67,7 @@ def damaged_run(data: bytes) -> Run:
 def test_every_damage_is_noticed_and_the_step_before_taken() -> None:
     counts: dict[str, int] = {}
     silent: dict[str, int] = {}
-    right = named(made(40, SIZE))
+    right = named_tensors(made(40, SIZE))
     for what, data in damages():
         run = damaged_run(data)
         silent[what] = silent.get(what, 0) + loaded_silently(run.checkpoints / checkpoint_name(40), right)

@@ -23,6 +23,7 @@ from runner.training.optimizers import Adam, Optimizer, ParameterGroup
 from tests.support.checkpoints import STEPS, made, new_run, newest, writer
 from tests.support.house import House
 from tests.support.runs import export_bytes
+from tests.support.step_loop import Recorded, constant
 
 DAY, YEAR = 86_400.0, 31_556_952.0
 
@@ -61,21 +62,18 @@ class Weight:
     def loss(self, step: int, micro: int) -> Tensor:
         return self.weight.square()
 
-    def settle(self) -> None:
+    def post_step(self) -> None:
         pass
 
 
 def saved_at(clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The steps of eight at which a checkpoint is due, at least every minute."""
     monkeypatch.setattr(loop, "time", clock)
-    learner, saved = Weight(), list[int]()
+    learner = Weight()
     optimizer = Optimizer([ParameterGroup({"lora/w": learner.weight}, 0.1, 0.0)], Adam(0.9, 0.999, 1e-8))
-    loop.train(
-        learner, optimizer, lambda _: 1.0, LoopConfig(0, 8, 8, 1, 1.0, 100, 60.0, None), TrainState(), Ranks(),
-        torch.amp.GradScaler("cpu", enabled=False),
-        save=lambda step, _: saved.append(step), report=lambda _: None, look=lambda _: 0.0, stop_requested=lambda: False,
-    )  # fmt: skip
-    return saved
+    config, recorded = LoopConfig(0, 8, 8, 1, 1.0, 100, 60.0, None), Recorded()
+    loop.train(learner, optimizer, constant, config, TrainState(), Ranks(), recorded)
+    return [step for step, _ in recorded.saved]
 
 
 def test_checkpoint_minutes_are_those_of_the_monotonic_clock(monkeypatch: pytest.MonkeyPatch) -> None:

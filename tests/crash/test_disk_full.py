@@ -229,7 +229,7 @@ def test_a_disk_that_gives_back_other_bytes_pauses_the_run() -> None:
     writer(run).write(made(30))
     code, reason = save_fails(writer(run, disk=Forgetful(), log=said.append), 40, 3000)
     assert (code, said) == (ExitCode.DISK, [])
-    assert "read back right after it was written: the disk is failing" in reason
+    assert "that is what came back right after writing, so the disk or the memory is failing" in reason
     assert stands(run, 30)
 
 

@@ -148,7 +148,7 @@ def test_a_failed_prune_is_said_and_kills_nothing() -> None:
     saving = writer(run, disk=Undeletable(), log=said.append)
     for step in (30, 40):
         saving.write(made(step))
-    assert said[1].startswith("step-000030.safetensors: an old checkpoint, cannot be removed ([Errno 1]")
+    assert said[1].startswith("step-000030.safetensors: this old checkpoint cannot be removed ([Errno 1]")
     assert [acknowledged(line) for line in said] == [30, 0, 40]
     found = newest(run)
     assert found is not None

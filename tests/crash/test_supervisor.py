@@ -176,7 +176,7 @@ def test_control_half_the_batch_without_twice_the_accumulation_is_seen(
     from runner.training.loop import LoopConfig
 
     made = LoopConfig.__init__
-    monkeypatch.setattr(LoopConfig, "__init__", lambda self, *a: made(self, *a[:3], 1, *a[4:]))
+    monkeypatch.setattr(LoopConfig, "__init__", lambda self, *a, **k: made(self, *a[:3], 1, *a[4:], **k))
     with failing(no_memory, lambda *at: at[3] > 1):
         go_on(house, lora(house))
     name = Path("a/export/pytorch_lora_weights.safetensors")

@@ -190,7 +190,7 @@ def test_a_run_that_waits_is_not_begun(house: House) -> None:
     """Told while the run before it trains; the queue goes on with the one behind it."""
     from runner.training import recorder
 
-    begin = recorder.RunRecorder.begin
+    begin = recorder.RunRecorder.phase_started
     told: list[str] = []
 
     def beginning(self: Any, phase: Any, progress: Any) -> None:
@@ -200,7 +200,7 @@ def test_a_run_that_waits_is_not_begun(house: House) -> None:
 
     specs = [house.spec(name, steps="steps = 1", prompts="prompts = []") for name in "abc"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recorder.RunRecorder, "begin", beginning)
+        patch.setattr(recorder.RunRecorder, "phase_started", beginning)
         assert house.fluxrun("queue", *specs).code == 3
     assert told == ["b: will not be started\n"]
     states = {row["name"]: row["state"] for row in json.loads(house.fluxrun("status", "--json").out)}

@@ -64,7 +64,7 @@ def test_a_step_waits_for_the_device_only_where_its_numbers_are_read(house: Hous
             objective.loss(step, 0).backward()
             torch.nn.utils.clip_grad_norm_(optimizer.parameters, 1.0)
             optimizer.step(1.0)
-            objective.settle()
+            objective.post_step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
         objective.close()

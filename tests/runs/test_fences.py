@@ -160,16 +160,16 @@ def before_it_is_done(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def during_a_look(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from runner.training.validation import Validator
+    from runner.training.phases import train
 
-    real = Validator.at.__func__  # type: ignore[attr-defined]
+    real = train.validate
 
-    def at(cls: Any, *arguments: Any) -> Any:
-        found = real(cls, *arguments)
+    def validate(*arguments: Any) -> Any:
+        result = real(*arguments)
         taken(run)
-        return found
+        return result
 
-    monkeypatch.setattr(Validator, "at", classmethod(at))
+    monkeypatch.setattr(train, "validate", validate)
 
 
 def while_a_checkpoint_is_read_back(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

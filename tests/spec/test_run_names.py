@@ -304,7 +304,7 @@ def test_a_run_whose_folder_vanishes_is_told_and_the_next_goes_on(
     from runner.training import recorder
 
     house.write("a.toml", LORA), house.write("b.toml", LORA)
-    begin, step = recorder.RunRecorder.begin, recorder.RunRecorder.step
+    begin, step = recorder.RunRecorder.phase_started, recorder.RunRecorder.on_step
 
     def remove(self: recorder.RunRecorder) -> None:
         if self.run.name == "a":
@@ -315,13 +315,13 @@ def test_a_run_whose_folder_vanishes_is_told_and_the_next_goes_on(
         if phase == "encode":
             remove(self)
 
-    def stepping(self: recorder.RunRecorder, one: recorder.Step) -> None:
+    def stepping(self: recorder.RunRecorder, one: recorder.Step, state: recorder.TrainState) -> None:
         if phase == "step" and one.number == 2:
             remove(self)
-        step(self, one)
+        step(self, one, state)
 
-    monkeypatch.setattr(recorder.RunRecorder, "begin", beginning)
-    monkeypatch.setattr(recorder.RunRecorder, "step", stepping)
+    monkeypatch.setattr(recorder.RunRecorder, "phase_started", beginning)
+    monkeypatch.setattr(recorder.RunRecorder, "on_step", stepping)
     said = house.fluxrun("queue", "a.toml", "b.toml", "--no-check")
     assert said.code == 3
     assert (

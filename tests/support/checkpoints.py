@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from runner.checkpoint.storage import Checkpoint, Weights, named
+from runner.checkpoint.storage import Checkpoint, Weights, named_tensors
 from runner.checkpoint.writer import Writer
 from runner.core import files
 from runner.core.events import EventLog
@@ -37,7 +37,7 @@ def made(step: int, size: int = 900) -> Checkpoint:
 def whole(found: Checkpoint, size: int = 900) -> bool:
     """Whether it is that step's, to the last bit."""
     wanted = made(found.step, size)
-    ours, theirs = named(wanted), named(found)
+    ours, theirs = named_tensors(wanted), named_tensors(found)
     return (
         (found.phase, found.phase_key, found.scalars) == (wanted.phase, wanted.phase_key, wanted.scalars)
         and ours.keys() == theirs.keys()

@@ -54,13 +54,13 @@ def stopping_after(step: int) -> Iterator[None]:
     from runner.training import recorder
 
     reached: list[int] = []
-    report, asked = recorder.RunRecorder.step, signals.StopRequest.__call__
+    report, asked = recorder.RunRecorder.on_step, signals.StopRequest.__call__
 
-    def reporting(self: Any, one: Any) -> None:
-        reached.append(one.number)
-        report(self, one)
+    def reporting(self: Any, step_: Any, state: Any) -> None:
+        reached.append(step_.number)
+        report(self, step_, state)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recorder.RunRecorder, "step", reporting)
+        patch.setattr(recorder.RunRecorder, "on_step", reporting)
         patch.setattr(signals.StopRequest, "__call__", lambda self: asked(self) or step in reached)
         yield

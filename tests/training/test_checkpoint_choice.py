@@ -17,7 +17,7 @@ from runner.plan.build import make_plan
 from runner.plan.phases import Plan
 from runner.runs.checkpoint_files import checkpoint_name, checkpoint_steps
 from runner.runs.run import Run
-from runner.training.run import best_of, done_already, newest_checkpoint
+from runner.training.run import best_checkpoint, newest_checkpoint, skip_reason
 from tests.support.house import House
 from tests.support.plans import FACTS, TOKENS, spec_of
 
@@ -83,7 +83,7 @@ def test_a_damaged_one_is_set_apart_by_the_leader_alone(run: Run, plan: Plan) ->
     damaged = bytearray(path.read_bytes())
     damaged[-1] ^= 1
     path.write_bytes(damaged)
-    found = newest_checkpoint(run, plan, Heard(), apart=False)
+    found = newest_checkpoint(run, plan, Heard(), quarantine=False)
     assert found is not None
     assert (found.step, path.exists()) == (2, True)
     heard = Heard()
@@ -94,19 +94,19 @@ def test_a_damaged_one_is_set_apart_by_the_leader_alone(run: Run, plan: Plan) ->
     assert "does not match its digest" in heard.lines[0]
 
 
-def test_what_is_done_already(plan: Plan) -> None:
+def test_why_a_phase_is_skipped(plan: Plan) -> None:
     """Training by its steps, the caches once all of it is done, an export never; all of it where training ended early."""
     joint, lora = plan.training
     encode, export = plan.phases[0], plan.phases[-1]
-    assert done_already(joint, plan, None) is None
-    assert done_already(joint, plan, made(3)) is None
-    assert done_already(joint, plan, made(4)) == "trained to step 4"
-    assert done_already(lora, plan, made(6)) is None
-    assert done_already(lora, plan, made(7)) == "trained to step 7"
-    assert done_already(encode, plan, made(6)) is None
-    assert done_already(encode, plan, made(7)) == "all training is done"
-    assert done_already(lora, plan, made(5, ended="why")) == "training ended early: why"
-    assert done_already(export, plan, made(7)) is None
+    assert skip_reason(joint, plan, None) is None
+    assert skip_reason(joint, plan, made(3)) is None
+    assert skip_reason(joint, plan, made(4)) == "trained to step 4"
+    assert skip_reason(lora, plan, made(6)) is None
+    assert skip_reason(lora, plan, made(7)) == "trained to step 7"
+    assert skip_reason(encode, plan, made(6)) is None
+    assert skip_reason(encode, plan, made(7)) == "all training is done"
+    assert skip_reason(lora, plan, made(5, ended="why")) == "training ended early: why"
+    assert skip_reason(export, plan, made(7)) is None
 
 
 def test_the_best_one_is_exported_and_else_the_last(run: Run) -> None:
@@ -114,14 +114,14 @@ def test_the_best_one_is_exported_and_else_the_last(run: Run) -> None:
     put(run, last)
     best = put(run, made(2))
     heard = Heard()
-    found = best_of(run, last, heard)
+    found = best_checkpoint(run, last, heard)
     assert found is not None
     assert (found.step, heard.lines) == (2, ["export: step 2, whose eval loss is the lowest"])
     best.write_bytes(best.read_bytes()[:-1])
-    assert best_of(run, last, heard) is last
+    assert best_checkpoint(run, last, heard) is last
     assert heard.lines[-1].endswith("; exporting step 4")
-    assert best_of(run, made(4), heard).step == 4  # type: ignore[union-attr]
-    assert best_of(run, None, heard) is None
+    assert best_checkpoint(run, made(4), heard).step == 4  # type: ignore[union-attr]
+    assert best_checkpoint(run, None, heard) is None
 
 
 def writer(folder: Path, keep: int, kept_always: set[int] = frozenset(), disk: files.Disk = files.DISK) -> Writer:  # type: ignore[assignment]

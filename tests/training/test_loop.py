@@ -10,17 +10,17 @@ from torch import Tensor, nn
 
 from runner.core.errors import NonFiniteError
 from runner.training.distributed import Ranks
-from runner.training.loop import BAD_STEPS, EarlyStopping, LoopConfig, Step, TrainState, train
+from runner.training.loop import BAD_STEPS, EarlyStopping, LoopConfig, TrainState, train
 from runner.training.optimizers import Adam, Adam8bit, Optimizer, ParameterGroup
 from runner.training.prefetch import Prefetcher
-from tests.support.step_loop import Line, run
+from tests.support.step_loop import Line, Recorded, adam, constant, run
 
 
 def test_a_step_without_a_number_is_skipped_and_counted() -> None:
     line = Line(bad=(3,))
     steps, saved = run(line)
     assert [step.number for step in steps if step.skipped] == [4]
-    assert line.settled == 7
+    assert line.post_steps == 7
     assert all(torch.isfinite(weight).all() for *_, weight in saved)
     assert saved[-1][1].skipped == 1
     assert saved[-1][1].in_row == 0
@@ -39,7 +39,7 @@ def test_five_in_a_row_end_the_run_with_the_weights_as_they_were() -> None:
 def test_the_count_of_bad_steps_crosses_a_checkpoint() -> None:
     line = Line(bad=tuple(range(99)))
     with pytest.raises(NonFiniteError, match="step 7"):
-        run(line, 50, start=5, meters=TrainState(skipped=3, in_row=3))
+        run(line, 50, start=5, state=TrainState(skipped=3, in_row=3))
 
 
 def test_gradients_are_clipped_over_what_is_trained() -> None:
@@ -55,11 +55,8 @@ def test_gradients_are_clipped_over_what_is_trained() -> None:
         real(factor)
 
     optimizer.step = step  # type: ignore[method-assign]
-    train(
-        clipped, optimizer, lambda _: 1.0, LoopConfig(0, 1, 1, 1, 0.5, 2, None, None), TrainState(), Ranks(),
-        torch.amp.GradScaler("cpu", enabled=False),
-        save=lambda *_: None, report=lambda _: None, look=lambda _: 0.0, stop_requested=lambda: False,
-    )  # fmt: skip
+    config = LoopConfig(0, 1, 1, 1, 0.5, 2, None, None)
+    train(clipped, optimizer, constant, config, TrainState(), Ranks(), Recorded())
     assert float(seen[0].norm()) == pytest.approx(0.5, rel=1e-4)
 
 
@@ -72,20 +69,17 @@ def test_a_scaler_finds_its_scale_without_being_taken_for_a_failure() -> None:
     assert 1 <= scale < 65536
     assert saved[-1][1].scaler["_growth_tracker"] > 0
     resumed = Line(huge=64.0)
-    steps, _ = run(resumed, 42, start=40, meters=saved[-1][1], fp16=True)
+    steps, _ = run(resumed, 42, start=40, state=saved[-1][1], fp16=True)
     assert not any(step.skipped for step in steps)
 
 
 def test_accumulation_is_the_mean() -> None:
     """Two half losses give the gradient of one whole."""
     line = Line()
-    optimizer = Optimizer([ParameterGroup({"lora/w": line.weight}, 0.1, 0.0)], Adam(0.9, 0.999, 1e-8))
-    steps: list[Step] = []
-    train(
-        line, optimizer, lambda _: 1.0, LoopConfig(0, 3, 3, 4, 1e9, 2, None, None), TrainState(), Ranks(),
-        torch.amp.GradScaler("cpu", enabled=False),
-        save=lambda *_: None, report=steps.append, look=lambda _: 0.0, stop_requested=lambda: False,
-    )  # fmt: skip
+    recorded = Recorded()
+    config = LoopConfig(0, 3, 3, 4, 1e9, 2, None, None)
+    train(line, adam(line), constant, config, TrainState(), Ranks(), recorded)
+    steps = recorded.steps
     wanted, _ = run(Line(), 3)
     assert [step.loss for step in steps] == pytest.approx([step.loss for step in wanted])
     assert [step.grad_norm for step in steps] == pytest.approx([step.grad_norm for step in wanted])
@@ -127,14 +121,14 @@ def test_a_checkpoint_is_also_due_by_the_clock(monkeypatch: pytest.MonkeyPatch) 
     ticks = itertools.count(step=5)
     monkeypatch.setattr(loop.time, "monotonic", lambda: float(next(ticks)))
     line = Line()
-    optimizer = Optimizer([ParameterGroup({"lora/w": line.weight}, 0.1, 0.0)], Adam(0.9, 0.999, 1e-8))
-    saved: list[int] = []
-    train(
-        line, optimizer, lambda _: 1.0, LoopConfig(0, 8, 8, 1, 1.0, 100, 12.0, None), TrainState(), Ranks(),
-        torch.amp.GradScaler("cpu", enabled=False),
-        save=lambda step, _: saved.append(step), report=lambda _: None, look=lambda _: 0.0, stop_requested=lambda: False,
-    )  # fmt: skip
-    assert saved == [3, 6, 8]  # at 15 and 35 s (the time of a save is noted by one more look), and at the end
+    recorded = Recorded()
+    config = LoopConfig(0, 8, 8, 1, 1.0, 100, 12.0, None)
+    train(line, adam(line), constant, config, TrainState(), Ranks(), recorded)
+    assert [step for step, _ in recorded.saved] == [
+        3,
+        6,
+        8,
+    ]  # at 15 and 35 s (a save reads the clock once more), and at the end
 
 
 @pytest.mark.parametrize(
@@ -159,14 +153,10 @@ def test_a_checkpoint_is_also_due_by_the_clock(monkeypatch: pytest.MonkeyPatch) 
 def test_training_ends_early_by_rule(early: EarlyStopping, losses: list[float], last: int, why: str) -> None:
     """A look every two steps."""
     line = Line()
-    optimizer = Optimizer([ParameterGroup({"lora/w": line.weight}, 0.1, 0.0)], Adam(0.9, 0.999, 1e-8))
-    saved: list[tuple[int, TrainState]] = []
-    train(
-        line, optimizer, lambda _: 1.0, LoopConfig(0, 12, 12, 1, 1.0, 100, None, 2, early), TrainState(), Ranks(),
-        torch.amp.GradScaler("cpu", enabled=False),
-        save=lambda step, now: saved.append((step, now)), report=lambda _: None,
-        look=lambda step: losses[step // 2 - 1], stop_requested=lambda: False,
-    )  # fmt: skip
+    recorded = Recorded(lambda step: losses[step // 2 - 1])
+    config = LoopConfig(0, 12, 12, 1, 1.0, 100, None, 2, early)
+    train(line, adam(line), constant, config, TrainState(), Ranks(), recorded)
+    saved = recorded.saved
     assert [step for step, _ in saved] == [last]
     assert saved[-1][1].ended.startswith(why)
     assert bool(saved[-1][1].ended) == bool(why)
@@ -174,16 +164,11 @@ def test_training_ends_early_by_rule(early: EarlyStopping, losses: list[float], 
 
 def test_the_best_step_is_saved_when_it_is_found() -> None:
     line = Line()
-    optimizer = Optimizer([ParameterGroup({"lora/w": line.weight}, 0.1, 0.0)], Adam(0.9, 0.999, 1e-8))
-    saved: list[tuple[int, int | None]] = []
     losses = [5.0, 3.0, 4.0, 2.0, 6.0]
-    train(
-        line, optimizer, lambda _: 1.0, LoopConfig(0, 10, 10, 1, 1.0, 100, None, 2, EarlyStopping(keep_best=True)), TrainState(), Ranks(),
-        torch.amp.GradScaler("cpu", enabled=False),
-        save=lambda step, now: saved.append((step, now.best_step)), report=lambda _: None,
-        look=lambda step: losses[step // 2 - 1], stop_requested=lambda: False,
-    )  # fmt: skip
-    assert saved == [(2, 2), (4, 4), (8, 8), (10, 8)]
+    recorded = Recorded(lambda step: losses[step // 2 - 1])
+    config = LoopConfig(0, 10, 10, 1, 1.0, 100, None, 2, EarlyStopping(keep_best=True))
+    train(line, adam(line), constant, config, TrainState(), Ranks(), recorded)
+    assert [(step, state.best_step) for step, state in recorded.saved] == [(2, 2), (4, 4), (8, 8), (10, 8)]
 
 
 def test_what_is_made_ahead_is_what_is_asked_for() -> None:

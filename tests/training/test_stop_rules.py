@@ -22,13 +22,12 @@ from runner.training.loop import (
     EarlyStopping,
     LoopConfig,
     TrainState,
-    is_validation_step,
+    after_validation,
     train,
 )
-from runner.training.optimizers import Adam, Optimizer, ParameterGroup
 from tests.support.house import House
 from tests.support.scripted_trainers import Attempt, trainers
-from tests.support.step_loop import Line, run
+from tests.support.step_loop import Line, Recorded, adam, constant
 
 # ---- --stop-at -----------------------------------------------------------------------------------------------------
 
@@ -143,20 +142,15 @@ def test_a_hangup_is_no_request_under_nohup() -> None:
 
 
 def loop(line: Line, steps: int, **more: Any) -> list[tuple[int, TrainState]]:
-    """Train; what was saved. more: `loop` (fields of Loop), `look`, `stop_requested`."""
-    optimizer = Optimizer([ParameterGroup({"lora/w": line.weight}, 0.1, 0.0)], Adam(0.9, 0.999, 1e-8))
-    saved: list[tuple[int, TrainState]] = []
-    numbers = {"save_every": 100, "look_every": None, "early": EarlyStopping(), **more.pop("loop", {})}
+    """Train; what was saved. more: `config` (fields of LoopConfig), `eval_loss`, `stop_requested`."""
+    numbers = {"save_every": 100, "validate_every": None, "early": EarlyStopping(), **more.pop("config", {})}
+    config = LoopConfig(0, steps, steps, 1, 1e9, save_seconds=None, **numbers)
+    recorded = Recorded(more.pop("eval_loss", lambda _: None), more.pop("stop_requested", lambda: False))
     try:
-        train(
-            line, optimizer, lambda _: 1.0, LoopConfig(0, steps, steps, 1, 1e9, save_seconds=None, **numbers), TrainState(), Ranks(),
-            torch.amp.GradScaler("cpu", enabled=False),
-            save=lambda step, now: saved.append((step, now)), report=lambda _: None,
-            look=more.pop("look", lambda _: None), stop_requested=more.pop("stop_requested", lambda: False),
-        )  # fmt: skip
+        train(line, adam(line), constant, config, TrainState(), Ranks(), recorded)
     except InterruptedRunError as error:
-        saved.append((-1, TrainState(ended=str(error))))
-    return saved
+        recorded.saved.append((-1, TrainState(ended=str(error))))
+    return recorded.saved
 
 
 def test_a_request_is_answered_after_the_step_with_a_save() -> None:
@@ -170,7 +164,7 @@ def test_a_request_is_answered_after_the_step_with_a_save() -> None:
     ("every", "steps", "wanted"), [(3, 9, [3, 6, 9]), (4, 9, [4, 8, 9]), (1, 3, [1, 2, 3]), (10, 9, [9])]
 )
 def test_a_checkpoint_is_due_every_so_many_steps_and_at_the_end(every: int, steps: int, wanted: list[int]) -> None:
-    assert [step for step, _ in loop(Line(), steps, loop={"save_every": every})] == wanted
+    assert [step for step, _ in loop(Line(), steps, config={"save_every": every})] == wanted
 
 
 # ---- by the eval loss ----------------------------------------------------------------------------------------------
@@ -202,25 +196,25 @@ def test_the_edges_of_every_rule(
 
 def test_the_best_step_is_the_first_with_the_lowest_loss() -> None:
     """A loss that is no number is told, and is not the best."""
-    meters, seen = TrainState(), []
+    state, seen = TrainState(), []
     for step, loss in enumerate([float("nan"), 3.0, 2.0, 2.0, float("nan"), 2.5, 1.0], 1):
-        meters = is_validation_step(meters, step, loss)
-        seen.append(meters.best_step)
+        state = after_validation(state, step, loss)
+        seen.append(state.best_step)
     assert seen == [None, 2, 3, 3, 3, 3, 7]
-    assert (meters.best, meters.eval_loss) == (1.0, 1.0)
-    assert is_validation_step(meters, 8, None) == meters
+    assert (state.best, state.eval_loss) == (1.0, 1.0)
+    assert after_validation(state, 8, None) == state
 
 
 def test_the_last_step_is_no_early_end() -> None:
-    saved = loop(Line(), 4, loop={"look_every": 2, "early": EarlyStopping(at=9.0)}, look=lambda _: 1.0)
-    assert [(step, bool(meters.ended)) for step, meters in saved] == [(2, True)]
-    saved = loop(Line(), 2, loop={"look_every": 2, "early": EarlyStopping(at=9.0)}, look=lambda _: 1.0)
-    assert [(step, bool(meters.ended)) for step, meters in saved] == [(2, False)]
+    saved = loop(Line(), 4, config={"validate_every": 2, "early": EarlyStopping(at=9.0)}, eval_loss=lambda _: 1.0)
+    assert [(step, bool(state.ended)) for step, state in saved] == [(2, True)]
+    saved = loop(Line(), 2, config={"validate_every": 2, "early": EarlyStopping(at=9.0)}, eval_loss=lambda _: 1.0)
+    assert [(step, bool(state.ended)) for step, state in saved] == [(2, False)]
 
 
 def test_looks_come_every_so_many_steps_and_at_the_end() -> None:
     looks: list[int] = []
-    loop(Line(), 7, loop={"look_every": 3}, look=lambda step: looks.append(step))
+    loop(Line(), 7, config={"validate_every": 3}, eval_loss=lambda step: looks.append(step))
     assert looks == [3, 6, 7]
 
 
@@ -277,20 +271,28 @@ def test_the_best_step_outlives_the_newest_ones(house: House, monkeypatch: pytes
 # ---- what a run tells of its loss ----------------------------------------------------------------------------------
 
 
+def reported(line: Line, steps: int) -> Recorded:
+    recorded = Recorded()
+    train(
+        line, adam(line), constant, LoopConfig(0, steps, steps, 1, 1e9, 2, None, None), TrainState(), Ranks(), recorded
+    )
+    return recorded
+
+
 def test_the_smoothed_loss_is_mostly_what_it_was() -> None:
     """The first loss as it is, then 98 parts of what it was and 2 of the new one; a step without a number changes nothing."""
     assert SMOOTHING == 0.98
-    steps, _ = run(Line(bad=(2,)), 6)
-    wanted = steps[0].loss
-    assert steps[0].smoothed == pytest.approx(wanted)
-    for step in steps[1:]:
-        if step.number != 3:
-            wanted = 0.98 * wanted + 0.02 * step.loss
-        assert step.smoothed == pytest.approx(wanted, rel=1e-6)
-    assert steps[-1].smoothed > steps[-1].loss + 1  # the loss has come down by more than that
+    recorded = reported(Line(bad=(2,)), 6)
+    expected = recorded.steps[0].loss
+    for step, state in zip(recorded.steps, recorded.states, strict=True):
+        if step.number not in (1, 3):
+            expected = 0.98 * expected + 0.02 * step.loss
+        assert state.smoothed == pytest.approx(expected, rel=1e-6)
+    assert expected > recorded.steps[-1].loss + 1  # the loss has come down by more than that
 
 
 def test_the_curve_holds_the_smoothed_loss_of_every_step() -> None:
     assert CURVE_POINTS > 6
-    steps, saved = run(Line(), 6)
-    assert saved[-1][1].curve == [[step.number, step.smoothed] for step in steps]
+    recorded = reported(Line(), 6)
+    smoothed = [state.smoothed for state in recorded.states]
+    assert recorded.saved[-1][1].curve == [[number, loss] for number, loss in enumerate(smoothed, 1)]

@@ -24,7 +24,7 @@ def test_after_a_step_the_rows_are_pulled_back_to_the_tables_size(house: House) 
         with torch.no_grad():
             live.rows *= 5  # as if a step had
         before[name] = live.rows.detach().clone()
-    objective.settle()
+    objective.post_step()
     for name, rows in before.items():
         live = objective.encoders[name]
         assert isinstance(live, LiveEncoder)
@@ -35,7 +35,7 @@ def test_after_a_step_the_rows_are_pulled_back_to_the_tables_size(house: House) 
         assert torch.allclose(live.rows, wanted, rtol=1e-6, atol=0)
     fixed = LiveEncoder.load(context, "clip", Weights(rows={"clip": before["clip"]}))
     assert fixed.rows is not None
-    fixed.settle()
+    fixed.post_step()
     assert torch.equal(fixed.rows, before["clip"])
 
 
@@ -45,7 +45,7 @@ def test_a_step_settles_the_rows_once(house: House) -> None:
 
     line = Line(bad=(2,))
     run(line, 6)
-    assert line.settled == 5
+    assert line.post_steps == 5
 
 
 @pytest.mark.parametrize("encoder", ["clip", "t5"])

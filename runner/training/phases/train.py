@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -18,75 +18,103 @@ from runner.training import optimizers
 from runner.training.adapter_shapes import lora_shape
 from runner.training.context import RunContext
 from runner.training.encoders import CachedEncoder, LiveEncoder
-from runner.training.loop import EarlyStopping, LoopConfig, Step, TrainState, train
+from runner.training.loop import EarlyStopping, LoopConfig, Step, TrainState, after_validation, train
 from runner.training.objective import Encoders, FlowObjective
 from runner.training.optimizers import Adam, Adam8bit, Optimizer, ParameterGroup, ProdigyNumbers, schedule
-from runner.training.validation import Validator
+from runner.training.recorder import RunRecorder
+from runner.training.validation import validate
 
-ROW_POINTS = 100  # of norm and drift over a run: each waits for the device
+ROW_POINTS = 100  # measurements of the token rows' norm and drift over a run; each one waits for the device
+
+
+@dataclass
+class PhaseCallbacks:
+    """The loop's callbacks in one phase. recorder: None in the processes that assist, which write nothing.
+    checkpoint: the last one made, in host memory."""
+
+    context: RunContext
+    phase: TrainPhase
+    previous_weights: Weights
+    adapter: Mapping[str, nn.Parameter]
+    encoders: Encoders
+    objective: FlowObjective
+    optimizer: Optimizer
+    recorder: RunRecorder | None
+    checkpoint: Checkpoint | None = None
+
+    def on_step(self, step: Step, state: TrainState) -> None:
+        if self.recorder is None:
+            return
+        every = max(1, self.context.plan.steps // ROW_POINTS)
+        if step.number % every == 0 or step.number == self.phase.stop:
+            step = replace(step, rows=row_sizes(self.context, self.encoders))
+        self.recorder.on_step(step, state)
+
+    def on_validate(self, step: int, state: TrainState) -> TrainState:
+        if self.recorder is None:
+            return state
+        result = validate(self.context, self.objective, step)
+        state = after_validation(state, step, result.eval_loss)
+        self.recorder.on_validation(step, result, state)
+        return state
+
+    def on_checkpoint(self, step: int, state: TrainState) -> None:
+        tensors, numbers = self.optimizer.state()
+        scalars = {"optimizer": numbers, "meters": vars(state)}
+        weights = snapshot_weights(self.previous_weights, self.adapter, self.encoders)
+        phase = self.phase
+        self.checkpoint = storage.copy_to_host(Checkpoint(phase.name, phase.key, step, weights, tensors, scalars))
+        if self.recorder is not None:
+            self.recorder.save(self.checkpoint)
+
+    def stop_requested(self) -> bool:
+        return self.context.stop_requested()
 
 
 def train_phase(
-    context: RunContext, phase: TrainPhase, before: Checkpoint | None,
-    save: Callable[[Checkpoint], None], settle: Callable[[], None], report: Callable[[Step], None],
-    show: Callable[[int, Validator], None],
-) -> Checkpoint:  # fmt: skip
-    """Train one phase from where `before` stands (this phase's own checkpoint, or the end of the one before it).
+    context: RunContext, phase: TrainPhase, resume_from: Checkpoint | None, recorder: RunRecorder | None
+) -> Checkpoint:
+    """Train one phase and return its last checkpoint, which may still be on its way to the disk.
 
-    `save` may only begin to write; `settle` returns once all of it is written, and is for a phase that ends too early: the
-    next one need not wait for the disk.
+    resume_from: a checkpoint of this phase, or of the end of the phase before it. recorder: None in the processes that
+    assist. If the phase ends early, all checkpoints are on the disk before the exception goes on.
     """
     context.model_pool.live.clear()
-    past = before.weights if before else Weights()
-    meters = TrainState(**before.scalars["meters"]) if before else TrainState()
-    transformer, adapter = load_transformer(context, phase, past)
-    encoders = load_encoders(context, phase, past)
+    previous_weights = resume_from.weights if resume_from else Weights()
+    state = TrainState(**resume_from.scalars["meters"]) if resume_from else TrainState()
+    transformer, adapter = load_transformer(context, phase, previous_weights)
+    encoders = load_encoders(context, phase, previous_weights)
     optimizer = build_optimizer(context.spec, trainable(phase, adapter, encoders))
-    if before:
-        optimizer.restore(before.optimizer, before.scalars["optimizer"])
+    if resume_from:
+        optimizer.restore(resume_from.optimizer, resume_from.scalars["optimizer"])
     objective = FlowObjective(context, transformer, encoders)
-    last: list[Checkpoint] = [before] if before else []
-
-    def keep(step: int, now: TrainState) -> None:
-        tensors, numbers = optimizer.state()
-        scalars = {"optimizer": numbers, "meters": vars(now)}
-        weights = weights_now(past, adapter, encoders)
-        last[:] = [storage.copied(Checkpoint(phase.name, phase.key, step, weights, tensors, scalars))]
-        if context.ranks.leads:
-            save(last[0])
-
-    def look(step: int) -> float | None:
-        if not context.ranks.leads:
-            return None
-        found = Validator.at(context, objective, step)
-        show(step, found)
-        return found.eval_loss
-
-    def tell(step: Step) -> None:
-        measured = step.number % max(1, context.plan.steps // ROW_POINTS) == 0 or step.number == phase.stop
-        report(replace(step, rows=row_sizes(context, encoders)) if measured and context.ranks.leads else step)
-
-    own = context.spec
-    loop = LoopConfig(
-        before.step if before else phase.start, phase.stop, context.plan.steps, own.train.accumulate * context.split,
-        own.train.max_grad_norm, own.checkpoint.every, own.checkpoint.minutes and 60 * own.checkpoint.minutes,
-        own.validation.every,
-        EarlyStopping(**own.stop.model_dump(), keep_best=own.export.best or own.stop != Stop()),
-    )  # fmt: skip
+    config = loop_config(context, phase, resume_from.step if resume_from else phase.start)
+    callbacks = PhaseCallbacks(
+        context, phase, previous_weights, adapter, encoders, objective, optimizer, recorder, resume_from
+    )
     try:
-        train(
-            objective, optimizer, build_schedule(context), loop, meters, context.ranks,
-            torch.amp.GradScaler(context.base.device.type, enabled=context.base.dtype == torch.float16),
-            save=keep, report=tell, look=look, stop_requested=context.stop_requested,
-        )  # fmt: skip
+        train(objective, optimizer, build_schedule(context), config, state, context.ranks, callbacks)
     except BaseException:
-        settle()
+        if recorder is not None:
+            recorder.flush()
         raise
     finally:
         objective.close()
     context.model_pool.put(context.base, context.spec.model, transformer)
     context.model_pool.live = {name: one for name, one in encoders.items() if isinstance(one, LiveEncoder)}
-    return last[0]
+    assert callbacks.checkpoint is not None  # a phase has a step, and its last one is saved
+    return callbacks.checkpoint
+
+
+def loop_config(context: RunContext, phase: TrainPhase, start: int) -> LoopConfig:
+    """The loop's settings, from the spec. start: steps that are done."""
+    spec = context.spec
+    return LoopConfig(
+        start, phase.stop, context.plan.steps, spec.train.accumulate * context.split, spec.train.max_grad_norm,
+        spec.checkpoint.every, spec.checkpoint.minutes and 60 * spec.checkpoint.minutes, spec.validation.every,
+        EarlyStopping(**spec.stop.model_dump(), keep_best=spec.export.best or spec.stop != Stop()),
+        scale_gradients=context.base.dtype == torch.float16,
+    )  # fmt: skip
 
 
 def load_transformer(
@@ -132,9 +160,9 @@ def trainable(
     }
 
 
-def weights_now(past: Weights, adapter: Mapping[str, nn.Parameter], encoders: Encoders) -> Weights:
-    """What has been learned so far: what this phase trains as it is, the rest as it was."""
-    rows, text_lora = dict(past.rows), dict(past.text_lora)
+def snapshot_weights(previous: Weights, adapter: Mapping[str, nn.Parameter], encoders: Encoders) -> Weights:
+    """The weights as they are now: those that this phase trains, and the others from `previous`."""
+    rows, text_lora = dict(previous.rows), dict(previous.text_lora)
     for name, encoder in encoders.items():
         if isinstance(encoder, LiveEncoder):
             if encoder.rows is not None:
