@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import tomli_w
 
-from runner.base import files, layers
-from runner.jobs import prepare
+from runner.base import layers
+from runner.jobs import bases
 from runner.spec import extends, loader, sweeps, toml_lines
 from runner.spec.loader import load
 from tests.support.house import House
@@ -283,9 +283,9 @@ def test_a_sweep_reads_and_plans_once_what_its_runs_share(house: House, monkeypa
     for rates in (2, 50):
         with monkeypatch.context() as patch:
             watched = [
-                Counted(patch, prepare, "fingerprint"), Counted(patch, cache_hits, "fingerprint"), Counted(patch, sources, "read"),
-                Counted(patch, prepare, "transformer_config"), Counted(patch, extends, "read_toml"),
-                Counted(patch, card_fit, "read_shapes"), Counted(patch, memory, "estimate"), Counted(patch, files, "linear_layers"),
+                Counted(patch, bases, "fingerprint"), Counted(patch, cache_hits, "fingerprint"), Counted(patch, sources, "read_source"),
+                Counted(patch, bases, "transformer_config"), Counted(patch, extends, "read_toml"),
+                Counted(patch, card_fit, "read_base_configs"), Counted(patch, memory, "estimate"), Counted(patch, layers, "linear_layers"),
             ]  # fmt: skip
             path = swept(house, train__lr=[round(1e-4 * n, 6) for n in range(1, rates + 1)], lora__rank=[2, 4])
             layers._adapted_layers.cache_clear()
