@@ -131,4 +131,4 @@ def highest(run: Run) -> Checkpoint | None:
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: {error}") from error
     header = safetensors.read_metadata(path)
-    return storage._built("joint", "key", step, found, {"d": float(header["scalars"].strip("}").split(":")[1])})
+    return storage._from_tensors("joint", "key", step, found, {"d": float(header["scalars"].strip("}").split(":")[1])})
