@@ -1,4 +1,4 @@
-"""What names an entry of the cache: a hash of everything that goes into it. No torch, so that `plan` can look them up."""
+"""The keys of cache entries: hashes of everything that an entry depends on."""
 
 from __future__ import annotations
 
@@ -23,7 +23,11 @@ NOTHING_LEARNED = hashing.sha256([])
 
 @dataclass(frozen=True)
 class Entry:
-    """One embedding: the caption with its tokens written out, where CLIP's pooled vector is read, how many tokens are."""
+    """One embedding.
+
+    written: the caption, with placeholders expanded. pooling: where CLIP's pooled vector is read, "diffusers" or "eos". length:
+    the number of tokens read.
+    """
 
     written: str
     pooling: str
@@ -31,7 +35,7 @@ class Entry:
 
 
 def captions(spec: Spec, pictures: Pictures) -> tuple[str, ...]:
-    """Every caption or prompt that training, evaluation or a picture may read, as written."""
+    """Every caption and prompt that training, validation or a sample may need, as the user wrote it, each once."""
     return tuple(dict.fromkeys([
         *pictures.captions,
         *(picture.caption for picture in pictures.held),
@@ -42,20 +46,24 @@ def captions(spec: Spec, pictures: Pictures) -> tuple[str, ...]:
 
 
 def poolings(spec: Spec, encoder: TextEncoder) -> tuple[str, ...]:
-    """Where an encoder's pooled vector is read. Pictures are drawn by stock diffusers, so its way is always there."""
-    own = spec.inversion.pooling if encoder.pooled else "diffusers"
-    return ("diffusers", "eos") if own == "both" else tuple(dict.fromkeys(("diffusers", own)))
+    """Where an encoder's pooled vector is read. Always also diffusers' place, since diffusers draws the samples."""
+    pooling = spec.inversion.pooling if encoder.pooled else "diffusers"
+    return ("diffusers", "eos") if pooling == "both" else tuple(dict.fromkeys(("diffusers", pooling)))
 
 
 def entry(spec: Spec, encoder: TextEncoder, written: str, pooling: str) -> Entry:
+    """written: the text with placeholders expanded."""
     return Entry(written, pooling, encoder.length or spec.model.max_sequence_length)
 
 
-def entries(spec: Spec, pictures: Pictures, known: Sequence[Placeholder], encoder: TextEncoder) -> Iterator[Entry]:
-    """All that `encoder` has to read. A large one also reads the prompts as they stand, for the pictures of the untuned base."""
+def entries(
+    spec: Spec, pictures: Pictures, placeholders: Sequence[Placeholder], encoder: TextEncoder
+) -> Iterator[Entry]:
+    """All embeddings that a run needs from an encoder. From a large one also those of the prompts without expansion, for the
+    samples of the untrained base."""
     for caption in captions(spec, pictures):
         for pooling in poolings(spec, encoder):
-            yield entry(spec, encoder, tokens.expand_placeholders(caption, known), pooling)
+            yield entry(spec, encoder, tokens.expand_placeholders(caption, placeholders), pooling)
     for prompt in spec.validation.prompts if encoder.large else ():
         yield entry(spec, encoder, prompt, "diffusers")
 
@@ -64,21 +72,29 @@ def text_key(
     encoder: TextEncoder, asked: Entry, prints: Mapping[str, str], dtype: str, learned: str = NOTHING_LEARNED,
     scale: Sequence[float] = (), held: Sequence[str] = (),
 ) -> str:  # fmt: skip
-    """prints: fingerprints of the base's parts; dtype: as torch writes it; learned: digest of what was learned in the
-    encoder; scale: its LoRA's alpha, if it has one; held: what it is quantised to, if it is."""
+    """The key of a text embedding.
+
+    prints: fingerprints of the base's parts. dtype: as torch writes it. learned: digest of what was trained in the encoder.
+    scale: its LoRA's alpha, if it has a LoRA. held: its quantization, if it is quantized.
+    """
     parts = [prints[part] for part in encoder.parts]
     pooling = asked.pooling if encoder.pooled else None
     return content_key(encoder.name, asked.written, learned, *parts, asked.length, dtype, *scale, pooling, *held)
 
 
 def views_key(spec: Spec, data: str, vae: str, dtype: str) -> str | None:
-    """Of the list of latents that a data set comes to. data, vae: fingerprints. None where the bytes of the data are not
-    in its fingerprint: a name on the hub may stand for others tomorrow."""
+    """The key of the list of latent keys of a data set, which saves decoding its pictures again.
+
+    data, vae: fingerprints. None if the data's fingerprint does not cover its bytes: a name on the hub may stand for other data
+    tomorrow.
+    """
     if not Path(spec.data.source).exists():
         return None
-    own: dict[str, Any] = spec.data.model_dump(mode="json", exclude={"source", "workers", "repeats", "caption_dropout"})
-    seed = None if own["center_crop"] and not own["random_flip"] else spec.seed
-    return content_key("views", data, vae, dtype, json.dumps(own, sort_keys=True), seed, _pillow())
+    settings: dict[str, Any] = spec.data.model_dump(
+        mode="json", exclude={"source", "workers", "repeats", "caption_dropout"}
+    )
+    seed = None if settings["center_crop"] and not settings["random_flip"] else spec.seed
+    return content_key("views", data, vae, dtype, json.dumps(settings, sort_keys=True), seed, _pillow())
 
 
 @cache

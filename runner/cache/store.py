@@ -1,7 +1,7 @@
-"""The content-addressed cache: latents and text embeddings, shared by all runs of a runs folder.
+"""The content-addressed cache of latents and text embeddings, shared by all runs of a runs folder.
 
-The key is a hash of everything that goes in (pixels after the transform or the caption as the encoder reads it, the
-encoder's identity, dtype), so a changed picture or caption is a new key and nothing stale can be served.
+A key is a hash of everything that an entry depends on: the transformed pixels, or the caption as the encoder reads it; the
+encoder's fingerprint; the dtype. A changed picture or caption has another key, so an entry is never stale.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from runner.model import tensors
 
 
 class Cache:
+    """The entries in a folder, one safetensors file each, by kind ("latents", or an encoder's name) and key."""
+
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
@@ -27,13 +29,13 @@ class Cache:
         return self.folder / kind / key[:2] / f"{key}.safetensors"
 
     def note(self, key: str) -> dict[str, str]:
-        """What `put_note` wrote; {} where there is nothing, or nothing whole."""
-        found = read_json(self._note(key))
-        _asked_for(self._note(key))
-        return found if all(isinstance(value, str) for value in found.values()) else {}
+        """What `put_note` wrote; {} if there is nothing, or it is damaged."""
+        facts = read_json(self._note(key))
+        _mark_used(self._note(key))
+        return facts if all(isinstance(value, str) for value in facts.values()) else {}
 
     def put_note(self, key: str, facts: Mapping[str, str]) -> None:
-        """A few words that are a function of their key, e.g. which latents a data set comes to."""
+        """Keep a few strings that depend on the key alone, such as the keys of a data set's latents."""
         files.make_folder(self._note(key).parent, within=self.folder.parent)
         files.write_json(self._note(key), dict(facts))
 
@@ -44,42 +46,46 @@ class Cache:
         return self.path(kind, key).is_file()
 
     def get(self, kind: str, key: str) -> Tensor | None:
-        """The entry, or None where there is none or it is damaged or another's (it can be made again; the bad file goes)."""
+        """The entry, or None if there is none. A damaged or misnamed file is removed, since it can be made again."""
         path = self.path(kind, key)
         if not path.is_file():
             return None
         try:
-            found, about = tensors.load(path)
-            if (about.get("kind"), about.get("key", key)) != (kind, key):  # early entries do not know their key
+            loaded, about = tensors.load(path)
+            if (about.get("kind"), about.get("key", key)) != (kind, key):  # entries of early versions have no key
                 raise BadFileError(f"{path}: the header says {about.get('kind')} {about.get('key')}")
-            _asked_for(path)
-            return found["value"]
+            _mark_used(path)
+            return loaded["value"]
         except BadFileError:
             path.unlink(missing_ok=True)
             return None
 
     def read(self, kind: str, keys: Iterable[str], make: Callable[[], None]) -> dict[str, Tensor]:
-        """All entries. Where some are not there, or not whole any more, `make` is asked once to make what is missing."""
-        found = {key: self.get(kind, key) for key in dict.fromkeys(keys)}
-        if any(value is None for value in found.values()):
+        """All entries, by key. If some are missing or damaged, `make` is called once and must put them.
+
+        Raises BadFileError if some are missing even then.
+        """
+        values = {key: self.get(kind, key) for key in dict.fromkeys(keys)}
+        if any(value is None for value in values.values()):
             make()
-            found |= {key: self.get(kind, key) for key, value in found.items() if value is None}
-        there = {key: value for key, value in found.items() if value is not None}
-        if len(there) < len(found):
+            values |= {key: self.get(kind, key) for key, value in values.items() if value is None}
+        entries = {key: value for key, value in values.items() if value is not None}
+        if len(entries) < len(values):
             raise BadFileError(
-                f"{self.folder / kind}: {len(found) - len(there)} entries are damaged right after they were made"
+                f"{self.folder / kind}: {len(values) - len(entries)} entries are damaged right after they were made"
             )
-        return there
+        return entries
 
     def put(self, kind: str, key: str, value: Tensor, about: Mapping[str, str]) -> None:
+        """Write an entry. about: strings for its header. Raises OSError."""
         path = self.path(kind, key)
         files.make_folder(path.parent, within=self.folder.parent)
         tensors.save(path, {"value": value}, {**about, "kind": kind, "key": key})
 
 
-def _asked_for(path: Path) -> None:
-    """For `fluxrun cache prune`."""
+def _mark_used(path: Path) -> None:
+    """Set the file's time, by which `fluxrun cache prune` chooses what to remove."""
     with contextlib.suppress(
         OSError
-    ):  # not there, another user's, or a disk that is only read: then it just looks older
+    ):  # a missing file, another user's or a read-only disk: it then looks older than it is
         os.utime(path)

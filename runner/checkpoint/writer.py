@@ -18,7 +18,7 @@ class Writer:
     """Writes checkpoints in a thread, one at a time and in order, and removes old ones.
 
     keep: how many checkpoints to keep, besides those of the steps in `kept_always` and of the best step. check_lease: raises
-    RunLockedError when another attempt owns the run. log: told of each step once its checkpoint was read back from the disk.
+    LockHeldError when another attempt owns the run. log: told of each step once its checkpoint was read back from the disk.
     A failed write is raised by the next `save`, `wait` or `raise_if_failed`.
     """
 

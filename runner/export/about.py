@@ -1,4 +1,4 @@
-"""What an exported file is about: the adapter's shapes, and what metadata and model card say of the run."""
+"""What exported files say about their run, in metadata and model card, and the shapes of their adapters."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from runner.model.lora import LoraShape
 
 @dataclass(frozen=True)
 class AdapterShapes:
-    """Of the adapters that there are."""
+    """The shapes of the transformer's LoRA and of the text encoder's. None: the run has no such LoRA."""
 
     lora: LoraShape | None
     text_lora: LoraShape | None
@@ -21,9 +21,11 @@ class AdapterShapes:
 
 @dataclass(frozen=True)
 class ExportInfo:
-    """What the files tell of their run. `base`: a hub id, or a folder's name alone; `settings`: the spec by dotted key,
-    without paths; `day`: on which the run began, 2026-01-31 (UTC); `guided`: whether the base takes a guidance;
-    `layer_names`: the family's."""
+    """What the files say about their run.
+
+    base: a hub id, or the name of a folder without its path. settings: the spec by dotted key, without paths. day: when the run
+    began, like 2026-01-31 (UTC). guided: whether the base takes a guidance scale. layer_names: the model family's.
+    """
 
     name: str
     base: str
@@ -38,6 +40,6 @@ class ExportInfo:
 
     @property
     def resolution(self) -> int:
-        """The largest one trained at."""
-        own: int | list[int] = self.settings["data.resolution"]
-        return own if isinstance(own, int) else max(own)
+        """The largest resolution trained at, in pixels."""
+        resolution: int | list[int] = self.settings["data.resolution"]
+        return resolution if isinstance(resolution, int) else max(resolution)

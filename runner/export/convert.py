@@ -31,7 +31,11 @@ from runner.model import tensors
 
 @dataclass(frozen=True)
 class Converted:
-    """file: the new one; error: the largest difference of any weight's change; notes: what of the old one is not in it."""
+    """The result of a conversion.
+
+    file: the new file. error: the largest absolute difference, over all weights, between what the two files add to a weight.
+    notes: what the old file holds and the new one does not.
+    """
 
     file: Path
     error: float
@@ -39,28 +43,31 @@ class Converted:
 
 
 def convert(file: Path, to: str, out: Path | None, *, leave_out: bool = False) -> Converted:
-    """Write `file` in the layout `to` ("diffusers" or "kohya"), by default beside it; the new file gets its name once it
-    was read back. Raises FluxrunError where `out` exists or is named as another kind of file, and BadFileError with what `file`
-    holds that is no LoRA of FLUX.1; with `leave_out` only where the rest would not be a whole LoRA without it."""
+    """Write the LoRA in `file` in another layout, and read it back before the new file gets its name.
+
+    to: "diffusers" or "kohya". out: the new file, by default `file` with another suffix. leave_out: convert the LoRA even if the
+    file also holds something else. Raises FluxrunError if `out` exists or is no .safetensors; BadFileError if `file` holds no
+    LoRA of FLUX.1, or something else without which it is incomplete.
+    """
     out = out or file.with_suffix(f".{to}.safetensors")
     _refuse_output(out, file)
     named, header = _read(file)
     try:
-        found = foreign_layouts.read(named, _config(header))
+        contents = foreign_layouts.read(named, _config(header))
     except BadFileError as error:
         raise BadFileError(f"{file}: {error}") from error
-    _refuse(file, found, leave_out)
+    _refuse(file, contents, leave_out)
     files.output_folder(out)
-    aside = files.partial_path(out)
+    staging = files.partial_path(out)
     try:
-        largest = _write(aside, out.name, found.adapter, to, header)
-        files.DISK.rename(aside, out)
+        largest = _write(staging, out.name, contents.adapter, to, header)
+        files.DISK.rename(staging, out)
     finally:
-        aside.unlink(missing_ok=True)
+        staging.unlink(missing_ok=True)
     files.DISK.sync_folder(out.parent)
-    notes = [f"left out: {found.told()}"] if found.left_out else []
-    if found.zeros:
-        notes.append(f"left out: zeros, which change nothing ({foreign_layouts.some(found.zeros)})")
+    notes = [f"left out: {contents.describe_left_out()}"] if contents.left_out else []
+    if contents.zeros:
+        notes.append(f"left out: zeros, which change nothing ({foreign_layouts.count_and_list(contents.zeros)})")
     return Converted(out, largest, tuple(notes))
 
 
@@ -73,20 +80,22 @@ def _refuse_output(out: Path, file: Path) -> None:
         raise FluxrunError(f"{out} exists; name another with --out, or move it away")
 
 
-def _refuse(file: Path, found: Contents, leave_out: bool) -> None:
-    if any(not kind.beside for kind in found.left_out):
-        raise BadFileError(f"{file}: {found.told()}; wanted is a LoRA of FLUX.1")
-    if not found.adapter.transformer and not found.adapter.text:
-        told = f"{found.told()}; there is" if found.left_out else "there is"
-        raise BadFileError(f"{file}: {told} no LoRA in it that changes FLUX.1's transformer or CLIP; wanted is one")
-    if found.left_out and not leave_out:
-        raise BadFileError(f"{file}: {found.told()}; nothing was written: --leave-out converts the rest without it")
+def _refuse(file: Path, contents: Contents, leave_out: bool) -> None:
+    if any(not kind.optional for kind in contents.left_out):
+        raise BadFileError(f"{file}: {contents.describe_left_out()}; wanted is a LoRA of FLUX.1")
+    if not contents.adapter.transformer and not contents.adapter.text:
+        start = f"{contents.describe_left_out()}; there is" if contents.left_out else "there is"
+        raise BadFileError(f"{file}: {start} no LoRA in it that changes FLUX.1's transformer or CLIP; wanted is one")
+    if contents.left_out and not leave_out:
+        raise BadFileError(
+            f"{file}: {contents.describe_left_out()}; nothing was written: --leave-out converts the rest without it"
+        )
 
 
 def _write(path: Path, name: str, adapter: Adapter, to: str, header: dict[str, str]) -> float:
     if to == "kohya":
-        made = to_kohya(adapter)
-        tensors.save(path, made, {**_kept(header), **_network(adapter), **webui.hashes(made)})
+        converted = to_kohya(adapter)
+        tensors.save(path, converted, {**_kept(header), **_network(adapter), **webui.hashes(converted)})
         stored = split_kohya(tensors.load(path)[0])
     else:
         described = json.dumps(_described(adapter), sort_keys=True)
@@ -97,7 +106,7 @@ def _write(path: Path, name: str, adapter: Adapter, to: str, header: dict[str, s
 
 
 def _read(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Any safetensors file; those of others carry no digest."""
+    """(tensors, metadata) of any safetensors file. Files of other programs carry no digest, so none is checked."""
     try:
         with safe_open(file, framework="pt") as opened:
             named = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not iterable itself
@@ -109,23 +118,26 @@ def _read(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
 
 
 def _config(header: dict[str, str]) -> dict[str, Any]:
-    """{} where there is none, or it is no JSON object."""
+    """The adapter's config in the metadata; {} if there is none, or it is no JSON object."""
     try:
-        found = json.loads(header.get("lora_adapter_metadata", "{}"))
+        config = json.loads(header.get("lora_adapter_metadata", "{}"))
     except ValueError:
         return {}
-    return found if isinstance(found, dict) else {}
+    return config if isinstance(config, dict) else {}
 
 
 def _kept(header: dict[str, str]) -> dict[str, str]:
-    """What says whose work it is; hashes are of the tensors and would be wrong."""
+    """The metadata about the author and the work. Hashes of the tensors would be wrong for the new file."""
     return {key: value for key, value in header.items() if key.startswith("modelspec.") and "hash" not in key}
 
 
 def _described(adapter: Adapter) -> dict[str, Any]:
-    """peft's configs with alpha = rank for every layer. Layers of another rank than most have theirs in peft's patterns:
-    without them older diffusers take one alpha for all ranks. A pattern matches the end of a name (`proj_out` is also the
-    end of a block's), so the transformer's begin with ^; CLIP's may have `text_model.` before them."""
+    """peft's configs, with alpha = rank for every layer.
+
+    Layers whose rank is not the most common one are listed in peft's patterns, because older versions of diffusers otherwise take
+    one alpha for all ranks. A pattern matches the end of a name, and `proj_out` is also the end of a block's layer, so the
+    transformer's patterns begin with ^. CLIP's do not, because `text_model.` may come before them.
+    """
     out: dict[str, Any] = {}
     for prefix, parts, start in ((TRANSFORMER, adapter.transformer, "^"), (TEXT, adapter.text, "")):
         if not parts:
@@ -140,7 +152,7 @@ def _described(adapter: Adapter) -> dict[str, Any]:
 
 
 def _network(adapter: Adapter) -> dict[str, str]:
-    """sd-scripts' least, from the first layer."""
+    """The metadata that sd-scripts needs at least; rank and alpha are those of the first layer."""
     parts: list[Factors] = [*adapter.transformer.values(), *adapter.text.values()]
     return {
         "format": "pt",

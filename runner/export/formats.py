@@ -1,4 +1,4 @@
-"""Trained weights as files that other programs load; what each file must hold is checked by `runner.export.verify`."""
+"""Writes trained weights as files that other programs load. `runner.export.verify` checks what was written."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from runner.model.lora import LoraShape, adapter_metadata
 from runner.spec.export_names import embeddings_file, find_embeddings, webui_file
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
-EMBEDDING_KEYS = {"clip": ("clip_l",), "t5": ("t5", "t5xxl")}  # diffusers reads t5, ComfyUI asks for t5xxl
+EMBEDDING_KEYS = {"clip": ("clip_l",), "t5": ("t5", "t5xxl")}  # diffusers reads t5, ComfyUI t5xxl
 
 
 def exported_files(folder: Path, name: str, placeholders: tuple[Placeholder, ...]) -> ExportedFiles:
-    """What of a run's export folder a pipeline loads."""
+    """The files in a run's export folder that a pipeline loads. name: the run's."""
     lora = folder / LORA_FILE
     return ExportedFiles(lora if lora.is_file() else None, find_embeddings(folder, name), placeholders)
 
 
 def rounded(weights: Weights, dtype: torch.dtype) -> Weights:
-    """As the files hold them."""
+    """The weights on the CPU, rounded to the dtype of the files."""
 
     def to(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: value.detach().cpu().to(dtype) for name, value in named.items()}
@@ -41,6 +41,7 @@ def rounded(weights: Weights, dtype: torch.dtype) -> Weights:
 
 
 def adapter(weights: Weights, shapes: AdapterShapes) -> Adapter:
+    """The LoRA weights as factors, with the alphas of their shapes."""
     return Adapter(
         adapter_of(weights.lora, shapes.lora.alpha) if shapes.lora else {},
         adapter_of(weights.text_lora, shapes.text_lora.alpha) if shapes.text_lora else {},
@@ -48,9 +49,11 @@ def adapter(weights: Weights, shapes: AdapterShapes) -> Adapter:
 
 
 def folded(weights: Weights, shapes: AdapterShapes) -> tuple[Weights, AdapterShapes]:
-    """The same change of every layer with alpha = rank: the scale alpha / rank is multiplied into B, in fp32, before
-    anything is rounded. ComfyUI and Forge read no alpha from the metadata of diffusers' layout and take the scale for 1
-    (ComfyUI comfy/lora.py: an alpha is a key of its own, or there is none)."""
+    """Equal adapters with alpha = rank: the scale alpha / rank is multiplied into B, in fp32, before anything is rounded.
+
+    ComfyUI and Forge do not read alpha from the metadata of diffusers' layout; they take the scale for 1 (ComfyUI comfy/lora.py
+    looks for alpha among the keys only).
+    """
     lora, shape = _folded(weights.lora, shapes.lora)
     text_lora, text_shape = _folded(weights.text_lora, shapes.text_lora)
     return Weights(lora, weights.rows, text_lora), AdapterShapes(shape, text_shape)
@@ -65,25 +68,29 @@ def _folded(lora: Mapping[str, Tensor], shape: LoraShape | None) -> tuple[Mappin
 
 
 def write_lora(path: Path, weights: Weights, shapes: AdapterShapes) -> None:
-    """diffusers' layout: `transformer.<module>.lora_A/B.weight`, `text_encoder.text_model.<module>...`, the adapters'
-    configs as JSON in the metadata. `weights` and `shapes` are `folded`, so that a reader needs no alpha. transformers 5
-    names CLIP's modules without `text_model`; stock diffusers reads both, ComfyUI only that."""
+    """Write diffusers' layout: `transformer.MODULE.lora_A.weight` and `.lora_B.weight`, `text_encoder.text_model.MODULE...`, and
+    the adapters' configs as JSON in the metadata.
+
+    weights, shapes: from `folded`, so that a program that reads no alpha is right, too. transformers 5 names CLIP's modules
+    without `text_model`; diffusers reads both names, ComfyUI only the one with it.
+    """
     named = {f"{TRANSFORMER}.{name}": value for name, value in weights.lora.items()}
     named |= {f"{TEXT}.text_model.{name}": value for name, value in weights.text_lora.items()}
-    described: dict[str, Any] = {}
+    config: dict[str, Any] = {}
     for prefix, shape in ((TRANSFORMER, shapes.lora), (TEXT, shapes.text_lora)):
-        described |= {f"{prefix}.{key}": value for key, value in adapter_metadata(shape).items()} if shape else {}
-    tensors.save(path, named, {"format": "pt", "lora_adapter_metadata": json.dumps(described, sort_keys=True)})
+        config |= {f"{prefix}.{key}": value for key, value in adapter_metadata(shape).items()} if shape else {}
+    tensors.save(path, named, {"format": "pt", "lora_adapter_metadata": json.dumps(config, sort_keys=True)})
 
 
 def write_kohya(path: Path, weights: Weights, shapes: AdapterShapes, about: ExportInfo) -> None:
-    """The original layout, with the metadata that WebUIs show."""
+    """Write the original layout, with the metadata that WebUIs show."""
     named = to_kohya(adapter(weights, shapes), about.layer_names)
     tensors.save(path, named, {**webui_metadata(about, shapes), **hashes(named)})
 
 
 def write_embeddings(folder: Path, weights: Weights, name: str) -> None:
-    """Rows in the order of the specs' tokens, [vectors, width] per encoder."""
+    """Write the token embeddings, [vectors, width] per encoder, with the spec's tokens in order. If T5 has some, too, write a
+    second file with CLIP's alone, which is what WebUIs load."""
     named = {key: rows for encoder, rows in weights.rows.items() for key in EMBEDDING_KEYS[encoder]}
     tensors.save(folder / embeddings_file(name), named, {"format": "pt"})
     if len(named) > 1 and "clip" in weights.rows:

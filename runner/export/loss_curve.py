@@ -1,4 +1,4 @@
-"""The training curve as a picture: equal points give equal bytes."""
+"""Draws the training loss. Equal points give equal bytes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ LINE, GRID = "#3465a4", "#dddddd"
 
 
 def draw_curve(points: Sequence[Sequence[float]], title: str) -> Image.Image:
-    """points: [step, loss] each, steps ascending, at least one."""
+    """A picture of the loss by step. points: [step, loss], with ascending steps; at least one."""
     steps, losses = [point[0] for point in points], [point[1] for point in points]
     last, low, high = max(steps), min(losses), max(losses)
     if high == low:

@@ -1,4 +1,4 @@
-"""README.md of an exported folder: what it holds, and what to type where. No path of this machine."""
+"""The model card, README.md of an exported folder: what the files are, and how to use them. It contains no local path."""
 
 from __future__ import annotations
 
@@ -29,7 +29,11 @@ def model_card(
     about: ExportInfo, errors: Mapping[str, float], pictures: Sequence[tuple[str, str]], guidance: float, repo: str | None,
     layers: Sequence[str], curve: bool,
 ) -> str:  # fmt: skip
-    """errors: of each exported file; pictures: (prompt, file); repo: where it is pushed to; layers: those with LoRA."""
+    """The text of the card.
+
+    errors: the largest error of each exported file. pictures: (prompt, file). guidance: the scale of the samples. repo: the hub
+    repository it is pushed to, if any. layers: the layers with LoRA. curve: whether there is a picture of the loss.
+    """
     lines = [
         *_front(about, pictures),
         "",
@@ -37,8 +41,8 @@ def model_card(
         "",
         f"Trained on `{about.base}` by fluxrun, {about.step} steps.",
         "",
-        *_shown(pictures),
-        *_words(about),
+        *_pictures(pictures),
+        *_trigger_words(about),
         "## Use with diffusers",
         "",
         "```python",
@@ -69,7 +73,7 @@ def _front(about: ExportInfo, pictures: Sequence[tuple[str, str]]) -> Iterator[s
     yield from ("library_name: diffusers", "pipeline_tag: text-to-image", "tags:")
     yield from (f"- {tag}" for tag in ("text-to-image", "diffusers", "lora", "flux", "fluxrun"))
     if about.placeholders:
-        yield f"instance_prompt: {json.dumps(' '.join(one.text for one in about.placeholders))}"
+        yield f"instance_prompt: {json.dumps(' '.join(placeholder.text for placeholder in about.placeholders))}"
     if pictures:
         yield "widget:"
     for prompt, file in pictures:
@@ -77,16 +81,19 @@ def _front(about: ExportInfo, pictures: Sequence[tuple[str, str]]) -> Iterator[s
     yield "---"
 
 
-def _shown(pictures: Sequence[tuple[str, str]]) -> Iterator[str]:
+def _pictures(pictures: Sequence[tuple[str, str]]) -> Iterator[str]:
     for prompt, file in pictures:
         yield from (f"![{prompt.replace('<', '&lt;')}]({file})", "")
 
 
-def _words(about: ExportInfo) -> Iterator[str]:
+def _trigger_words(about: ExportInfo) -> Iterator[str]:
     if not about.placeholders:
         return
     yield from ("## Trigger words", "")
-    yield from (f"- `{one.text}` is what the training captions call {one.name}" for one in about.placeholders)
+    yield from (
+        f"- `{placeholder.text}` is what the training captions call {placeholder.name}"
+        for placeholder in about.placeholders
+    )
     yield ""
     if len(about.placeholders) > 1:
         yield "In the embedding files the rows of all of them follow one another in this order: ComfyUI and WebUI put them"
@@ -95,7 +102,7 @@ def _words(about: ExportInfo) -> Iterator[str]:
 
 
 def _code(about: ExportInfo, errors: Mapping[str, float], guidance: float, repo: str | None) -> Iterator[str]:
-    """Draws the run's own first picture, where it has one: base, size, steps and length are the run's."""
+    """Python code that draws the run's first sample, with the run's base, size, steps and length."""
     embeddings = embeddings_file(about.name)
     bundled = about.base.startswith("builtin:")
     yield from ("import torch", "from diffusers import AutoPipelineForText2Image")
@@ -124,29 +131,30 @@ def _code(about: ExportInfo, errors: Mapping[str, float], guidance: float, repo:
         yield f'pipe.load_lora_weights(folder, weight_name="{LORA_FILE}")'
     if embeddings in errors:
         yield f'rows = load_file(f"{{folder}}/{embeddings}")'
-        pieces = json.dumps(vocabulary_entries(about.placeholders))
+        entries = json.dumps(vocabulary_entries(about.placeholders))
         for key, suffix in (("clip_l", ""), ("t5", "_2")):
             if key == "clip_l" or "t5" in about.settings["inversion.encoders"]:
-                yield f'pipe.load_textual_inversion(rows["{key}"], token={pieces},'
+                yield f'pipe.load_textual_inversion(rows["{key}"], token={entries},'
                 yield f"    text_encoder=pipe.text_encoder{suffix}, tokenizer=pipe.tokenizer{suffix})"
     yield from _call(about, guidance, LORA_FILE in errors)
 
 
 def _dtype(asked: str | None) -> str:
-    """The run's: without `model.dtype` fluxrun takes bf16 on a GPU and fp32 on a CPU."""
+    """The run's dtype as Python code. Without `model.dtype` fluxrun uses bf16 on a GPU and fp32 on a CPU."""
     return TORCH_NAMES[asked] if asked else 'torch.bfloat16 if device == "cuda" else torch.float32'
 
 
 def _call(about: ExportInfo, guidance: float, with_lora: bool) -> Iterator[str]:
-    own = about.settings
-    first = next(iter(own["validate.prompts"]), own.get("data.prompt", "your prompt"))
-    if about.placeholders and not tokens_in_caption(first, about.placeholders):
-        first = f"a {about.placeholders[0].name}"
-    side, told = own["validate.size"], f", guidance_scale={guidance}" if about.guided else ""
-    yield f"image = pipe({json.dumps(expand_placeholders(first, about.placeholders))}, num_inference_steps={own['validate.steps']}{told},"
-    yield f"    max_sequence_length={own['model.max_sequence_length']}, height={side}, width={side},"
+    settings = about.settings
+    prompt = next(iter(settings["validate.prompts"]), settings.get("data.prompt", "your prompt"))
+    if about.placeholders and not tokens_in_caption(prompt, about.placeholders):
+        prompt = f"a {about.placeholders[0].name}"
+    text, steps = json.dumps(expand_placeholders(prompt, about.placeholders)), settings["validate.steps"]
+    side, guided = settings["validate.size"], f", guidance_scale={guidance}" if about.guided else ""
+    yield f"image = pipe({text}, num_inference_steps={steps}{guided},"
+    yield f"    max_sequence_length={settings['model.max_sequence_length']}, height={side}, width={side},"
     scale = ', joint_attention_kwargs={"scale": 1.0}' if with_lora else ""
-    yield f"    generator=torch.Generator().manual_seed({own['seed']}){scale}).images[0]"
+    yield f"    generator=torch.Generator().manual_seed({settings['seed']}){scale}).images[0]"
     yield 'image.save("image.png")'
 
 

@@ -1,4 +1,8 @@
-"""What was written must be what was trained. Every function gives the largest error, or raises BadFileError with the layer."""
+"""Reads exported files back and compares them with the trained weights.
+
+The functions on files return the largest absolute error of any weight, rounding to the file's dtype included. All functions
+raise BadFileError, with the layer, if a difference is larger than rounding explains.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +23,12 @@ from runner.model import tensors
 from runner.model.family import LayerNames
 from runner.model.lora import LoraShape
 
-TOLERANCE = 1e-5  # of a matrix's largest change: what another order of fp32 sums may cost, and no more
+TOLERANCE = 1e-5  # relative to the largest value that an adapter adds; allows for another order of sums in fp32
 
 
 def lora_file(path: Path, trained: Adapter, dtype: torch.dtype, names: LayerNames) -> float:
-    """diffusers' layout. It must give the trained change to readers of its metadata and to those that take every scale
-    for 1, so alpha must be the rank."""
+    """Check a file of diffusers' layout. Some programs read alpha from its metadata, others take every scale for 1; alpha must
+    equal the rank, so that both get the trained weights."""
     named, header = tensors.load(path)
     stored = from_diffusers(named, json.loads(header["lora_adapter_metadata"]), names)
     for name, factors in (*stored.transformer.items(), *stored.text.items()):
@@ -36,21 +40,24 @@ def lora_file(path: Path, trained: Adapter, dtype: torch.dtype, names: LayerName
 
 
 def kohya_file(path: Path, trained: Adapter, dtype: torch.dtype, names: LayerNames) -> float:
-    """The original layout, by the rows of each fused matrix."""
+    """Check a file of the original layout, by the rows of each fused matrix."""
     named, _ = tensors.load(path)
     return compare(path.name, trained, split_kohya(named, names), dtype)
 
 
 def compare(file: str, trained: Adapter, stored: Adapter, dtype: torch.dtype, *, folded: bool = False) -> float:
-    """`trained` in fp32; `stored` must be its change once its factors are rounded to `dtype`, where `folded` after the
-    scale was multiplied into `up`. The error is that of the change of a weight, rounding included. What is stored and was
-    not trained must change nothing."""
+    """The largest absolute error of what `stored` adds to any weight, compared with `trained`, which is in fp32.
+
+    `stored` must equal `trained` after its factors were rounded to `dtype`; with `folded`, after the scale was multiplied into
+    `up` before that. Modules that are stored but were not trained must add nothing. Raises BadFileError. file: for its messages.
+    """
     largest = 0.0
-    for ours, theirs in ((trained.transformer, stored.transformer), (trained.text, stored.text)):
-        for name in [*ours, *(name for name in theirs if name not in ours)]:
-            if name not in theirs:
+    pairs = ((trained.transformer, stored.transformer), (trained.text, stored.text))
+    for trained_parts, stored_parts in pairs:
+        for name in [*trained_parts, *(name for name in stored_parts if name not in trained_parts)]:
+            if name not in stored_parts:
                 raise BadFileError(f"{file}: {name} was trained and is not in it")
-            error = _error(theirs[name], ours.get(name), dtype, folded)
+            error = _error(stored_parts[name], trained_parts.get(name), dtype, folded)
             if error is None or not math.isfinite(error):
                 raise BadFileError(f"{file}: {name} changes its layer otherwise than was trained")
             largest = max(largest, error)
@@ -58,17 +65,18 @@ def compare(file: str, trained: Adapter, stored: Adapter, dtype: torch.dtype, *,
 
 
 def _error(stored: Factors, trained: Factors | None, dtype: torch.dtype, folded: bool) -> float | None:
-    """How far the change is from the trained one; None where it is not even that of the rounded factors."""
-    found = trim(stored)
-    wanted = trim(_rounded(trained, dtype, folded)) if trained else None
-    if found is None or wanted is None:
-        if (found is None) != (wanted is None):
+    """The largest absolute difference from the trained adapter. None if `stored` is not the trained adapter, rounded."""
+    actual = trim(stored)
+    expected = trim(_rounded(trained, dtype, folded)) if trained else None
+    if actual is None or expected is None:
+        if (actual is None) != (expected is None):
             return None
         return difference(trained, None) if trained else 0.0
-    if not _same(found, wanted) and not difference(found, wanted) <= TOLERANCE * difference(wanted, None):
+    equal = _equal(actual, expected)
+    if not equal and not difference(actual, expected) <= TOLERANCE * difference(expected, None):
         return None
-    exact = trained is not None and dtype == torch.float32 and found.scale == trained.scale
-    return 0.0 if exact and _same(found, wanted) else difference(found, trained)  # sums would only add their own error
+    exact = trained is not None and dtype == torch.float32 and actual.scale == trained.scale
+    return 0.0 if exact and equal else difference(actual, trained)  # difference() itself rounds, so not where it is 0
 
 
 def _rounded(trained: Factors, dtype: torch.dtype, folded: bool) -> Factors:
@@ -78,28 +86,24 @@ def _rounded(trained: Factors, dtype: torch.dtype, folded: bool) -> Factors:
     return Factors(down, (trained.up.float() * trained.scale).to(dtype), float(down.shape[0]))
 
 
-def _same(one: Factors, other: Factors) -> bool:
+def _equal(first: Factors, second: Factors) -> bool:
     return (
-        math.isclose(one.scale, other.scale, rel_tol=1e-6)
-        and torch.equal(one.down.float(), other.down.float())
-        and torch.equal(one.up.float(), other.up.float())
+        math.isclose(first.scale, second.scale, rel_tol=1e-6)
+        and torch.equal(first.down.float(), second.down.float())
+        and torch.equal(first.up.float(), second.up.float())
     )
 
 
-def _largest(values: Tensor) -> float:
-    return float(values.abs().max())
-
-
 def embeddings(path: Path, weights: Weights, dtype: torch.dtype) -> float:
-    """Each key's rows by value."""
+    """Check a file of token embeddings, by value."""
     named, _ = tensors.load(path)
-    owners = {key: encoder for encoder, keys in EMBEDDING_KEYS.items() for key in keys}
+    encoder_of = {key: encoder for encoder, keys in EMBEDDING_KEYS.items() for key in keys}
     largest = 0.0
     for key, rows in named.items():
-        trained = weights.rows[owners[key]].cpu()
+        trained = weights.rows[encoder_of[key]].cpu()
         if not torch.equal(rows, trained.to(dtype)):
             raise BadFileError(f"{path.name}: {key} holds other rows than were learned")
-        error = _largest(rows.float() - trained)
+        error = float((rows.float() - trained).abs().max())
         if not math.isfinite(error):
             raise BadFileError(f"{path.name}: {key} has values that {dtype} cannot hold; use another export.dtype")
         largest = max(largest, error)
@@ -107,7 +111,7 @@ def embeddings(path: Path, weights: Weights, dtype: torch.dtype) -> float:
 
 
 def loaded_lora(model: Any, stored: Mapping[str, Tensor], shape: LoraShape) -> None:
-    """The adapter that stock diffusers made of a file must be the stored one. Raises BadFileError with the layer."""
+    """Check the adapter that stock diffusers loaded into `model`. stored: by peft's names, as written to the file."""
     adapters = list(getattr(model, "peft_config", {}))
     if len(adapters) != 1:
         raise BadFileError(f"diffusers loaded {len(adapters)} adapters instead of one")
@@ -117,8 +121,8 @@ def loaded_lora(model: Any, stored: Mapping[str, Tensor], shape: LoraShape) -> N
         if f".{adapters[0]}." in name
     }
     if loaded.keys() != stored.keys():
-        odd = sorted(loaded.keys() ^ stored.keys())[0]
-        raise BadFileError(f"{odd} is trained or loaded by diffusers, not both")
+        name = sorted(loaded.keys() ^ stored.keys())[0]
+        raise BadFileError(f"{name} is trained or loaded by diffusers, not both")
     for name, value in stored.items():
         if not torch.equal(loaded[name].cpu(), value.cpu().to(loaded[name].dtype)):
             raise BadFileError(f"{name} reads back in diffusers with other values than were trained")
@@ -129,7 +133,7 @@ def loaded_lora(model: Any, stored: Mapping[str, Tensor], shape: LoraShape) -> N
 
 
 def loaded_embeddings(encoders: Mapping[str, tuple[Any, Any]], stored: Weights, pieces: list[str]) -> None:
-    """The rows that stock diffusers put into its encoders must be the stored ones. encoders: (model, tokenizer) by name."""
+    """Check the token embeddings that stock diffusers loaded. encoders: (model, tokenizer) by name."""
     for encoder, rows in stored.rows.items():
         model, tokenizer = encoders[encoder]
         ids = torch.tensor(tokenizer.convert_tokens_to_ids(pieces), device=model.device)

@@ -17,14 +17,16 @@ from runner.spec.export_names import embeddings_file, file_stem, webui_file
 
 
 def hashes(named: Mapping[str, Tensor]) -> dict[str, str]:
-    """Of the tensors alone, so that equal LoRAs have equal hashes whatever their metadata says (sd-scripts' rule)."""
+    """Metadata with hashes of the tensors alone, so that equal LoRAs have equal hashes whatever their metadata (as sd-scripts
+    does)."""
     digest = safetensors.data_digest({name: tensors.raw(value) for name, value in named.items()})
     return {"sshs_model_hash": digest, "modelspec.hash_sha256": f"0x{digest}"}
 
 
 def webui_metadata(about: ExportInfo, shapes: AdapterShapes) -> dict[str, str]:
-    """sd-scripts' `ss_*` (its train_network.py) and ModelSpec 1.0.1; strings all, no path, no clock but the run's day."""
-    own, shape, words = about.settings, shapes.lora or shapes.text_lora, webui_words(about)
+    """Metadata as sd-scripts writes it (`ss_*`, from its train_network.py) and of ModelSpec 1.0.1. All values are strings; it has
+    no path, and no time but the day of the run."""
+    settings, shape, words = about.settings, shapes.lora or shapes.text_lora, webui_words(about)
     assert shape is not None  # there is an adapter, or no file
     side, names = f"{about.resolution}x{about.resolution}", about.layer_names
     named: dict[str, Any] = {
@@ -40,15 +42,15 @@ def webui_metadata(about: ExportInfo, shapes: AdapterShapes) -> dict[str, str]:
         "ss_network_args": "{}",
         "ss_steps": about.step,
         "ss_max_train_steps": about.step,
-        "ss_seed": own["seed"],
+        "ss_seed": settings["seed"],
         "ss_resolution": f"({about.resolution}, {about.resolution})",
-        "ss_learning_rate": own["train.lr"],
-        "ss_optimizer": own["optimizer.name"],
-        "ss_lr_scheduler": own["schedule.name"],
-        "ss_batch_size_per_device": own["train.batch_size"],
-        "ss_gradient_accumulation_steps": own["train.accumulate"],
-        "ss_max_grad_norm": own["train.max_grad_norm"],
-        "ss_caption_dropout_rate": own["data.caption_dropout"],
+        "ss_learning_rate": settings["train.lr"],
+        "ss_optimizer": settings["optimizer.name"],
+        "ss_lr_scheduler": settings["schedule.name"],
+        "ss_batch_size_per_device": settings["train.batch_size"],
+        "ss_gradient_accumulation_steps": settings["train.accumulate"],
+        "ss_max_grad_norm": settings["train.max_grad_norm"],
+        "ss_caption_dropout_rate": settings["data.caption_dropout"],
         "ss_training_comment": f"trained by fluxrun {about.version}",
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": names.architecture(about.guided),
@@ -72,20 +74,20 @@ def webui_metadata(about: ExportInfo, shapes: AdapterShapes) -> dict[str, str]:
 
 
 def webui_words(about: ExportInfo) -> str | None:
-    """What to write in a WebUI's prompt beside the LoRA: the embedding's name, or what the pictures were called."""
+    """The words to write in a WebUI's prompt: the embedding's name, or without one the caption of the training images."""
     if not about.placeholders:
         return about.settings.get("data.prompt")
-    several = "t5" in about.settings["inversion.encoders"]
-    return Path(webui_file(about.name) if several else embeddings_file(about.name)).stem
+    has_webui_file = "t5" in about.settings["inversion.encoders"]
+    return Path(webui_file(about.name) if has_webui_file else embeddings_file(about.name)).stem
 
 
 def usage_hint(about: ExportInfo) -> str:
-    named = ", ".join(f"{one.name} is {one.text}" for one in about.placeholders)
+    """How to write the placeholders in a prompt, in each program."""
+    named = ", ".join(f"{placeholder.name} is {placeholder.text}" for placeholder in about.placeholders)
     stem = Path(embeddings_file(about.name)).stem
     return f"diffusers: {named}; ComfyUI: embedding:{stem}; WebUI: {webui_words(about)}"
 
 
 def day_of(seconds: float | None) -> str | None:
-    """The UTC day of a time. A day and no more: exports of equal runs are equal to the byte, and a run that is resumed
-    keeps the day it began."""
+    """The UTC day of a time in seconds since 1970. Only the day, because exports of equal runs should be equal to the byte."""
     return None if seconds is None else datetime.fromtimestamp(seconds, UTC).date().isoformat()

@@ -1,4 +1,4 @@
-"""The processes that train one run together, one per GPU: the same weights in all, gradients averaged, rank 0 writes."""
+"""Data-parallel training: one process per GPU, equal weights in all, gradients averaged; rank 0 writes the files."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-PATIENCE = timedelta(hours=24)  # the others wait while rank 0 encodes a large data set
+TIMEOUT = timedelta(hours=24)  # long, because the other ranks wait while rank 0 encodes a large data set
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """`rank` of `count`. Alone, every method does nothing and costs nothing."""
+    """This process is number `rank` of `count`. With a count of 1 every method does nothing and costs nothing."""
 
     rank: int = 0
     count: int = 1
@@ -26,40 +26,42 @@ class Ranks:
         return self.rank == 0
 
     def meet(self) -> Any:
-        """A store (torch.distributed.TCPStore) where the others find rank 0, which calls this. Its `.port` of this machine is
-        chosen by the system, and kept from then on."""
-        return TCPStore("127.0.0.1", 0, self.count, is_master=True, timeout=PATIENCE, wait_for_workers=False)
+        """Open the store (torch.distributed.TCPStore) where the other ranks find rank 0, which calls this. The system chooses its
+        `.port`, which is free on this machine and stays taken from then on."""
+        return TCPStore("127.0.0.1", 0, self.count, is_master=True, timeout=TIMEOUT, wait_for_workers=False)
 
     def find(self, port: int) -> Any:
-        """The same for the others."""
-        return TCPStore("127.0.0.1", port, self.count, is_master=False, timeout=PATIENCE)
+        """Connect to the store that rank 0 opened."""
+        return TCPStore("127.0.0.1", port, self.count, is_master=False, timeout=TIMEOUT)
 
     def join(self, store: Any, device: torch.device) -> None:
-        """Wait for the others. store: of `meet` or `find`."""
+        """Wait until all ranks have joined. store: from `meet` or `find`."""
         backend = "nccl" if device.type == "cuda" else "gloo"
         distributed.init_process_group(
-            backend, store=store, rank=self.rank, world_size=self.count, timeout=PATIENCE,
+            backend, store=store, rank=self.rank, world_size=self.count, timeout=TIMEOUT,
             device_id=device if device.type == "cuda" else None,
         )  # fmt: skip
 
     def leave(self) -> None:
+        """End the process group, if there is one."""
         if self.count > 1 and distributed.is_initialized():
             distributed.destroy_process_group()
 
     def wait(self) -> None:
+        """Wait until all ranks get here."""
         if self.count > 1:
             distributed.barrier()
 
     def any(self, flag: bool, device: torch.device) -> bool:
-        """Whether the flag is up in any process."""
+        """Whether the flag is set in any rank. device: the one that this rank trains on."""
         if self.count == 1:
             return flag
-        up = torch.tensor(float(flag), device=device)
-        distributed.all_reduce(up, distributed.ReduceOp.MAX)
-        return bool(up.item())
+        highest = torch.tensor(float(flag), device=device)
+        distributed.all_reduce(highest, distributed.ReduceOp.MAX)
+        return bool(highest.item())
 
     def average(self, parameters: Sequence[nn.Parameter], loss: Tensor) -> Tensor:
-        """Average the gradients over the processes, in place; returns the averaged loss. One exchange for all of it."""
+        """Average the gradients over the ranks, in place, and return the average of the loss (a scalar). One all-reduce."""
         if self.count == 1:
             return loss
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]

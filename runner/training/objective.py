@@ -53,7 +53,7 @@ class FlowObjective:
         weighting = flow_matching.Weighting(**spec.train.weighting.model_dump())
         self.flow = flow_matching.Flow(base, weighting, self.family.pack)
         self.predict = self.family.predictor(transformer, spec.train.guidance, base.device, base.dtype)
-        self.ahead = Prefetcher(self.prepare, beside=base.device.type != "cpu")
+        self.ahead = Prefetcher(self.prepare, in_thread=base.device.type != "cpu")
 
     def close(self) -> None:
         self.ahead.close()

@@ -1,4 +1,4 @@
-"""Optimizers over named parameters, whose state is tensors and JSON numbers; learning-rate schedules as functions of the step."""
+"""Optimizers over named parameters, with state that fits a checkpoint, and learning-rate schedules as functions of the step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from runner.core.errors import FluxrunError
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Parameters that share a learning rate; names are those of the checkpoint."""
+    """Parameters that share a learning rate, by their names in checkpoints ("lora/...", "rows/...", "text_lora/...")."""
 
     parameters: Mapping[str, nn.Parameter]
     lr: float
@@ -24,12 +24,14 @@ class ParameterGroup:
 
     @property
     def kind(self) -> str:
-        """What they are, "lora", "rows" or "text_lora": the first part of their names."""
+        """ "lora", "rows" or "text_lora": the first part of the names."""
         return next(iter(self.parameters)).partition("/")[0]
 
 
 @dataclass(frozen=True)
 class Adam:
+    """The hyperparameters of AdamW."""
+
     beta1: float
     beta2: float
     eps: float
@@ -37,7 +39,8 @@ class Adam:
 
 @dataclass(frozen=True)
 class Adam8bit:
-    """The same numbers, with moments in 8 bits a number (bitsandbytes; parameters under 4,096 numbers stay in 32)."""
+    """The hyperparameters of bitsandbytes' AdamW, which keeps its moments in 8 bits. Parameters of fewer than 4,096 values keep
+    them in 32."""
 
     beta1: float
     beta2: float
@@ -46,7 +49,7 @@ class Adam8bit:
 
 @dataclass(frozen=True)
 class ProdigyNumbers:
-    """prodigyopt's own numbers; one d, hence one lr, for all groups."""
+    """The hyperparameters of prodigyopt's Prodigy. It estimates one step size d for all groups, so they share one lr."""
 
     beta1: float
     beta2: float
@@ -60,34 +63,34 @@ class ProdigyNumbers:
     growth_rate: float | None
 
 
-# What Prodigy learns besides tensors. It keeps them per group, equal in all groups.
+# What Prodigy estimates besides tensors. It keeps a copy in each group; all are equal.
 PRODIGY_SCALARS = ("d", "d_max", "d_numerator", "d_denom", "d_hat", "k")
 
 
 class Optimizer:
-    """A torch optimizer that knows its parameters by name."""
+    """A torch optimizer (`.torch`) that knows its parameters by name."""
 
     def __init__(self, groups: list[ParameterGroup], numbers: Adam | Adam8bit | ProdigyNumbers) -> None:
         self.groups = groups
         self.names = {parameter: name for group in groups for name, parameter in group.parameters.items()}
-        rows = [
+        torch_groups = [
             {"params": list(group.parameters.values()), "lr": group.lr, "weight_decay": group.weight_decay}
             for group in groups
         ]
         match numbers:
             case Adam():
-                self.torch = _adamw(rows, numbers)
+                self.torch = _adamw(torch_groups, numbers)
             case Adam8bit():
-                self.torch = _adamw8bit(rows, numbers)
+                self.torch = _adamw8bit(torch_groups, numbers)
             case ProdigyNumbers():
-                self.torch = _prodigy(rows, numbers)
+                self.torch = _prodigy(torch_groups, numbers)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
         return list(self.names)
 
     def step(self, factor: float) -> None:
-        """One update with every group's lr times the schedule's `factor`; then the gradients are dropped."""
+        """Update the parameters, with each group's lr times the schedule's `factor`, then clear the gradients."""
         for group, settings in zip(self.groups, self.torch.param_groups, strict=True):
             settings["lr"] = group.lr * factor
         self.torch.step()
@@ -97,14 +100,18 @@ class Optimizer:
         self.torch.zero_grad(set_to_none=True)
 
     def learning_rates(self) -> dict[str, float]:
-        """The rate of each group's last update, by its kind; for Prodigy d * lr."""
+        """The learning rate of each group's last update, by kind. For Prodigy it is d * lr."""
         return {
             group.kind: float(settings["lr"] * settings.get("d", 1.0))
             for group, settings in zip(self.groups, self.torch.param_groups, strict=True)
         }
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """(tensors as "NAME/STATE", numbers: {"parameters": {NAME: {STATE: n}}, "shared": {...}})."""
+        """The state for a checkpoint: (tensors as "PARAMETER/STATE", numbers).
+
+        numbers: {"parameters": {PARAMETER: {STATE: number}}, "shared": Prodigy's scalars}. The tensors are the optimizer's own, in
+        its dtypes, not copies.
+        """
         tensors: dict[str, Tensor] = {}
         numbers: dict[str, dict[str, Any]] = {}
         for parameter, name in self.names.items():
@@ -118,7 +125,8 @@ class Optimizer:
         return tensors, {"parameters": numbers, "shared": shared}
 
     def restore(self, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
-        """Take over the state of those parameters that are here; what another phase trained is left behind."""
+        """Load what `state` returned. The state of parameters that this optimizer does not have is ignored: an earlier phase
+        trained them."""
         by_name: dict[str, dict[str, Tensor]] = {}
         for key, value in tensors.items():
             owner, _, field = key.rpartition("/")
@@ -134,31 +142,31 @@ class Optimizer:
             settings.update(scalars["shared"])
 
 
-def _adamw(rows: list[dict[str, Any]], numbers: Adam) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(rows, betas=(numbers.beta1, numbers.beta2), eps=numbers.eps, foreach=True)
+def _adamw(groups: list[dict[str, Any]], numbers: Adam) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, betas=(numbers.beta1, numbers.beta2), eps=numbers.eps, foreach=True)
 
 
-def _adamw8bit(rows: list[dict[str, Any]], numbers: Adam8bit) -> torch.optim.Optimizer:
+def _adamw8bit(groups: list[dict[str, Any]], numbers: Adam8bit) -> torch.optim.Optimizer:
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
         raise FluxrunError(
             'optimizer.name = "adamw8bit" needs bitsandbytes, which is not installed; pip install "fluxrun[bitsandbytes]"'
         ) from error
-    built: torch.optim.Optimizer = AdamW8bit(rows, betas=(numbers.beta1, numbers.beta2), eps=numbers.eps)
+    built: torch.optim.Optimizer = AdamW8bit(groups, betas=(numbers.beta1, numbers.beta2), eps=numbers.eps)
     return built
 
 
-def _prodigy(rows: list[dict[str, Any]], numbers: ProdigyNumbers) -> torch.optim.Optimizer:
+def _prodigy(groups: list[dict[str, Any]], numbers: ProdigyNumbers) -> torch.optim.Optimizer:
     from prodigyopt import Prodigy
 
-    with contextlib.redirect_stdout(io.StringIO()):  # it announces its weight decay by print
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints a line about weight decay
         built: torch.optim.Optimizer = Prodigy(
-            rows,
+            groups,
             betas=(numbers.beta1, numbers.beta2),
             beta3=numbers.beta3,
             eps=numbers.eps,
-            weight_decay=max(row["weight_decay"] for row in rows),
+            weight_decay=max(group["weight_decay"] for group in groups),
             decouple=numbers.decouple,
             use_bias_correction=numbers.bias_correction,
             safeguard_warmup=numbers.safeguard_warmup,
@@ -172,9 +180,10 @@ def _prodigy(rows: list[dict[str, Any]], numbers: ProdigyNumbers) -> torch.optim
 def schedule(
     name: Literal["constant"] | str, *, warmup: int, steps: int, cycles: float, power: float
 ) -> Callable[[int], float]:
-    """diffusers' schedule as a function: optimisation step (from 0) -> factor of the learning rate.
+    """A schedule of diffusers as a function: optimization step, from 0 -> factor of the learning rate.
 
-    A function of the step needs no state: a resumed run and an extended one read the same curve.
+    It has no state, so a resumed run continues on the same curve. warmup, steps: in optimization steps. cycles, power: for the
+    schedules that have them.
     """
     from diffusers.optimization import get_scheduler
 

@@ -44,7 +44,7 @@ class TimeSpent:
 class RunRecorder:
     """Records a run while it goes on: checkpoints, state.json, metrics, samples and the log.
 
-    Every method that writes checks first that the run still belongs to this attempt, and raises RunLockedError if not.
+    Every method that writes checks first that the run still belongs to this attempt, and raises LockHeldError if not.
     """
 
     def __init__(

@@ -180,9 +180,9 @@ def test_what_is_made_ahead_is_what_is_asked_for() -> None:
             raise ValueError("step 7")
         return step, micro
 
-    for beside in (True, False):
+    for in_thread in (True, False):
         made: list[tuple[int, int]] = []
-        ahead = Prefetcher(make, beside=beside)
+        ahead = Prefetcher(make, in_thread=in_thread)
         asked = [(0, 0), (0, 1), (1, 0), (5, 0), (6, 0)]
         assert [
             ahead.get(place, then=(place[0] + 1, 0) if place[1] or place[0] else (0, 1)) for place in asked
@@ -192,4 +192,4 @@ def test_what_is_made_ahead_is_what_is_asked_for() -> None:
         assert ahead.get((9, 0), then=(10, 0)) == (9, 0)
         ahead.close()
         assert made.count((1, 0)) == 1  # it was made ahead, and not again
-        assert ((2, 0) in made) == beside  # made for nobody: step 5 came instead
+        assert ((2, 0) in made) == in_thread  # made for nobody: step 5 came instead

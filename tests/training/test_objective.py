@@ -397,11 +397,11 @@ def test_with_nothing_held_out_some_training_pictures_are_looked_at(house: House
 def test_batches_made_ahead_are_the_same_batches(house: House) -> None:
     """As on a GPU, where a thread makes the next one while the device computes."""
     losses = []
-    for beside in (False, True):
+    for in_thread in (False, True):
         objective, _ = objective_of(
             desk_of(spec_of(house, rank="rank = 4\ndropout = 0.1", steps="steps = 6\naccumulate = 2"))
         )
-        objective.ahead.beside = beside
+        objective.ahead.in_thread = in_thread
         losses.append([float(objective.loss(step, micro)) for step in range(3) for micro in range(2)])
         objective.close()
     assert losses[0] == losses[1]
@@ -417,7 +417,7 @@ def test_a_batch_made_ahead_is_the_next_one_asked_for(house: House) -> None:
         made.append((step, micro))
         return objective.prepare(step, micro)
 
-    objective.ahead.make, objective.ahead.beside = note, True
+    objective.ahead.make, objective.ahead.in_thread = note, True
     for step in range(3):
         for micro in range(2):
             objective.loss(step, micro)

@@ -15,7 +15,8 @@ def test_norm_and_drift_are_a_tokens_own_and_a_mean_over_its_vectors() -> None:
     from runner.training.encoders import LiveEncoder
     from runner.training.phases.train import row_sizes
 
-    encoder = LiveEncoder("clip", torch.nn.Identity(), None, 1.0)
+    family: Any = None  # measuring rows needs none
+    encoder = LiveEncoder(family, "clip", torch.nn.Identity(), None, 1.0)
     encoder.first_rows = torch.tensor([[4.0, 0.0], [0.0, 4.0], [2.0, 0.0]])
     encoder.rows = torch.nn.Parameter(torch.tensor([[4.0, 3.0], [0.0, 5.0], [2.0, 0.0]]))
     context: Any = SimpleNamespace(

@@ -1,4 +1,4 @@
-"""The export phase: write the files, read every one back, draw the pictures with stock diffusers, then put all in place."""
+"""The export phase: write the files, read each one back, draw samples with stock diffusers, then put all in place."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from runner.training.model_pool import ModelPool
 
 @dataclass(frozen=True)
 class ExportRequest:
-    """What an export needs to know; the training data is not among it."""
+    """What an export needs. The training data is not needed."""
 
     run: Run
     spec: Spec
@@ -68,47 +68,47 @@ class ExportRequest:
 
 @dataclass(frozen=True)
 class ExportResult:
-    """step: the checkpoint's; errors: of each weight file, the largest; pictures: (prompt, picture)."""
+    """step: of the exported checkpoint. errors: largest absolute error of any weight, by file. pictures: (prompt, picture)."""
 
     step: int
     errors: Mapping[str, float]
     pictures: Sequence[tuple[str, Image.Image]]
 
 
-def export_phase(order: ExportRequest, made: Checkpoint | None) -> ExportResult:
-    """Make `export/` and `samples/` from a checkpoint; the files in `export/` are the old ones or the new, never mixed.
+def export_phase(request: ExportRequest, checkpoint: Checkpoint | None) -> ExportResult:
+    """Make `export/` and `samples/` from a checkpoint. `export/` is replaced as a whole, so old and new files never mix.
 
-    Raises BadFileError where a file does not give back what was trained; the run is then not done.
+    Raises BadFileError if a file does not give back what was trained; the run is then not done.
     """
-    run, spec, step = order.run, order.spec, made.step if made else 0
-    weights = made.weights if made else Weights()
+    run, spec, step = request.run, request.spec, checkpoint.step if checkpoint else 0
+    weights = checkpoint.weights if checkpoint else Weights()
     run.check_lease()
-    aside = run.export.with_name(f".export{files.PARTIAL_SUFFIX}")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
+    staging = run.export.with_name(f".export{files.PARTIAL_SUFFIX}")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
     shapes = AdapterShapes(
-        lora_shape(spec, order.base) if weights.lora else None,
-        text_lora_shape(spec, order.base) if weights.text_lora else None,
+        lora_shape(spec, request.base) if weights.lora else None,
+        text_lora_shape(spec, request.base) if weights.text_lora else None,
     )
-    about = _about(order, step)
-    errors = _written(aside, weights, shapes, about, order.dtype)
-    pictures = _verified_pictures(order, step, *_stored(weights, shapes, order.dtype), aside)
+    about = _about(request, step)
+    errors = _write_and_verify(staging, weights, shapes, about, request.dtype)
+    pictures = _verified_pictures(request, step, *_stored_weights(weights, shapes, request.dtype), staging)
     shown = []
     for index, (prompt, _) in enumerate(pictures):
         name = f"samples/{index}.png"
-        files.make_folder(aside / "samples")
-        shutil.copyfile(sample_file(run, step, index), aside / name)
-        shown.append((expand_placeholders(prompt, order.placeholders), name))
-    points = made.scalars["meters"].get("curve") if made else None
+        files.make_folder(staging / "samples")
+        shutil.copyfile(sample_file(run, step, index), staging / name)
+        shown.append((expand_placeholders(prompt, request.placeholders), name))
+    points = checkpoint.scalars["meters"].get("curve") if checkpoint else None
     if points:
-        files.make_folder(aside / "samples")
-        files.write_png(aside / CURVE, draw_curve(points, f"{spec.name}: training loss, smoothed"))
+        files.make_folder(staging / "samples")
+        files.write_png(staging / CURVE, draw_curve(points, f"{spec.name}: training loss, smoothed"))
     layers = shapes.lora.layers if shapes.lora else ()
     repo = spec.hub.repo if spec.hub.push and spec.hub.repo and "/" in spec.hub.repo else None
     card = model_card(about, errors, shown, pipeline.GUIDANCE, repo, layers, bool(points))
-    files.write_text(aside / "README.md", card)
+    files.write_text(staging / "README.md", card)
     run.check_lease()
-    files.replace_folder(aside, run.export)
+    files.replace_folder(staging, run.export)
     return ExportResult(step, errors, pictures)
 
 
@@ -116,45 +116,45 @@ def sample_file(run: Run, step: int, index: int) -> Path:
     return run.samples / f"step-{step:06d}-{index}.png"
 
 
-def _about(order: ExportRequest, step: int) -> ExportInfo:
-    own = order.spec.model.base
+def _about(request: ExportRequest, step: int) -> ExportInfo:
+    base_name = request.spec.model.base
     settings = {
         key: value
-        for key, value in flat(dump(order.spec)).items()
+        for key, value in flat(dump(request.spec)).items()
         if not key.startswith(("data.source", "model.base", "prior.images", "hub", "notify"))
     }
-    config = transformer_config(own, order.base.folder) or {}
+    config = transformer_config(base_name, request.base.folder) or {}
     return ExportInfo(
-        order.spec.name, Path(own).name if Path(own).is_dir() else own, step, order.placeholders, settings,
-        licence(own, order.base.folder), export_day(order.run), bool(config.get("guidance_embeds")),
-        version("fluxrun"), order.family.layer_names,
+        request.spec.name, Path(base_name).name if Path(base_name).is_dir() else base_name, step, request.placeholders, settings,
+        licence(base_name, request.base.folder), export_day(request.run), bool(config.get("guidance_embeds")),
+        version("fluxrun"), request.family.layer_names,
     )  # fmt: skip
 
 
 def export_day(run: Run) -> str | None:
-    """The day that the files tell: when the run began, or SOURCE_DATE_EPOCH, the convention of repeatable builds."""
+    """The day that the files name: when the run began, or SOURCE_DATE_EPOCH (the convention of reproducible builds)."""
     fixed = os.environ.get("SOURCE_DATE_EPOCH")
     return webui.day_of(float(fixed) if fixed else run.started_at())
 
 
-def _stored(weights: Weights, shapes: AdapterShapes, dtype: torch.dtype) -> tuple[Weights, AdapterShapes]:
-    """What diffusers loads of the files."""
-    folded, its_shapes = formats.folded(weights, shapes)
-    return formats.rounded(folded, dtype), its_shapes
+def _stored_weights(weights: Weights, shapes: AdapterShapes, dtype: torch.dtype) -> tuple[Weights, AdapterShapes]:
+    """The weights and shapes that diffusers gets when it loads the files."""
+    folded, folded_shapes = formats.folded(weights, shapes)
+    return formats.rounded(folded, dtype), folded_shapes
 
 
-def _written(
+def _write_and_verify(
     folder: Path, weights: Weights, shapes: AdapterShapes, about: ExportInfo, dtype: torch.dtype
 ) -> dict[str, float]:
-    """Write every weight file and read it back; the largest error of each. Raises BadFileError with the layer."""
+    """Write every weight file and read it back. The largest error, by file. Raises BadFileError with the layer."""
     stored, errors = formats.rounded(weights, dtype), {}
     if weights.lora or weights.text_lora:
         trained = formats.adapter(formats.rounded(weights, torch.float32), shapes)
-        path, original = folder / formats.LORA_FILE, folder / export_names.kohya_file(about.name)
-        formats.write_lora(path, *_stored(weights, shapes, dtype))
+        path, kohya_path = folder / formats.LORA_FILE, folder / export_names.kohya_file(about.name)
+        formats.write_lora(path, *_stored_weights(weights, shapes, dtype))
         errors[path.name] = verify.lora_file(path, trained, dtype, about.layer_names)
-        formats.write_kohya(original, stored, shapes, about)
-        errors[original.name] = verify.kohya_file(original, trained, dtype, about.layer_names)
+        formats.write_kohya(kohya_path, stored, shapes, about)
+        errors[kohya_path.name] = verify.kohya_file(kohya_path, trained, dtype, about.layer_names)
     if weights.rows:
         formats.write_embeddings(folder, stored, about.name)
         for path in (folder / export_names.embeddings_file(about.name), folder / export_names.webui_file(about.name)):
@@ -164,90 +164,100 @@ def _written(
 
 
 def _verified_pictures(
-    order: ExportRequest, step: int, stored: Weights, shapes: AdapterShapes, folder: Path
+    request: ExportRequest, step: int, stored: Weights, shapes: AdapterShapes, folder: Path
 ) -> list[tuple[str, Image.Image]]:
-    """Load the files as their users will, compare, and draw with what was loaded: before (the base) and after."""
-    own, placeholders, run = order.spec.validation, order.placeholders, order.run
-    shots = sample_files.samples_of(own.prompts, own.count, order.spec.seed)
-    exported = formats.exported_files(folder, order.spec.name, placeholders)
-    order.event_log.line("export: reading the files back with diffusers")
-    plain, learned = _read_prompts(order, stored, shapes, exported, [prompt for prompt, _ in shots])
-    transformer = order.model_pool.take(order.base)
-    pipe = order.family.image_pipeline(order.base, transformer, with_vae=bool(shots))
-    size = pipeline.size_of(order.spec)
-    order.event_log.begin_phase("pictures", 0, 2 * len(shots), "pictures")
+    """Load the files as their users will, compare, and draw the samples with the base alone and with what was loaded.
+
+    (prompt, picture) with what was loaded. Raises BadFileError with the layer, InterruptedRunError.
+    """
+    validation, placeholders, run = request.spec.validation, request.placeholders, request.run
+    samples = sample_files.samples_of(validation.prompts, validation.count, request.spec.seed)
+    exported = formats.exported_files(folder, request.spec.name, placeholders)
+    request.event_log.line("export: reading the files back with diffusers")
+    base_prompts, trained_prompts = _read_prompts(request, stored, shapes, exported, [prompt for prompt, _ in samples])
+    transformer = request.model_pool.take(request.base)
+    pipe = request.family.image_pipeline(request.base, transformer, with_vae=bool(samples))
+    size = pipeline.size_of(request.spec)
+    request.event_log.begin_phase("pictures", 0, 2 * len(samples), "pictures")
     columns: list[list[Image.Image]] = []
-    for at, reads in ((0, plain), (step, learned)):
+    for sampled_step, prompts in ((0, base_prompts), (step, trained_prompts)):
         if columns and exported.lora:
             pipe.load_lora(exported.lora)
             if shapes.lora:
                 verify.loaded_lora(pipe.transformer, stored.lora, shapes.lora)
         column = []
-        for index, (prompt, (_, seed)) in enumerate(zip(reads, shots, strict=True)):
-            column.append(pipeline.draw_image(pipe, prompt, seed, steps=own.steps, size=size))
+        for index, (prompt, (_, seed)) in enumerate(zip(prompts, samples, strict=True)):
+            column.append(pipeline.draw_image(pipe, prompt, seed, steps=validation.steps, size=size))
             run.check_lease()
-            files.write_png(sample_file(run, at, index), column[-1])
-            order.event_log.progress(len(columns) * len(shots) + index + 1, 2 * len(shots), "pictures")
-            if order.stop_requested():
+            files.write_png(sample_file(run, sampled_step, index), column[-1])
+            request.event_log.progress(len(columns) * len(samples) + index + 1, 2 * len(samples), "pictures")
+            if request.stop_requested():
                 raise InterruptedRunError("stopped before the exports were complete; the same command goes on")
         columns.append(column)
-    order.model_pool.put(order.base, order.spec.model, transformer)
-    order.event_log.end_phase()
-    if shots:
-        rows = [(prompt, [before, after]) for (prompt, _), before, after in zip(shots, *columns, strict=True)]
+    request.model_pool.put(request.base, request.spec.model, transformer)
+    request.event_log.end_phase()
+    if samples:
+        rows = [(prompt, [before, after]) for (prompt, _), before, after in zip(samples, *columns, strict=True)]
         run.check_lease()
         files.write_png(run.samples / "before-after.png", contact_sheet.draw_contact_sheet(rows, ("before", "after")))
-    return [(prompt, picture) for (prompt, _), picture in zip(shots, columns[1], strict=True)]
+    return [(prompt, picture) for (prompt, _), picture in zip(samples, columns[1], strict=True)]
 
 
 def _read_prompts(
-    order: ExportRequest, stored: Weights, shapes: AdapterShapes, exported: ExportedFiles, prompts: Sequence[str]
+    request: ExportRequest, stored: Weights, shapes: AdapterShapes, exported: ExportedFiles, prompts: Sequence[str]
 ) -> tuple[list[PromptEmbeds], list[PromptEmbeds]]:
-    """The prompts as the base reads them, and with what was learned in the text encoders; that is compared on the way."""
-    length, architecture = order.spec.model.max_sequence_length, order.family.architecture
-    written = [expand_placeholders(prompt, order.placeholders) for prompt in prompts]
-    # A large encoder that learned nothing reads what it read before the training, and the cache has that.
+    """The prompts' embeddings from the base, and from the text encoders with what was learned. Compares the encoders with what
+    was trained. Raises BadFileError."""
+    length, architecture = request.spec.model.max_sequence_length, request.family.architecture
+    expanded = [expand_placeholders(prompt, request.placeholders) for prompt in prompts]
+    # If no large encoder learned anything, its embeddings are those from before the training, which are in the cache.
     large = [encoder for encoder in architecture.encoders.values() if encoder.large]
     with_large = any(encoder.name in stored.rows for encoder in large)
 
     def cached(texts: Sequence[str]) -> dict[str, list[Tensor]]:
-        return (
-            {}
-            if with_large
-            else {
-                encoder.name: frozen_embeddings(encoder, order.base, order.cache, order.model_pool, order.spec, texts)
-                for encoder in large
-            }
-        )
+        if with_large:
+            return {}
+        return {
+            encoder.name: frozen_embeddings(
+                encoder, request.base, request.cache, request.model_pool, request.spec, texts
+            )
+            for encoder in large
+        }
 
-    pipe = order.family.text_pipeline(order.base, with_large=with_large)
-    plain = pipe.read(prompts, length, cached=cached(prompts))
+    pipe = request.family.text_pipeline(request.base, with_large=with_large)
+    base_prompts = pipe.read(prompts, length, cached=cached(prompts))
     if exported.embeddings:
-        pipeline.load_embeddings(pipe, exported.embeddings, order.placeholders)
-    verify.loaded_embeddings(pipe.encoders, stored, tokens.vocabulary_entries(order.placeholders))
+        pipeline.load_embeddings(pipe, exported.embeddings, request.placeholders)
+    verify.loaded_embeddings(pipe.encoders, stored, tokens.vocabulary_entries(request.placeholders))
     if exported.lora:
         pipe.load_lora(exported.lora)
     if shapes.text_lora and (adapted := architecture.text_lora_encoder):
         verify.loaded_lora(pipe.encoders[adapted.name][0], stored.text_lora, shapes.text_lora)
-    learned = pipe.read(written, length, cached=cached(written))
+    trained_prompts = pipe.read(expanded, length, cached=cached(expanded))
     del pipe
-    release(order.base.device)
-    return plain, learned
+    release(request.base.device)
+    return base_prompts, trained_prompts
 
 
-def push(order: ExportRequest) -> None:
-    """Upload the export folder. What goes wrong is told in the log and in the state, and ends nothing."""
-    own, repo = order.spec.hub, hub.repository(order.spec.hub.repo, order.spec.name)
-    order.event_log.line(f"export: pushing to {repo}")
+def push(request: ExportRequest) -> None:
+    """Upload the export folder. A failure is only logged and noted in state.json, because the run itself is done."""
+    repo = hub.repository(request.spec.hub.repo, request.spec.name)
+    request.event_log.line(f"export: pushing to {repo}")
     try:
-        wrong = hub.push(order.run.export, repo, own.private, f"{order.spec.name}, by fluxrun", order.stop_requested)
+        problem = hub.push(
+            request.run.export,
+            repo,
+            request.spec.hub.private,
+            f"{request.spec.name}, by fluxrun",
+            request.stop_requested,
+        )
     except KeyboardInterrupt:
-        wrong = "interrupted"
-    order.run.check_lease()
-    if wrong is None:
-        order.run.update_state(warning=None)
+        problem = "interrupted"
+    request.run.check_lease()
+    if problem is None:
+        request.run.update_state(warning=None)
         return
-    again = fluxrun_command("export", order.spec.name, "--push", runs=order.run.runs)
-    warning = f"not pushed to {repo} ({wrong}); `{again}` tries again"
-    order.event_log.line(f"warning: {warning}")
-    order.run.update_state(warning=warning)
+    retry = fluxrun_command("export", request.spec.name, "--push", runs=request.run.runs)
+    warning = f"not pushed to {repo} ({problem}); `{retry}` tries again"
+    request.event_log.line(f"warning: {warning}")
+    request.run.update_state(warning=warning)

@@ -1,4 +1,4 @@
-"""The prior phase: class images by the base as it is, until the folder holds as many as asked."""
+"""The prior phase: draws class images with the untrained base until the folder holds as many as the spec asks for."""
 
 from __future__ import annotations
 
@@ -15,52 +15,52 @@ from runner.model.device import DTYPES, release
 from runner.plan.build import resolutions
 from runner.training.context import RunContext
 
-STEPS = 28  # FluxPipeline's default; [validate] is about looking, and shall change nothing of the training
+STEPS = 28  # FluxPipeline's default. Not from [validate], whose keys must not affect the training
 
 
 def prior_phase(context: RunContext) -> None:
-    """Top the folder up. Another run's images of the same prompt and base count, others' are refused (FluxrunError); an
-    interrupted filling goes on where it stopped."""
-    own = context.spec.prior
-    assert own is not None
-    folder = files.make_folder(Path(own.images))
-    with locks.hold_lock(
-        folder / ".lock", patience=math.inf, waiting=context.check_stop
-    ):  # another run may be filling it
+    """Fill the folder of class images; continues where an earlier run or attempt stopped.
+
+    Raises FluxrunError if the images there are of another prompt or base, InterruptedRunError if a stop was requested.
+    """
+    prior = context.spec.prior
+    assert prior is not None
+    folder = files.make_folder(Path(prior.images))
+    lock = folder / ".lock"  # another run may be filling the folder
+    with locks.hold_lock(lock, patience=math.inf, waiting=context.check_stop):
         base_model = context.base_identity
-        if wrong := class_images.prompt_disagreement(
-            folder, own.prompt, base_model
-        ):  # another run may have filled it by now
-            raise FluxrunError(f"{wrong[0]}: {wrong[1]}")
-        there = len(class_images.paths(folder))
-        context.event_log.line(f"prior: {there} class images in {folder}, {max(0, own.count - there)} to make")
-        if there >= own.count:
+        # checked again here, because the other run may have filled it since the queue began
+        if disagreement := class_images.prompt_disagreement(folder, prior.prompt, base_model):
+            raise FluxrunError(f"{disagreement[0]}: {disagreement[1]}")
+        existing = len(class_images.paths(folder))
+        context.event_log.line(f"prior: {existing} class images in {folder}, {max(0, prior.count - existing)} to make")
+        if existing >= prior.count:
             return
-        class_images.write_note(folder, own.prompt, base_model)
-        dtype = DTYPES[own.dtype] if own.dtype else context.base.dtype
+        class_images.write_note(folder, prior.prompt, base_model)
+        dtype = DTYPES[prior.dtype] if prior.dtype else context.base.dtype
         base = replace(context.base, dtype=dtype)
         context.model_pool.clear(base)
         texts = context.family.text_pipeline(base)
-        [prompt] = texts.read([own.prompt], context.spec.model.max_sequence_length)
+        [prompt] = texts.read([prior.prompt], context.spec.model.max_sequence_length)
         del texts
         release(base.device)
         transformer = context.model_pool.take(base)
         pipe = context.family.image_pipeline(base, transformer)
-        context.event_log.begin_phase("class images", there, own.count, "images")
+        context.event_log.begin_phase("class images", existing, prior.count, "images")
         number = 0
-        while (there := len(class_images.paths(folder))) < own.count:
+        while (existing := len(class_images.paths(folder))) < prior.count:
             numbers: list[int] = []
-            while len(numbers) < min(own.batch_size, own.count - there):
+            while len(numbers) < min(prior.batch_size, prior.count - existing):
                 if not class_images.generated_path(folder, number).exists():
                     numbers.append(number)
                 number += 1
-            seeds = [derive(0, "class image", own.prompt, one) for one in numbers]
-            made = pipe.draw(
+            seeds = [derive(0, "class image", prior.prompt, number) for number in numbers]
+            images = pipe.draw(
                 prompt, seeds, steps=STEPS, size=max(resolutions(context.spec)), guidance=pipeline.GUIDANCE
             )
-            for one, image in zip(numbers, made, strict=True):
-                files.write_png(class_images.generated_path(folder, one), image)
-            context.event_log.progress(there + len(made), own.count, "images")
+            for image_number, image in zip(numbers, images, strict=True):
+                files.write_png(class_images.generated_path(folder, image_number), image)
+            context.event_log.progress(existing + len(images), prior.count, "images")
             context.check_stop()
         context.model_pool.put(base, context.spec.model, transformer)
     release(context.base.device)
