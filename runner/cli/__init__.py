@@ -517,7 +517,7 @@ def new(
     """Write a commented spec; FILE must not exist yet. Its schema, for editors, is put beside it."""
     from runner.newspec.file import NewSpecRequest, write_new_spec
     from runner.newspec.template import SCHEMA, NewError
-    from runner.spec.schema import schema_text
+    from runner.spec.json_schema import schema_text
 
     if file.exists():
         raise click.BadParameter(f"{file} exists; name another file", param_hint="FILE")
@@ -544,7 +544,7 @@ def new(
 def schema(out: Path | None) -> None:
     """JSON Schema of a spec, for editors: a line `#:schema ./FILE` at a spec's top turns completion on."""
     from runner.core.files import output_folder, write_text
-    from runner.spec.schema import schema_text
+    from runner.spec.json_schema import schema_text
 
     if out is None:
         click.echo(schema_text(), nl=False)
