@@ -432,7 +432,7 @@ def test_a_batch_is_divided_only_where_there_is_one(house: House) -> None:
 
 
 def test_a_check_for_little_memory_does_not_name_what_is_set(house: House, monkeypatch: Patch) -> None:
-    monkeypatch.setattr("runner.core.hardware.memory_available", lambda: 12 << 20)
+    monkeypatch.setattr("runner.preflight.devices.memory_available", lambda: 12 << 20)
     spec = house.spec(base='base = "builtin:tiny"\ngradient_checkpointing = true', batch_size="batch_size = 1")
     _, found = report(house, spec, "--gpus", "cpu")
     [warning] = [one for one in found["warning"] if "model.base" in one]
