@@ -52,7 +52,9 @@ def test_every_package_has_its_row() -> None:
 
 
 def test_every_file_that_is_named_is_there() -> None:
-    named = {name for name in re.findall(r"`([a-z_0-9]+/[a-z_0-9/]+(?:\.py|/)?)`", PAGE) if name.split("/")[0] in PACKAGES}
+    named = {
+        name for name in re.findall(r"`([a-z_0-9]+/[a-z_0-9/]+(?:\.py|/)?)`", PAGE) if name.split("/")[0] in PACKAGES
+    }
     assert len(named) > 20
     missing = [name for name in sorted(named) if not (RUNNER / name).exists()]
     assert not missing, missing
