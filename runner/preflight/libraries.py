@@ -64,11 +64,7 @@ def _drifted(seen: Job, now: Mapping[str, str]) -> Iterator[Finding]:
     if seen.planned is None or seen.status.state != "resume":
         return
     then = seen.run.state().versions or {}
-    changed = [
-        f"{name} {old} -> {now[name]}"
-        for name, old in then.items()
-        if name in now and now[name] != old
-    ]
+    changed = [f"{name} {old} -> {now[name]}" for name, old in then.items() if name in now and now[name] != old]
     if changed:
         yield at(
             seen.source, "warning", "name",

@@ -115,9 +115,7 @@ def _session_end(state: RunState) -> Iterator[Any]:
     statuses = {"done": api_pb2.STATUS_SUCCESS, "failed": api_pb2.STATUS_FAILURE}
     if state.state in statuses:
         ended = state.updated if state.finished is None else state.finished
-        info = plugin_data_pb2.SessionEndInfo(
-            status=statuses[state.state], end_time_secs=float(ended or 0.0)
-        )
+        info = plugin_data_pb2.SessionEndInfo(status=statuses[state.state], end_time_secs=float(ended or 0.0))
         summary_metadata = metadata.create_summary_metadata(plugin_data_pb2.HParamsPluginData(session_end_info=info))  # type: ignore[no-untyped-call]
         value = summary_pb2.Summary.Value(
             tag=metadata.SESSION_END_INFO_TAG, metadata=summary_metadata, tensor=metadata.NULL_TENSOR
