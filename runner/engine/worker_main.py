@@ -29,7 +29,7 @@ from runner.jobs.data_sets import data_source
 from runner.jobs.prepare import plan_of
 from runner.model import device, libraries
 from runner.model.base import Base
-from runner.plan.build import PlanError
+from runner.plan.faults import PlanError
 from runner.plan.phases import Plan
 from runner.runs.run import Run
 from runner.runs.spec_file import read_spec

@@ -19,7 +19,8 @@ from runner.jobs.bases import BaseRegistry, OpenedBase
 from runner.jobs.batch_faults import batch_faults
 from runner.jobs.data_sets import HUB_ID, DataSetRegistry, OpenedDataSet, data_source, name_faults
 from runner.jobs.job import Job, Planned
-from runner.plan.build import PlanError, make_plan
+from runner.plan.build import make_plan
+from runner.plan.faults import PlanError
 from runner.plan.phases import Facts, Plan
 from runner.runs.inputs import read_inputs
 from runner.runs.run import Run
