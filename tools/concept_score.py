@@ -89,7 +89,7 @@ def score_run(folder: Path, steps: int) -> dict[str, float]:
     from runner.export import formats, pipeline
     from runner.model import libraries
     from runner.model.base import Base
-    from runner.runs.run import read_spec
+    from runner.runs.spec_file import read_spec
 
     libraries.quiet()
     spec = read_spec(folder / "spec.toml")

@@ -103,7 +103,8 @@ def main() -> None:
     from runner.export import formats
     from runner.model import libraries
     from runner.model.base import Base
-    from runner.runs.run import Run, read_spec
+    from runner.runs.run import Run
+    from runner.runs.spec_file import read_spec
 
     libraries.quiet()
     base = Base(BUILTIN["builtin:tiny"], None, torch.device("cpu"), torch.float32)

@@ -17,7 +17,8 @@ from runner.data import tokens
 from runner.export import formats, pipeline
 from runner.model import device, libraries
 from runner.runs import sample_files
-from runner.runs.run import Run, read_spec
+from runner.runs.run import Run
+from runner.runs.spec_file import read_spec
 from runner.spec.export_names import file_stem
 from runner.spec.schema import Spec
 from runner.training.context import open_base

@@ -5,12 +5,15 @@ from __future__ import annotations
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from runner.cli.json_output import echo_json
 from runner.cli.options import complete_run_name, existing_runs_option, json_option
+
+if TYPE_CHECKING:
+    from runner.runs.state import RunState
 
 
 @click.command()
@@ -21,11 +24,11 @@ from runner.cli.options import complete_run_name, existing_runs_option, json_opt
 def status(names: tuple[str, ...], runs: Path, as_json: bool, watch: bool) -> None:
     """Show what each run is doing."""
     states = _states(runs, names)
-    unknown = set(names) - {state["name"] for state in states}
+    unknown = set(names) - states.keys()
     if unknown:
         raise click.BadParameter(f"no such run in {runs}: {', '.join(sorted(unknown))}", param_hint="RUN")
     if as_json:
-        echo_json(states)
+        echo_json([{**state.as_json(), "name": name} for name, state in states.items()])
         return
     from runner.report.run_tables import status_table
     from runner.report.tables import console, print_parts
@@ -47,8 +50,8 @@ def status(names: tuple[str, ...], runs: Path, as_json: bool, watch: bool) -> No
             live.update(view(runs, names, screen.width), refresh=True)
 
 
-def _states(runs: Path, names: tuple[str, ...]) -> list[dict[str, Any]]:
-    """The state.json of each run, or of each named run, with its name."""
+def _states(runs: Path, names: tuple[str, ...]) -> dict[str, RunState]:
+    """The state of each run, or of each named run, by its name."""
     from runner.runs.run import find_runs
 
-    return [{**run.state(), "name": run.name} for run in find_runs(runs) if not names or run.name in names]
+    return {run.name: run.state() for run in find_runs(runs) if not names or run.name in names}

@@ -12,7 +12,8 @@ from runner.core.events import EventLog
 from runner.core.signals import StopRequest
 from runner.model import device, libraries
 from runner.runs.index import write_index
-from runner.runs.run import Run, read_spec
+from runner.runs.run import Run
+from runner.runs.spec_file import read_spec
 from runner.training.context import open_base, open_cache
 from runner.training.model_pool import ModelPool
 from runner.training.phases.export import ExportRequest, export_phase, push

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from runner.core.errors import FluxrunError, LockHeldError, is_disk_error
 from runner.engine.queue_state import Queue, QueuedRun
 from runner.jobs.job import Job
+from runner.runs.claim import claim_run
 from runner.runs.index import write_index
 from runner.runs.inputs import read_inputs
 
@@ -17,8 +18,13 @@ def add_run(queue: Queue, job: Job) -> None:
     """Claim a run's folder for this queue and let the run wait; one that cannot be claimed is reported and left out."""
     run = QueuedRun(job)
     try:
-        run.attempt = job.run.claim(
-            job.spec, job.plan, version("fluxrun"), job.source.origin, lambda: read_inputs(job.spec, job.pictures)
+        run.attempt = claim_run(
+            job.run,
+            job.spec,
+            job.plan,
+            version("fluxrun"),
+            job.source.origin,
+            lambda: read_inputs(job.spec, job.pictures),
         )
     except FluxrunError as error:
         queue.screen.line(f"not run: {error}", run.name)
@@ -39,7 +45,7 @@ def record_state(queue: Queue, run: QueuedRun, state: str, reason: str) -> None:
     if run.job.run.lost_lease():
         return
     with report_disk_errors(queue, run):
-        run.job.run.mark_ended(state, reason, split=run.micro_batch_parts if run.micro_batch_parts > 1 else None)
+        run.job.run.write_outcome(state, reason, split=run.micro_batch_parts if run.micro_batch_parts > 1 else None)
         update_index(queue)
 
 

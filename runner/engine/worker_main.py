@@ -29,9 +29,10 @@ from runner.jobs.data_sets import data_source
 from runner.jobs.prepare import plan_of
 from runner.model import device, libraries
 from runner.model.base import Base
-from runner.plan.build import PlanError
+from runner.plan.faults import PlanError
 from runner.plan.phases import Plan
-from runner.runs.run import Run, read_spec
+from runner.runs.run import Run
+from runner.runs.spec_file import read_spec
 from runner.spec.schema import Spec
 from runner.training.context import RunContext, open_base, open_cache
 from runner.training.distributed import Ranks
@@ -232,6 +233,6 @@ def _record_end(run: Run, attempt: int, state: str, reason: str) -> None:
     try:
         with run.locked():
             if run.lease().attempt == attempt:
-                run.mark_ended(state, reason)
+                run.write_outcome(state, reason)
     except (FluxrunError, OSError) as error:
         print(f"the state could not be written: {error}", file=sys.stderr)

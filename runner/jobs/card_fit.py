@@ -12,7 +12,7 @@ from runner.core.humanize import format_bytes
 from runner.jobs import memory
 from runner.jobs.job import Job
 from runner.jobs.memory import TABLES, estimate, needs, with_values
-from runner.plan.phases import Phase, Plan, TrainPhase, recomputed
+from runner.plan.phases import Phase, Plan, TrainPhase, gradient_checkpointing
 from runner.spec.schema import Spec
 
 UNKNOWN = "memory: not known before the base is on this disk (its configs tell it)"
@@ -40,7 +40,7 @@ class Estimates:
             "text_lora": spec.text_lora and spec.text_lora.model_copy(update=same),
         })  # fmt: skip
         phases = tuple(replace(phase, key="") for phase in plan.phases)
-        key = (alike, phases, plan.steps, plan.texts, tuple((plan.sizes or {}).items()))
+        key = (alike, phases, plan.steps, plan.distinct_texts, tuple((plan.sizes or {}).items()))
         if key not in self._kept:
             found = memory.estimate(spec, plan, shapes, on_gpu=self.on_gpu)
             self._kept[key] = found, fit_card(spec, plan, shapes) if self.on_gpu else None
@@ -187,7 +187,7 @@ def _changes(spec: Spec) -> Iterator[tuple[str, dict[str, dict[str, Any]]]]:
     ways: list[tuple[bool | str, str]] = [("selective", '"selective"'), (True, "true")]
     whole = spec.model.compile or spec.model.offload != "none" or spec.lora.dropout > 0
     ways = ways[1:] if whole else ways
-    if "t5" in spec.inversion.encoders and spec.tokens and not recomputed(spec, rows=True):
+    if "t5" in spec.inversion.encoders and spec.tokens and not gradient_checkpointing(spec, token_rows=True):
         for value, shown in ways:
             yield f"inversion.gradient_checkpointing = {shown}", {"inversion": {"gradient_checkpointing": value}}
     if not spec.model.gradient_checkpointing:

@@ -11,15 +11,16 @@ from runner.base.layers import linear_layers, run_twice
 from runner.base.param_counts import BaseConfigs, chosen_layers, read_base_configs
 from runner.jobs import activation_memory
 from runner.jobs.activation_memory import BatchShape, ByteWidths, TrainableLayers
-from runner.plan.build import MOMENTS, resolutions
+from runner.plan.build import resolutions
 from runner.plan.description import resident
+from runner.plan.disk import MOMENTS
 from runner.plan.phases import (
     Encode,
     Plan,
     Prior,
     TrainPhase,
-    learned_parts,
-    recomputed,
+    gradient_checkpointing,
+    trained_encoders,
     trains_lora,
 )
 from runner.spec.dtypes import BYTES, base_dtype
@@ -189,16 +190,18 @@ class _MemoryModel:
     def training(self, phase: TrainPhase) -> Memory:
         spec, shapes, narrow = self.spec, self.shapes, self.narrow
         images = spec.train.batch_size * (2 if spec.prior else 1)
-        texts = images if self.plan.texts is None else min(images, self.plan.texts)  # each is read once
+        texts = (
+            images if self.plan.distinct_texts is None else min(images, self.plan.distinct_texts)
+        )  # each is read once
         pixels = max(width * height for width, height in self.sizes())
         batch = BatchShape(images, pixels // 256, spec.model.max_sequence_length)
-        rows, text_lora = learned_parts(phase, "token rows"), learned_parts(phase, "text lora")
+        rows, text_lora = trained_encoders(phase, "token rows"), trained_encoders(phase, "text lora")
         layers = chosen_layers(shapes, spec.lora.layers) if trains_lora(phase) else {}
         what = TrainableLayers(
             layers, spec.lora.rank, spec.lora.dropout > 0, "clip" in (*rows, *text_lora), "t5" in rows
         )  # fmt: skip
         parts = resident(phase)
-        how = recomputed(spec, rows=bool(rows))
+        how = gradient_checkpointing(spec, token_rows=bool(rows))
         selective, every = how == "selective", 0 if how == "selective" else how
         again = range(shapes.blocks) if self.away else run_twice(shapes.blocks, every)
         saved = activation_memory.transformer_saved(

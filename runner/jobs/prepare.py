@@ -19,10 +19,12 @@ from runner.jobs.bases import BaseRegistry, OpenedBase
 from runner.jobs.batch_faults import batch_faults
 from runner.jobs.data_sets import HUB_ID, DataSetRegistry, OpenedDataSet, data_source, name_faults
 from runner.jobs.job import Job, Planned
-from runner.plan.build import PlanError, make_plan
+from runner.plan.build import make_plan
+from runner.plan.faults import PlanError
 from runner.plan.phases import Facts, Plan
 from runner.runs.inputs import read_inputs
-from runner.runs.run import MISMATCH_REMEDIES, Run
+from runner.runs.run import Run
+from runner.runs.status import MISMATCH_REMEDIES, active_status, status_of
 from runner.spec.loader import Loaded, load_all, load_text, overlaps, path_at
 from runner.spec.run_names import RunsThere, name_fault
 from runner.spec.schema import Spec
@@ -152,9 +154,9 @@ class _Inspector:
 
     def _compare_with_folder(self, job: Job, plan: Plan) -> tuple[Planned, list[Fault]]:
         """The plan with what the run folder says of it; a fault where the folder holds another run."""
-        status = job.run.status_for(job.spec, plan, lambda: read_inputs(job.spec, job.pictures))
+        status = status_of(job.run, job.spec, plan, lambda: read_inputs(job.spec, job.pictures))
         if status.state in ("new", "resume"):
-            status = job.run.active_status() or status
+            status = active_status(job.run) or status
         faults = []
         if status.state == "changed" and not self.fresh:
             text = f"{job.run.folder} holds another run: {status.reason}; {MISMATCH_REMEDIES}"

@@ -13,6 +13,7 @@ from runner.core import hardware
 from runner.jobs import timing_store
 from runner.jobs.job import Job
 from runner.runs.run import find_runs
+from runner.runs.state import RunState
 from runner.spec.schema import dump
 
 
@@ -68,10 +69,10 @@ def steps_left(job: Job) -> int:
     if job.status.state not in ("resume", "running", "waiting"):
         return job.plan.steps
     state = job.run.state()
-    if state.get("ended"):  # early: what is left is the export
+    if state.ended:  # early: what is left is the export
         return 0
     saved = max((step for step, _ in job.run.checkpoint_files()), default=0)
-    return max(0, job.plan.steps - (int(state.get("step", 0)) if job.status.state == "running" else saved))
+    return max(0, job.plan.steps - (int(state.step or 0) if job.status.state == "running" else saved))
 
 
 def _best(found: Sequence[Pace], images: int) -> Pace | None:
@@ -91,20 +92,20 @@ def _known(runs: Path) -> dict[str, list[Pace]]:
         except (OSError, ValueError):
             continue
         if one := _pace(run.name, tables, state):
-            found.append((float(state.get("updated") or 0), _comparable(tables), one))
+            found.append((state.updated or 0.0, _comparable(tables), one))
     out: dict[str, list[Pace]] = {}
     for _, alike, one in sorted(found, key=lambda each: each[0]):
         out.setdefault(alike, []).append(one)
     return out
 
 
-def _pace(name: str, tables: Mapping[str, Any], state: Mapping[str, Any]) -> Pace | None:
+def _pace(name: str, tables: Mapping[str, Any], state: RunState) -> Pace | None:
     """What one run's state tells, None where it has no time of a step."""
-    pace, steps, peak = state.get("s_per_step"), state.get("step"), state.get("peak_memory_bytes")
-    if not isinstance(pace, int | float) or not isinstance(steps, int) or pace <= 0:
+    pace, steps, peak = state.s_per_step, state.step, state.peak_memory_bytes
+    if pace is None or not isinstance(steps, int) or pace <= 0:
         return None
-    whole = state.get("state") == "done" and state.get("attempts") == 1
-    beside = max(0.0, float(state.get("wall_s") or 0) - pace * steps) if whole else 0.0
+    whole = state.state == "done" and state.attempts == 1
+    beside = max(0.0, (state.wall_s or 0.0) - pace * steps) if whole else 0.0
     return Pace(name, float(pace), beside, peak if isinstance(peak, int) else None, _images(tables), False)
 
 
@@ -160,7 +161,7 @@ def remember_timing(jobs: Sequence[Job], *, on_gpu: bool) -> None:
     rows = {}
     for job in jobs:
         tables, state = dump(job.spec), job.run.state()
-        if state.get("state") == "done" and (pace := _pace(job.run.name, tables, state)):
+        if state.state == "done" and (pace := _pace(job.run.name, tables, state)):
             key = book_key(device, bases[job.spec.model.base], tables, tables["data"]["resolution"])
             row = {"images": pace.images, "s_per_step": pace.s_per_step, "beside": pace.beside, "peak": pace.peak}
             rows[key] = {name: value for name, value in row.items() if value is not None}

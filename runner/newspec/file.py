@@ -15,7 +15,7 @@ from runner.newspec.card import card_bytes, fitting_values
 from runner.newspec.from_diffusers import CommandError, draft_of, written
 from runner.newspec.pictures import FolderFindings, inspect_folder
 from runner.newspec.template import FIRST, TEMPLATES, NewError, Values, new_spec
-from runner.plan.build import PlanError
+from runner.plan.faults import PlanError
 from runner.spec.run_names import allowed
 from runner.spec.toml_text import toml_value
 

@@ -1,1 +1,1 @@
-"""A spec and the facts that it names become phases. Pure: touches no file and needs no torch."""
+"""From a spec and the facts that it names to the phases of a run, with their resume keys. Pure: touches no file."""

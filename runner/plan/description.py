@@ -1,4 +1,4 @@
-"""A plan in words and as JSON."""
+"""A plan as JSON, for plan.json and `fluxrun plan --json`, and which modules a phase has on the device."""
 
 from __future__ import annotations
 
@@ -10,8 +10,20 @@ from runner.plan.phases import Encode, Export, Phase, Plan, Prior, TrainPhase
 KINDS = {Prior: "prior", Encode: "encode", Export: "export"}
 
 
+def as_json(plan: Plan) -> dict[str, Any]:
+    sizes = plan.sizes or {}
+    return {
+        "name": plan.name,
+        "steps": plan.steps,
+        "disk_bytes": plan.disk_bytes,
+        "notes": list(plan.notes),
+        "sizes": [{"width": width, "height": height, "images": count} for (width, height), count in sizes.items()],
+        "phases": [describe(phase) for phase in plan.phases],
+    }
+
+
 def describe(phase: Phase) -> dict[str, Any]:
-    """One phase of `fluxrun plan --json`."""
+    """One phase as JSON."""
     parts = phase.trains if isinstance(phase, TrainPhase) else ()
     return {
         "kind": phase.kind if isinstance(phase, TrainPhase) else KINDS[type(phase)],
@@ -31,7 +43,7 @@ def describe(phase: Phase) -> dict[str, Any]:
 
 
 def resident(phase: Phase) -> tuple[str, ...]:
-    """The modules on the device while the phase runs; one after the other in `prior`, `encode` and `export`."""
+    """The modules that a phase puts on the device: all at once to train, one after the other in the other phases."""
     match phase:
         case Encode():
             return (*map(encoder_part, phase.encoders), *(("vae",) if phase.latents else ()))
@@ -41,15 +53,3 @@ def resident(phase: Phase) -> tuple[str, ...]:
             return (*map(encoder_part, phase.encoders), "transformer", *(("vae",) if phase.pictures else ()))
         case Prior():
             return ("text_encoder", "text_encoder_2", "transformer", "vae")
-
-
-def as_json(plan: Plan) -> dict[str, Any]:
-    sizes = plan.sizes or {}
-    return {
-        "name": plan.name,
-        "steps": plan.steps,
-        "disk_bytes": plan.disk_bytes,
-        "notes": list(plan.notes),
-        "sizes": [{"width": width, "height": height, "images": count} for (width, height), count in sizes.items()],
-        "phases": [describe(p) for p in plan.phases],
-    }

@@ -1,4 +1,4 @@
-"""Which keys of a spec belong to a phase's resume key, and which may change between attempts."""
+"""Which keys of a spec are part of a phase's resume key, and which may change between the attempts of a run."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from typing import Any
 
 from runner.spec.schema import Spec
 
-# Raise it when a default or the arithmetic changes, so that the same spec trains to other weights than before: runs of
-# the older number are then refused, not mixed. A new key at its default leaves every key as it was.
+# Raise it when a default or the arithmetic changes, so that the same spec trains to other weights than before. Runs of a
+# lower number are then refused instead of continued differently. A new spec key does not change the resume keys of specs
+# that leave it at its default.
 RESULT_FORMAT = 1
 
-# Values that leave the trained weights alone. Everything else is in every training phase's key. `data.source` and
-# `model.base` are paths; what they point at is in the key by its fingerprint.
+# Values that do not change the trained weights; all others are in every training phase's key. `data.source` and
+# `model.base` are paths, and what they point at is in the key by its fingerprint.
 NOT_IN_KEY = (
     "name",
     "checkpoint",
@@ -28,19 +29,19 @@ NOT_IN_KEY = (
     "prior.batch_size",
 )
 
-# What is recomputed is the same to the bit, but not by compiled code, which then rounds otherwise.
+# Recomputed activations are the same to the bit, except in compiled code, which then rounds differently.
 RECOMPUTING = ("model.gradient_checkpointing", "inversion.gradient_checkpointing")
 
-# Values that only say when phases end. A phase's key holds its start, and the ends of those before it: so a run may be
-# made longer, where its schedule does not ask how long it is.
+# Values that only set where phases end. A phase's key has its start and the ends of the phases before it, not its own end,
+# so a run can be made longer, unless its schedule depends on the total number of steps.
 SPAN_KEYS = ("train.steps", "train.epochs", "inversion.until", "lora.until", "text_lora.until")
 OPEN_ENDED = ("constant", "constant_with_warmup")
 
 
-def _result_values(spec: Spec) -> dict[str, Any]:
-    """What the user set, less NOT_IN_KEY and SPAN_KEYS; defaults are RESULT_FORMAT's."""
+def result_values(spec: Spec) -> dict[str, Any]:
+    """The values of a spec that change the trained weights, without SPAN_KEYS and without defaults."""
     values: dict[str, Any] = spec.model_dump(mode="json", by_alias=True, exclude_defaults=True)
-    if values.get("stop"):  # when training looks is when it may end
+    if values.get("stop"):  # training may end early only where it is validated
         values["stop"]["every"] = spec.validation.every
     for dotted in (*NOT_IN_KEY, *SPAN_KEYS, *(() if spec.model.compile else RECOMPUTING)):
         *tables, last = dotted.split(".")

@@ -1,4 +1,4 @@
-"""What will happen: a Spec and the facts it names become Phases. Pure; no file is touched and no torch imported."""
+"""The types of a plan: the facts it is made from, its phases, and the plan itself."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from runner.spec.schema import Spec
 
 @dataclass(frozen=True)
 class Facts:
-    """What a plan must know of the world. Unknown (None) for what only the hub can tell.
+    """What a plan must know besides the spec. None: only the hub can tell.
 
-    `captions`: distinct; `images`: how many there are; `sizes`: theirs, measured only where buckets ask for it;
-    `data`, `base`: fingerprints; `config`, `clip`: the transformer's and the CLIP encoder's.
+    captions: the distinct ones of the training images. image_count: of all images, held-out ones included. sizes: of the
+    training images, measured only where buckets need them. transformer, clip: configs of the base's parts.
     """
 
     captions: tuple[str, ...] | None
-    images: int | None
-    data: str
-    base: str
-    config: Mapping[str, Any] | None
+    image_count: int | None
+    data_fingerprint: str
+    base_fingerprint: str
+    transformer: Mapping[str, Any] | None
     clip: Mapping[str, Any] | None = None
     sizes: tuple[Size, ...] | None = None
 
 
 @dataclass(frozen=True)
 class Prior:
-    """Class images by the base into their shared folder, until there are `count`."""
+    """Class images are generated with the base until their folder holds `count`."""
 
     name: str
     at: int
@@ -41,7 +41,7 @@ class Prior:
 
 @dataclass(frozen=True)
 class Encode:
-    """Text embeddings and latents into the cache. `encoders`: those that read some caption here."""
+    """Text embeddings and latents are written into the cache. encoders: those that have texts to read here."""
 
     name: str
     at: int
@@ -52,19 +52,19 @@ class Encode:
 
 @dataclass(frozen=True)
 class Part:
-    """Something that learns. what: "token rows", "text lora" or "lora"; encoders: whose; parameters: if known."""
+    """Parameters that are trained together. encoders: the text encoders they belong to. parameters: how many, if known."""
 
-    what: str
+    what: Literal["token rows", "text lora", "lora"]
     encoders: tuple[str, ...]
     parameters: int | None
 
 
 @dataclass(frozen=True)
 class TrainPhase:
-    """Training from step `start` to step `stop` of what `trains` lists.
+    """Training of the parts in `trains` from step `start` to step `stop`.
 
     kind: "joint" is the transformer's LoRA together with token rows or with the CLIP encoder's LoRA. "inversion" is token
-    rows alone; a LoRA that has stopped learning stays in place. "lora" is one LoRA alone: the transformer's, with every
+    rows alone; a LoRA that is no longer trained stays in place. "lora" is one LoRA alone: the transformer's, with every
     caption encoded beforehand, or the CLIP encoder's.
     """
 
@@ -78,7 +78,8 @@ class TrainPhase:
 
 @dataclass(frozen=True)
 class Export:
-    """`encoders`: those that are loaded for it; what T5 reads without having learned anything is in the cache."""
+    """The exports are written and the sample images drawn. encoders: those that are loaded for the samples; the embeddings
+    of T5 without learned tokens come from the cache."""
 
     name: str
     at: int
@@ -90,31 +91,33 @@ class Export:
 Phase = Prior | Encode | TrainPhase | Export
 
 
-def learned_parts(phase: Phase, what: str) -> tuple[str, ...]:
-    """The encoders whose `what` learns in this phase."""
+def trained_encoders(phase: Phase, what: str) -> tuple[str, ...]:
+    """The text encoders in which a phase trains "token rows" or a "text lora"."""
     parts = phase.trains if isinstance(phase, TrainPhase) else ()
     return tuple(encoder for part in parts if part.what == what for encoder in part.encoders)
 
 
-def recomputed(spec: Spec, *, rows: bool) -> int | Literal["selective"]:
-    """The activations of every so many blocks (0: of none) are made again in the backward pass, or some of all blocks. rows:
-    while token rows learn."""
-    own = spec.inversion.gradient_checkpointing if rows else None
-    own = spec.model.gradient_checkpointing if own is None else own
-    return own if own == "selective" else int(own)
-
-
 def trains_lora(phase: Phase) -> bool:
+    """Whether a phase trains the transformer's LoRA."""
     return isinstance(phase, TrainPhase) and any(part.what == "lora" for part in phase.trains)
+
+
+def gradient_checkpointing(spec: Spec, *, token_rows: bool) -> int | Literal["selective"]:
+    """n: the activations of every n-th block are recomputed in the backward pass (0: of none). "selective": some activations
+    of every block. token_rows: whether the phase trains them, for which the spec may say otherwise."""
+    chosen = spec.inversion.gradient_checkpointing if token_rows else None
+    chosen = spec.model.gradient_checkpointing if chosen is None else chosen
+    return chosen if chosen == "selective" else int(chosen)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """`steps` is where the run ends: sooner than asked when nothing is left to train. `notes` say such things.
+    """What a run will do.
 
-    `sizes`: how many views are trained at each size; `texts`: how many different ones a batch can have. None where that is
-    not known before the images are here.
-    `disk_bytes`: about what the run folder will hold at most (`runner.plan.disk`).
+    steps: where the run ends, which is before `train.steps` if nothing is left to train; `notes` say so. sizes: how many
+    views (an image at one of the resolutions) are trained at each size. distinct_texts: how many different captions and
+    prompts a batch can hold. Both are None until a hub data set is on this disk. disk_bytes: what the run folder will hold
+    at most.
     """
 
     name: str
@@ -123,16 +126,17 @@ class Plan:
     placeholders: tuple[tokens.Placeholder, ...]
     notes: tuple[str, ...]
     sizes: Mapping[Size, int] | None
-    texts: int | None
+    distinct_texts: int | None
     disk_bytes: int
 
     @property
     def key(self) -> str:
+        """Of everything that the run makes."""
         return self.phases[-1].key
 
     @property
     def training_key(self) -> str:
-        """Of the trained weights, whatever is shown and exported of them."""
+        """Of the trained weights alone, without samples and exports."""
         last = self.training[-1]
         return content_key(last.key, last.stop)
 

@@ -16,8 +16,8 @@ from runner.engine import slots
 from runner.jobs import card_fit, memory
 from runner.jobs.card_fit import less_memory
 from runner.jobs.job import Job
-from runner.plan.build import MOMENTS
 from runner.plan.description import resident
+from runner.plan.disk import MOMENTS
 from runner.plan.phases import Plan, TrainPhase
 from runner.preflight import libraries
 from runner.preflight.finding import Finding, at, here

@@ -63,12 +63,8 @@ def _drifted(seen: Job, now: Mapping[str, str]) -> Iterator[Finding]:
     """A run that goes on under other libraries than it was begun with does not end with the same bytes."""
     if seen.planned is None or seen.status.state != "resume":
         return
-    then = seen.run.state().get("versions")
-    changed = [
-        f"{name} {old} -> {now[name]}"
-        for name, old in (then.items() if isinstance(then, dict) else ())
-        if name in now and now[name] != old
-    ]
+    then = seen.run.state().versions or {}
+    changed = [f"{name} {old} -> {now[name]}" for name, old in then.items() if name in now and now[name] != old]
     if changed:
         yield at(
             seen.source, "warning", "name",

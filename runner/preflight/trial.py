@@ -28,7 +28,8 @@ from runner.jobs.job import Job, Planned
 from runner.jobs.prepare import plan_of
 from runner.plan.build import resolutions
 from runner.preflight.finding import Finding, at
-from runner.runs.run import Run, RunStatus
+from runner.runs.run import Run
+from runner.runs.status import RunStatus
 from runner.spec.schema import Spec, dump
 
 STEPS = 4  # so that both sides of a pivot are there, and the median is not of the first step
@@ -58,16 +59,16 @@ def try_steps(seen: Sequence[Job], gpus: str | None) -> list[Finding]:
 def _told(seen: Job, shape: Size, job: Job) -> Finding:
     state, batch = job.run.state(), seen.spec.train.batch_size
     what = f"{shape[0]}x{shape[1]} x {batch}"
-    if state.get("state") != "done":
+    if state.state != "done" or state.s_per_step is None or state.peak_memory_bytes is None:
         return at(
             seen.source, "error", "data.resolution",
-            f"the first steps of {what} failed ({state.get('error') or state.get('state')}); see model and train for what "
+            f"the first steps of {what} failed ({state.error or state.state}); see model and train for what "
             "needs less memory",
         )  # fmt: skip
-    pace, steps = float(state["s_per_step"]), seen.plan.steps if seen.planned else 0
+    pace, steps = float(state.s_per_step), seen.plan.steps if seen.planned else 0
     return at(
         seen.source, "note", "data.resolution",
-        f"a step of {what} takes {pace:.3g} s, its peak is {format_bytes(state['peak_memory_bytes'])}; {steps} such steps take "
+        f"a step of {what} takes {pace:.3g} s, its peak is {format_bytes(state.peak_memory_bytes)}; {steps} such steps take "
         f"{format_duration(pace * steps)}",
     )  # fmt: skip
 

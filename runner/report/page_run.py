@@ -34,11 +34,10 @@ def read_page_runs(runs: Path) -> list[PageRun]:
     page_runs = []
     for run, label, short_label in zip(folders, labels, shortened(labels, MAX_NAME), strict=True):
         state = run.state()
-        step, phase = state.get("step"), state.get("phase")
         page_runs.append(
             PageRun(
-                run, record_of(run), label, short_label, step if type(step) is int else 0,
-                phase if isinstance(phase, str) else "", read_history(run.history_file),
+                run, record_of(run), label, short_label, state.step if type(state.step) is int else 0,
+                state.phase or "", read_history(run.history_file),
             )
         )  # fmt: skip
     return page_runs

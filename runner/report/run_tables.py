@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
 
 from rich.console import RenderableType
 from rich.text import Text
@@ -11,6 +10,7 @@ from rich.text import Text
 from runner.report.tables import Column, column, fitted
 from runner.report.values import MAX_VALUE, duration_text, is_long, number_text, spec_text, steps_text, whole_text
 from runner.runs.index import Record, swept_keys
+from runner.runs.state import RunState
 
 MAX_SPEC_KEYS = 6
 LONG = 9  # drop_order of a column of long texts
@@ -45,24 +45,22 @@ def results_table(records: Sequence[Record], keys: Sequence[str], width: int) ->
     yield from reasons({record.name: record.error or record.ended or record.warning for record in records})
 
 
-def status_table(states: Sequence[Mapping[str, Any]], width: int) -> Iterator[RenderableType]:
-    """`states`: each run's state.json, with its name."""
-    steps = [f"{whole_text(state.get('step', 0))}/{whole_text(state.get('steps')) or '?'}" for state in states]
+def status_table(states: Mapping[str, RunState], width: int) -> Iterator[RenderableType]:
+    """A table of run states, by the run's name, and why runs failed, stopped or ended early."""
+    shown = states.values()
     yield from fitted(
-        [state["name"] for state in states],
+        list(states),
         [
-            column("state", [state["state"] for state in states], 0),
-            column("phase", [state.get("phase", "") for state in states], 3),
-            column("step", steps, 0, right=True),
-            column("loss", [number_text(state.get("train_loss"), ".4f") for state in states], 2, right=True),
-            column("s/step", [number_text(state.get("s_per_step"), ".3g") for state in states], 4, right=True),
-            column("wall", [duration_text(state.get("wall_s")) for state in states], 5, right=True),
+            column("state", [state.state for state in shown], 0),
+            column("phase", [state.phase or "" for state in shown], 3),
+            column("step", [f"{whole_text(state.step or 0)}/{whole_text(state.steps) or '?'}" for state in shown], 0, right=True),
+            column("loss", [number_text(state.train_loss, ".4f") for state in shown], 2, right=True),
+            column("s/step", [number_text(state.s_per_step, ".3g") for state in shown], 4, right=True),
+            column("wall", [duration_text(state.wall_s) for state in shown], 5, right=True),
         ],
         width,
-    )
-    yield from reasons(
-        {state["name"]: state.get("error") or state.get("ended") or state.get("warning") for state in states}
-    )
+    )  # fmt: skip
+    yield from reasons({name: state.error or state.ended or state.warning for name, state in states.items()})
 
 
 def reasons(text_by_run: Mapping[str, str | None]) -> Iterator[Text]:

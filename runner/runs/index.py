@@ -63,9 +63,9 @@ def results(runs: Path | str) -> list[Record]:
 
 def record_of(run: Run, *, with_spec: bool = True) -> Record:
     state = run.state()
-    known = {key: value for key, value in state.items() if key in Record.__dataclass_fields__}
-    if state["state"] == "done" and state.get("ended"):
-        known["steps"] = state.get("step", known.get("steps"))
+    known = {key: value for key, value in state.as_json().items() if key in Record.__dataclass_fields__}
+    if state.state == "done" and state.ended:
+        known["steps"] = known.get("steps") if state.step is None else state.step
     spec, origins = _read_spec(run) if with_spec else ({}, {})
     return Record(**{**known, "name": run.name, "spec": spec, "origins": origins})
 

@@ -27,7 +27,7 @@ class TrainingInputs:
         return {"pictures": dict(self.pictures), "captions": dict(self.captions), "base": dict(self.base)}
 
     @classmethod
-    def read(cls, found: Mapping[str, Any]) -> TrainingInputs | None:
+    def from_json(cls, found: Mapping[str, Any]) -> TrainingInputs | None:
         """From JSON; None where it says nothing of the kind."""
         parts = [found.get(name) for name in ("pictures", "captions", "base")]
         if not all(isinstance(part, dict) and all(isinstance(one, str) for one in part.values()) for part in parts):

@@ -1,58 +1,29 @@
-"""One run's folder: names every file of it, holds its lock and lease, knows what is done and why. No torch."""
+"""One run's folder: its files, the lock and lease on it, and its state."""
 
 from __future__ import annotations
 
 import time
-import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from runner.core import files, locks, safetensors
+from runner.core import files, locks
 from runner.core.errors import BadFileError, LockHeldError, RunMismatchError
 from runner.core.files import read_json
-from runner.core.hashing import content_key
 from runner.core.process_identity import Process
-from runner.core.user_text import read_user_text
-from runner.plan.description import as_json
-from runner.plan.keys import NOT_IN_KEY, OPEN_ENDED, RECOMPUTING, SPAN_KEYS
-from runner.plan.phases import Plan
-from runner.runs import resume_advice
+from runner.core.safetensors import read_metadata
 from runner.runs.checkpoint_files import checkpoint_steps
-from runner.runs.inputs import TrainingInputs, describe_changes
-from runner.runs.state import PROGRESS_FIELDS, is_number, is_text, json_state, read_state
-from runner.spec.origins import annotated
-from runner.spec.rules import DERIVED, is_default
+from runner.runs.lease import Lease, live_holder, read_lease, write_lease
+from runner.runs.spec_file import read_spec_tables
+from runner.runs.state import FORMAT, RunState, is_number, is_text, read_state, writable
 from runner.spec.run_names import names_in
-from runner.spec.schema import VERSION_TABLE, Spec, dump, flat
-
-FORMAT = 1  # of state.json, plan.json and lease.json; older ones are read as long as they can be
-FOREIGN_PATIENCE = 600.0  # seconds without a heartbeat after which another host's process is taken for dead
-
-
-@dataclass(frozen=True)
-class RunStatus:
-    """What a run folder says of a plan. state: new, done, resume, changed; running, waiting: a queue has it now."""
-
-    state: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Lease:
-    """Who works on a run, or None; `attempt` counts up, so that an earlier attempt's process knows that it is over."""
-
-    attempt: int
-    holder: Process | None
-
-
-def _unsaid(_: str) -> str:
-    return "not told"
 
 
 class Run:
+    """A run by its name below a runs folder. Making one touches no file."""
+
     def __init__(self, runs: Path, name: str) -> None:
         self.name = name
         self.runs = runs
@@ -71,12 +42,13 @@ class Run:
         self.quarantine_folder = self.folder / "quarantine"
         self.samples = self.folder / "samples"
         self.export = self.folder / "export"
-        self.attempt = 0  # this process's own, once it has taken the run
+        self.attempt = 0  # of this process, from `begin_attempt` on
 
     @classmethod
     def at(cls, folder: Path) -> Run:
-        """The run whose folder this is: its name, which may hold a sweep's folder, stands in its spec."""
-        name = str(_spec_tables(folder / "spec.toml").get("name", folder.name))
+        """The run in a folder. Its spec has the name, which may include the folder of a sweep. Raises RunMismatchError where
+        the folder is named otherwise."""
+        name = str(read_spec_tables(folder / "spec.toml").get("name", folder.name))
         depth = len(Path(name).parts)
         if folder.parts[-depth:] != Path(name).parts:
             raise RunMismatchError(
@@ -84,94 +56,33 @@ class Run:
             )
         return cls(folder.parents[depth - 1], name)
 
-    # ---- whose it is -----------------------------------------------------------------------------------------------
+    # ---- lock and lease ----------------------------------------------------------------------------------------------
 
     def locked(self) -> AbstractContextManager[None]:
-        """Held by whoever writes: shortly by a queue that enlists the run, for a whole attempt by its trainer."""
+        """The lock on the folder: a queue holds it while it claims the run, a trainer for a whole attempt. Raises
+        LockHeldError."""
         return locks.hold_lock(self.lock_file)
 
     def lease(self) -> Lease:
-        found = read_json(self.lease_file)
-        attempt = found.get("attempt")
-        return Lease(attempt if isinstance(attempt, int) else 0, Process.from_json(found.get("holder")))
+        return read_lease(self.lease_file)
 
     def holder(self) -> Process | None:
-        """The process that works on this run now. One on another host lives as long as the state changes."""
-        holder = self.lease().holder
-        if holder is None or (holder.is_local and not holder.is_alive):
-            return None
-        if not holder.is_local and time.time() - _changed(self.state_file, self.lease_file) > FOREIGN_PATIENCE:
-            return None
-        return holder
+        """The live process that has the run, if any."""
+        return live_holder(self.lease_file, self.state_file)
 
-    def claim(
-        self,
-        spec: Spec,
-        plan: Plan,
-        version: str,
-        origin: Callable[[str], str] = _unsaid,
-        inputs: Callable[[], TrainingInputs] | None = None,
-    ) -> int:
-        """Make the run this process's to start, and write what it is. The number of the attempt to come.
-
-        `origin`: where a dotted key's value came from; `inputs`: what it is trained on, file by file. The spec that stands
-        there already must give the same training.
-        Raises LockHeldError, Refused.
-        """
-        self._no_links()
-        files.make_folder(self.folder)  # here alone: a folder that vanishes while its run trains is not made again
-        try:
-            with self.locked():
-                if (holder := self.holder()) and holder != Process.current():
-                    raise self._locked_error()
-                self.take_stop_request()  # what an earlier queue was told is not meant for this one
-                self._write_claim(spec, plan, version, origin, inputs)
-                return self._lease(self.lease().attempt + 1)
-        except LockHeldError:  # by the lock: name who started its holder
-            raise self._locked_error() from None
-
-    def active_status(self) -> RunStatus | None:
-        """What another process is doing about it now: running, or waiting in a queue."""
-        holder, state = self.holder(), self.state()
-        if holder is None or holder == Process.current() or state["state"] not in ("running", "waiting"):
-            return None
-        where = "" if holder.is_local else f" on {holder.host}"
-        if state["state"] == "waiting":
-            return RunStatus("waiting", f"in the queue of process {holder.pid}{where}")
-        pid = locks.lock_holder(self.lock_file) or holder.pid
-        since = state.get("attempt_started")
-        began = time.strftime(", since %Y-%m-%d %H:%M", time.localtime(since)) if since else ""
-        step, steps = (f"{state[key]:.0f}" if key in state else "?" for key in ("step", "steps"))
-        return RunStatus("running", f"process {pid}{where} trains it{began}; at step {step} of {steps}")
-
-    def refuse_if_locked(self) -> None:
-        """Raises LockHeldError where a queue has it, perhaps without having begun."""
-        if self.holder():
-            raise self._locked_error()
-
-    def _locked_error(self) -> LockHeldError:
-        holder = self.lease().holder
-        who = f"process {holder.pid}{'' if holder.is_local else f' on {holder.host}'}" if holder else "another process"
-        return LockHeldError(f"{who} is working on {self.folder}; wait for it, or stop it")
-
-    def lost_lease(self) -> LockHeldError | None:
-        """For a queue, which enlisted it: whether another process has the run by now, and which."""
-        holder = self.lease().holder
-        return self._locked_error() if holder and holder != Process.current() else None
+    def take_lease(self) -> int:
+        """Give this process the lease for a new attempt, whose number is returned. Call it under the lock."""
+        attempt = self.lease().attempt + 1
+        write_lease(self.lease_file, Lease(attempt, Process.current()))
+        return attempt
 
     def next_attempt(self) -> int:
-        """Another try by the same queue."""
+        """`take_lease` of a queue that has the run already. Raises LockHeldError."""
         with self.locked():
-            return self._lease(self.lease().attempt + 1)
-
-    def release(self) -> None:
-        """The queue is through with this run."""
-        lease = self.lease()
-        if lease.holder == Process.current():
-            files.write_json(self.lease_file, {"format": FORMAT, "attempt": lease.attempt, "holder": None})
+            return self.take_lease()
 
     def begin_attempt(self, attempt: int) -> None:
-        """Begin an attempt, under the lock. Raises LockHeldError where a later one has begun."""
+        """Prepare the folder for an attempt, under the lock. Raises LockHeldError where a later one has begun."""
         self.attempt = attempt
         self.check_lease()
         for folder in (self.checkpoints, self.samples):
@@ -179,237 +90,166 @@ class Run:
         for folder in (self.folder, self.checkpoints, self.samples):
             files.remove_partial_files(folder)
 
+    def check_lease(self) -> None:
+        """Call it before every write: raises LockHeldError where this process has lost the run to a later attempt."""
+        if (current := self.lease().attempt) != self.attempt:
+            raise LockHeldError(
+                f"{self.folder}: attempt {current} has begun, this is attempt {self.attempt}; nothing was written"
+            )
+
+    def lost_lease(self) -> LockHeldError | None:
+        """For a queue that has claimed the run: the error to report where another process has it now."""
+        holder = self.lease().holder
+        return self.locked_error() if holder and holder != Process.current() else None
+
+    def release(self) -> None:
+        """Give the lease back, if this process has it."""
+        lease = self.lease()
+        if lease.holder == Process.current():
+            write_lease(self.lease_file, replace(lease, holder=None))
+
+    def refuse_if_locked(self) -> None:
+        """Raises LockHeldError where a queue has the run, whether or not it trains it already."""
+        if self.holder():
+            raise self.locked_error()
+
+    def locked_error(self) -> LockHeldError:
+        """Names the process that has the run."""
+        holder = self.lease().holder
+        who = f"process {holder.pid}{'' if holder.is_local else f' on {holder.host}'}" if holder else "another process"
+        return LockHeldError(f"{who} is working on {self.folder}; wait for it, or stop it")
+
     def request_stop(self) -> None:
-        """For a queue that has not begun it yet; of one that trains, the trainer is told by a signal."""
+        """For a run that waits in a queue. A trainer is stopped by a signal."""
         self.stop_file.touch()
 
     def take_stop_request(self) -> bool:
-        """Asked once for each time it was told."""
-        told = self.stop_file.is_file()
+        """Whether a stop was requested. The request is removed."""
+        requested = self.stop_file.is_file()
         self.stop_file.unlink(missing_ok=True)
-        return told
+        return requested
 
-    def check_lease(self) -> None:
-        """To be asked before anything is committed: a process that lost its run unknowingly must not write."""
-        if (now := self.lease().attempt) != self.attempt:
-            raise LockHeldError(
-                f"{self.folder}: attempt {now} has begun, this is attempt {self.attempt}; nothing was written"
+    # ---- state -------------------------------------------------------------------------------------------------------
+
+    def state(self) -> RunState:
+        """state.json, or what other files tell where it is missing. A run whose process died is "stopped"."""
+        state = read_state(self.state_file)
+        if state is None:
+            steps = read_json(self.plan_file).get("steps")
+            return RunState(
+                "stopped",
+                step=self.newest_step(),
+                steps=steps if is_number(steps) else None,
+                error="its state.json is missing or damaged; the same command goes on",
             )
+        if state.state in ("running", "waiting") and not (locks.is_locked(self.lock_file) or self.holder()):
+            return replace(state, state="stopped", error="its process is gone")
+        return state
+
+    def write_state(self, state: str, *, durable: bool = True, **facts: Any) -> None:
+        """Replace the state. It keeps what is true of the attempt; `facts` (fields of RunState) are added."""
+        before = read_state(self.state_file)
+        kept = before.attempt_facts() if before else {}
+        now = {"format": FORMAT, **kept, "state": state, "name": self.name, "updated": time.time(), **facts}
+        files.write_json(self.state_file, RunState(**now).as_json(), durable=durable)
+
+    def write_outcome(self, state: str, reason: str, **facts: Any) -> None:
+        """Replace the state by "stopped", "failed" or "waiting" for a reason, and keep its progress."""
+        self.write_state(state, **self.progress(), error=reason, **facts)
+
+    def update_state(self, **facts: Any) -> None:
+        """Change single values of the state and leave the others, unknown ones too. None removes a value."""
+        files.write_json(self.state_file, writable({**read_json(self.state_file), **facts}))
+
+    def progress(self) -> dict[str, Any]:
+        """What state.json says of how far the run came and what it made."""
+        state = read_state(self.state_file)
+        return state.progress() if state else {}
+
+    def started_at(self) -> float | None:
+        """When the run was first started, in seconds since 1970."""
+        state = read_state(self.state_file)
+        return state.started if state else None
+
+    def micro_batch_parts(self, batch_size: int) -> int:
+        """Into how many parts a micro-batch is cut, as an earlier attempt that ran out of memory found out."""
+        state = read_state(self.state_file)
+        parts = int(state.split or 1) if state else 1
+        return parts if parts > 0 and batch_size % parts == 0 else 1
+
+    # ---- files -------------------------------------------------------------------------------------------------------
+
+    def checkpoint_files(self) -> list[tuple[int, Path]]:
+        """(step, file), newest first."""
+        return checkpoint_steps(self.checkpoints)
+
+    def newest_step(self) -> int:
+        """Of the newest checkpoint; 0 where there is none."""
+        return max((step for step, _ in self.checkpoint_files()), default=0)
+
+    def newest_checkpoint(self) -> tuple[int, str]:
+        """Step and phase key of the newest checkpoint whose header can be read. The rest of it is not verified here."""
+        for step, path in self.checkpoint_files():
+            try:
+                return step, read_metadata(path).get("phase_key", "")
+            except BadFileError:
+                continue
+        return 0, ""
+
+    def sample_files(self) -> dict[int, dict[int, Path]]:
+        """The sample images: by step, then by their number among the run's prompts and seeds."""
+        samples: dict[int, dict[int, Path]] = {}
+        for path in sorted(self.samples.glob("step-*.png")):
+            step, _, number = path.stem.removeprefix("step-").partition("-")
+            if step.isdecimal() and number.isdecimal():
+                samples.setdefault(int(step), {})[int(number)] = path
+        return samples
+
+    def planned_key(self) -> str | None:
+        """The key of the plan that the queue wrote."""
+        key = read_json(self.plan_file).get("key")
+        return key if isinstance(key, str) else None
+
+    def assert_unchanged(self, what: str, value: str, remedy: str) -> None:
+        """Compare a value that no resume key covers with what the run was begun with, and keep it the first time. Raises
+        RunMismatchError where it differs, LockHeldError where the lease is lost."""
+        self.check_lease()
+        pinned = {name: text for name, text in read_json(self.pins_file).items() if is_text(text)}
+        if pinned.setdefault(what, value) != value:
+            then, now = (text if len(text) < 40 else f"{text[:12]}..." for text in (pinned[what], value))
+            raise RunMismatchError(
+                f"{what}: {self.folder} was begun with {then}, now it is {now}; {remedy}, or give this spec another `name`"
+            )
+        files.write_json(self.pins_file, pinned)
 
     def missing_message(self) -> str:
-        """What to say of a run that was enlisted and whose folder is not there any more; "" where it is."""
+        """What to report where the folder of a claimed run is gone; "" where it is there."""
         try:
             if self.lease_file.is_file():
                 return ""
         except OSError as error:
             return f"{self.folder} cannot be read any more ({error.strerror}); once it can, the same command goes on"
         lost = next((path for path in (self.runs, self.folder) if not path.is_dir()), self.lease_file)
-        step = max((step for step, _ in self.checkpoint_files()), default=0)
+        step = self.newest_step()
         left = f"the checkpoint of step {step} is still there" if step else "nothing that the run made is left there"
         return (
             f"{lost} is gone: it was removed or renamed, or its disk was taken away; {left}; put it back and the same command "
             "goes on, or else begins anew"
         )
 
-    def _lease(self, attempt: int) -> int:
-        lease = {"format": FORMAT, "attempt": attempt, "holder": Process.current().as_json()}
-        files.write_json(self.lease_file, lease)
-        return attempt
-
-    def _no_links(self) -> None:
-        """A run folder from elsewhere may hold links that lead out of it."""
-        for path in (
-            self.checkpoints,
-            self.quarantine_folder,
-            self.samples,
-            self.export,
-            self.log_file,
-            self.lock_file,
-        ):
+    def refuse_links(self) -> None:
+        """Raises RunMismatchError for symbolic links, which could lead out of a run folder that came from elsewhere."""
+        folders = (self.checkpoints, self.quarantine_folder, self.samples, self.export)
+        for path in (*folders, self.log_file, self.lock_file):
             if path.is_symlink():
                 raise RunMismatchError(
                     f"{path} is a symbolic link; fluxrun writes only inside a run's own folder: take it away"
                 )
 
-    # ---- state -----------------------------------------------------------------------------------------------------
-
-    def state(self) -> dict[str, Any]:
-        """state.json, or what the other files tell where there is none. A run whose process died reads as stopped."""
-        state = read_state(self.state_file)
-        if not state:
-            state = {"state": "stopped", "step": max((step for step, _ in self.checkpoint_files()), default=0)}
-            steps = read_json(self.plan_file).get("steps")
-            return {
-                **state,
-                "steps": steps if is_number(steps) else None,
-                "error": "its state.json is missing or damaged; the same command goes on",
-            }
-        if state.get("state") in ("running", "waiting") and not (locks.is_locked(self.lock_file) or self.holder()):
-            state["state"] = "stopped"
-            state["error"] = "its process is gone"
-        return state
-
-    def write_state(self, state: str, *, durable: bool = True, **more: Any) -> None:
-        """Replace the state; keys given as None are left out, so that it holds only what is true now."""
-        kept = {
-            "attempts",
-            "started",
-            "attempt_started",
-            "plan_key",
-            "spec_digest",
-            "steps",
-            "base",
-            "versions",
-            "split",
-        }
-        before = {key: value for key, value in read_state(self.state_file).items() if key in kept}
-        now = {"format": FORMAT, **before, "state": state, "name": self.name, "updated": time.time(), **more}
-        files.write_json(self.state_file, json_state(now), durable=durable)
-
-    def mark_ended(self, state: str, reason: str, **more: Any) -> None:
-        """Keep what the state says of progress; replace what it says of the present."""
-        facts = {key: value for key, value in read_state(self.state_file).items() if key in PROGRESS_FIELDS}
-        self.write_state(state, **facts, error=reason, **more)
-
-    def update_state(self, **more: Any) -> None:
-        """Change single values of the state, whatever it is; None takes one out."""
-        now = {**read_json(self.state_file), **more}
-        files.write_json(self.state_file, json_state(now))
-
-    def started_at(self) -> float | None:
-        """When it was first started, in seconds since 1970."""
-        started: float | None = read_json(self.state_file).get("started")
-        return started
-
-    # ---- done, and why ---------------------------------------------------------------------------------------------
-
-    def status_for(self, spec: Spec, plan: Plan, inputs: Callable[[], TrainingInputs] | None = None) -> RunStatus:
-        """Done means: the same key, and the outputs exist. `inputs`: what it would be trained on now."""
-        state = read_state(self.state_file)
-        if not self.spec_file.is_file():
-            return RunStatus("new", "no run folder yet")
-        if state.get("state") == "done" and state.get("plan_key") == plan.key and self._exports_exist(state):
-            return RunStatus("done", "same spec, data and base; its exports are there")
-        step, key = self._newest()
-        known = read_json(self.plan_file)
-        if known.get("training_key") == plan.training_key:
-            if known.get("key") != plan.key:
-                return RunStatus("resume", "what is exported or shown changed; the training is kept")
-            at = f"interrupted; last checkpoint at step {step} of {plan.steps}"
-            return RunStatus("resume", at if step else "no checkpoint yet")
-        try:
-            changed = self.changed_keys(spec)
-        except (ValueError, RecursionError) as error:
-            return RunStatus("changed", f"its spec.toml cannot be read ({error})")
-        stops = {phase.key: phase.stop for phase in plan.training}
-        fits = step <= stops.get(key, -1)
-        if not changed and (fits or not (known or step)):  # a queue died while it wrote plan.json, or it was lost since
-            return RunStatus("resume", f"its plan.json is lost; last checkpoint at step {step} of {plan.steps}")
-        others = self._other_inputs(spec, inputs)
-        told = "; ".join([*changed.values(), *others])
-        if not changed:
-            return RunStatus("changed", told or _unnamed_change(spec))
-        if changed.keys() <= set(SPAN_KEYS) and not others:
-            if fits:
-                return RunStatus("resume", f"{told}; goes on from step {step} of {plan.steps}")
-            if spec.schedule.name not in OPEN_ENDED:
-                told += f"; the {spec.schedule.name} schedule depends on where it ends"
-            else:
-                told += "".join(f"; {line}" for line in resume_advice.resume_advice(known, spec, plan, step))
-        return RunStatus("changed", told)
-
-    def _other_inputs(self, spec: Spec, inputs: Callable[[], TrainingInputs] | None) -> list[str]:
-        """Pictures, captions and files of the base that are not the ones it was trained on, as far as that was written."""
-        old = TrainingInputs.read(read_json(self.inputs_file))
-        if old is None or inputs is None:
-            return []
-        return describe_changes(old, inputs(), flat(_spec_tables(self.spec_file)), flat(dump(spec)))
-
-    def _exports_exist(self, state: Mapping[str, Any]) -> bool:
-        exports = state.get("exports")
-        return isinstance(exports, list) and all((self.folder / str(name)).is_file() for name in exports)
-
-    def _newest(self) -> tuple[int, str]:
-        """Step and phase key of the newest checkpoint whose header can be read; it is verified when it is used."""
-        for step, path in self.checkpoint_files():
-            try:
-                return step, safetensors.read_metadata(path).get("phase_key", "")
-            except BadFileError:
-                continue
-        return 0, ""
-
-    def changed_keys(self, spec: Spec) -> dict[str, str]:
-        """Keys that change the result and differ from the run's own spec, with `KEY: old -> new`; not those that only
-        follow another of them, as lora.alpha does lora.rank where it is not set."""
-        before, now = _spec_tables(self.spec_file), dump(spec)
-        old, new = flat(before), flat(now)
-        skipped = NOT_IN_KEY if spec.model.compile else (*NOT_IN_KEY, *RECOMPUTING)
-        keys = [key for key in {**old, **new} if not any(key == skip or key.startswith(f"{skip}.") for skip in skipped)]
-        other = [key for key in keys if old.get(key) != new.get(key)]
-        derived = [
-            key
-            for key, causes in DERIVED.items()
-            if causes & set(other) and all(is_default(key, tables) for tables in (before, now))
-        ]
-        return {key: f"{key}: {_value(old.get(key))} -> {_value(new.get(key))}" for key in other if key not in derived}
-
-    def _write_claim(
-        self,
-        spec: Spec,
-        plan: Plan,
-        version: str,
-        origin: Callable[[str], str],
-        inputs: Callable[[], TrainingInputs] | None,
-    ) -> None:
-        if (verdict := self.status_for(spec, plan, inputs)).state == "changed":
-            raise RunMismatchError(f"{self.folder} holds another run ({verdict.reason}); {MISMATCH_REMEDIES}")
-        resolved = {**dump(spec), VERSION_TABLE: {"version": version}}
-
-        def told(key: str) -> str:
-            return "what wrote this file" if key.startswith(f"{VERSION_TABLE}.") else origin(key)
-
-        keys = {"key": plan.key, "training_key": plan.training_key}
-        files.write_json(self.plan_file, {"format": FORMAT, **as_json(plan), **keys})
-        if inputs is not None:
-            files.write_json(self.inputs_file, {"format": FORMAT, **inputs().as_json()})
-        files.write_text(self.spec_file, annotated(resolved, told))  # after the plan: with a spec there is a run
-        digest = content_key(str(sorted(map(str, dump(spec).items()))))
-        facts = {key: value for key, value in read_state(self.state_file).items() if key in PROGRESS_FIELDS}
-        self.write_state(
-            "waiting", **facts, plan_key=plan.key, spec_digest=digest, steps=plan.steps, base=spec.model.base
-        )
-
-    def micro_batch_parts(self, batch_size: int) -> int:
-        """Into how many parts a micro-batch is cut, as an earlier attempt found out."""
-        found = int(read_state(self.state_file).get("split", 1))
-        return found if found > 0 and batch_size % found == 0 else 1
-
-    def sample_files(self) -> dict[int, dict[int, Path]]:
-        """The sample pictures: by step, then by their number among the run's prompts and seeds."""
-        found: dict[int, dict[int, Path]] = {}
-        for path in sorted(self.samples.glob("step-*.png")):
-            step, _, number = path.stem.removeprefix("step-").partition("-")
-            if step.isdecimal() and number.isdecimal():
-                found.setdefault(int(step), {})[int(number)] = path
-        return found
-
-    def planned_key(self) -> str | None:
-        found = read_json(self.plan_file).get("key")
-        return found if isinstance(found, str) else None
-
-    def assert_unchanged(self, what: str, value: str, way_out: str) -> None:
-        """Remember what the training sees that no key could know beforehand. Raises RunMismatchError where it is another now."""
-        self.check_lease()
-        pinned = {name: found for name, found in read_json(self.pins_file).items() if is_text(found)}
-        if pinned.setdefault(what, value) != value:
-            then, now = (str(one) if len(str(one)) < 40 else f"{one[:12]}..." for one in (pinned[what], value))
-            raise RunMismatchError(
-                f"{what}: {self.folder} was begun with {then}, now it is {now}; {way_out}, or give this spec another `name`"
-            )
-        files.write_json(self.pins_file, pinned)
+    # ---- moving files aside ------------------------------------------------------------------------------------------
 
     def archive(self) -> Path:
-        """Move the whole folder out of the way, for --fresh; nothing trained is deleted. Raises LockHeldError."""
+        """Rename the whole folder, for --fresh; nothing trained is deleted. Returns the new path. Raises LockHeldError."""
         with self.locked():
             self.refuse_if_locked()
             target = _free_name(self.folder.with_name(f"{self.folder.name}.old"))
@@ -418,43 +258,23 @@ class Run:
         return target
 
     def is_archived(self) -> bool:
-        """Whether the folder is named otherwise than the run whose spec it holds, as `put_aside` leaves it."""
+        """Whether the folder has another name than the run in its spec, as after `archive`."""
         try:
-            return bool(_spec_tables(self.spec_file).get("name", self.name) != self.name)
+            return bool(read_spec_tables(self.spec_file).get("name", self.name) != self.name)
         except (OSError, ValueError, RecursionError):
             return False
 
-    def checkpoint_files(self) -> list[tuple[int, Path]]:
-        """(step, file), newest first."""
-        return checkpoint_steps(self.checkpoints)
-
-    def quarantine(self, bad: Path, reason: str) -> Path:
-        """Move a file that does not verify to quarantine/, with the reason beside it; it is never deleted."""
+    def quarantine(self, damaged: Path, reason: str) -> Path:
+        """Move a damaged file to quarantine/ with the reason beside it. It is never deleted. Returns the new path. Raises
+        LockHeldError where the lease is lost."""
         self.check_lease()
         files.make_folder(self.quarantine_folder)
-        target = _free_name(self.quarantine_folder / bad.name)
+        target = _free_name(self.quarantine_folder / damaged.name)
         files.write_text(target.with_name(f"{target.name}.txt"), f"{reason}\n")
-        bad.rename(target)
-        for folder in (bad.parent, self.quarantine_folder):
+        damaged.rename(target)
+        for folder in (damaged.parent, self.quarantine_folder):
             files.DISK.sync_folder(folder)
         return target
-
-
-MISMATCH_REMEDIES = (
-    "give this spec another `name`, undo the change, or queue it with --fresh, which moves the old folder aside"
-)
-
-
-def _unnamed_change(spec: Spec) -> str:
-    """Where the folder does not say what it was trained on, file by file."""
-    told = "the images, the captions or the base model are not the ones it was trained on"
-    if spec.model.gradient_checkpointing:
-        told += ", or an earlier fluxrun began it, for which model.gradient_checkpointing made another run"
-    return told
-
-
-def _value(value: Any) -> str:
-    return "not set" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
 
 
 def _free_name(wanted: Path) -> Path:
@@ -465,22 +285,7 @@ def _free_name(wanted: Path) -> Path:
     return target
 
 
-def _changed(*paths: Path) -> float:
-    return max((path.stat().st_mtime for path in paths if path.is_file()), default=0.0)
-
-
-def _spec_tables(path: Path) -> dict[str, Any]:
-    tables = tomllib.loads(read_user_text(path))
-    tables.pop(VERSION_TABLE, None)
-    return tables
-
-
-def read_spec(path: Path) -> Spec:
-    """The resolved spec of a run folder."""
-    return Spec.model_validate(_spec_tables(path))
-
-
 def find_runs(runs: Path) -> Iterator[Run]:
-    """Every run below a runs folder, by name (sweeps lie one level deeper)."""
+    """Every run below a runs folder, by name. Those of a sweep are one level deeper."""
     for name in names_in(runs):
         yield Run(runs, name)

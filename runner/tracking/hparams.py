@@ -15,7 +15,7 @@ from typing import Any
 from runner.core import files
 from runner.runs.index import Record, distinguishing_keys, record_of, short_labels
 from runner.runs.run import Run, find_runs
-from runner.runs.state import is_number
+from runner.runs.state import RunState, is_number
 
 EVENT_FILE = "events.out.tfevents.0.fluxrun"
 MAX_CHECK_BOXES = 12  # for the values of one hyperparameter
@@ -76,7 +76,7 @@ def _content(run: Run, specs: Mapping[str, Mapping[str, Any]], keys: Sequence[st
 
     state = run.state()
     label = dict(zip(specs, short_labels(list(specs)), strict=True))[run.name]
-    time = _seconds(state.get("started"))
+    time = float(state.started or 0.0)
     session = {key: _hparam_value(value) for key, value in specs[run.name].items()}
     buffer = io.BytesIO()
     writer = RecordWriter(buffer)  # type: ignore[no-untyped-call]
@@ -107,26 +107,20 @@ def _text_summary(tag: str, metadata: Any, value: bytes) -> Any:
     return summary_pb2.Summary(value=[summary_pb2.Summary.Value(tag=tag, metadata=metadata, tensor=tensor)])
 
 
-def _session_end(state: Mapping[str, Any]) -> Iterator[Any]:
+def _session_end(state: RunState) -> Iterator[Any]:
     """How the run ended, if it is done or failed. A stopped run has not ended: it can be continued."""
     from tensorboard.compat.proto import summary_pb2
     from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
 
     statuses = {"done": api_pb2.STATUS_SUCCESS, "failed": api_pb2.STATUS_FAILURE}
-    if state["state"] in statuses:
-        info = plugin_data_pb2.SessionEndInfo(
-            status=statuses[state["state"]], end_time_secs=_seconds(state.get("finished", state.get("updated")))
-        )
+    if state.state in statuses:
+        ended = state.updated if state.finished is None else state.finished
+        info = plugin_data_pb2.SessionEndInfo(status=statuses[state.state], end_time_secs=float(ended or 0.0))
         summary_metadata = metadata.create_summary_metadata(plugin_data_pb2.HParamsPluginData(session_end_info=info))  # type: ignore[no-untyped-call]
         value = summary_pb2.Summary.Value(
             tag=metadata.SESSION_END_INFO_TAG, metadata=summary_metadata, tensor=metadata.NULL_TENSOR
         )
         yield summary_pb2.Summary(value=[value])
-
-
-def _seconds(moment: Any) -> float:
-    """A time of state.json; 0 for what is no number."""
-    return float(moment) if isinstance(moment, int | float) else 0.0
 
 
 def _distinct_values(specs: Mapping[str, Mapping[str, Any]], keys: Sequence[str]) -> Iterator[tuple[str, list[Any]]]:

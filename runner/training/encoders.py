@@ -24,7 +24,7 @@ from runner.model.base import Base
 from runner.model.device import release, to_device
 from runner.model.families import family_of
 from runner.model.family import ModelFamily
-from runner.plan.phases import Encode, Plan, recomputed
+from runner.plan.phases import Encode, Plan, gradient_checkpointing
 from runner.spec.schema import Spec
 from runner.training.adapter_shapes import text_lora_shape
 from runner.training.context import RunContext
@@ -143,7 +143,7 @@ class LiveEncoder:
         tokenizer, model = family.load_tokenizer(context.base, encoder), family.load_encoder(context.base, encoder)
         made = cls(family, encoder, model, tokenizer, token_rows.table_std(model))
         if asked.large and learn_rows:
-            recompute, offloaded = recomputed(context.spec, rows=True), context.base.offload
+            recompute, offloaded = gradient_checkpointing(context.spec, token_rows=True), context.base.offload
             checkpointed = recompute not in ("selective", 0)
             made.checkpointed = checkpointed and not offloaded  # offloaded blocks recompute themselves
             family.recompute_encoder(

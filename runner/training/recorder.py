@@ -62,7 +62,7 @@ class RunRecorder:
         self.previous = run.state()  # state.json as earlier attempts left it
         self.spent: dict[str, TimeSpent] = {
             name: TimeSpent(facts.get("seconds", 0.0), int(facts.get("peak_memory_bytes", 0)))
-            for name, facts in self.previous.get("phases", {}).items()
+            for name, facts in (self.previous.phases or {}).items()
         }
         self.phase_started_at: float | None = None
         self.trackers = [
@@ -77,7 +77,7 @@ class RunRecorder:
         self.memory_before = device.held_memory(torch_device) - kept_bytes
         device.reset_peak(torch_device)
         run.write_state(
-            "running", attempts=run.attempt, started=self.previous.get("started") or time.time(),
+            "running", attempts=run.attempt, started=self.previous.started or time.time(),
             attempt_started=time.time(), step=self.at_step, versions=library_versions(),
         )  # fmt: skip
 
@@ -169,11 +169,11 @@ class RunRecorder:
             "best_step": self.state.best_step,
             "ended": self.state.ended or None,
             "skipped_steps": self.state.skipped or None,
-            "wall_s": round(self.previous.get("wall_s", 0.0) + time.monotonic() - self.started, 3),
-            "s_per_step": statistics.median(self.step_seconds) if self.step_seconds else self.previous.get("s_per_step"),
+            "wall_s": round((self.previous.wall_s or 0.0) + time.monotonic() - self.started, 3),
+            "s_per_step": statistics.median(self.step_seconds) if self.step_seconds else self.previous.s_per_step,
             "peak_memory_bytes": max(  # within phases only: memory used after the last one belongs to none
                 0 if self.phase_started_at is None else device.peak_memory(self.device),
-                self.previous.get("peak_memory_bytes", 0), *(spent.peak for spent in self.spent.values()),
+                self.previous.peak_memory_bytes or 0, *(spent.peak for spent in self.spent.values()),
             ),
             "memory_before_models": self.memory_before,
             "phases": {
@@ -225,7 +225,7 @@ class RunRecorder:
         """Finish the checkpoint being written, and write how far the run came, however it ends."""
         self.writer.close()
         self.end_phase()
-        if self.run.lease().attempt == self.run.attempt and self.run.state().get("state") == "running":
+        if self.run.lease().attempt == self.run.attempt and self.run.state().state == "running":
             with files.ignore_disk_errors():
                 self.run.write_state("running", durable=False, **self.facts())
         for tracker in self.trackers:

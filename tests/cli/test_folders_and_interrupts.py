@@ -22,6 +22,7 @@ from runner.core import files
 from runner.core.process_identity import Process, _boot, _started
 from runner.jobs.prepare import prepare_jobs
 from runner.jobs.timing import estimate_times
+from runner.runs.claim import claim_run
 from tests.support.house import House
 from tests.support.run_folders import write_run
 
@@ -101,7 +102,7 @@ def held(house: House, queue: Process, state: str, **facts: Any) -> Path:
     """A spec whose run this queue has."""
     spec = house.spec("a")
     [job] = prepare_jobs([spec], house.folder / "runs", fetch=False, fresh=False)
-    job.run.claim(job.spec, job.plan, "0", job.source.origin)
+    claim_run(job.run, job.spec, job.plan, "0", job.source.origin)
     job.run.write_state(state, **facts)
     files.write_json(job.run.lease_file, {"format": 1, "attempt": 1, "holder": queue.as_json()})
     return spec

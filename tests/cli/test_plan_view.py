@@ -19,6 +19,7 @@ from runner.core.files import make_folder
 from runner.jobs import timing
 from runner.jobs.job import Job
 from runner.jobs.prepare import prepare_jobs
+from runner.runs.claim import claim_run
 from tests.support.house import House
 from tests.support.paths import PROJECT
 
@@ -31,7 +32,7 @@ def jobs_of(house: House, *specs: Path, fresh: bool = False) -> list[Job]:
 
 def begun(job: Job, **state: Any) -> None:
     """A run folder as an earlier night left it."""
-    job.run.claim(job.spec, job.plan, "0.1.0", job.source.origin)
+    claim_run(job.run, job.spec, job.plan, "0.1.0", job.source.origin)
     job.run.release()
     facts = {**json.loads(job.run.state_file.read_text()), **state}
     job.run.state_file.write_text(json.dumps(facts))

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from runner.cli import watch
 from runner.core import locks
+from runner.runs.state import RunState
 from tests.support.house import House
 
 
@@ -51,8 +52,8 @@ def test_what_runs_comes_first_with_its_curve_time_and_picture(tmp_path: Path) -
 
 
 def test_waiting_runs_are_shared_among_the_running_ones() -> None:
-    running = {"state": "running", "step": 0, "steps": 100, "s_per_step": 1.0}
-    waiting = {"state": "waiting", "steps": 200}
+    running = RunState("running", step=0, steps=100, s_per_step=1.0)
+    waiting = RunState("waiting", steps=200)
     assert watch.time_left([running]) == 100
     assert watch.time_left([running, waiting]) == 300
     assert watch.time_left([running, running, waiting]) == 200

@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file
 
 from runner.checkpoint import storage
-from runner.runs.run import FORMAT
+from runner.runs.state import FORMAT
 from tests.support.broken_runs import go_on, index
 from tests.support.house import House
 from tests.support.paths import OLD_RUNS

@@ -17,8 +17,10 @@ from runner.core.errors import FluxrunError, LockHeldError
 from runner.core.process_identity import Process
 from runner.jobs.job import Job
 from runner.jobs.prepare import prepare_jobs
-from runner.runs import run as run_module
-from runner.runs.run import FORMAT, Run
+from runner.runs import claim, lease
+from runner.runs.claim import claim_run
+from runner.runs.run import Run
+from runner.runs.state import FORMAT
 from tests.support.broken_runs import assert_same, failing, go_on, lora, unbroken
 from tests.support.house import House
 
@@ -36,11 +38,11 @@ def race(job: Job, start: Any, out: Any, go: Any, locked: bool) -> None:
         from contextlib import nullcontext
 
         Run.locked = lambda self: nullcontext()  # type: ignore[method-assign, assignment]
-        write_claim = Run._write_claim
-        Run._write_claim = lambda self, *a: (write_claim(self, *a), time.sleep(0.05))[0]  # type: ignore[method-assign, assignment]
+        write_claim = claim._write_claim
+        claim._write_claim = lambda self, *a: (write_claim(self, *a), time.sleep(0.05))[0]  # type: ignore[method-assign, assignment]
     start.wait()
     try:
-        out.put((os.getpid(), job.run.claim(job.spec, job.plan, "0"), ""))
+        out.put((os.getpid(), claim_run(job.run, job.spec, job.plan, "0"), ""))
     except FluxrunError as error:
         out.put((os.getpid(), 0, str(error)))
     go.wait(60)
@@ -97,13 +99,13 @@ def test_who_still_holds_a_run(house: House) -> None:
     living = parent()
     leased(job.run, living)
     with pytest.raises(LockHeldError, match=f"process {living.pid} is working on"):
-        job.run.claim(job.spec, job.plan, "0")
+        claim_run(job.run, job.spec, job.plan, "0")
     assert living.started is not None
     for dead in (replace(living, started=living.started + 1), replace(living, boot="an earlier one"),
                  replace(living, pid=2**22 + 1), replace(Process.current(), started=1)):  # fmt: skip
         leased(job.run, dead)
         assert job.run.holder() is None
-        assert job.run.claim(job.spec, job.plan, "0") == 4
+        assert claim_run(job.run, job.spec, job.plan, "0") == 4
 
 
 def test_a_zombie_holds_nothing(house: House) -> None:
@@ -132,13 +134,13 @@ def test_a_process_on_another_host_is_believed_while_the_state_changes(
     job = job_of(house)
     leased(job.run, replace(Process.current(), host="elsewhere", pid=7))
     with pytest.raises(LockHeldError, match="process 7 on elsewhere is working on"):
-        job.run.claim(job.spec, job.plan, "0")
+        claim_run(job.run, job.spec, job.plan, "0")
     now = time.time()
-    monkeypatch.setattr(run_module.time, "time", lambda: now + run_module.FOREIGN_PATIENCE - 5)
+    monkeypatch.setattr(lease.time, "time", lambda: now + lease.REMOTE_TIMEOUT - 5)
     assert job.run.holder() is not None
-    monkeypatch.setattr(run_module.time, "time", lambda: now + run_module.FOREIGN_PATIENCE + 5)
+    monkeypatch.setattr(lease.time, "time", lambda: now + lease.REMOTE_TIMEOUT + 5)
     assert job.run.holder() is None
-    assert job.run.claim(job.spec, job.plan, "0") == 4
+    assert claim_run(job.run, job.spec, job.plan, "0") == 4
 
 
 @pytest.mark.parametrize("step", [0, 3], ids=["before its first save", "before its last save"])
@@ -194,7 +196,7 @@ def test_an_attempt_that_is_over_before_it_begins(house: House) -> None:
     from runner.engine.worker_main import TrainRequest, WorkerState, train_run
 
     job = job_of(house)
-    job.run.claim(job.spec, job.plan, "0")
+    claim_run(job.run, job.spec, job.plan, "0")
     job.run.next_attempt()
     before = tree(job.run)
     told: list[Any] = []
@@ -219,12 +221,12 @@ def test_a_queue_that_dies_while_it_enlists(house: House, monkeypatch: pytest.Mo
         for _ in range(2 if kept < 4 else 1):  # dies once more at the same place
             written.clear()
             try:
-                job.run.claim(job.spec, job.plan, "0")
+                claim_run(job.run, job.spec, job.plan, "0")
             except KeyboardInterrupt:
                 assert kept < 4
     [again] = prepare_jobs([house.folder / "a.toml"], house.folder / "runs", fetch=False, fresh=False)
     assert again.status.state == ("resume" if kept > 1 else "new")
-    assert again.run.claim(again.spec, again.plan, "0") > 0
+    assert claim_run(again.run, again.spec, again.plan, "0") > 0
 
 
 def test_racing_commands_make_one_trainer(house: House) -> None:

@@ -214,7 +214,7 @@ def test_stop_reaches_a_trainer_and_the_queue_goes_on(house: House) -> None:
     process = house.start("queue", long, short)
     try:
         run = Run(house.folder / "runs", "long")
-        while run.state().get("step", 0) < 1:
+        while (run.state().step or 0) < 1:
             assert process.poll() is None
             time.sleep(0.05)
         said = house.fluxrun("stop", "long")
@@ -226,7 +226,7 @@ def test_stop_reaches_a_trainer_and_the_queue_goes_on(house: House) -> None:
     assert "long: stopped after step" in err
     assert "short: done" in err
     saved = max(step for step, _ in run.checkpoint_files())
-    assert (run.state()["state"], run.state()["step"]) == ("stopped", saved)
+    assert (run.state().state, run.state().step) == ("stopped", saved)
 
 
 def test_four_slots_make_the_same_bytes_as_one(house: House) -> None:

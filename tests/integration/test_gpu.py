@@ -14,6 +14,7 @@ from runner.jobs.prepare import prepare_jobs
 from runner.model import base as bases
 from runner.model import device, libraries
 from runner.plan.phases import Encode
+from runner.runs.claim import claim_run
 from runner.training.context import RunContext
 from runner.training.distributed import Ranks
 from runner.training.objective import FlowObjective
@@ -83,7 +84,7 @@ def test_memory_is_back_between_runs(house: House) -> None:
     state = WorkerState()
     left = []
     for job in jobs:
-        attempt = job.run.claim(job.spec, job.plan, "test", job.source.origin)
+        attempt = claim_run(job.run, job.spec, job.plan, "test", job.source.origin)
         assert (
             train_run(TrainRequest(job.run.folder, attempt), "0", lambda _: None, StopRequest(), state) == ExitCode.DONE
         )

@@ -25,6 +25,7 @@ from runner.engine.worker_main import TrainRequest, WorkerState, train_run
 from runner.jobs.job import Job
 from runner.jobs.prepare import prepare_jobs
 from runner.model import lora
+from runner.runs.claim import claim_run
 from runner.spec.loader import SpecError
 from runner.training.adapter_shapes import lora_shape
 from runner.training.context import RunContext, open_base
@@ -78,7 +79,7 @@ def train(job: Job, stop_after: int | None = None) -> ExitCode:
         nonlocal steps
         steps += event["say"] == "step"
 
-    attempt = job.run.claim(job.spec, job.plan, "test")
+    attempt = claim_run(job.run, job.spec, job.plan, "test")
     stop: Any = lambda: stop_after is not None and steps >= stop_after  # noqa: E731
     code = train_run(TrainRequest(job.run.folder, attempt), "cpu", send, stop, WorkerState())
     job.run.release()
@@ -93,7 +94,7 @@ def test_it_trains_and_exports_under_its_own_layer_names(folder: Path) -> None:
     job = job_of(folder)
     assert train(job) == ExitCode.DONE
     state = job.run.state()
-    assert state["state"] == "done"
+    assert state.state == "done"
     [encode, *_] = job.plan.phases
     assert encode.encoders == ("words",)  # type: ignore[union-attr]
     (out, inside), (out2, inside2) = linear_layers({"width": WIDTH, "hidden": HIDDEN}).values()

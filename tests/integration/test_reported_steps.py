@@ -11,6 +11,7 @@ from safetensors import safe_open
 
 import runner
 from runner.report.page import render
+from runner.runs.claim import claim_run
 from runner.tracking.history import read_history
 from tests.support.house import House
 from tests.support.paths import OLD_RUNS
@@ -92,7 +93,7 @@ def test_a_run_that_ended_early_has_no_steps_left(house: House) -> None:
 
     runs = house.folder / "runs"
     [job] = prepare_jobs([house.spec("a")], runs, fetch=False, fresh=False)
-    job.run.claim(job.spec, job.plan, "0", job.source.origin)
+    claim_run(job.run, job.spec, job.plan, "0", job.source.origin)
     job.run.write_state("stopped", step=2, ended="eval loss 0.1 at step 2 has come down to stop.at (1)")
     job.run.release()
     [job] = prepare_jobs([house.folder / "a.toml"], runs, fetch=False, fresh=False)

@@ -16,6 +16,7 @@ import pytest
 
 from runner.jobs.job import Job
 from runner.jobs.prepare import prepare_jobs
+from runner.runs.claim import claim_run
 from runner.runs.run import find_runs
 from tests.support.command_lines import refusal
 from tests.support.house import House
@@ -69,7 +70,7 @@ def claimed(house: House, *specs: Path, runs: Path = Path("runs")) -> list[Job]:
         patch.chdir(house.folder)
         jobs = prepare_jobs(specs, runs, fetch=True, fresh=False)
         for job in jobs:
-            job.run.claim(job.spec, job.plan, "0.1.0", job.source.origin)
+            claim_run(job.run, job.spec, job.plan, "0.1.0", job.source.origin)
             job.run.release()
     return jobs
 

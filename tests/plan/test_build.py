@@ -133,7 +133,7 @@ def test_every_value_that_changes_the_result_changes_the_key(tmp_path: Path) -> 
 
 def test_the_plan_knows_how_many_texts_a_batch_can_have(tmp_path: Path) -> None:
     def texts(facts: Facts = FACTS, extra: str = "") -> int | None:
-        return make_plan(spec_of(tmp_path, extra), facts).texts
+        return make_plan(spec_of(tmp_path, extra), facts).distinct_texts
 
     assert texts() == 1
     assert texts(replace(FACTS, captions=("a TOK", "b", "c"))) == 3

@@ -78,7 +78,7 @@ def test_plan_check_and_queue_say_the_same(house: House, monkeypatch: pytest.Mon
     said = house.fluxrun("queue", spec, "--no-check")
     assert said.code == 3
     assert (
-        f"a: paused: the run wants about {format_bytes(free)}, 16 MiB of them to spare, and runs/a has room for"
+        f"a: paused: the run needs about {format_bytes(free)}, of which 16 MiB must stay free, and runs/a has room for"
         in said.err
     )
 

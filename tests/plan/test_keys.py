@@ -15,7 +15,9 @@ import tomli_w
 from runner.plan.build import make_plan
 from runner.plan.phases import Plan
 from runner.runs.checkpoint_files import checkpoint_name
-from runner.runs.run import Run, RunStatus
+from runner.runs.claim import claim_run
+from runner.runs.run import Run
+from runner.runs.status import RunStatus, status_of
 from runner.spec.keys import spec_keys
 from runner.spec.loader import load
 from runner.spec.schema import Spec, dump
@@ -73,7 +75,7 @@ def test_a_key_changes_what_it_should_and_the_run_folder_says_so(tmp_path: Path,
     spec, changed = both(tmp_path, key)
     assert spec != changed
     before, after = make_plan(spec, FACTS), make_plan(changed, FACTS)
-    verdict = as_trained(tmp_path, spec, before).status_for(changed, after)
+    verdict = status_of(as_trained(tmp_path, spec, before), changed, after)
     same_training = key in SHOWN | NOTHING
     assert (before.training_key == after.training_key) == same_training
     assert (before.key == after.key) == (key in NOTHING)
@@ -119,7 +121,7 @@ def test_another_length_is_another_run_where_the_schedule_asks_for_it(tmp_path: 
     tables = laid_over(LEAST, {"schedule": {"name": schedule}})
     spec, longer = spec_of(tmp_path, tables), spec_of(tmp_path, laid_over(tables, {"train": {"steps": 9}}))
     run = as_trained(tmp_path, spec, make_plan(spec, FACTS))
-    verdict = run.status_for(longer, make_plan(longer, FACTS))
+    verdict = status_of(run, longer, make_plan(longer, FACTS))
     assert verdict == RunStatus("changed", f"train.steps: 8 -> 9; the {schedule} schedule depends on where it ends")
 
 
@@ -141,7 +143,7 @@ def test_a_changed_value_is_refused_before_anything_starts(house: House) -> None
     from runner.jobs.prepare import prepare_jobs
 
     [job] = prepare_jobs([spec], house.folder / "runs", fetch=False, fresh=False)
-    job.run.claim(job.spec, job.plan, "0")
+    claim_run(job.run, job.spec, job.plan, "0")
     job.run.release()
     spec.write_text(text.replace("center_crop = true", "center_crop = true\ncaption_dropout = 0.1"))
     said = house.fluxrun("queue", spec)

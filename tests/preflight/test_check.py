@@ -18,6 +18,7 @@ from runner.base.files import BUILTIN
 from runner.core import hardware
 from runner.jobs.job import Job
 from runner.preflight import base_files, libraries
+from runner.runs.claim import claim_run
 from tests.support.checks import report
 from tests.support.house import House
 from tests.support.hub import hub
@@ -126,7 +127,7 @@ def another_run(house: House, _: Patch) -> Path:
     from runner.jobs.prepare import prepare_jobs
 
     [job] = prepare_jobs([path], house.folder / "runs", fetch=False, fresh=False)
-    job.run.claim(job.spec, job.plan, "0.1.0", job.source.origin)
+    claim_run(job.run, job.spec, job.plan, "0.1.0", job.source.origin)
     job.run.release()
     return house.spec()
 

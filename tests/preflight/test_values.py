@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
+from runner.runs.claim import claim_run
 from tests.support.house import House
 from tests.support.paths import PROJECT
 
@@ -237,7 +238,7 @@ def test_a_run_that_another_queue_has(house: House) -> None:
 
     spec = house.spec()
     [job] = prepare_jobs([spec], house.folder / "runs", fetch=False, fresh=False)
-    job.run.claim(job.spec, job.plan, "0", job.source.origin)
+    claim_run(job.run, job.spec, job.plan, "0", job.source.origin)
     [(level, _, key, message)] = told(house, spec)
     assert (level, key) == ("warning", "name")
     assert message.startswith("process ")

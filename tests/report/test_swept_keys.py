@@ -12,6 +12,7 @@ import pytest
 import runner
 from runner.jobs.prepare import prepare_jobs
 from runner.report.page import render
+from runner.runs.claim import claim_run
 from runner.runs.index import distinguishing_keys
 from runner.spec.rules import FOLLOWED_DEFAULTS, fill_defaults
 from runner.tracking.hparams import write_sessions
@@ -27,7 +28,7 @@ def enlisted(house: House, *specs: Path) -> Path:
     """The runs folder with these specs' runs as a queue has it before it trains."""
     runs = house.folder / "runs"
     for job in prepare_jobs(list(specs), runs, fetch=False, fresh=False):
-        job.run.claim(job.spec, job.plan, "0", job.source.origin)
+        claim_run(job.run, job.spec, job.plan, "0", job.source.origin)
         job.run.release()
     return runs
 

@@ -16,7 +16,8 @@ import pytest
 from runner.core import files, safetensors
 from runner.core.errors import ExitCode
 from runner.core.process_identity import Process
-from runner.runs.run import FORMAT, Run
+from runner.runs.run import Run
+from runner.runs.state import FORMAT
 from tests.support.house import House
 from tests.support.runs import export_bytes
 from tests.support.scripted_trainers import Attempt, trainers

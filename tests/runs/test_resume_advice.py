@@ -10,6 +10,7 @@ import pytest
 from runner.base.files import BUILTIN, file_digests, fingerprint
 from runner.jobs.prepare import prepare_jobs
 from runner.plan.build import make_plan
+from runner.runs.claim import claim_run
 from runner.runs.resume_advice import resume_advice
 from tests.support.house import House
 
@@ -130,7 +131,7 @@ def test_a_rate_that_follows_another_is_not_told_again(house: House) -> None:
     rates = {"drop": "[inversion]"}
     text = house.spec("a", **rates).read_text()
     [job] = prepare_jobs([house.write("a.toml", text)], house.folder / "runs", fetch=True, fresh=False)
-    job.run.claim(job.spec, job.plan, "0.1.0", job.source.origin)
+    claim_run(job.run, job.spec, job.plan, "0.1.0", job.source.origin)
     job.run.release()
     assert refusal(house, house.write("a.toml", text.replace("lr = 1e-3", "lr = 1e-4"))) == "train.lr: 0.001 -> 0.0001"
 

@@ -10,7 +10,8 @@ import pytest
 from runner.cli.excerpts import excerpts
 from runner.core.errors import Fault, SpecError
 from runner.jobs.prepare import prepare_jobs
-from runner.runs.run import read_spec
+from runner.runs.claim import claim_run
+from runner.runs.spec_file import read_spec
 from runner.spec.loader import Loaded, load
 from runner.spec.schema import dump
 from tests.support.house import House
@@ -144,7 +145,7 @@ def test_the_resolved_spec_tells_where_each_value_came_from(tmp_path: Path) -> N
     path = files(tmp_path, own)
     (tmp_path / "shared" / "pictures").symlink_to(PICTURES)
     [job] = prepare_jobs([path], tmp_path / "runs", fetch=False, fresh=False)
-    job.run.claim(job.spec, job.plan, "0.1.0", job.source.origin)
+    claim_run(job.run, job.spec, job.plan, "0.1.0", job.source.origin)
     text = job.run.spec_file.read_text()
     assert read_spec(job.run.spec_file) == job.spec
     assert tomllib.loads(text)["fluxrun"]["version"] == "0.1.0"

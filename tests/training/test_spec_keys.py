@@ -19,7 +19,7 @@ from runner.jobs.prepare import prepare_jobs
 from runner.model import base as bases
 from runner.model import device
 from runner.model.flux1 import transformer
-from runner.plan.phases import learned_parts, trains_lora
+from runner.plan.phases import trained_encoders, trains_lora
 from runner.spec.keys import spec_keys
 from runner.training.adapter_shapes import lora_shape
 from runner.training.context import RunContext
@@ -191,7 +191,7 @@ TABLE: dict[str, tuple[Any, Probe, Any, dict[str, Any]]] = {
     "tokens.vectors": (3, lambda d: d.pieces, ["<s0>", "<s1>", "<s2>"], TOKENS),
     "tokens.initializer": ("red heart", first_rows, NOW, TOKENS),
     "tokens.placeholder": ("bird", lambda d: d.pieces, ["<bird0>", "<bird1>"], TOKENS),
-    "inversion.encoders": (["clip", "t5"], lambda d: learned_parts(d.plan.training[0], "token rows"), ("clip", "t5"), TOKENS),
+    "inversion.encoders": (["clip", "t5"], lambda d: trained_encoders(d.plan.training[0], "token rows"), ("clip", "t5"), TOKENS),
     "inversion.until": (0.25, spans, [("joint", 0, 2), ("lora", 2, 8)], TOKENS),
     "inversion.lr": (0.5, lambda d: settings(d, "rows", "lr"), 0.5, TOKENS),
     "inversion.weight_decay": (0.5, lambda d: settings(d, "rows", "weight_decay"), 0.5, TOKENS),
@@ -465,7 +465,7 @@ def test_the_phases_of_every_combination(stocked: House) -> None:
         [job] = prepare_jobs([write(stocked, **more)], stocked.folder / "runs", fetch=True, fresh=False)
         found[name] = [phase.name for phase in job.plan.phases]
         assert all(
-            trains_lora(phase) or learned_parts(phase, "token rows") or learned_parts(phase, "text lora")
+            trains_lora(phase) or trained_encoders(phase, "token rows") or trained_encoders(phase, "text lora")
             for phase in job.plan.training
         )
     assert found == {

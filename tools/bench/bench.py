@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from make_model import make
 
+from runner.runs.claim import claim_run
+
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "runner" / "bases" / "tiny"
 PICTURES = ROOT / "specs" / "quickstart"
@@ -135,7 +137,7 @@ def train_here(asked: Asked, folder: Path, heard: Callable[[int], bool]) -> Path
     file = folder / "bench.toml"
     file.write_text(asked.text)
     [job] = prepare_jobs([file], folder / "runs", fetch=False, fresh=False)
-    attempt = job.run.claim(job.spec, job.plan, "bench")
+    attempt = claim_run(job.run, job.spec, job.plan, "bench")
     libraries.preload_libraries()
     enough, ended = False, ""
 

@@ -12,7 +12,7 @@ from runner.checkpoint import storage
 from runner.checkpoint.storage import Checkpoint, Weights
 from runner.model import lora
 from runner.model.family import TrainSettings
-from runner.plan.phases import TrainPhase, learned_parts, recomputed, trains_lora
+from runner.plan.phases import TrainPhase, gradient_checkpointing, trained_encoders, trains_lora
 from runner.spec.schema import Spec, Stop
 from runner.training import optimizers
 from runner.training.adapter_shapes import lora_shape
@@ -122,7 +122,7 @@ def load_transformer(
 ) -> tuple[nn.Module, dict[str, nn.Parameter]]:
     """The frozen base with its adapter, {} where it has none yet; the adapter learns only if the phase says so."""
     transformer = context.model_pool.take(context.base)
-    recompute = recomputed(context.spec, rows=bool(learned_parts(phase, "token rows")))
+    recompute = gradient_checkpointing(context.spec, token_rows=bool(trained_encoders(phase, "token rows")))
     model = context.spec.model
     settings = TrainSettings(model.attention, recompute, context.base.offload, model.compile)
     context.family.prepare_training(transformer, settings)
@@ -139,7 +139,7 @@ def load_transformer(
 
 
 def load_encoders(context: RunContext, phase: TrainPhase, past: Weights) -> Encoders:
-    rows, adapted = learned_parts(phase, "token rows"), learned_parts(phase, "text lora")
+    rows, adapted = trained_encoders(phase, "token rows"), trained_encoders(phase, "text lora")
     return {
         name: LiveEncoder.load(context, name, past, learn_rows=name in rows, learn_lora=name in adapted)
         if name in (*rows, *adapted)
