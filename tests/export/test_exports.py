@@ -218,8 +218,8 @@ def test_the_day_is_the_one_on_which_the_run_began(done: House, monkeypatch: pyt
 def test_a_mismatch_fails_the_run_with_the_layers_name(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     real = formats.to_kohya
 
-    def damaged(adapter: Any) -> dict[str, Any]:
-        named = real(adapter)
+    def damaged(*arguments: Any) -> dict[str, Any]:
+        named = real(*arguments)
         named["lora_unet_single_blocks_1_linear1.lora_up.weight"][130] += 0.01  # a row of k
         return named
 

@@ -113,7 +113,7 @@ def test_eight_bits_follow_thirty_two_closely_and_resume_exactly() -> None:
 
 
 def test_a_checkpoint_is_also_due_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A clock that moves five seconds at every look: due every twelve."""
+    """A clock that moves five seconds each time it is read; a checkpoint is due every twelve."""
     import itertools
 
     from runner.training import loop
@@ -151,7 +151,7 @@ def test_a_checkpoint_is_also_due_by_the_clock(monkeypatch: pytest.MonkeyPatch) 
     ],
 )
 def test_training_ends_early_by_rule(early: EarlyStopping, losses: list[float], last: int, why: str) -> None:
-    """A look every two steps."""
+    """Validation every two steps."""
     line = Line()
     recorded = Recorded(lambda step: losses[step // 2 - 1])
     config = LoopConfig(0, 12, 12, 1, 1.0, 100, None, 2, early)

@@ -191,7 +191,7 @@ def test_the_edges_of_every_rule(
     early: EarlyStopping, loss: float, best: float, best_step: int, step: int, told: str
 ) -> None:
     assert early.reason(TrainState(eval_loss=loss, best=best, best_step=best_step), step) == told
-    assert early.reason(TrainState(), step) == ""  # nothing was looked at yet
+    assert early.reason(TrainState(), step) == ""  # nothing was validated yet
 
 
 def test_the_best_step_is_the_first_with_the_lowest_loss() -> None:
