@@ -37,7 +37,7 @@ def new(
     from runner.core.files import output_folder, write_text
     from runner.newspec.file import NewSpecRequest, write_new_spec
     from runner.newspec.template import SCHEMA, NewError
-    from runner.spec.schema import schema_text
+    from runner.spec.json_schema import schema_text
 
     if file.exists():
         raise click.BadParameter(f"{file} exists; name another file", param_hint="FILE")
@@ -62,7 +62,7 @@ def new(
 def schema(out: Path | None) -> None:
     """Print the JSON Schema of a spec. With `#:schema ./FILE` as a spec's first line, editors complete its keys."""
     from runner.core.files import output_folder, write_text
-    from runner.spec.schema import schema_text
+    from runner.spec.json_schema import schema_text
 
     if out is None:
         click.echo(schema_text(), nl=False)

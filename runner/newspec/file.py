@@ -14,9 +14,10 @@ from runner.jobs.prepare import draft_spec
 from runner.newspec.card import card_bytes, fitting_values
 from runner.newspec.from_diffusers import CommandError, draft_of, written
 from runner.newspec.pictures import FolderFindings, inspect_folder
-from runner.newspec.template import FIRST, TEMPLATES, NewError, Values, inline, new_spec
+from runner.newspec.template import FIRST, TEMPLATES, NewError, Values, new_spec
 from runner.plan.build import PlanError
 from runner.spec.run_names import allowed
+from runner.spec.toml_text import toml_value
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def _fitted(
         if wish.card is not None:
             card = card_bytes(wish.card)
             values = fitting_values(text_with, wish.file, pictures, card)
-            chosen = ", ".join(f"{key} = {inline(value)}" for key, value in values.items())
+            chosen = ", ".join(f"{key} = {toml_value(value)}" for key, value in values.items())
             notes.append(f"fits a card of {format_bytes(card)} {f'with {chosen}' if chosen else 'as it is'}")
     except SpecError as error:
         told = "; ".join(f"{fault.key}: {fault.message}" for fault in error.faults)

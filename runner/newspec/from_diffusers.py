@@ -24,8 +24,9 @@ from runner.newspec.diffusers_flags import (
     SWITCHES,
     Number,
 )
-from runner.newspec.template import DEFAULT_BASE, toml_value
+from runner.newspec.template import DEFAULT_BASE
 from runner.spec.run_names import allowed
+from runner.spec.toml_text import toml_line
 
 
 class CommandError(Exception):
@@ -376,13 +377,13 @@ def written(draft: Draft) -> str:
     for key, value in draft.values.items():
         table, _, name = key.rpartition(".")
         if key != "tokens":
-            tables.setdefault(table, []).append(toml_value(name, value))
+            tables.setdefault(table, []).append(toml_line(name, value))
     lines = [f"# From a command line of {script.rsplit('/', 1)[-1]}, by `fluxrun new FILE --from-command COMMAND`."]
     lines += [f"# {flag}: {reason}." for flag, reason in draft.notes]
     lines += ["", *tables.pop("")]
     for table in sorted(tables, key=ORDER.index):
         if table == "lora":
             for token in draft.values.get("tokens", []):
-                lines += ["", "[[tokens]]", *(toml_value(name, value) for name, value in token.items())]
+                lines += ["", "[[tokens]]", *(toml_line(name, value) for name, value in token.items())]
         lines += ["", f"[{table}]", *tables[table]]
     return "\n".join(lines) + "\n"

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin
 
-import tomli_w
 from pydantic import BaseModel
 
 from runner.spec import schema
+from runner.spec.toml_text import toml_line
 
 DEFAULT_BASE = "black-forest-labs/FLUX.1-dev"
 SCHEMA = "fluxrun.schema.json"
@@ -243,7 +243,7 @@ def _lines(table: Table, written: Values, shown: Values) -> Iterator[str]:
             yield _line("# ", name, _default(table, name, shown), about)
         if key in INSTEAD:
             when, others = INSTEAD[key]
-            yield f"# Instead of {name}, {when}: {', '.join(toml_value(*one) for one in others.items())}\n"
+            yield f"# Instead of {name}, {when}: {', '.join(toml_line(*one) for one in others.items())}\n"
 
 
 def _sweep(example: Values) -> str:
@@ -253,7 +253,7 @@ def _sweep(example: Values) -> str:
 
 def _line(mark: str, name: str, value: Any, about: str) -> str:
     """`key = value  # about`, continued below where it is too long for a line."""
-    own = f"{mark}{toml_value(name, value)}"
+    own = f"{mark}{toml_line(name, value)}"
     if not about:
         return f"{own}\n"
     own = f"{own:<{COLUMN - 2}}  "
@@ -283,18 +283,3 @@ def _default(table: Table, name: str, shown: Values) -> Any:
     """What a commented line shows."""
     value = shown.get(f"{table.path}.{name}", table.model.model_fields[name].get_default())
     return list(value) if isinstance(value, tuple) else value
-
-
-def toml_value(name: str, value: Any) -> str:
-    """One `key = value` line; lists and tables stay on it."""
-    key = tomli_w.dumps({name: 0}).removesuffix(" = 0\n")
-    return f"{key} = {inline(value)}"
-
-
-def inline(value: Any) -> str:
-    """A TOML value on one line."""
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(map(inline, value))}]"
-    if isinstance(value, dict):
-        return f"{{{', '.join(toml_value(*one) for one in value.items())}}}"
-    return tomli_w.dumps({"v": value}).removeprefix("v = ").rstrip("\n")

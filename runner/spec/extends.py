@@ -11,17 +11,16 @@ from typing import Any
 from runner.core.errors import Fault, SpecError
 from runner.core.user_text import NotUtf8Error, read_user_text
 from runner.spec.toml_errors import toml_faults
-from runner.spec.toml_lines import Path as Where
-from runner.spec.toml_lines import key_lines, line_of
+from runner.spec.toml_lines import KeyPath, key_lines, line_of
 
 KEY = "extends"
 DEEPEST = 8  # files in a chain; more is a mistake rather than a wish
 
-Locations = Mapping[Where, tuple[Path, int]]
-Reader = Callable[[Path], tuple[dict[str, Any], dict[Where, int]]]
+Locations = Mapping[KeyPath, tuple[Path, int]]
+Reader = Callable[[Path], tuple[dict[str, Any], dict[KeyPath, int]]]
 
 
-def read_with_lines(file: Path) -> tuple[dict[str, Any], dict[Where, int]]:
+def read_with_lines(file: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
     """A file's tables, and the line of each key. Raises SpecError."""
     tables, text = read_toml(file)
     return tables, key_lines(text)
@@ -43,7 +42,7 @@ def read_merged(
     told, chain = tables.pop(KEY), (*below, file)
     base = _base(told, chain, line_of(lines, (KEY,)))
     under, under_places = read_merged(base, chain, read)
-    replaced: set[Where] = set()
+    replaced: set[KeyPath] = set()
     laid = _deep_merge(under, tables, replaced)
     kept = {where: place for where, place in under_places.items() if not _inside(where, replaced)}
     return laid, {**kept, **places}
@@ -71,7 +70,7 @@ def _base(told: Any, chain: tuple[Path, ...], line: int) -> Path:
 
 
 def _deep_merge(
-    under: Mapping[str, Any], over: Mapping[str, Any], replaced: set[Where], at: Where = ()
+    under: Mapping[str, Any], over: Mapping[str, Any], replaced: set[KeyPath], at: KeyPath = ()
 ) -> dict[str, Any]:
     """`replaced`: gets the keys of which nothing is left."""
     tables = dict(under)
@@ -85,11 +84,11 @@ def _deep_merge(
     return tables
 
 
-def _inside(where: Where, replaced: Collection[Where]) -> bool:
+def _inside(where: KeyPath, replaced: Collection[KeyPath]) -> bool:
     return any(where[:length] in replaced for length in range(1, len(where) + 1))
 
 
-def location_of(places: Locations, where: Where) -> tuple[Path, int] | None:
+def location_of(places: Locations, where: KeyPath) -> tuple[Path, int] | None:
     """File and line of a key, else of the nearest table around it."""
     for length in range(len(where), 0, -1):
         if where[:length] in places:

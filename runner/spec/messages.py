@@ -1,4 +1,4 @@
-"""What is wrong with one key, in words: the value found, what is allowed, and the nearest valid name."""
+"""What is wrong with one key, in words: the value found, what is allowed, what to write instead, and what the key means."""
 
 from __future__ import annotations
 
@@ -8,168 +8,28 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import tomli_w
-
-from runner.spec.keys import (
-    BOUNDS,
-    Where,
-    dotted_key,
-    field_of,
-    kind_of,
-    limits_of,
-    metadata_of,
-    models_in,
-    number,
-    spec_keys,
-)
+from runner.spec.keys import KINDS, SpecKey, dotted_key, key_at, number, spec_keys, union_tags
+from runner.spec.toml_lines import KeyPath
+from runner.spec.toml_text import toml_value
 from runner.spec.unknown_keys import show_value, unknown_key_faults
 
-CHOICES = {"literal_error", "union_tag_invalid"}  # pydantic's error types of a value that is none of the names allowed
-TAGS = {"none", "sigma_sqrt", "logit_normal", "mode", "cosmap", "adamw", "adamw8bit", "prodigy"}
-
-
-@dataclass(frozen=True)
-class KeyFault:
-    """What is wrong with a dotted key.
-
-    meant: the keys that it was probably meant for, about which nothing is reported; kind: pydantic's type of the error.
-    """
-
-    key: str
-    message: str
-    meant: tuple[str, ...] = ()
-    kind: str = ""
-
-
-def explain(
-    detail: Mapping[str, Any], tables: Mapping[str, Any], written: Mapping[str, Any], swept: Collection[str] = ()
-) -> KeyFault:
-    """One pydantic error. tables: the spec that it is about; written: the same without defaults; swept: its keys that
-    stand in [sweep]."""
-    path = _real_path(detail["loc"], tables)
-    name, kind, found = ".".join(map(str, path)), detail["type"], detail["input"]
-    if kind == "extra_forbidden":
-        return KeyFault(name, *unknown_key_faults(path, found, tables, written, swept), kind)
-    if kind == "missing":
-        return KeyFault(name, _missing(path), kind=kind)
-    if kind in CHOICES:
-        return _no_choice(name, path, kind, found, detail.get("ctx", {}))
-    return KeyFault(name, _told(_expected(path, kind, found, detail), path, kind, found), kind=kind)
-
-
-def _told(what: str, path: Where, kind: str, found: Any) -> str:
-    """With what is allowed, what to type, and what the key means."""
-    about = field_of(path)
-    if about is None:
-        return what
-    limits = limits_of(about, every=kind.startswith("less_than"))
-    allowed = f"allowed: {limits}" if limits and f"expected {limits}," not in what else ""
-    text = "; ".join(part for part in (what, allowed, _to_type(path, about, kind, found)) if part)
-    meaning = about.description or ""
-    lower = meaning[:1].lower() if meaning[1:2].islower() else meaning[:1]
-    return f"{text} ({lower}{meaning[1:]})" if meaning else text
-
-
-def _no_choice(name: str, path: Where, kind: str, found: Any, context: Mapping[str, Any]) -> KeyFault:
-    if kind == "union_tag_invalid":
-        inner = "scheme" if path[-1] == "weighting" else "name"
-        found = found.get(inner) if isinstance(found, Mapping) else found
-        name = f"{name}.{inner}"
-    choices = _choices(context)
-    about = spec_keys().get(name)
-    more = ["true", "false", "a whole number from 1"] if about and "bool" in str(about.annotation) else []
-    guess = _guess(str(found), choices)
-    if found == []:
-        return KeyFault(name, _told("expected at least one name, got []", path, kind, found), kind="too_short")
-    return KeyFault(
-        name,
-        f"expected one of {', '.join([*more, *choices])}, got {show_value(found)}{guess}",
-        kind=kind,
-    )
-
-
-TYPES = {  # what pydantic says of an entry of a list, where the key's own type does not tell
-    "int_type": "a whole number",
-    "int_from_float": "a whole number",
-    "float_type": "a number",
-    "bool_type": "true or false",
-    "tuple_type": "a list",
-    "model_type": "a table",
-    "model_attributes_type": "a table",
-    "string_type": "text",
+CHOICES = ("literal_error", "union_tag_invalid")  # pydantic's types of error for a word that is none of those allowed
+TABLES = ("model_type", "model_attributes_type")  # for a value where a table should be
+KIND_OF_ENTRY = {  # what an entry of a list should be, by pydantic's type of error: the key's own kind is "a list"
+    "int_type": KINDS["integer"],
+    "int_from_float": KINDS["integer"],
+    "float_type": KINDS["number"],
+    "bool_type": KINDS["boolean"],
+    "tuple_type": KINDS["array"],
+    "string_type": KINDS["string"],
+    **dict.fromkeys(TABLES, "a table"),
 }
-FORMS = {
+FORMS = {  # what a text with a pattern may hold
     "name": "the letters A-Z and a-z, digits and . _ = , + -, beginning with a letter, a digit or _, with at most one / between",
     "tokens.name": "the letters A-Z and a-z, digits and _, beginning with no digit",
     "tokens.placeholder": "lower-case letters, digits and -, with a letter first and last",
 }
-
-
-def _expected(path: Where, kind: str, found: Any, detail: Mapping[str, Any]) -> str:
-    """`expected a whole number, got '6'`."""
-    limits, key, about = detail.get("ctx", {}), dotted_key(path), field_of(path)
-    if kind in TYPES:
-        whole = about is not None and not isinstance(path[-1], int)
-        wanted = (
-            "a list of tables" if key == "tokens" and whole else kind_of(about.annotation) if whole else TYPES[kind]
-        )
-    elif kind == "string_pattern_mismatch":
-        wanted = FORMS.get(key, "text on one line")
-    elif kind == "string_too_short" or kind == "too_short":
-        wanted = "text that is not empty" if isinstance(found, str) else "at least one value"
-    elif kind == "string_too_long":
-        wanted, found = f"at most {limits['max_length']} characters", len(found)
-    elif kind == "finite_number":
-        wanted = "a finite number"
-    elif kind == "multiple_of":
-        wanted = f"a multiple of {limits['multiple_of']}"
-    else:
-        word = next((word for name, word in BOUNDS.items() if name in limits), "")
-        wanted = f"{word} {number(next(iter(limits.values())))}" if word else ""
-    if not wanted:
-        return f"{detail['msg'][0].lower()}{detail['msg'][1:]}, got {show_value(found)}"
-    return f"expected {wanted}, got {_got(found)}"
-
-
-def _got(found: Any) -> str:
-    if isinstance(found, Mapping):
-        return "a table"
-    if isinstance(found, list) and found and all(isinstance(one, Mapping) for one in found):
-        return "a list of tables"
-    return show_value(found)
-
-
-def _to_type(path: Where, about: Any, kind: str, found: Any) -> str:
-    """The value as it was likely meant, in TOML."""
-    key, text = dotted_key(path), str(about.annotation)
-    own, last = found if isinstance(found, str) else "", str(path[-1])
-    if kind in ("model_type", "model_attributes_type"):
-        return _table_to_type(key, about, found)
-    if kind == "tuple_type" and key == "tokens":
-        return _table_to_type(key, about, found)
-    if kind == "tuple_type" and not isinstance(found, Mapping | list) and not _is_number(own):
-        return f"write {last} = [{toml(found)}]"
-    if kind == "string_pattern_mismatch":
-        return _one_line(key, own)
-    if isinstance(found, list) and kind in TYPES and len(found) == 1:
-        return f"write {toml(found[0])}, without brackets"
-    if isinstance(found, list) and kind in TYPES and "tuple[" not in text and not isinstance(path[-1], int):
-        return f'to try one after the other, write "{key}" = {toml(found)} below [sweep]'
-    if kind == "string_type" and isinstance(found, int | float) and not isinstance(found, bool):
-        return f'write it in quotes: "{found}"'
-    if kind in ("int_type", "int_from_float") and isinstance(found, float) and found.is_integer():
-        return f"write {int(found)}"
-    if kind in ("int_type", "float_type", "tuple_type") and _is_number(own):
-        return f"write it without quotes: {own.strip()}"
-    if kind == "bool_type" and own.lower() in ("true", "false", "yes", "no", "on", "off"):
-        return f"write {'true' if own.lower() in ('true', 'yes', 'on') else 'false'}, without quotes"
-    if kind == "multiple_of" and isinstance(found, int) and found > 0:
-        step = next(item.multiple_of for item in metadata_of(about) if getattr(item, "multiple_of", None))
-        below, above = found // step * step, (found // step + 1) * step
-        return f"write {f'{below} or ' if below else ''}{above}"
-    return ""
-
-
+BOUNDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}  # by pydantic's names
 FIRST_KEYS = {
     "model": "base",
     "data": "source",
@@ -178,67 +38,9 @@ FIRST_KEYS = {
     "text_lora": "rank",
     "train": "steps",
 }
-
-
-def _table_to_type(key: str, about: Any, found: Any) -> str:
-    """How a table is written that stands there as something else."""
-    if key == "tokens" and isinstance(found, Mapping):
-        return "write [[tokens]], in double brackets, above each token's keys"
-    if isinstance(found, list) and key != "tokens":
-        return f"write [{key}], in single brackets"
-    header = "[[tokens]]" if key == "tokens" else f"[{key}]"
-    fields = {name: one for model in models_in(about.annotation) for name, one in model.model_fields.items()}
-    first = FIRST_KEYS.get(key) or next((name for name in ("name", "scheme") if name in fields), "")
-    found = found[0] if isinstance(found, list) and found else found
-    fits = first and (isinstance(found, str) or kind_of(fields[first].annotation) == "a whole number" == _type(found))
-    return f"write {header}, and below it {f'{first} = {toml(found)}' if fits else 'its keys'}"
-
-
-def _type(found: Any) -> str:
-    return "a whole number" if isinstance(found, int) and not isinstance(found, bool) else ""
-
-
+PATHS = ("source", "base", "images")  # the last parts of keys that hold paths
 CONTROLS = {"\n": "\\n", "\t": "\\t", "\r": "\\r", "\b": "\\b", "\f": "\\f"}
-
-
-def _one_line(key: str, found: str) -> str:
-    """Why a text does not have its form, and how it would."""
-    if key == "tokens.name":
-        near = re.sub(r"\W+", "_", found, flags=re.ASCII).strip("_")
-        return f"write {toml(near)}" if re.fullmatch(r"[A-Za-z_]\w*", near, re.ASCII) else ""
-    control = next((c for c in found if ord(c) < 32), None)
-    if control is None:
-        return ""
-    typed = "".join(CONTROLS.get(c, c) for c in found)
-    shown = CONTROLS.get(control, repr(control)[1:-1])
-    if control in "\n\r" and not key.endswith(PATHS):
-        return "it holds a line break; write it on one line"
-    if not any(ord(c) < 32 for c in typed) and (key.endswith(PATHS) or re.match(r"[A-Za-z]:", found)):
-        slashes = typed.replace("\\", "/")
-        return f"in double quotes {shown} is a control character, not the backslash of a path; write \"{slashes}\", or '{typed}'"
-    return f"it holds the control character {shown}; remove it"
-
-
-PATHS = ("source", "base", "images")
-
-
-def toml(value: Any) -> str:
-    """A plain value as it is written in a spec."""
-    return (
-        tomli_w.dumps({"v": value})
-        .strip()
-        .removeprefix("v = ")
-        .replace("\n    ", " ")
-        .replace(",\n]", "]")
-        .replace("[ ", "[")
-    )
-
-
-def _is_number(text: str) -> bool:
-    return bool(re.fullmatch(r"\s*[+-]?\d[\d_]*(\.\d+)?([eE][+-]?\d+)?\s*", text))
-
-
-EXAMPLES = {
+EXAMPLES = {  # of required keys
     "model": '[model] and below it base = "black-forest-labs/FLUX.1-dev"',
     "model.base": 'base = "black-forest-labs/FLUX.1-dev"',
     "data": '[data] and below it source = "my-pictures" (the folder of your images)',
@@ -250,37 +52,205 @@ EXAMPLES = {
 }
 
 
-def _missing(path: Where) -> str:
-    key, about = dotted_key(path), field_of(path)
-    what = "table" if about is not None and kind_of(about.annotation) == "a table" else "key"
-    where = "" if len(path) == 1 else f" below {'[[tokens]]' if path[0] == 'tokens' else f'[{path[0]}]'}"
-    if key not in EXAMPLES:
-        return f"required {what} is missing"
-    return f"required {what} is missing; write {EXAMPLES[key]}{where}"
+@dataclass(frozen=True)
+class KeyFault:
+    """What is wrong with a dotted key.
+
+    meant: the keys that an unknown one was probably meant for, about which nothing else is reported; kind: pydantic's type
+    of the error.
+    """
+
+    key: str
+    message: str
+    meant: tuple[str, ...] = ()
+    kind: str = ""
 
 
-def _real_path(location: tuple[Any, ...], tables: Mapping[str, Any]) -> Where:
-    """Pydantic's location less the union branches it tried, which the user never wrote."""
-    out: list[str | int] = []
-    here: Any = tables
+def explain(
+    error: Mapping[str, Any], tables: Mapping[str, Any], written: Mapping[str, Any], swept: Collection[str] = ()
+) -> KeyFault:
+    """One of pydantic's errors.
+
+    tables: the spec that it is about; written: the same without defaults; swept: the keys that [sweep] sets.
+    """
+    path = _written_path(error["loc"], tables)
+    key, kind, value = ".".join(map(str, path)), error["type"], error["input"]
+    if kind == "extra_forbidden":
+        return KeyFault(key, *unknown_key_faults(path, value, tables, written, swept), kind)
+    if kind == "missing":
+        return KeyFault(key, _missing(path), kind=kind)
+    if kind in CHOICES and value == []:
+        kind = "too_short"  # another branch of the union takes a list
+    if kind in CHOICES:
+        return _no_choice(key, path, error)
+    return KeyFault(key, _with_advice(_expected(path, kind, error), path, kind, value), kind=kind)
+
+
+def _written_path(location: tuple[Any, ...], tables: Mapping[str, Any]) -> KeyPath:
+    """Pydantic's location of an error, without the branches of unions that it tried, which the user never wrote."""
+    path: list[str | int] = []
+    value: Any = tables
     for position, part in enumerate(location):
         last = position == len(location) - 1
-        if isinstance(here, Mapping):
-            known = part in here or (last and part not in TAGS and "[" not in str(part) and "(" not in str(part))
-            if known or (position == 0 and last):
-                out.append(part)
-                here = here.get(part)
-        elif isinstance(here, list | tuple) and isinstance(part, int) and part < len(here):
-            out.append(part)
-            here = here[part]
-    return tuple(out)
+        if isinstance(value, Mapping):
+            is_branch = part in union_tags() or "[" in str(part) or "(" in str(part)
+            if part in value or (last and (position == 0 or not is_branch)):
+                path.append(part)
+                value = value.get(part)
+        elif isinstance(value, list | tuple) and isinstance(part, int) and part < len(value):
+            path.append(part)
+            value = value[part]
+    return tuple(path)
+
+
+def _missing(path: KeyPath) -> str:
+    key = dotted_key(path)
+    what = "table" if key in spec_keys() and spec_keys()[key].kind == "a table" else "key"
+    if key not in EXAMPLES:
+        return f"required {what} is missing"
+    table = "" if len(path) == 1 else f" below {'[[tokens]]' if path[0] == 'tokens' else f'[{path[0]}]'}"
+    return f"required {what} is missing; write {EXAMPLES[key]}{table}"
+
+
+def _no_choice(key: str, path: KeyPath, error: Mapping[str, Any]) -> KeyFault:
+    """Of a word that is none of those allowed."""
+    value, kind = error["input"], error["type"]
+    if kind == "union_tag_invalid":
+        tag = "scheme" if path[-1] == "weighting" else "name"
+        value = value.get(tag) if isinstance(value, Mapping) else value
+        key = f"{key}.{tag}"
+    choices = _choices(error.get("ctx", {}))
+    near = difflib.get_close_matches(str(value), choices, 1, 0.6)
+    guess = f"; did you mean {near[0]}?" if near else ""
+    about = spec_keys().get(key)
+    if about and any(form.get("type") == "boolean" for form in about.forms):
+        choices = ["true", "false", "a whole number from 1", *choices]
+    return KeyFault(key, f"expected one of {', '.join(choices)}, got {show_value(value)}{guess}", kind=kind)
 
 
 def _choices(context: Mapping[str, Any]) -> list[str]:
+    """Of pydantic's "'a', 'b' or 'c'"."""
     text = str(context.get("expected") or context.get("expected_tags") or "")
     return [word.strip(" '") for word in text.replace(" or ", ",").split(",") if word.strip(" '")]
 
 
-def _guess(found: str, choices: list[str]) -> str:
-    near = difflib.get_close_matches(found, choices, 1, 0.6)
-    return f"; did you mean {near[0]}?" if near else ""
+def _expected(path: KeyPath, kind: str, error: Mapping[str, Any]) -> str:
+    """`expected a whole number, got '6'`."""
+    value, limits, key = error["input"], error.get("ctx", {}), dotted_key(path)
+    if kind in KIND_OF_ENTRY:
+        wanted = _expected_kind(path, kind)
+    elif kind == "string_pattern_mismatch":
+        wanted = FORMS.get(key, "text on one line")
+    elif kind in ("string_too_short", "too_short"):
+        wanted = "text that is not empty" if isinstance(value, str) else "at least one value"
+    elif kind == "string_too_long":
+        wanted, value = f"at most {limits['max_length']} characters", len(value)
+    elif kind == "finite_number":
+        wanted = "a finite number"
+    elif kind == "multiple_of":
+        wanted = f"a multiple of {limits['multiple_of']}"
+    elif bound := next((name for name in BOUNDS if name in limits), ""):
+        wanted = f"{BOUNDS[bound]} {number(limits[bound])}"
+    else:
+        return f"{error['msg'][0].lower()}{error['msg'][1:]}, got {show_value(value)}"
+    return f"expected {wanted}, got {_describe(value)}"
+
+
+def _expected_kind(path: KeyPath, kind: str) -> str:
+    about = key_at(path)
+    if about is None or isinstance(path[-1], int):
+        return KIND_OF_ENTRY[kind]
+    return "a list of tables" if about.is_table and about.takes_list else about.kind
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "a table"
+    if isinstance(value, list) and value and all(isinstance(entry, Mapping) for entry in value):
+        return "a list of tables"
+    return show_value(value)
+
+
+def _with_advice(problem: str, path: KeyPath, kind: str, value: Any) -> str:
+    """The problem with what is allowed, what to write, and what the key means."""
+    about = key_at(path)
+    if about is None:
+        return problem
+    limits = about.limits(every=kind.startswith("less_than"))
+    allowed = f"allowed: {limits}" if limits and f"expected {limits}," not in problem else ""
+    text = "; ".join(part for part in (problem, allowed, _way_out(path, about, kind, value)) if part)
+    meaning = about.meaning
+    first = meaning[:1].lower() if meaning[1:2].islower() else meaning[:1]
+    return f"{text} ({first}{meaning[1:]})" if meaning else text
+
+
+def _way_out(path: KeyPath, about: SpecKey, kind: str, value: Any) -> str:
+    """What to write: the value as it was probably meant, in TOML. "" where that cannot be guessed."""
+    key, last = dotted_key(path), str(path[-1])
+    if kind in TABLES or (kind == "tuple_type" and about.is_table):
+        return _write_table(key, value)
+    if kind == "string_pattern_mismatch":
+        return _write_text(key, value)
+    if kind == "multiple_of" and isinstance(value, int) and value > 0 and about.step:
+        below, above = value // about.step * about.step, (value // about.step + 1) * about.step
+        return f"write {f'{below} or ' if below else ''}{above}"
+    if isinstance(value, list) and value and kind in KIND_OF_ENTRY and not isinstance(value[0], Mapping):
+        if len(value) == 1:
+            return f"write {toml_value(value[0])}, without brackets"
+        if not about.takes_list and not isinstance(path[-1], int):
+            return f'to try one after the other, write "{key}" = {toml_value(value)} below [sweep]'
+    if isinstance(value, str):
+        return _write_unquoted(last, kind, value)
+    if kind == "tuple_type" and not isinstance(value, Mapping | list):
+        return f"write {last} = [{toml_value(value)}]"
+    if kind == "string_type" and isinstance(value, int | float) and not isinstance(value, bool):
+        return f'write it in quotes: "{value}"'
+    if kind in ("int_type", "int_from_float") and isinstance(value, float) and value.is_integer():
+        return f"write {int(value)}"
+    return ""
+
+
+def _write_unquoted(last: str, kind: str, text: str) -> str:
+    """Where a number, true, false or a list should be instead of a text."""
+    is_number = re.fullmatch(r"\s*[+-]?\d[\d_]*(\.\d+)?([eE][+-]?\d+)?\s*", text)
+    if kind in ("int_type", "float_type", "tuple_type") and is_number:
+        return f"write it without quotes: {text.strip()}"
+    if kind == "tuple_type":
+        return f"write {last} = [{toml_value(text)}]"
+    if kind == "bool_type" and text.lower() in ("true", "false", "yes", "no", "on", "off"):
+        return f"write {'true' if text.lower() in ('true', 'yes', 'on') else 'false'}, without quotes"
+    return ""
+
+
+def _write_table(key: str, value: Any) -> str:
+    """How to write a table where the key has another value."""
+    if key == "tokens" and isinstance(value, Mapping):
+        return "write [[tokens]], in double brackets, above each token's keys"
+    if isinstance(value, list) and key != "tokens":
+        return f"write [{key}], in single brackets"
+    header = "[[tokens]]" if key == "tokens" else f"[{key}]"
+    value = value[0] if isinstance(value, list) and value else value
+    candidates = (FIRST_KEYS.get(key), "name", "scheme")
+    first = next((name for name in candidates if name and f"{key}.{name}" in spec_keys()), "")
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    if first and (isinstance(value, str) or (is_whole and spec_keys()[f"{key}.{first}"].kind == KINDS["integer"])):
+        return f"write {header}, and below it {first} = {toml_value(value)}"
+    return f"write {header}, and below it its keys"
+
+
+def _write_text(key: str, text: str) -> str:
+    """Why a text does not match its pattern, and how it would."""
+    if key == "tokens.name":
+        near = re.sub(r"\W+", "_", text, flags=re.ASCII).strip("_")
+        return f"write {toml_value(near)}" if re.fullmatch(r"[A-Za-z_]\w*", near, re.ASCII) else ""
+    control = next((character for character in text if ord(character) < 32), None)
+    if control is None:
+        return ""
+    if control in "\n\r" and not key.endswith(PATHS):
+        return "it holds a line break; write it on one line"
+    shown = CONTROLS.get(control, repr(control)[1:-1])
+    typed = "".join(CONTROLS.get(character, character) for character in text)
+    if not any(ord(character) < 32 for character in typed) and (key.endswith(PATHS) or re.match(r"[A-Za-z]:", text)):
+        slashes = typed.replace("\\", "/")
+        return f"in double quotes {shown} is a control character, not the backslash of a path; write \"{slashes}\", or '{typed}'"
+    return f"it holds the control character {shown}; remove it"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -309,34 +308,6 @@ class Spec(Table):
 def dump(spec: Spec) -> dict[str, Any]:
     """Every key, defaults included, as plain tables ready for TOML; what is not set is left out."""
     return spec.model_dump(mode="json", by_alias=True, exclude_none=True)
-
-
-def json_schema() -> dict[str, Any]:
-    """JSON Schema of a spec file, for editors. What a spec must have may stand in the file that it extends."""
-    schema = Spec.model_json_schema(by_alias=True)
-    for table in ("Model", "Data"):
-        schema["$defs"][table].pop("required")
-    del schema["required"]
-    schema["if"] = {"not": {"required": ["extends"]}}
-    schema["then"] = {
-        "required": ["model", "data", "train"],
-        "properties": {"model": {"required": ["base"]}, "data": {"required": ["source"]}},
-    }
-    schema["properties"]["extends"] = {
-        "type": "string",
-        "description": "A TOML file, relative to this one, whose keys this file's are laid over",
-    }
-    schema["properties"]["sweep"] = {
-        "type": "object",
-        "description": "Dotted keys with lists of values: one run for each combination",
-        "additionalProperties": {"type": "array", "minItems": 1},
-    }
-    schema["title"] = "fluxrun spec"
-    return schema
-
-
-def schema_text() -> str:
-    return json.dumps(json_schema(), indent=1) + "\n"
 
 
 def flat(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -10,8 +10,8 @@ from typing import Any
 
 from runner.core.errors import Fault
 from runner.spec.extends import Locations, location_of
-from runner.spec.keys import Where
 from runner.spec.origins import DEFAULT
+from runner.spec.toml_lines import KeyPath
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,10 @@ class SpecOrigin:
 
     def place(self, key: str) -> tuple[Path, int]:
         if key in self.swept:
-            where: Where = ("sweep", key) if ("sweep", key) in self.places else ("sweep", *key.split("."))
+            path: KeyPath = ("sweep", key) if ("sweep", key) in self.places else ("sweep", *key.split("."))
         else:
-            where = tuple(int(part) if part.isdigit() else part for part in key.split(".") if part)
-        return location_of(self.places, where) or (self.file, 1)
+            path = tuple(int(part) if part.isdigit() else part for part in key.split(".") if part)
+        return location_of(self.places, path) or (self.file, 1)
 
     def fault(self, key: str, message: str) -> Fault:
         return Fault(*self.place(key), key, self.relative(key, message))

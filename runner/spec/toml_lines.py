@@ -6,7 +6,7 @@ import re
 import tomllib
 from collections.abc import Iterator, Mapping
 
-Path = tuple[str | int, ...]
+KeyPath = tuple[str | int, ...]
 
 _KEY = r"""(?:[A-Za-z0-9_-]+|"(?:[^"\\\n]|\\.)*"|'[^'\n]*')"""
 _DOTTED = rf"{_KEY}(?:[ \t]*\.[ \t]*{_KEY})*"
@@ -20,12 +20,12 @@ _HEADER = re.compile(rf"[ \t]*(?P<open>\[\[?)[ \t]*(?P<key>{_DOTTED})[ \t]*\]\]?
 _ASSIGNMENT = re.compile(rf"[ \t]*(?P<key>{_DOTTED})[ \t]*=")
 
 
-def key_lines(text: str) -> dict[Path, int]:
+def key_lines(text: str) -> dict[KeyPath, int]:
     """Key path -> 1-based line, e.g. ("tokens", 0, "name") -> 12. Keys inside inline tables have their table's line."""
     text = text.replace("\r\n", "\n")
-    lines: dict[Path, int] = {}
-    counts: dict[Path, int] = {}
-    table: Path = ()
+    lines: dict[KeyPath, int] = {}
+    counts: dict[KeyPath, int] = {}
+    table: KeyPath = ()
     for number, statement in _statements(text):
         if header := _HEADER.match(statement):
             table = _in_arrays(_parts(header["key"]), counts, new=header["open"] == "[[")
@@ -39,7 +39,7 @@ def key_lines(text: str) -> dict[Path, int]:
     return lines
 
 
-def line_of(lines: Mapping[Path, int], path: Path) -> int:
+def line_of(lines: Mapping[KeyPath, int], path: KeyPath) -> int:
     """The line of a key, else of the nearest table around it, else 1."""
     for length in range(len(path), 0, -1):
         if path[:length] in lines:
@@ -64,7 +64,7 @@ def _statements(text: str) -> Iterator[tuple[int, str]]:
     yield line, text[start:]
 
 
-def _parts(dotted: str) -> Path:
+def _parts(dotted: str) -> KeyPath:
     """`a."b.c"` -> ("a", "b.c"), by tomllib itself where there are quotes."""
     if _BARE.fullmatch(dotted):
         return tuple(part.strip() for part in dotted.split("."))
@@ -76,9 +76,9 @@ def _parts(dotted: str) -> Path:
     return tuple(path)
 
 
-def _in_arrays(path: Path, counts: dict[Path, int], *, new: bool) -> Path:
+def _in_arrays(path: KeyPath, counts: dict[KeyPath, int], *, new: bool) -> KeyPath:
     """Put the current index behind each part that is an array of tables."""
-    out: Path = ()
+    out: KeyPath = ()
     for position, part in enumerate(path):
         out += (part,)
         if new and position == len(path) - 1:

@@ -20,8 +20,7 @@ import click
 import pytest
 
 from runner.cli import main
-from runner.spec.keys import all_keys
-from runner.spec.schema import Spec
+from runner.spec.keys import spec_keys
 from tests.support.house import PIVOTAL, House
 from tests.support.markdown import Block, blocks
 from tests.support.paths import PICTURES, PROJECT
@@ -191,7 +190,7 @@ def test_a_spec_on_a_page_plans(block: Block, tmp_path: Path) -> None:
 # ---- names ---------------------------------------------------------------------------------------------------------
 
 
-KEYS = dict(all_keys(Spec))
+KEYS = spec_keys()
 TABLES = {key.rpartition(".")[0] for key in KEYS if "." in key} | {"sweep"}
 
 

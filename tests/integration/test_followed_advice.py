@@ -14,10 +14,9 @@ from runner.core.errors import NonFiniteError
 from runner.engine import outcomes
 from runner.jobs.card_fit import less_memory
 from runner.jobs.prepare import prepare_jobs
-from runner.spec.keys import all_keys, models_in
+from runner.spec.keys import spec_keys
 from runner.spec.loader import load
 from runner.spec.other_trainers import NO_KEY, PROGRAMS
-from runner.spec.schema import Spec
 from tests.support.checks import report
 from tests.support.house import House
 
@@ -233,7 +232,7 @@ def test_two_faults_of_one_reason_are_told_at_once(house: House) -> None:
 
 
 def test_what_other_trainers_call_a_key_is_a_key_here() -> None:
-    keys = {name for name, _ in all_keys(Spec)}
+    keys = set(spec_keys())
     for program, names in PROGRAMS.items():
         for name, here in names.items():
             assert here.partition(" = ")[0].strip("[]") in keys, (program, name)
@@ -563,12 +562,7 @@ def test_when_the_cache_was_last_used(days: tuple[int, int, str]) -> None:
 
 def test_every_key_has_a_meaning_that_reads_as_one(house: House) -> None:
     """No fragment such as "Of everything random": each begins with a noun or a verb."""
-    for name, field in all_keys(Spec):
-        if (
-            field.annotation is None
-            or any(True for _ in models_in(field.annotation))
-            or name.endswith((".scheme", "optimizer.name"))
-        ):
-            continue
-        assert field.description, name
-        assert not field.description.startswith(("Of ", "Steps", "Default", "Instead of", "Part of")), name
+    for name, about in spec_keys().items():
+        if not about.is_table and not name.endswith((".scheme", "optimizer.name")):
+            assert about.meaning, name
+            assert not about.meaning.startswith(("Of ", "Steps", "Default", "Instead of", "Part of")), name

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from runner.spec.schema import json_schema
+from runner.spec.json_schema import json_schema
 
 
 def test_the_schema_takes_what_may_be_inherited() -> None:

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 import tomli_w
-from pydantic import BaseModel
 
 from runner.core.errors import SpecError
-from runner.spec.keys import all_keys
+from runner.spec.json_schema import json_schema
+from runner.spec.keys import spec_keys
 from runner.spec.loader import load
-from runner.spec.schema import Spec, dump, json_schema
+from runner.spec.schema import Spec, dump
 from runner.spec.toml_lines import key_lines, line_of
 from tests.support.house import House
 from tests.support.paths import PROJECT
@@ -157,13 +157,9 @@ def test_every_key_of_the_contract_is_read(tmp_path: Path, key: str) -> None:
 
 
 def test_that_table_names_every_key() -> None:
-    keys = {name for name, field in all_keys(Spec) if not _is_table(field.annotation)}
+    keys = {name for name, about in spec_keys().items() if not about.is_table}
     covered = {name for name in keys if any(name == key or name.startswith(f"{key}.") for key in VALUES)}
     assert keys - covered == {"model.base", "data.source", "train.epochs"}
-
-
-def _is_table(annotation: object) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
 def test_defaults_are_the_contracts(tmp_path: Path) -> None:
