@@ -27,7 +27,7 @@ from runner.training import context as contexts
 from runner.training import model_pool
 from runner.training.context import RunContext
 from tests.support.house import House
-from tests.support.runs import desk_of
+from tests.support.runs import context_of
 
 TINY = BUILTIN["builtin:tiny"]
 CPU = torch.device("cpu")
@@ -80,7 +80,7 @@ def test_every_part_of_a_text_key(encoder: str) -> None:
 
 
 def tuned(house: House, **more: str) -> RunContext:
-    return desk_of(house.spec("a", **more))
+    return context_of(house.spec("a", **more))
 
 
 def test_a_run_puts_all_of_them_into_its_text_keys(house: House) -> None:

@@ -28,7 +28,7 @@ from runner.training.objective import _moments
 from runner.training.phases.encode import encode_phase
 from tests.support.checkpoints import Run, content, encoded, made, new_run, newest, whole
 from tests.support.house import House
-from tests.support.runs import desk_of
+from tests.support.runs import context_of
 
 SIZE = 12_000  # 48 KB
 GOOD, OLDER, OTHER = encoded(made(40, SIZE)), encoded(made(30, SIZE)), encoded(made(50, SIZE))
@@ -176,7 +176,7 @@ def test_damaged_and_swapped_cache_entries_are_made_again(house: House) -> None:
     spec = house.spec(drop="[[tokens]]")
     text = spec.read_text()
     spec.write_text(text[: text.index("[inversion]")] + text[text.index("[lora]") :])
-    context = desk_of(spec)
+    context = context_of(spec)
     encode_phase(context, next(phase for phase in context.plan.phases if isinstance(phase, Encode)), Weights())
     clean = read_by_training(context)
     before = {path: path.read_bytes() for path in sorted(context.cache.folder.rglob("*.safetensors"))}

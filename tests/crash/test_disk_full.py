@@ -280,7 +280,10 @@ def test_a_full_disk_pauses_one_run_of_a_queue(house: House, done: House, monkey
     monkeypatch.setattr(files.DISK, "free", lambda folder: 1 << 20)
     said = house.fluxrun("queue", *specs)
     assert said.code == 3, said.err
-    assert "a: paused: the run needs about 17 MiB, of which 16 MiB must stay free, and runs/a has room for 1 MiB; " in said.err
+    assert (
+        "a: paused: the run needs about 17 MiB, of which 16 MiB must stay free, and runs/a has room for 1 MiB; "
+        in said.err
+    )
     assert "resuming" not in said.err
 
     monkeypatch.setattr(files.DISK, "free", free)

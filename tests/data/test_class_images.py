@@ -20,7 +20,7 @@ from runner.data import class_images
 from runner.training.phases.prior import prior_phase
 from tests.support.house import House
 from tests.support.paths import PICTURES
-from tests.support.runs import desk_of
+from tests.support.runs import context_of
 
 PRIOR = '[prior]\nimages = "{images}"\nprompt = "{prompt}"\ncount = {count}\n'
 
@@ -120,7 +120,7 @@ def test_a_folder_that_the_user_filled_serves_every_prompt(house: House) -> None
     specs = spec(house, "a", "a dog"), spec(house, "b", "a photo of a dog")
     assert house.fluxrun("plan", *specs).code == 0
     for path in specs:  # one after the other, neither of which makes any
-        prior_phase(desk_of(path))
+        prior_phase(context_of(path))
     assert sorted(path.name for path in folder.iterdir()) == [".lock", "dog0.png", "dog1.png"]
     spec(house, "b", "a photo of a dog", count=3)  # this one makes one
     assert house.fluxrun("plan", *specs).code == 2
@@ -200,7 +200,7 @@ def test_a_run_that_finds_the_folder_filled_for_another_prompt_fails(
 
 def test_the_first_to_lock_the_folder_has_it(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("runner.training.phases.prior.STEPS", 2)
-    first, second = (desk_of(spec(house, name, prompt)) for name, prompt in (("a", "a circle"), ("b", "a star")))
+    first, second = (context_of(spec(house, name, prompt)) for name, prompt in (("a", "a circle"), ("b", "a star")))
     prior_phase(first)
     note = json.loads((house.folder / "classes" / "fluxrun-prior.json").read_text())
     assert note == {

@@ -19,7 +19,7 @@ from tests.support import oracle, oracle_compare
 from tests.support.house import House
 from tests.support.oracle_compare import BOTH, FP32, SPECS, TINY, both, differences, near_of, too_far, write_spec
 from tests.support.paths import PROJECT
-from tests.support.runs import desk_of
+from tests.support.runs import context_of
 
 # What is special about these is held elsewhere, too, by a formula or a shorter test: `just slow` runs them.
 BESIDE = {
@@ -69,7 +69,7 @@ def test_the_table_tells_what_is_too_far(monkeypatch: pytest.MonkeyPatch, capsys
 
 def test_a_look_changes_nothing_of_what_follows(house: House) -> None:
     """Dropout goes on after the eval loss was taken: the same loss, to the bit, before and after."""
-    context = desk_of(write_spec(house, {"lora.dropout": 0.5}))
+    context = context_of(write_spec(house, {"lora.dropout": 0.5}))
     [phase] = context.plan.training
     transformer, adapter = load_transformer(context, phase, Weights())
     with torch.no_grad():

@@ -20,7 +20,7 @@ from runner.training.context import RunContext
 from runner.training.encoders import LiveEncoder
 from runner.training.model_pool import ModelPool
 from tests.support.house import House
-from tests.support.runs import desk_of
+from tests.support.runs import context_of
 
 PROMPTS = 'prompts = ["a red heart"]'
 
@@ -63,7 +63,7 @@ def test_a_warm_trainer_leaves_no_trace_of_the_run_before(house: House, monkeypa
 
 
 def test_an_adapter_that_was_taken_out_leaves_the_very_layers_that_were_there(house: House) -> None:
-    context = desk_of(plain(house, "a"))
+    context = context_of(plain(house, "a"))
     model = loading.load_transformer(context.base)
     before, attributes = list(model.named_modules()), set(vars(model))
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -81,7 +81,7 @@ def test_an_adapter_that_was_taken_out_leaves_the_very_layers_that_were_there(ho
 
 def test_another_base_or_dtype_is_another_transformer(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = loads(monkeypatch, "load_transformer")
-    context, model_pool = desk_of(house.spec("a")), ModelPool()
+    context, model_pool = context_of(house.spec("a")), ModelPool()
     own = context.spec.model
     one = model_pool.take(context.base)
     model_pool.put(context.base, own, one)
@@ -196,7 +196,7 @@ def test_a_kept_transformer_makes_room_for_an_encoder(house: House, monkeypatch:
 
 
 def test_the_encoders_read_the_same_alone_and_for_others(house: House) -> None:
-    context = desk_of(house.spec("a"))
+    context = context_of(house.spec("a"))
     live = LiveEncoder.load(context, "t5", Weights())
     entries = context.entries("t5", Weights())
     for caption in context.captions:
@@ -265,7 +265,7 @@ def test_what_has_just_learned_encodes_the_captions(house: House, monkeypatch: p
 
 
 def test_an_encoder_that_learned_on_is_not_taken_for_an_older_one(house: House) -> None:
-    context = desk_of(house.spec("a"))
+    context = context_of(house.spec("a"))
     live = LiveEncoder.load(context, "clip", Weights(), learn_rows=True)
     assert live.rows is not None
     then = Weights(rows={"clip": live.rows.detach().clone()})
@@ -277,7 +277,7 @@ def test_an_encoder_that_learned_on_is_not_taken_for_an_older_one(house: House) 
 
 
 def test_rotary_tables_are_kept_only_while_the_shape_is_told(house: House) -> None:
-    model = loading.load_transformer(desk_of(house.spec("a")).base)
+    model = loading.load_transformer(context_of(house.spec("a")).base)
     small, large = (latents.image_ids(side, side, torch.device("cpu"), torch.float32) for side in (4, 8))
     with transformer.rotary_tables_for(model, (0, 4, 4)):
         first = model.pos_embed(small)

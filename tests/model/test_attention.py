@@ -11,7 +11,7 @@ from runner.model.flux1.transformer import set_attention
 from runner.spec import attention
 from tests.support.house import House
 from tests.support.objectives import gradients, spec_of, with_model
-from tests.support.runs import desk_of
+from tests.support.runs import context_of
 
 
 def test_the_backends_are_diffusers_own() -> None:
@@ -35,7 +35,7 @@ def test_every_attention_of_a_cpu_trains(house: House, backend: str) -> None:
 
 @pytest.mark.parametrize("backend", attention.ON_A_GPU)
 def test_attention_that_is_not_here_is_refused_when_it_is_loaded(house: House, backend: str) -> None:
-    transformer = loading.load_transformer(desk_of(spec_of(house)).base)
+    transformer = loading.load_transformer(context_of(spec_of(house)).base)
     with pytest.raises(FluxrunError, match=f"model.attention: {backend} needs an NVIDIA GPU"):
         set_attention(transformer, backend)
 

@@ -14,7 +14,7 @@ from runner.training.encoders import LiveEncoder
 from runner.training.phases.train import load_encoders, load_transformer
 from tests.support.house import House
 from tests.support.objectives import count_calls, equal, jolt, objective_of, stepped, with_model
-from tests.support.runs import desk_of
+from tests.support.runs import context_of
 
 
 def test_recomputing_some_blocks_changes_no_bit_and_keeps_less(house: House) -> None:
@@ -28,7 +28,7 @@ def test_recomputing_some_blocks_changes_no_bit_and_keeps_less(house: House) -> 
             size[0] += tensor.numel()
             return tensor
 
-        objective, kinds = objective_of(desk_of(spec))
+        objective, kinds = objective_of(context_of(spec))
         jolt(kinds)
         calls = count_calls(objective.transformer)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -60,7 +60,7 @@ def test_blocks_are_recomputed_by_inversions_key_while_rows_learn(
     """joint, alone: so many blocks with and without rows that learn; below zero: so many make their projections again. T5,
     which learns beside the transformer, goes with it."""
     lines, own = (f"gradient_checkpointing = {value}" if value else "" for value in (model, inversion))
-    context = desk_of(with_model(house, lines, encoders=f'encoders = ["clip", "t5"]\n{own}'))
+    context = context_of(with_model(house, lines, encoders=f'encoders = ["clip", "t5"]\n{own}'))
     for phase, count in zip(context.plan.training, (joint, alone), strict=True):
         context.model_pool.clear(context.base)
         transformer, _ = load_transformer(context, phase, Weights())
@@ -101,4 +101,6 @@ def test_what_selective_recomputing_does_not_go_with(house: House) -> None:
     for table in ("model", "inversion"):
         key, way = f"{table}.gradient_checkpointing", "use true, or n for every n-th block"
         assert f'{key}: compiled blocks are recomputed as a whole, got "selective"; {way}' in said
-        assert f'{key}: recomputation would draw another dropout, got "selective" with lora.dropout = 0.5; {way}' in said
+        assert (
+            f'{key}: recomputation would draw another dropout, got "selective" with lora.dropout = 0.5; {way}' in said
+        )

@@ -13,7 +13,7 @@ from runner.model import device, offload
 from runner.model.device import CopyStream, PendingCopy
 from tests.support.house import House
 from tests.support.objectives import equal, gradients, jolt, objective_of, stepped, with_model
-from tests.support.runs import desk_of
+from tests.support.runs import context_of
 
 # ---- gradient checkpointing ----------------------------------------------------------------------------------------
 
@@ -64,7 +64,7 @@ def test_offloaded_blocks_train_to_the_same_bits(house: House, monkeypatch: pyte
     monkeypatch.setattr(offload, "CopyStream", Sent)
     monkeypatch.setattr(offload.BlockOffloader, "__init__", noted)
     monkeypatch.setattr(offload.BlockOffloader, "_fetch", coming)
-    objective, kinds = objective_of(desk_of(with_model(house, f'{lines}\noffload = "blocks"', **changes)))
+    objective, kinds = objective_of(context_of(with_model(house, f'{lines}\noffload = "blocks"', **changes)))
     jolt(kinds)
     order.clear()
     assert equal(stepped(objective, kinds), wanted)
@@ -96,7 +96,7 @@ def test_on_a_gpu_offloaded_blocks_train_to_the_same_bits_in_less_memory(house: 
     found, peaks = [], []
     where = torch.device("cuda", 0)
     for where_they_wait in ("none", "blocks"):
-        context = desk_of(
+        context = context_of(
             with_model(house, f'quantize = "{scheme}"\noffload = "{where_they_wait}"\ngradient_checkpointing = true')
         )
         context = replace(context, base=replace(context.base, device=where, dtype=torch.bfloat16))

@@ -22,7 +22,7 @@ from runner.model.quantization import QuantLinear
 from runner.training.encoders import LiveEncoder
 from tests.support.house import House
 from tests.support.objectives import jolt, objective_of, spec_of
-from tests.support.runs import desk_of, export_bytes, stopping_after
+from tests.support.runs import context_of, export_bytes, stopping_after
 
 # how far the trained loss of a pivotal run on the tiny base may lie from the plain base's, as a part of it
 NEAR = {"int8": 0.02, "fp8": 0.03, "nf4": 0.15}
@@ -71,7 +71,7 @@ def test_a_quantised_base_trains_close_to_the_plain_one(house: House, plain_loss
 def test_loss_and_gradients_are_those_of_the_weights_the_codes_stand_for(house: House, scheme: str, dtype: str) -> None:
     """LoRA, and rows through T5: the same, bit for bit, as on a plain base with these weights; what the graph holds is codes."""
     spec = quantised(house, scheme, max_sequence_length=f'max_sequence_length = 32\ndtype = "{dtype}"')
-    objective, kinds = objective_of(desk_of(spec))
+    objective, kinds = objective_of(context_of(spec))
     jolt(kinds)
     weights = {(out, inside) for out, inside in linear_layers(objective.transformer.config).values()}  # type: ignore[union-attr, arg-type]
     held: list[tuple[int, ...]] = []
@@ -191,7 +191,7 @@ def same(one: nn.Module, other: nn.Module) -> bool:
 
 
 def test_captions_are_kept_apart_by_how_t5_reads_them(house: House) -> None:
-    contexts = [desk_of(spec_of(house)), *(desk_of(quantised(house, scheme)) for scheme in NEAR)]
+    contexts = [context_of(spec_of(house)), *(context_of(quantised(house, scheme)) for scheme in NEAR)]
     keys = [
         [context.text_key(encoder, "a TOK", "diffusers", Weights()) for encoder in ("clip", "t5")]
         for context in contexts
@@ -205,7 +205,7 @@ def test_captions_are_kept_apart_by_how_t5_reads_them(house: House) -> None:
 def test_a_file_that_lacks_a_tensor_is_refused(house: House) -> None:
     from safetensors.torch import load_file, save_file
 
-    shutil.copytree(desk_of(spec_of(house)).base.folder, house.folder / "base")
+    shutil.copytree(context_of(spec_of(house)).base.folder, house.folder / "base")
     path = house.folder / "base" / "transformer" / "diffusion_pytorch_model.safetensors"
     found = load_file(path)
     found.pop("transformer_blocks.0.attn.to_q.weight")

@@ -24,7 +24,7 @@ from runner.model.family import PromptEmbeds
 from runner.model.flux1 import loading, recompute, recompute_t5, transformer
 from runner.training.encoders import LiveEncoder
 from tests.support.house import House
-from tests.support.runs import desk_of
+from tests.support.runs import context_of
 from tests.support.saved_tensors import counted
 
 CONFIG: dict[str, Any] = {
@@ -292,7 +292,7 @@ def test_a_t5_that_learns_in_16_bits_is_about_as_near_to_full_precision(dtype: t
 )
 def test_a_run_s_t5_has_lean_blocks_where_it_learns(tmp_path: Path, model: str, plain: bool, again: bool) -> None:
     """Plain ones where checkpointing, of all of it or block by block, sees to what is kept."""
-    context = desk_of(House(tmp_path).spec(base=f'base = "builtin:tiny"\n{model}'))
+    context = context_of(House(tmp_path).spec(base=f'base = "builtin:tiny"\n{model}'))
     live = LiveEncoder.load(context, "t5", Weights(), learn_rows=True)
     assert [(type(block), block.save_activations) for block in live.model.encoder.block] == [
         (recompute_t5.RecomputeT5Block, plain)

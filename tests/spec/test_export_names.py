@@ -21,7 +21,7 @@ from runner.spec.export_names import file_stem
 from runner.spec.schema import Token
 from tests.support.cards import card_of
 from tests.support.house import House
-from tests.support.runs import desk_of
+from tests.support.runs import context_of
 from tests.support.snippets import difference, run
 
 TAKEN_BY_ALL = re.compile(r"[A-Za-z0-9_-]+")
@@ -145,8 +145,8 @@ def planned(house: House, spec: Path) -> dict[str, str]:
 
 
 def test_a_placeholder_is_in_the_key_only_where_it_is_set(house: House) -> None:
-    plain = desk_of(house.spec("a")).plan
-    own = desk_of(house.spec("a", name='name = "TOK"\nplaceholder = "bird"')).plan
+    plain = context_of(house.spec("a")).plan
+    own = context_of(house.spec("a", name='name = "TOK"\nplaceholder = "bird"')).plan
     assert own.training_key != plain.training_key
     assert [one.text for one in own.placeholders] == ["<bird0><bird1>"]
     assert [one.text for one in plain.placeholders] == ["<s0><s1>"]

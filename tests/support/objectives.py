@@ -17,7 +17,7 @@ from runner.training.objective import FlowObjective
 from runner.training.phases.encode import encode_phase
 from runner.training.phases.train import load_encoders, load_transformer, trainable
 from tests.support.house import House
-from tests.support.runs import desk_of
+from tests.support.runs import context_of
 
 
 def spec_of(house: House, **changes: str) -> Path:
@@ -57,7 +57,7 @@ def with_model(house: House, lines: str, **changes: str) -> Path:
 
 
 def gradients(spec: Path) -> tuple[Tensor, dict[str, Tensor]]:
-    objective, kinds = objective_of(desk_of(spec))
+    objective, kinds = objective_of(context_of(spec))
     jolt(kinds)
     return stepped(objective, kinds)
 

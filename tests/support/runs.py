@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from runner.training.context import RunContext
 
 
-def desk_of(spec: Path) -> RunContext:
+def context_of(spec: Path) -> RunContext:
     """What `fluxrun queue` would set up for this one spec, before the first phase."""
     import torch
 

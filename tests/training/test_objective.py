@@ -25,7 +25,7 @@ from runner.training.encoders import CachedEncoder, LiveEncoder, encode_texts
 from runner.training.objective import FlowObjective, Prepared
 from tests.support.house import House
 from tests.support.objectives import jolt, objective_of, spec_of
-from tests.support.runs import desk_of
+from tests.support.runs import context_of
 
 KINDS = {
     "lora": {"drop": "tokens"},
@@ -57,7 +57,7 @@ def patches(latents: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_loss_is_the_references_and_gradients_reach_what_the_plan_says(house: House, kind: str) -> None:
-    context = desk_of(spec_of(house, **KINDS[kind]))
+    context = context_of(spec_of(house, **KINDS[kind]))
     objective, kinds = objective_of(context)
     jolt(kinds)
     shown = objective.batch(3, 0)
@@ -112,7 +112,7 @@ def plain_embeddings(context: RunContext, captions: list[str], objective: FlowOb
 @pytest.mark.parametrize("again", ["", "gradient_checkpointing = true"])
 def test_a_caption_of_several_pictures_is_read_once(house: House, again: str) -> None:
     """Its rows' gradient is the sum of what comes back from all of them."""
-    objective, _ = objective_of(desk_of(spec_of(house, encoders=f'encoders = ["clip", "t5"]\n{again}')))
+    objective, _ = objective_of(context_of(spec_of(house, encoders=f'encoders = ["clip", "t5"]\n{again}')))
     for name in ("clip", "t5"):
         live = objective.encoders[name]
         assert isinstance(live, LiveEncoder)
@@ -140,8 +140,8 @@ def test_a_caption_of_several_pictures_is_read_once(house: House, again: str) ->
 
 
 def test_two_micro_batches_are_one_large_batch(house: House) -> None:
-    small = desk_of(spec_of(house, batch_size="batch_size = 2\naccumulate = 2"))
-    large = desk_of(spec_of(house, batch_size="batch_size = 4"))
+    small = context_of(spec_of(house, batch_size="batch_size = 2\naccumulate = 2"))
+    large = context_of(spec_of(house, batch_size="batch_size = 4"))
     gradients = []
     for context in (small, large):
         objective, kinds = objective_of(context)
@@ -165,7 +165,7 @@ def test_picture_and_caption_never_part(house: House) -> None:
         path = house.folder / "pictures" / f"{index:02d}.png"
         Image.open(path).resize(side).save(path)
     spec = spec_of(house, center_crop="random_flip = true\nbuckets = true\nvariants = 3")
-    context = desk_of(spec)
+    context = context_of(spec)
     objective, _ = objective_of(context)
     beside = {path.stem: path.read_text().strip() for path in (house.folder / "pictures").glob("*.txt")}
     vae = loading.load_vae(context.base)
@@ -186,10 +186,10 @@ def test_picture_and_caption_never_part(house: House) -> None:
 
 def test_an_fp16_base_still_encodes_its_pictures_in_fp32(house: House) -> None:
     """FLUX's VAE overflows in fp16, here on one picture of ten: its latents, and so the eval loss, were no numbers."""
-    half = desk_of(spec_of(house, base='base = "builtin:tiny"\ndtype = "fp16"', drop="tokens"))
+    half = context_of(spec_of(house, base='base = "builtin:tiny"\ndtype = "fp16"', drop="tokens"))
     objective, _ = objective_of(half)
     assert all(torch.isfinite(torch.tensor(list(objective.evaluate().values()))))
-    full = desk_of(spec_of(house, drop="tokens"))
+    full = context_of(spec_of(house, drop="tokens"))
     assert list(full.latent_keys.values()) == list(half.latent_keys.values())
     assert half.base.dtype == torch.float16
 
@@ -198,9 +198,9 @@ def test_a_token_behind_what_the_encoder_reads_is_told(house: House) -> None:
     for path in (house.folder / "pictures").glob("*.txt"):
         path.write_text("a heart on a hill " * 20 + f"and a TOK, {path.stem}")
     with pytest.raises(FluxrunError, match="TOK lies behind the 77 tokens that clip reads in 10 of the 10 captions"):
-        objective_of(desk_of(spec_of(house)))
+        objective_of(context_of(spec_of(house)))
     (house.folder / "pictures" / "01.txt").write_text("a TOK")
-    context = desk_of(spec_of(house))
+    context = context_of(spec_of(house))
     told: list[str] = []
     object.__setattr__(context.event_log, "line", told.append)
     objective_of(context)
@@ -211,7 +211,7 @@ def test_a_token_behind_what_the_encoder_reads_is_told(house: House) -> None:
 
 
 def test_an_initializer_longer_than_its_vectors_is_told(house: House) -> None:
-    context = desk_of(spec_of(house, name='name = "TOK"\ninitializer = "a red heart"'))
+    context = context_of(spec_of(house, name='name = "TOK"\ninitializer = "a red heart"'))
     told: list[str] = []
     object.__setattr__(context.event_log, "line", told.append)
     objective_of(context)
@@ -222,7 +222,7 @@ def test_an_initializer_longer_than_its_vectors_is_told(house: House) -> None:
 
 
 def test_a_live_encoder_is_never_replaced_by_the_cache(house: House) -> None:
-    context = desk_of(spec_of(house, encoders='encoders = ["clip"]'))
+    context = context_of(spec_of(house, encoders='encoders = ["clip"]'))
     objective, _ = objective_of(context)
     assert isinstance(objective.encoders["clip"], LiveEncoder)
     assert isinstance(objective.encoders["t5"], CachedEncoder)
@@ -234,7 +234,7 @@ def test_a_live_encoder_is_never_replaced_by_the_cache(house: House) -> None:
 
 
 def test_rows_learned_otherwise_are_another_cache_entry(house: House) -> None:
-    context = desk_of(spec_of(house))
+    context = context_of(spec_of(house))
     keys = {
         context.text_key("clip", "a TOK", "diffusers", Weights(rows={"clip": torch.full((2, 64), value)}))
         for value in (1.0, 2.0)
@@ -245,7 +245,7 @@ def test_rows_learned_otherwise_are_another_cache_entry(house: House) -> None:
 
 
 def test_a_dropped_caption_is_the_empty_one_in_its_share(house: House) -> None:
-    context = desk_of(spec_of(house, center_crop="center_crop = true\ncaption_dropout = 0.25"))
+    context = context_of(spec_of(house, center_crop="center_crop = true\ncaption_dropout = 0.25"))
     objective, _ = objective_of(context)
     captions = [caption for step in range(500) for _, caption in objective.batch(step, 0)]
     assert 0.2 < captions.count("") / len(captions) < 0.3
@@ -271,7 +271,7 @@ def legacy_base(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("pooling", ["diffusers", "eos", "both"])
 def test_where_clip_is_pooled_is_as_the_spec_says(house: House, legacy_base: Path, pooling: str) -> None:
     spec = spec_of(house, base=f'base = "{legacy_base}"', encoders=f'encoders = ["clip"]\npooling = "{pooling}"')
-    context = desk_of(spec)
+    context = context_of(spec)
     objective, _ = objective_of(context)
     live = objective.encoders["clip"]
     assert isinstance(live, LiveEncoder)
@@ -325,7 +325,7 @@ def test_class_images_share_the_batch_and_are_weighed(house: House, kind: str, b
     changes = {**KINDS[kind], "add": PRIOR}
     if buckets:
         changes["center_crop"] = "center_crop = true\nbuckets = true"
-    context = desk_of(spec_of(house, **changes))
+    context = context_of(spec_of(house, **changes))
     prior_phase(context)
     objective, kinds = objective_of(context)
     jolt(kinds)
@@ -351,7 +351,7 @@ def test_the_eval_loss_is_fixed_by_the_pictures_alone(house: House) -> None:
     def evaluated(seed: int = 0, **changes: str) -> tuple[RunContext, dict[float, float]]:
         spec = spec_of(house, drop="tokens", **changes)
         spec.write_text(f"seed = {seed}\n{spec.read_text()}")
-        context = desk_of(spec)
+        context = context_of(spec)
         return context, objective_of(context)[0].evaluate()
 
     held = "center_crop = true\nholdout = 3"
@@ -384,7 +384,7 @@ def test_the_eval_loss_is_fixed_by_the_pictures_alone(house: House) -> None:
 
 
 def test_with_nothing_held_out_some_training_pictures_are_looked_at(house: House) -> None:
-    context = desk_of(spec_of(house))
+    context = context_of(spec_of(house))
     assert [view.picture.name for view in context.eval_views] == [f"{index:02d}.png" for index in range(1, 10)]
     assert [sigmas for _, sigmas in context.eval_points] == [
         (sigma,) for sigma in EVAL_SIGMAS
@@ -399,7 +399,7 @@ def test_batches_made_ahead_are_the_same_batches(house: House) -> None:
     losses = []
     for in_thread in (False, True):
         objective, _ = objective_of(
-            desk_of(spec_of(house, rank="rank = 4\ndropout = 0.1", steps="steps = 6\naccumulate = 2"))
+            context_of(spec_of(house, rank="rank = 4\ndropout = 0.1", steps="steps = 6\naccumulate = 2"))
         )
         objective.ahead.in_thread = in_thread
         losses.append([float(objective.loss(step, micro)) for step in range(3) for micro in range(2)])
@@ -410,7 +410,7 @@ def test_batches_made_ahead_are_the_same_batches(house: House) -> None:
 
 def test_a_batch_made_ahead_is_the_next_one_asked_for(house: House) -> None:
     """Across micro-batches and steps: none is made twice, or in vain but behind the last one."""
-    objective, _ = objective_of(desk_of(spec_of(house, steps="steps = 6\naccumulate = 2")))
+    objective, _ = objective_of(context_of(spec_of(house, steps="steps = 6\naccumulate = 2")))
     made: list[tuple[int, int]] = []
 
     def note(step: int, micro: int) -> Prepared:

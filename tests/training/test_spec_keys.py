@@ -28,7 +28,7 @@ from runner.training.phases.train import build_optimizer, build_schedule, load_t
 from tests.support.house import House
 from tests.support.objectives import jolt, objective_of
 from tests.support.paths import PROJECT
-from tests.support.runs import desk_of
+from tests.support.runs import context_of
 
 TABLES: dict[str, Any] = {
     "model": {"base": "builtin:tiny", "max_sequence_length": 32},
@@ -327,10 +327,10 @@ def test_a_key_does_what_it_says(stocked: House, key: str) -> None:
     )
     if key in ("data.caption_column", "data.image_column"):
         second["data__prompt"] = "x"
-    before = probe(desk_of(write(stocked, **{**more, **FIRST.get(key, {})})))
+    before = probe(context_of(write(stocked, **{**more, **FIRST.get(key, {})})))
     for folder in ("classes", "classes2"):
         shutil.rmtree(stocked.folder / folder, ignore_errors=True)
-    after = probe(desk_of(write(stocked, **second)))
+    after = probe(context_of(write(stocked, **second)))
     same = torch.equal(before, after) if isinstance(before, torch.Tensor) else before == after
     assert not same, f"{key} changed nothing: {after}"
     if wanted is not NOW:
@@ -357,9 +357,9 @@ def test_a_variant_chooses_the_weight_files(stocked: House) -> None:
     for part in ("text_encoder", "text_encoder_2"):
         path = folder / part / "model.safetensors"
         path.rename(path.with_name("model.fp16.safetensors"))
-    objective_of(desk_of(write(stocked, model__base="base", model__variant="fp16")))
+    objective_of(context_of(write(stocked, model__base="base", model__variant="fp16")))
     with pytest.raises(OSError, match="no file named"):
-        objective_of(desk_of(write(stocked, model__base="base", lora__rank=2)))
+        objective_of(context_of(write(stocked, model__base="base", lora__rank=2)))
 
 
 def test_a_revision_chooses_the_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -390,7 +390,7 @@ def test_workers_decode(stocked: House, workers: int, monkeypatch: pytest.Monkey
             super().__init__(count, **more)
 
     monkeypatch.setattr(context, "ThreadPoolExecutor", Pool)
-    found = desk_of(write(stocked, data__workers=workers))
+    found = context_of(write(stocked, data__workers=workers))
     made = [(view, cut.tobytes()) for view, cut in found.pixels(found.views)]
     assert asked == [max(1, workers)]
     by_picture = [view for picture in found.pictures.items for view in found.views if view.picture == picture]
@@ -415,7 +415,7 @@ def test_class_images_come_in_batches(stocked: House, monkeypatch: pytest.Monkey
         return real(pipe, prompt, seeds, **more)
 
     monkeypatch.setattr(Flux1ImagePipeline, "draw", counted)
-    context = desk_of(write(stocked, **{**PRIOR, "prior__count": 5, "prior__batch_size": 2}))
+    context = context_of(write(stocked, **{**PRIOR, "prior__count": 5, "prior__batch_size": 2}))
     assert len(class_images(context)) == 5
     assert sizes == [2, 2, 1]
     # topped up, by whatever run comes next
@@ -431,7 +431,7 @@ def test_class_images_are_as_large_as_training_whatever_validation_looks_at(stoc
     made = []
     for size, steps in ((16, 1), (48, 3)):
         shutil.rmtree(stocked.folder / "classes", ignore_errors=True)
-        context = desk_of(write(stocked, **{**more, "validate__size": size, "validate__steps": steps}))
+        context = context_of(write(stocked, **{**more, "validate__size": size, "validate__steps": steps}))
         made += class_images(context)
         with Image.open(stocked.folder / "classes" / "class-00000.png") as image:
             assert image.size == (64, 64)
@@ -439,7 +439,7 @@ def test_class_images_are_as_large_as_training_whatever_validation_looks_at(stoc
 
 
 def test_a_class_folder_remembers_its_prompt(stocked: House) -> None:
-    class_images(desk_of(write(stocked, **PRIOR)))
+    class_images(context_of(write(stocked, **PRIOR)))
     said = stocked.fluxrun("plan", write(stocked, **{**PRIOR, "prior__prompt": "a blue star"}))
     assert said.code == 2
     assert "prior.prompt: " in said.err

@@ -9,12 +9,12 @@ from runner.checkpoint.storage import Weights
 from runner.training.encoders import LiveEncoder
 from tests.support.house import House
 from tests.support.objectives import objective_of, spec_of
-from tests.support.runs import desk_of
+from tests.support.runs import context_of
 
 
 def test_after_a_step_the_rows_are_pulled_back_to_the_tables_size(house: House) -> None:
     """A tenth of the way, in logarithm, in both encoders; rows that are only read stay as they are."""
-    context = desk_of(spec_of(house))
+    context = context_of(spec_of(house))
     objective, _ = objective_of(context)
     before = {}
     for name in ("clip", "t5"):
@@ -51,7 +51,7 @@ def test_a_step_settles_the_rows_once(house: House) -> None:
 @pytest.mark.parametrize("encoder", ["clip", "t5"])
 def test_the_first_rows_are_told_from_what_they_became(house: House, encoder: str) -> None:
     """Drift is measured from where the rows began, also where they go on from a checkpoint."""
-    context = desk_of(spec_of(house))
+    context = context_of(spec_of(house))
     width = {"clip": 64, "t5": 96}[encoder]
     fresh = LiveEncoder.load(context, encoder, Weights(), learn_rows=True)
     later = LiveEncoder.load(context, encoder, Weights(rows={encoder: torch.ones(2, width)}), learn_rows=True)
