@@ -9,11 +9,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from runner.base import quantized_size
 from runner.base.architectures import architecture_of
 from runner.base.files import clip_config, fingerprint, local_folder, transformer_config
 from runner.base.layers import FLUX1
 from runner.base.param_counts import CLIP, T5, VAE, BaseConfigs, read_base_configs
+from runner.base.quantized_size import weight_bytes
 from runner.cache import keys
 from runner.core.files import read_json
 from runner.core.humanize import format_bytes
@@ -151,8 +151,8 @@ def _quantized(spec: Spec, *, on_gpu: bool) -> int:
     """The transformer and T5 as they are kept for the next run."""
     shapes = read_base_configs(spec.model.base) or BaseConfigs(FLUX1, CLIP, T5, VAE)
     plain = BYTES[base_dtype(spec.model.dtype, on_gpu=on_gpu)]
-    numbers = [shapes.numbers[part] for part in LARGE]
-    return int(sum(matrices * quantized_size.BYTES[spec.model.quantize] + rest * plain for matrices, rest in numbers))
+    counts = [shapes.parameters[part] for part in LARGE]
+    return sum(weight_bytes(matrices, rest, spec.model.quantize, plain) for matrices, rest in counts)
 
 
 def line(found: Mapping[str, CacheHits]) -> str:
