@@ -204,7 +204,9 @@ def plan_of(spec: Spec, pictures: Pictures | None, bases: BaseRegistry | None = 
 def facts_of(spec: Spec, pictures: Pictures | None, base: OpenedBase) -> Facts:
     """Raises FluxrunError where buckets ask for the size of an image that cannot be read."""
     if pictures is None:
-        return Facts(None, None, sources.source_fingerprint(data_source(spec)), base.fingerprint, base.config, base.clip)
+        return Facts(
+            None, None, sources.source_fingerprint(data_source(spec)), base.fingerprint, base.config, base.clip
+        )
     count = len(pictures.items) + len(pictures.held)
     sizes = tuple(measure(picture) for picture in pictures.items) if spec.data.buckets else None
     return Facts(pictures.captions, count, pictures.fingerprint, base.fingerprint, base.config, base.clip, sizes)
