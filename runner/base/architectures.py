@@ -66,7 +66,7 @@ FLUX1 = Architecture(
     "FLUX.1",
     "FluxTransformer2DModel",
     {encoder.name: encoder for encoder in (CLIP, T5)},
-    {"transformer": layers.NEEDED, "text_encoder": tuple(layers.CLIP_L)},
+    {"transformer": layers.REQUIRED_KEYS, "text_encoder": tuple(layers.CLIP_L)},
     layers.linear_layers,
     layers.PRESETS,
     layers.OUTSIDE,

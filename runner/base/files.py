@@ -1,4 +1,4 @@
-"""What can be known of a base model from its files alone: where it is, which it is, how its layers are shaped. No torch."""
+"""What the files of a base model tell without loading it: where it is, which one it is, its configs and its licence."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from runner.base.architectures import architecture_of
-from runner.base.layers import KNOWN
+from runner.base.layers import KNOWN_BASES
 from runner.core.errors import FluxrunError
 from runner.core.hashing import content_key
 
 PARTS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "vae")
 BUILTIN = {"builtin:tiny": Path(__file__).parents[1] / "bases" / "tiny"}
-SAMPLE = 1 << 16
-# As their hub pages state it, for bases whose README is not on this disk.
+SAMPLE = 1 << 16  # bytes that are hashed at each of three places of a weight file
+# As stated on their hub pages, for bases whose README is not on this disk.
 DEV_LICENCE = {
     "license": "other",
     "license_name": "flux-1-dev-non-commercial-license",
@@ -31,26 +31,26 @@ LICENCES = {
 
 
 def licence(text: str, folder: Path) -> dict[str, str]:
-    """The base's licence as the front matter of its README has it (`license`, `license_name`, `license_link`); {} where
-    nothing is known. A link into the base's own repository is made whole."""
+    """`license`, `license_name` and `license_link` from the front matter of the base's README; {} where nothing is known. A
+    link relative to the base's repository is made absolute."""
     readme = folder / "README.md"
     lines = readme.read_text(encoding="utf-8").splitlines() if readme.is_file() else []
-    found: dict[str, str] = {}
+    terms: dict[str, str] = {}
     if lines[:1] == ["---"] and "---" in lines[1:]:
         for line in lines[1 : lines.index("---", 1)]:
             key, colon, value = line.partition(":")
             if colon and key in ("license", "license_name", "license_link"):
-                found[key] = value.strip().strip("\"'")
-    link = found.get("license_link", "")
+                terms[key] = value.strip().strip("\"'")
+    link = terms.get("license_link", "")
     if link and "://" not in link:
-        found.pop("license_link")
+        terms.pop("license_link")
         if local_folder(text) is None:
-            found["license_link"] = f"https://huggingface.co/{text}/blob/main/{link}"
-    return found or dict(LICENCES.get(text, {}))
+            terms["license_link"] = f"https://huggingface.co/{text}/blob/main/{link}"
+    return terms or dict(LICENCES.get(text, {}))
 
 
 def local_folder(text: str) -> Path | None:
-    """The base's folder on this disk (specs' paths have been made absolute), or None for a hub id."""
+    """The folder of a builtin base or of an absolute path; None for a hub id."""
     if text in BUILTIN:
         return BUILTIN[text]
     folder = Path(text)
@@ -60,20 +60,20 @@ def local_folder(text: str) -> Path | None:
 def fingerprint(folder: Path) -> str:
     """Which model a folder holds, without reading its gigabytes.
 
-    Hashes every config, and of every weight file the name, the size and three 64 KiB samples (start, middle, end):
-    another fine-tune of the same shape differs in the samples; a copy on another machine does not.
+    Hashes every config, and of every weight file its name, its size and 64 KiB at the start, the middle and the end. Another
+    fine-tune of the same shape differs there; a copy on another machine does not.
     """
     digest = hashlib.sha256()
-    for name, sampled in _sampled(folder):
+    for name, samples in _sampled(folder):
         digest.update(name)
-        for sample in sampled:
+        for sample in samples:
             digest.update(sample)
     return digest.hexdigest()
 
 
 def file_digests(folder: Path) -> dict[str, str]:
-    """The same of each file, by its name inside the folder."""
-    return {json.loads(name)[0]: hashlib.sha256(b"".join((name, *each))).hexdigest() for name, each in _sampled(folder)}
+    """A digest like `fingerprint` of each file, by its name inside the folder."""
+    return {json.loads(name)[0]: hashlib.sha256(b"".join((name, *samples))).hexdigest() for name, samples in _sampled(folder)}
 
 
 def _sampled(folder: Path) -> Iterator[tuple[bytes, list[bytes]]]:
@@ -91,32 +91,32 @@ def _sampled(folder: Path) -> Iterator[tuple[bytes, list[bytes]]]:
 
 
 def cached_base(base: str, revision: str | None) -> Path | None:
-    """The base's folder on this disk: its own, or where the hub's client keeps it (its name is the commit there)."""
+    """The base's folder on this disk: its own, or the one in the hub client's cache, which is named after the commit."""
     if (folder := local_folder(base)) is not None:
         return folder
     if base in BUILTIN or "/" not in base:
         return None
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(base, "model_index.json", revision=revision)
-    return Path(found).parent if isinstance(found, str) else None
+    index = try_to_load_from_cache(base, "model_index.json", revision=revision)
+    return Path(index).parent if isinstance(index, str) else None
 
 
 def parts_fingerprint(folder: Path) -> str:
-    """Of the parts that a run uses, so that other files beside them do not count."""
+    """Of the parts that a run uses; other files in the folder do not count."""
     return content_key("base", *(fingerprint(folder / part) for part in PARTS))
 
 
 @dataclass(frozen=True)
 class BaseIdentity:
-    """Which base it is. `revision`: the commit where it is known; `fingerprint`: `parts_fingerprint`, None before a hub
-    base is here whole."""
+    """Which base it is. revision: the commit, if known. fingerprint: `parts_fingerprint`; None for a base of the hub."""
 
     name: str
     revision: str | None
     fingerprint: str | None
 
     def differs_from(self, other: BaseIdentity) -> bool:
+        """False where what is known does not tell."""
         if self.fingerprint and other.fingerprint:
             return self.fingerprint != other.fingerprint
         if self.name != other.name:
@@ -128,7 +128,7 @@ class BaseIdentity:
 
 
 def identity_of(name: str, revision: str | None) -> BaseIdentity:
-    """As far as this disk can tell, without the hub."""
+    """As far as the files on this disk tell."""
     if folder := local_folder(name):
         return BaseIdentity(name, None, parts_fingerprint(folder))
     folder = cached_base(name, revision)
@@ -138,7 +138,7 @@ def identity_of(name: str, revision: str | None) -> BaseIdentity:
 def transformer_config(text: str, folder: Path | None) -> Mapping[str, Any] | None:
     """The transformer's config, or None for a hub model that is not on this disk."""
     if folder is None:
-        return KNOWN.get(text)
+        return KNOWN_BASES.get(text)
     path = folder / "transformer" / "config.json"
     return json.loads(path.read_text()) if path.is_file() else None
 
@@ -150,12 +150,12 @@ def clip_config(folder: Path | None) -> Mapping[str, Any] | None:
 
 
 def broken_configs(folder: Path) -> list[str]:
-    """What is wrong with the configs that a plan reads, where they are there."""
+    """What is wrong with those configs that a plan reads and that exist."""
     try:
         architecture = architecture_of(_read_config(folder, "transformer"))
     except FluxrunError as error:  # of another kind of model
         return [str(error).removeprefix("model.base: ")]
-    except ValueError:  # which the loop says
+    except ValueError:  # reported below
         architecture = architecture_of(None)
     faults = []
     for part, keys in architecture.needed.items():

@@ -1,4 +1,4 @@
-"""The linear layers of FLUX.1's transformer and of CLIP-L by name and shape, from their configs; which of them a LoRA adapts."""
+"""The linear layers of FLUX.1's transformer and of CLIP-L by name and shape, from their configs, and which a LoRA adapts."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 
-def run_twice(blocks: int, every: int) -> range:
-    """The places of those that gradient checkpointing of every n-th block (0: of none) runs again. Never the last: when its
-    turn comes in the backward pass, all that it keeps would be there anyway."""
+def checkpointed_blocks(blocks: int, every: int) -> range:
+    """Indices of the blocks that gradient checkpointing of every n-th block (0: of none) recomputes. Never the last one: the
+    backward pass starts with it, so its activations would be in memory anyway."""
     return range(0, blocks - 1, every) if every else range(0)
 
 
@@ -23,8 +23,8 @@ FLUX1: dict[str, Any] = {
     "pooled_projection_dim": 768,
 }
 CLIP_L = {"hidden_size": 768, "num_hidden_layers": 12}  # FLUX.1's text_encoder/config.json
-NEEDED = tuple(FLUX1)
-KNOWN = {
+REQUIRED_KEYS = tuple(FLUX1)
+KNOWN_BASES = {
     f"black-forest-labs/FLUX.1-{kind}": {**FLUX1, "guidance_embeds": kind != "schnell"}
     for kind in ("dev", "schnell", "Krea-dev")
 }
@@ -101,10 +101,10 @@ def lora_layers(
     presets: Mapping[str, tuple[str, ...]] = PRESETS,
     outside: tuple[str, ...] = OUTSIDE,
 ) -> dict[str, tuple[int, int]]:
-    """The layers a preset or a list of suffixes names, in the model's order.
+    """The layers that a preset or a list of suffixes names, in the model's order, with their (out, in) features.
 
-    A suffix matches whole path components, as peft matches them; so a listed `proj_out` also names the model's last
-    layer, which is `outside` the presets.
+    A suffix matches whole components of a name, as in peft. So a listed `proj_out` also names the model's last layer, which
+    is `outside` the presets.
     """
     suffixes = presets[wanted] if isinstance(wanted, str) else wanted
     chosen = {

@@ -1,16 +1,16 @@
-"""How many numbers each part of a FLUX.1 model holds, by its config alone. No torch."""
+"""How many parameters each part of a FLUX.1 model has, from its config alone."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from runner.base.files import local_folder
-from runner.base.layers import CLIP_L, FLUX1, KNOWN, linear_layers, lora_layers
+from runner.base.layers import CLIP_L, FLUX1, KNOWN_BASES, linear_layers
 
 Config = Mapping[str, Any]
 
@@ -31,7 +31,7 @@ VAE: Config = {
 
 @dataclass(frozen=True, eq=False)
 class BaseConfigs:
-    """The configs of a base's four parts. Equal to itself alone, so that what is computed of it can be kept."""
+    """The configs of a base's four parts. Compared by identity, so that results can be cached by it."""
 
     transformer: Config
     clip: Config
@@ -39,81 +39,80 @@ class BaseConfigs:
     vae: Config
 
     @cached_property
-    def numbers(self) -> dict[str, tuple[int, int]]:
-        """By part: (in the matrices that `model.quantize` makes smaller, in the rest)."""
+    def parameters(self) -> dict[str, tuple[int, int]]:
+        """By part: (in the matrices that `model.quantize` makes smaller, all others)."""
         return {
-            "transformer": transformer_numbers(self.transformer),
-            "text_encoder": (0, clip_numbers(self.clip)),
-            "text_encoder_2": t5_numbers(self.t5),
-            "vae": (0, vae_numbers(self.vae)),
+            "transformer": transformer_parameters(self.transformer),
+            "text_encoder": (0, clip_parameters(self.clip)),
+            "text_encoder_2": t5_parameters(self.t5),
+            "vae": (0, vae_parameters(self.vae)),
         }
 
     @property
     def blocks(self) -> int:
-        """Of the transformer."""
+        """How many blocks the transformer has."""
         return int(self.transformer["num_layers"] + self.transformer["num_single_layers"])
 
-    def two_blocks(self, part: str) -> tuple[int, int]:
-        """The same of what of a large part is on a device that its blocks come to and leave: two of the largest, and all that
-        is no block."""
-        matrices, rest = self.numbers[part]
+    def offloaded_parameters(self, part: str) -> tuple[int, int]:
+        """`parameters` of what is on the device while a large part is offloaded: two of its largest blocks, and all that is in
+        no block."""
+        matrices, other = self.parameters[part]
         if part == "text_encoder_2":
-            return 2 * matrices // self.t5["num_layers"], rest
+            return 2 * matrices // self.t5["num_layers"], other
         by_block: dict[str, int] = {}
         for name, (out, inside) in linear_layers(self.transformer).items():
             block = ".".join(name.split(".")[:2]) if "blocks." in name else ""
             by_block[block] = by_block.get(block, 0) + out * inside
         outside = by_block.pop("", 0)
-        return 2 * max(by_block.values()) + outside, rest
-
-
-@lru_cache(maxsize=16)
-def chosen_layers(shapes: BaseConfigs, wanted: str | tuple[str, ...]) -> dict[str, tuple[int, int]]:
-    """The transformer's linear layers that get a LoRA, shaped (out, in)."""
-    return lora_layers(linear_layers(shapes.transformer), wanted)
+        return 2 * max(by_block.values()) + outside, other
 
 
 def read_base_configs(base: str) -> BaseConfigs | None:
-    """None for a hub base whose config is not known, and for a folder whose configs cannot be read (which is told elsewhere)."""
+    """None for a hub base whose config is not known, and for a folder whose configs cannot be read, which `broken_configs`
+    reports."""
     folder = local_folder(base)
     if folder is None:
-        return BaseConfigs({**FLUX1, **KNOWN[base]}, CLIP, T5, VAE) if base in KNOWN else None
-    parts = {"transformer": {}, "text_encoder": CLIP, "text_encoder_2": T5, "vae": VAE}
+        return BaseConfigs({**FLUX1, **KNOWN_BASES[base]}, CLIP, T5, VAE) if base in KNOWN_BASES else None
+    defaults = {"transformer": {}, "text_encoder": CLIP, "text_encoder_2": T5, "vae": VAE}
     try:
-        read = [{**known, **json.loads(_config(folder, part))} for part, known in parts.items()]
-        shapes = BaseConfigs(*read)
-        assert shapes.numbers
+        configs = BaseConfigs(*({**default, **_read_config(folder, part)} for part, default in defaults.items()))
+        assert configs.parameters  # raises where a value is missing
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return shapes
+    return configs
 
 
-def _config(folder: Path, part: str) -> str:
-    return (folder / part / "config.json").read_text(encoding="utf-8")
+def _read_config(folder: Path, part: str) -> Config:
+    config: Config = json.loads((folder / part / "config.json").read_text(encoding="utf-8"))
+    return config
 
 
-def transformer_numbers(config: Config) -> tuple[int, int]:
+def transformer_parameters(config: Config) -> tuple[int, int]:
+    """(in linear layers, biases and norms) of a FluxTransformer2DModel."""
     layers = linear_layers(config)
     matrices = sum(out * inside for out, inside in layers.values())
     norms = config["attention_head_dim"] * (4 * config["num_layers"] + 2 * config["num_single_layers"])
     return matrices, sum(out for out, _ in layers.values()) + norms
 
 
-def clip_numbers(config: Config) -> int:
+def clip_parameters(config: Config) -> int:
+    """Of a CLIPTextModel."""
     w, f = config["hidden_size"], config["intermediate_size"]
     layer = 4 * (w * w + w) + 2 * w * f + f + w + 4 * w
     tables = (config["vocab_size"] + config["max_position_embeddings"]) * w
     return int(tables + config["num_hidden_layers"] * layer + 2 * w)
 
 
-def t5_numbers(config: Config) -> tuple[int, int]:
+def t5_parameters(config: Config) -> tuple[int, int]:
+    """(in linear layers, embeddings and norms) of a T5EncoderModel."""
     d, inner = config["d_model"], config["num_heads"] * config["d_kv"]
     layers = config["num_layers"]
     table = config["vocab_size"] * d + config["relative_attention_num_buckets"] * config["num_heads"]
     return layers * (4 * d * inner + 3 * d * config["d_ff"]), table + layers * 2 * d + d
 
 
-def vae_numbers(config: Config) -> int:
+def vae_parameters(config: Config) -> int:
+    """Of an AutoencoderKL: encoder, decoder and the convolutions between them."""
     c, layers, latent = config["block_out_channels"], config["layers_per_block"], config["latent_channels"]
 
     def conv(inside: int, out: int, side: int = 3) -> int:
@@ -140,12 +139,13 @@ def vae_numbers(config: Config) -> int:
     return int(down + up + quant)
 
 
-# Numbers in FLUX.1's parts beside the transformer (sums over the published files), for plans without its files.
+# Parameters of FLUX.1's parts besides the transformer (sums over the published files), for plans without its files.
 FLUX1_PARTS = {"text_encoder": 123_060_480, "text_encoder_2": 4_762_310_656, "vae": 83_819_683}
 
 
-def numbers_of(base: str, found: Mapping[str, int]) -> Mapping[str, int]:
-    """How many numbers each part of a base holds: read from its files, or known of FLUX.1 beforehand."""
-    if base in KNOWN and not found:
-        return {**FLUX1_PARTS, "transformer": sum(out * inside for out, inside in linear_layers(KNOWN[base]).values())}
-    return found
+def parameter_counts(base: str, counted: Mapping[str, int]) -> Mapping[str, int]:
+    """How many parameters each part of a base has. counted: from its files; where empty, known bases are looked up."""
+    if base in KNOWN_BASES and not counted:
+        layers = linear_layers(KNOWN_BASES[base]).values()
+        return {**FLUX1_PARTS, "transformer": sum(out * inside for out, inside in layers)}
+    return counted

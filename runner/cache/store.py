@@ -13,6 +13,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from runner.cache.paths import entry_file, note_file
 from runner.core import files
 from runner.core.errors import BadFileError
 from runner.core.files import read_json
@@ -26,7 +27,7 @@ class Cache:
         self.folder = folder
 
     def path(self, kind: str, key: str) -> Path:
-        return self.folder / kind / key[:2] / f"{key}.safetensors"
+        return entry_file(self.folder, kind, key)
 
     def note(self, key: str) -> dict[str, str]:
         """What `put_note` wrote; {} if there is nothing, or it is damaged."""
@@ -40,7 +41,7 @@ class Cache:
         files.write_json(self._note(key), dict(facts))
 
     def _note(self, key: str) -> Path:
-        return self.folder / "views" / key[:2] / f"{key}.json"
+        return note_file(self.folder, key)
 
     def has(self, kind: str, key: str) -> bool:
         return self.path(kind, key).is_file()

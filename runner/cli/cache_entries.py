@@ -15,6 +15,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from runner.cache.paths import cache_folder
 from runner.core import files
 from runner.core.errors import LockHeldError
 from runner.core.humanize import pluralize
@@ -37,7 +38,7 @@ class CacheKind:
 
 def list_kinds(runs: Path) -> list[CacheKind]:
     now, kinds = time.time(), []
-    for folder in sorted(path for path in (runs / "cache").glob("*") if path.is_dir()):
+    for folder in sorted(path for path in cache_folder(runs).glob("*") if path.is_dir()):
         stats = [path.stat() for path in _entries(folder, "*/*")]
         if stats:
             days = [max(0.0, now - stat.st_mtime) / DAY for stat in stats]
@@ -56,12 +57,12 @@ def prune(runs: Path, days: float) -> tuple[int, int]:
             f"process {busy.pid} is working on {runs} and may be about to read its cache; wait for it, or stop it"
         )
     limit, entries, size = time.time() - days * DAY, 0, 0
-    for path in _entries(runs / "cache", "*/*/*"):
+    for path in _entries(cache_folder(runs), "*/*/*"):
         stat = path.stat()
         if stat.st_mtime < limit:
             path.unlink()
             entries, size = entries + 1, size + stat.st_size
-    for path in _cache_files(runs / "cache", f"*/*/.*{files.PARTIAL_SUFFIX}"):
+    for path in _cache_files(cache_folder(runs), f"*/*/.*{files.PARTIAL_SUFFIX}"):
         path.unlink()
     return entries, size
 

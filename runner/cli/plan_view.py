@@ -17,8 +17,8 @@ from runner.core import hardware
 from runner.core.command_line import fluxrun_command
 from runner.core.humanize import format_bytes, format_duration, pluralize
 from runner.data.buckets import Size
-from runner.jobs.cache_hits import queue_bytes
 from runner.jobs.card_fit import Estimates, lines
+from runner.jobs.disk_need import queue_bytes
 from runner.jobs.job import Job
 from runner.jobs.timing import TimeEstimate
 from runner.report.tables import GAP, MIN_NAME, MIN_NAME_NARROW, NARROW

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from runner.cache.store import Cache
 from runner.core import contact_sheet, files
 from runner.core.command_line import fluxrun_command
 from runner.core.errors import FluxrunError
@@ -21,7 +20,7 @@ from runner.runs.run import Run
 from runner.runs.spec_file import read_spec
 from runner.spec.export_names import file_stem
 from runner.spec.schema import Spec
-from runner.training.context import open_base
+from runner.training.context import open_base, open_cache
 
 SHEET = "sample-sheet.png"
 
@@ -84,7 +83,7 @@ def _draw(run: Run, spec: Spec, request: SampleRequest, target: torch.device) ->
     """One picture per prompt of the request."""
     exported = formats.exported_files(run.export, run.name, tokens.placeholders(spec.tokens))
     return pipeline.draw_samples(
-        open_base(spec, target, Cache(run.runs / "cache")), exported, request.prompts, length=spec.model.max_sequence_length,
+        open_base(spec, target, open_cache(run.runs)), exported, request.prompts, length=spec.model.max_sequence_length,
         steps=request.steps, size=request.size, scale=request.scale,
     )  # fmt: skip
 

@@ -21,7 +21,7 @@ from runner.spec.schema import Spec
 class OpenedBase:
     """What a base model's files say. faults: (key, message) each; where there are any, nothing else was read."""
 
-    print: str
+    fingerprint: str
     config: Mapping[str, Any] | None
     clip: Mapping[str, Any] | None
     faults: list[tuple[str, str]]

@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from runner.base import quantized_size
-from runner.base.layers import linear_layers, run_twice
-from runner.base.param_counts import BaseConfigs, chosen_layers, read_base_configs
+from runner.base.architectures import adapted_layers
+from runner.base.layers import checkpointed_blocks, linear_layers
+from runner.base.param_counts import BaseConfigs, read_base_configs
 from runner.jobs import activation_memory
 from runner.jobs.activation_memory import BatchShape, ByteWidths, TrainableLayers
 from runner.plan.build import resolutions
@@ -114,12 +115,12 @@ class _MemoryModel:
         return ByteWidths(self.narrow, 4 if self.on_gpu else self.narrow)
 
     def weights(self, parts: tuple[str, ...], narrow: int | None = None) -> int:
-        each, numbers = narrow or self.narrow, self.shapes.numbers
-        matrix = quantized_size.BYTES.get(self.spec.model.quantize, each)
-        there = {part: numbers[part] for part in parts}
+        counts = {part: self.shapes.parameters[part] for part in parts}
         if self.away:
-            there |= {part: self.shapes.two_blocks(part) for part in parts if part in LARGE}
-        return int(sum(matrices * matrix + rest * each for matrices, rest in there.values()))
+            counts |= {part: self.shapes.offloaded_parameters(part) for part in parts if part in LARGE}
+        quantizable = sum(matrices for matrices, _ in counts.values())
+        other = sum(rest for _, rest in counts.values())
+        return quantized_size.weight_bytes(quantizable, other, self.spec.model.quantize, narrow or self.narrow)
 
     @property
     def away(self) -> bool:
@@ -196,14 +197,14 @@ class _MemoryModel:
         pixels = max(width * height for width, height in self.sizes())
         batch = BatchShape(images, pixels // 256, spec.model.max_sequence_length)
         rows, text_lora = trained_encoders(phase, "token rows"), trained_encoders(phase, "text lora")
-        layers = chosen_layers(shapes, spec.lora.layers) if trains_lora(phase) else {}
+        layers = adapted_layers(shapes.transformer, spec.lora.layers) if trains_lora(phase) else {}
         what = TrainableLayers(
             layers, spec.lora.rank, spec.lora.dropout > 0, "clip" in (*rows, *text_lora), "t5" in rows
         )  # fmt: skip
         parts = resident(phase)
         how = gradient_checkpointing(spec, token_rows=bool(rows))
         selective, every = how == "selective", 0 if how == "selective" else how
-        again = range(shapes.blocks) if self.away else run_twice(shapes.blocks, every)
+        again = range(shapes.blocks) if self.away else checkpointed_blocks(shapes.blocks, every)
         saved = activation_memory.transformer_saved(
             shapes.transformer, batch, self.width, what, again, lean=not spec.model.compile, selective=selective
         )

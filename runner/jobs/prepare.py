@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from runner.base.files import BUILTIN, identity_of, local_folder
-from runner.base.layers import KNOWN
+from runner.base.layers import KNOWN_BASES
 from runner.core import hub
 from runner.core.errors import Fault, FluxrunError, SpecError
 from runner.core.notify import Target, target_faults
@@ -204,10 +204,12 @@ def plan_of(spec: Spec, pictures: Pictures | None, bases: BaseRegistry | None = 
 def facts_of(spec: Spec, pictures: Pictures | None, base: OpenedBase) -> Facts:
     """Raises FluxrunError where buckets ask for the size of an image that cannot be read."""
     if pictures is None:
-        return Facts(None, None, sources.source_fingerprint(data_source(spec)), base.print, base.config, base.clip)
+        return Facts(
+            None, None, sources.source_fingerprint(data_source(spec)), base.fingerprint, base.config, base.clip
+        )
     count = len(pictures.items) + len(pictures.held)
     sizes = tuple(measure(picture) for picture in pictures.items) if spec.data.buckets else None
-    return Facts(pictures.captions, count, pictures.fingerprint, base.print, base.config, base.clip, sizes)
+    return Facts(pictures.captions, count, pictures.fingerprint, base.fingerprint, base.config, base.clip, sizes)
 
 
 # ---- faults of one spec ----------------------------------------------------------------------------------------------
@@ -219,7 +221,7 @@ def _base_faults(spec: Spec) -> list[KeyMessage]:
     if folder is None and (base.startswith("builtin:") or not HUB_ID.fullmatch(base)):
         allowed = f"allowed are a hub id (owner/name), a folder beside the spec, {', '.join(BUILTIN)}"
         return [("model.base", f"no such model (found {base!r}); {allowed}")]
-    if folder is None and base not in KNOWN and (wrong := hub.repository_id_fault(base)):
+    if folder is None and base not in KNOWN_BASES and (wrong := hub.repository_id_fault(base)):
         return [("model.base", wrong)]
     if folder is not None and not (folder / "model_index.json").is_file():
         return [("model.base", f"{folder} holds no model_index.json; name a model in diffusers' layout (FluxPipeline)")]

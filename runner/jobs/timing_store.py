@@ -35,7 +35,7 @@ def base_name(base: str) -> str:
     shapes = read_base_configs(base)
     if shapes is None:
         return base
-    parts = {name: sum(numbers) for name, numbers in shapes.numbers.items()}
+    parts = {name: sum(numbers) for name, numbers in shapes.parameters.items()}
     return json.dumps([parts, shapes.transformer["num_layers"], shapes.transformer["num_single_layers"]])
 
 

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from runner.base.quantized_size import NF4_BLOCK, in_a_block
+from runner.base.quantized_size import NF4_BLOCK, is_in_block
 from runner.core import files
 from runner.core.errors import BadFileError, FluxrunError
 from runner.model import tensors
@@ -148,7 +148,7 @@ def load_quantized(
     names = list(model.state_dict())
     for name, module in list(model.named_modules()):
         module_dtype = torch.float32 if name.rpartition(".")[2] in fp32_modules else dtype
-        if scheme != "none" and type(module) is nn.Linear and in_a_block(name):
+        if scheme != "none" and type(module) is nn.Linear and is_in_block(name):
             quantized = QuantLinear(module, scheme, module_dtype)
             model.set_submodule(name, quantized)
             _allocate(quantized, module_dtype, device)

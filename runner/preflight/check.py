@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 
 from runner.base.files import cached_base
-from runner.base.param_counts import numbers_of
+from runner.base.param_counts import parameter_counts
 from runner.core import hub
 from runner.core.errors import Fault
 from runner.core.tracebacks import summary_line
@@ -104,13 +104,13 @@ def _look_at_base(
 ) -> tuple[list[Finding], int]:  # fmt: skip
     """(what is wrong, bytes to fetch); what is known of it goes into `folders` and `numbers`."""
     own = one.spec.model
-    numbers[own.base] = dict(numbers_of(own.base, {}))
+    numbers[own.base] = dict(parameter_counts(own.base, {}))
     folder = cached_base(own.base, own.revision)
     told, counts = check_base(folder, own.variant) if folder else ([], {})
     fetched = folder is None or (bool(told) and str(folder).startswith(str(hub_cache())))
     if folder and not (told and fetched):
         folders[key] = folder
-    numbers[own.base] = dict(numbers_of(own.base, counts))
+    numbers[own.base] = dict(parameter_counts(own.base, counts))
     if fetched:
         return check_access(one, folder)
     return [at(one.source, "error", "model.base", message) for message in told], 0

@@ -10,7 +10,7 @@ from pathlib import Path
 from runner.core import hardware
 from runner.core.errors import LockHeldError
 from runner.core.humanize import format_bytes, pluralize
-from runner.jobs.cache_hits import queue_bytes
+from runner.jobs.disk_need import queue_bytes
 from runner.jobs.job import Job
 from runner.jobs.prepare import planned_jobs
 from runner.plan.disk import SPARE

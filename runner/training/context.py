@@ -17,6 +17,7 @@ from runner.base.files import PARTS as PARTS_OF_BASE
 from runner.base.files import BaseIdentity, fingerprint, local_folder
 from runner.cache import keys
 from runner.cache.keys import Entry
+from runner.cache.paths import cache_folder
 from runner.cache.store import Cache
 from runner.checkpoint.storage import Weights
 from runner.core import hashing
@@ -235,4 +236,4 @@ def open_base(spec: Spec, where: torch.device, cache: Cache) -> Base:
 
 
 def open_cache(runs: Path) -> Cache:
-    return Cache(runs / "cache")
+    return Cache(cache_folder(runs))

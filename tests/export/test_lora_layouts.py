@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from runner.base.layers import KNOWN, linear_layers, lora_layers
+from runner.base.layers import KNOWN_BASES, linear_layers, lora_layers
 from runner.checkpoint.storage import Weights
 from runner.core.errors import BadFileError
 from runner.export import foreign_layouts, formats, lora_layouts, verify
@@ -33,7 +33,7 @@ from tests.support.adapters import (
 from tests.support.house import House
 from tests.support.readers import comfyui_changes, comfyui_direct_changes, comfyui_rows, diffusers_reads_kohya
 
-DEV = KNOWN["black-forest-labs/FLUX.1-dev"]
+DEV = KNOWN_BASES["black-forest-labs/FLUX.1-dev"]
 BASE = Base(TINY, None, torch.device("cpu"), torch.float32)
 AROUND = {"everything": (tuple(LINEAR), 4, 2.0, True), "last layer": (("proj_out", "norm_out.linear"), 4, 8.0, False)}
 

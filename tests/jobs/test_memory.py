@@ -50,13 +50,13 @@ def test_the_parts_hold_as_many_numbers_as_their_files() -> None:
     assert shapes is not None
     told, counted = check_base(BUILTIN["builtin:tiny"], None)
     assert not told
-    assert {part: sum(numbers) for part, numbers in shapes.numbers.items()} == counted
+    assert {part: sum(numbers) for part, numbers in shapes.parameters.items()} == counted
 
 
 def test_flux_holds_as_many_as_its_published_files() -> None:
     shapes = read_base_configs(DEV)
     assert shapes is not None
-    found = {part: sum(numbers) for part, numbers in shapes.numbers.items()}
+    found = {part: sum(numbers) for part, numbers in shapes.parameters.items()}
     assert found == {**param_counts.FLUX1_PARTS, "transformer": 11_901_408_320}
     assert read_base_configs("some/model") is None
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from runner.base import quantized_size
 from runner.base.layers import linear_layers
+from runner.base.quantized_size import is_in_block, weight_bytes
 from runner.checkpoint.storage import Weights, read
 from runner.core.errors import FluxrunError
 from runner.model import device, quantization
@@ -165,8 +165,9 @@ def test_quantising_takes_the_memory_of_the_quantised_model_and_happens_once(
         value.numel() for value in loading.load_transformer(Base(large, None, CPU, torch.float32)).parameters()
     )
     size = sum(value.numel() * value.element_size() for value in first.state_dict().values())
-    told = quantized_size.held(numbers, quantized_size.in_blocks(linear_layers(config)), scheme, 4)
-    assert told == pytest.approx(size, rel=0.01)
+    layers = linear_layers(config).items()
+    quantized = sum(out * inside for name, (out, inside) in layers if is_in_block(name))
+    assert weight_bytes(quantized, numbers - quantized, scheme, 4) == pytest.approx(size, rel=0.01)
     one = 448 * 5 * 448 * 4  # bytes of the largest weight, plain
     assert peak < 1.2 * size + 12 * one  # bitsandbytes has several copies of a weight at once; the plain model is 30
     monkeypatch.setattr(quantization, "quantize", None)  # the second time nothing is quantised
@@ -217,13 +218,13 @@ def test_a_file_that_lacks_a_tensor_is_refused(house: House) -> None:
 
 def test_what_a_run_needs_at_least_is_told_by_its_scheme(tmp_path: Path) -> None:
     """Else `check` would refuse, on a small card, the very specs that are for it."""
-    from runner.base.param_counts import numbers_of
+    from runner.base.param_counts import parameter_counts
     from runner.plan.build import make_plan
     from runner.preflight.devices import memory_floor
     from tests.support.plans import FACTS
     from tests.support.plans import spec_of as planned
 
-    numbers = numbers_of("black-forest-labs/FLUX.1-dev", {})
+    numbers = parameter_counts("black-forest-labs/FLUX.1-dev", {})
     found = {}
     for lines in ("", 'quantize = "int8"\n', 'quantize = "nf4"\n', 'offload = "blocks"\n'):
         spec = planned(tmp_path, f"[model]\n{lines}")

@@ -10,7 +10,7 @@ import pytest
 
 from runner.core import files
 from runner.core.humanize import format_bytes
-from runner.jobs.cache_hits import queue_bytes
+from runner.jobs.disk_need import queue_bytes
 from runner.jobs.prepare import prepare_jobs
 from runner.plan import disk
 from tests.support.house import House

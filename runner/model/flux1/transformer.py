@@ -68,7 +68,7 @@ def set_attention(transformer: Any, backend: str) -> None:
 def checkpointed_blocks(transformer: Any, every: int) -> list[nn.Module]:
     """The blocks that gradient checkpointing of every n-th block (0: of none) runs again."""
     blocks = blocks_of(transformer)
-    return [blocks[index] for index in layers.run_twice(len(blocks), every)]
+    return [blocks[index] for index in layers.checkpointed_blocks(len(blocks), every)]
 
 
 def enable_gradient_checkpointing(transformer: Any, blocks: Collection[nn.Module]) -> None:
