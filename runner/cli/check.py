@@ -34,14 +34,14 @@ def check(
     from runner.core.humanize import pluralize
     from runner.jobs.prepare import inspect_specs, notify_faults, planned_jobs
     from runner.preflight.check import check as check_jobs
-    from runner.preflight.check import check_folders
+    from runner.preflight.check import check_run_folders
     from runner.preflight.finding import LEVELS, in_order
 
     if step:  # training must not end because its output is not read
         ctx.with_resource(output.ignore_lost_output())
     seen, faults = inspect_specs(list(specs), runs, fetch=True, fresh=fresh)
     findings = check_jobs(seen, [*faults, *notify_faults(planned_jobs(seen), allow_commands)], runs, gpus, slots)
-    findings = in_order([*findings, *check_folders(seen)])
+    findings = in_order([*findings, *check_run_folders(seen)])
     if step and not any(finding.level == "error" for finding in findings):
         from runner.preflight.trial import try_steps
 

@@ -9,7 +9,7 @@ import click
 
 from runner.cli.excerpts import excerpts
 from runner.core.errors import Fault
-from runner.preflight.finding import Finding, same_in
+from runner.preflight.finding import Finding, format_places
 
 SHOWN_ONCE_FROM = 3  # further places with the same fault, from which on it is printed once for all of them
 
@@ -29,7 +29,7 @@ def echo_faults(faults: Sequence[Fault]) -> None:
         if fault in shown:
             click.echo(shown[fault], err=True)
         if many:
-            click.echo(f"    {same_in([(other.file, other.line) for other in others])}", err=True)
+            click.echo(f"    {format_places([(other.file, other.line) for other in others])}", err=True)
 
 
 def echo_findings(findings: Sequence[Finding], *, err: bool) -> None:

@@ -1,1 +1,1 @@
-"""`fluxrun check`: everything that can be known before a run starts."""
+"""`fluxrun check`: everything that can be known before the runs start."""

@@ -1,4 +1,4 @@
-"""What can be wrong with a run's captions: longer than an encoder reads, without the tokens they should teach. No torch."""
+"""Captions: whether the encoders read all of them, and whether they name the tokens that they should teach."""
 
 from __future__ import annotations
 
@@ -13,104 +13,116 @@ from runner.jobs.job import Job
 from runner.preflight.finding import Finding, at
 from runner.preflight.tokenizers import CLIP_READS, NAMES, CaptionReader
 
-LONGEST_T5 = 512  # what model.max_sequence_length may be
-LONGEST_SHOWN = 100  # characters of what is cut off
+MAX_T5_TOKENS = 512  # the most that model.max_sequence_length may be
+MAX_SHOWN = 100  # characters of a caption, or of what is cut off
 
-ReaderOf = Callable[[Path, str, tuple[str, ...]], CaptionReader]
+ReaderOf = Callable[[Path, str, tuple[str, ...]], CaptionReader]  # of a base's folder, an encoder, and new entries
 
 
-def check_text(seen: Job, base: Path | None, reader: ReaderOf) -> Iterator[Finding]:
-    """`base`: its folder on this disk; without it nobody can say how long a caption is."""
-    spec = seen.spec
-    if not seen.was_read("tokens"):
+def check_captions(job: Job, base: Path | None, reader_of: ReaderOf) -> Iterator[Finding]:
+    """base: the folder with its tokenizers; without it, how long captions are is unknown."""
+    spec = job.spec
+    if not job.was_read("tokens"):
         return
-    known = tokens.placeholders(spec.tokens)
-    if seen.pictures is not None:
-        every = (*seen.pictures.items, *seen.pictures.held)
-        yield from _unnamed(seen, seen.pictures.items, known)
-        if base is not None and seen.was_read("model.base", "model.max_sequence_length", "inversion.encoders"):
-            yield from _too_long(seen, every, known, base, reader)
-    yield from _prompts(seen, known)
+    placeholders = tokens.placeholders(spec.tokens)
+    if job.pictures is not None:
+        pictures = (*job.pictures.items, *job.pictures.held)
+        yield from _captions_without_token(job, job.pictures.items, placeholders)
+        if base is not None and job.was_read("model.base", "model.max_sequence_length", "inversion.encoders"):
+            for encoder, limit in (("clip", CLIP_READS), ("t5", spec.model.max_sequence_length)):
+                yield from _check_encoder(job, pictures, placeholders, base, reader_of, encoder, limit)
+    yield from _check_prompts(job, placeholders)
 
 
-def _unnamed(seen: Job, pictures: Sequence[Picture], known: Sequence[Placeholder]) -> Iterator[Finding]:
-    for index, one in enumerate(known):
-        without = [picture for picture in pictures if one.name not in tokens.tokens_in_caption(picture.caption, known)]
-        if 0 < len(without) < len(pictures):  # all of them: the plan refuses it
-            other = [picture for picture in without if one.name.lower() in picture.caption.lower()]
-            hint = f" ({len(other)} in other letters: it counts only as it is written)" if other else ""
-            yield at(
-                seen.source, "warning", f"tokens.{index}.name",
-                f"{len(without)} of {len(pictures)} captions without {one.name!r}{hint}; they teach it nothing, write it into "
-                "them", [f"{picture.name}: {_short(picture.caption)!r}" for picture in without],
-            )  # fmt: skip
-
-
-def _too_long(
-    seen: Job, pictures: Sequence[Picture], known: Sequence[Placeholder], base: Path, reader: ReaderOf
+def _captions_without_token(
+    job: Job, pictures: Sequence[Picture], placeholders: Sequence[Placeholder]
 ) -> Iterator[Finding]:
-    for encoder, limit in (("clip", CLIP_READS), ("t5", seen.spec.model.max_sequence_length)):
-        learns = encoder in seen.spec.inversion.encoders
-        pieces = tuple(tokens.vocabulary_entries(known)) if learns else ()
-        try:
-            own = reader(base, encoder, pieces)
-        except (OSError, ValueError, KeyError):
-            continue  # a fault of the base, told where its files are looked at
-        if taken := own.taken(pieces):
-            index = next(index for index, one in enumerate(known) if taken[0] in one.entries)
+    """Tokens that some captions do not name. (A token that no caption names is refused with the plan.)"""
+    for index, placeholder in enumerate(placeholders):
+        name = placeholder.name
+        without = [
+            picture for picture in pictures if name not in tokens.tokens_in_caption(picture.caption, placeholders)
+        ]
+        if 0 < len(without) < len(pictures):
+            other_case = [picture for picture in without if name.lower() in picture.caption.lower()]
+            hint = f" ({len(other_case)} in other letter case, which does not count)" if other_case else ""
             yield at(
-                seen.source, "error", f"tokens.{index}.placeholder",
-                f"{NAMES[encoder]}'s tokenizer of this base has {taken[0]} already, so no new row can be learned for it; set "
-                'another one, e.g. placeholder = "bird"',
-            )  # fmt: skip
-            continue
-        read = {
-            caption: own.read(tokens.expand_placeholders(caption, known), pieces, limit)
-            for caption in dict.fromkeys(one.caption for one in pictures)
-        }
-        cut = [(picture, found) for picture in pictures if (found := read[picture.caption]).unread]
-        lost = [picture.name for picture, found in cut if any(piece in found.unread for piece in pieces)]
-        if lost:
-            yield at(
-                seen.source, "error", "data.source",
-                f"in {pluralize(len(lost), 'caption')} a token stands behind the {limit} tokens that {NAMES[encoder]} reads "
-                f"({list_some(lost)}), so it learns nothing from them; name it earlier in the caption",
-            )  # fmt: skip
-        if cut:
-            raised = encoder == "t5" and limit < LONGEST_T5
-            way = "shorten them" + (f", or raise model.max_sequence_length (up to {LONGEST_T5})" if raised else "")
-            key = "data.source" if encoder == "clip" else "model.max_sequence_length"
-            yield at(
-                seen.source, "warning", key,
-                f"{pluralize(len(cut), 'caption')} longer than the {limit} tokens that {NAMES[encoder]} reads; {way}, or live "
-                "with what is cut off",
-                [f"{picture.name} has {found.count}; cut off: {_written(found.unread, known)!r}" for picture, found in cut],
+                job.source, "warning", f"tokens.{index}.name",
+                f"{len(without)} of {len(pictures)} captions without {name!r}{hint}; they teach it nothing, write it into "
+                "them", [f"{picture.name}: {_shorten(picture.caption)!r}" for picture in without],
             )  # fmt: skip
 
 
-def _prompts(seen: Job, known: Sequence[Placeholder]) -> Iterator[Finding]:
-    spec = seen.spec
-    if known and spec.prior and (inside := tokens.tokens_in_caption(spec.prior.prompt, known)):
+def _check_encoder(
+    job: Job, pictures: Sequence[Picture], placeholders: Sequence[Placeholder], base: Path, reader_of: ReaderOf,
+    encoder: str, limit: int,
+) -> Iterator[Finding]:  # fmt: skip
+    """What one encoder cannot read, or cannot learn. limit: tokens it reads."""
+    learns = encoder in job.spec.inversion.encoders
+    entries = tuple(tokens.vocabulary_entries(placeholders)) if learns else ()
+    try:
+        reader = reader_of(base, encoder, entries)
+    except (OSError, ValueError, KeyError):
+        return  # a fault of the base, found by `base_files`
+    if existing := reader.existing(entries):
+        index = next(index for index, placeholder in enumerate(placeholders) if existing[0] in placeholder.entries)
         yield at(
-            seen.source, "warning", "prior.prompt",
-            f"the class prompt names the token {list_some(sorted(inside))} (found {spec.prior.prompt!r}), which then learns "
+            job.source, "error", f"tokens.{index}.placeholder",
+            f"{NAMES[encoder]}'s tokenizer of this base has {existing[0]} already, so no new row can be learned for it; set "
+            'another one, e.g. placeholder = "bird"',
+        )  # fmt: skip
+        return
+    read = {
+        caption: reader.read(tokens.expand_placeholders(caption, placeholders), entries, limit)
+        for caption in dict.fromkeys(picture.caption for picture in pictures)
+    }
+    truncated = [(picture, caption) for picture in pictures if (caption := read[picture.caption]).unread]
+    lost = [picture.name for picture, caption in truncated if any(entry in caption.unread for entry in entries)]
+    if lost:
+        yield at(
+            job.source, "error", "data.source",
+            f"in {pluralize(len(lost), 'caption')} a token stands after the {limit} tokens that {NAMES[encoder]} reads "
+            f"({list_some(lost)}), so it learns nothing from them; name it earlier in the caption",
+        )  # fmt: skip
+    if truncated:
+        can_raise = encoder == "t5" and limit < MAX_T5_TOKENS
+        remedy = "shorten them"
+        remedy += f", or raise model.max_sequence_length (up to {MAX_T5_TOKENS})" if can_raise else ""
+        yield at(
+            job.source, "warning", "data.source" if encoder == "clip" else "model.max_sequence_length",
+            f"{pluralize(len(truncated), 'caption')} longer than the {limit} tokens that {NAMES[encoder]} reads; {remedy}, or "
+            "accept that the rest is cut off",
+            [
+                f"{picture.name} has {caption.count}; cut off: {_with_names(caption.unread, placeholders)!r}"
+                for picture, caption in truncated
+            ],
+        )  # fmt: skip
+
+
+def _check_prompts(job: Job, placeholders: Sequence[Placeholder]) -> Iterator[Finding]:
+    """A class prompt that names a token, and validation prompts that name none."""
+    spec = job.spec
+    if placeholders and spec.prior and (named := tokens.tokens_in_caption(spec.prior.prompt, placeholders)):
+        yield at(
+            job.source, "warning", "prior.prompt",
+            f"the class prompt names the token {list_some(sorted(named))} (found {spec.prior.prompt!r}), which then learns "
             "the whole class; describe the class without it",
         )  # fmt: skip
-    shown = spec.validation.prompts
-    if known and shown and not any(tokens.tokens_in_caption(prompt, known) for prompt in shown):
-        names = list_some([one.name for one in known])
+    prompts = spec.validation.prompts
+    if placeholders and prompts and not any(tokens.tokens_in_caption(prompt, placeholders) for prompt in prompts):
+        names = list_some([placeholder.name for placeholder in placeholders])
         yield at(
-            seen.source, "warning", "validate.prompts",
+            job.source, "warning", "validate.prompts",
             f"no prompt names a token that is learned ({names}), so the pictures would not show it; write it into one",
         )  # fmt: skip
 
 
-def _written(text: str, known: Sequence[Placeholder]) -> str:
-    """With the tokens' names as in the caption."""
-    for one in known:
-        text = text.replace(one.text, one.name)
-    return _short(text)
+def _with_names(text: str, placeholders: Sequence[Placeholder]) -> str:
+    """Expanded text with the tokens' names again, as in the caption; shortened."""
+    for placeholder in placeholders:
+        text = text.replace(placeholder.text, placeholder.name)
+    return _shorten(text)
 
 
-def _short(text: str) -> str:
-    return text if len(text) <= LONGEST_SHOWN else text[: LONGEST_SHOWN - 3] + "..."
+def _shorten(text: str) -> str:
+    return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 3] + "..."

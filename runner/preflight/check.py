@@ -1,8 +1,9 @@
-"""`fluxrun check`: everything that can be known before the night, of all specs, in one report. No torch."""
+"""`fluxrun check`: everything that can be known before the runs start, of all specs, in one report."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
@@ -12,112 +13,124 @@ from runner.core import hub
 from runner.core.errors import Fault
 from runner.core.tracebacks import summary_line
 from runner.jobs.job import Job
-from runner.preflight.base_files import check_base
-from runner.preflight.captions import check_text
+from runner.preflight.base_files import check_base_files
+from runner.preflight.captions import check_captions
 from runner.preflight.devices import check_devices
-from runner.preflight.disk import check_disk, check_folder, check_runs_folder
+from runner.preflight.disk import check_disk, check_run_folder, check_runs_folder
 from runner.preflight.finding import Finding, at, here, in_order
-from runner.preflight.fingerprints import fingerprint_image
+from runner.preflight.fingerprints import fingerprint_images
 from runner.preflight.hub import check_access, check_push, check_wandb, hub_cache
-from runner.preflight.images import check_data, pictures_of
+from runner.preflight.images import check_images, pictures_of
 from runner.preflight.libraries import check_libraries
 from runner.preflight.tokenizers import CaptionReader
 from runner.preflight.values import check_values
 
-
-def check(seen: Sequence[Job], faults: Sequence[Fault], runs: Path, gpus: str | None, slots: int = 1) -> list[Finding]:
-    """The worst first. `faults`: what the specs are refused for anyway; `gpus`, `slots`: as a queue takes them."""
-    found = [Finding("error", fault.message, fault.file, fault.line, fault.key) for fault in sorted(faults)]
-    bases, numbers, download = _bases(seen, found)
-    looks = fingerprint_image([picture for one in seen for picture in pictures_of(one)])
-    reader = cache(lambda base, encoder, pieces: CaptionReader(base, encoder))
-    for one in seen:
-        found += [at(one.source, "warning", *doubt) for doubt in one.doubts]
-        found += _of_one(one, "data.source", lambda one: check_data(one, looks))
-        found += _of_one(one, "data.source", lambda one: check_text(one, bases.get(_base(one)), reader))
-        found += _of_one(one, "track.to", check_wandb)
-        found += _of_one(one, "train.lr", check_values)
-    found += _of_all("the runs folder", lambda: check_runs_folder(runs))
-    found += _of_all("the login", lambda: _pushes(seen))
-    found += _of_all("the devices", lambda: check_devices(seen, numbers, gpus, slots, runs))
-    found += _of_all("the disk", lambda: check_disk(seen, runs, gpus, download, hub_cache() if download else None))
-    found += _of_all("the libraries", lambda: check_libraries(seen))
-    return in_order(found)
+BaseKey = tuple[str, str | None, str | None]  # model.base, model.revision, model.variant
 
 
-def check_folders(seen: Sequence[Job]) -> list[Finding]:
-    """Runs that another queue has at the moment. A queue says so itself when it comes to them."""
-    return [found for one in seen for found in _of_one(one, "name", check_folder)]
+@dataclass
+class BaseReport:
+    """What is known of the bases that the jobs use.
+
+    findings: what is wrong with them, once for each job that uses them. folders: of the bases whose files are complete on
+    this disk. parameters: how many each part has, by model.base. download_bytes: to fetch before the runs start.
+    """
+
+    findings: list[Finding] = field(default_factory=list)
+    folders: dict[BaseKey, Path] = field(default_factory=dict)
+    parameters: dict[str, Mapping[str, int]] = field(default_factory=dict)
+    download_bytes: int = 0
 
 
-def _of_one(seen: Job, key: str, look: Callable[[Job], Iterable[Finding]]) -> list[Finding]:
-    """What `look` finds of one run. Where it fails itself, that is a finding: it ends neither the check nor the queue."""
+def check(jobs: Sequence[Job], faults: Sequence[Fault], runs: Path, gpus: str | None, slots: int = 1) -> list[Finding]:
+    """All findings, the worst first.
+
+    faults: for which the specs are refused anyway; they become errors. gpus, slots: as --gpus and --slots take them.
+    """
+    findings = [Finding("error", fault.message, fault.file, fault.line, fault.key) for fault in sorted(faults)]
+    bases = _check_bases(jobs)
+    findings += bases.findings
+    fingerprints = fingerprint_images([picture for job in jobs for picture in pictures_of(job)])
+    reader = cache(lambda base, encoder, entries: CaptionReader(base, encoder))
+    for job in jobs:
+        findings += [at(job.source, "warning", *doubt) for doubt in job.doubts]
+        findings += _check_job(job, "data.source", lambda job: check_images(job, fingerprints))
+        findings += _check_job(
+            job, "data.source", lambda job: check_captions(job, bases.folders.get(_base_key(job)), reader)
+        )
+        findings += _check_job(job, "track.to", check_wandb)
+        findings += _check_job(job, "train.lr", check_values)
+    download = bases.download_bytes
+    findings += _check_shared("the runs folder", lambda: check_runs_folder(runs))
+    findings += _check_shared("the login", lambda: _check_pushes(jobs))
+    findings += _check_shared("the devices", lambda: check_devices(jobs, bases.parameters, gpus, slots, runs))
+    findings += _check_shared(
+        "the disk", lambda: check_disk(jobs, runs, gpus, download, hub_cache() if download else None)
+    )
+    findings += _check_shared("the libraries", lambda: check_libraries(jobs))
+    return in_order(findings)
+
+
+def check_run_folders(jobs: Sequence[Job]) -> list[Finding]:
+    """Runs that another queue works on now. (A queue reports them itself when it comes to them.)"""
+    return [finding for job in jobs for finding in _check_job(job, "name", check_run_folder)]
+
+
+def _check_job(job: Job, key: str, check_one: Callable[[Job], Iterable[Finding]]) -> list[Finding]:
+    """The findings of one check of one job. A check that fails becomes a finding at `key`, and ends nothing."""
     try:
-        return list(look(seen))
+        return list(check_one(job))
     except Exception as error:
-        file, line = seen.source.place(key)  # whose folder the traceback's path has nothing to do with
+        file, line = job.source.place(key)
+        # Not `at`, which would shorten the path of the traceback's file where that is below the spec's folder.
         return [Finding("warning", f"could not be checked: {summary_line(error)}", file, line, key)]
 
 
-def _of_all(what: str, look: Callable[[], Iterable[Finding]]) -> list[Finding]:
-    """The same of what all runs share."""
+def _check_shared(subject: str, check_all: Callable[[], Iterable[Finding]]) -> list[Finding]:
+    """The findings of a check of what all jobs share; one that fails becomes a finding about `subject`."""
     try:
-        return list(look())
+        return list(check_all())
     except Exception as error:
-        return [here("warning", f"{what} could not be checked: {summary_line(error)}")]
+        return [here("warning", f"{subject} could not be checked: {summary_line(error)}")]
 
 
-def _base(seen: Job) -> tuple[str, str | None, str | None]:
-    own = seen.spec.model
-    return own.base, own.revision, own.variant
+def _base_key(job: Job) -> BaseKey:
+    model = job.spec.model
+    return model.base, model.revision, model.variant
 
 
-def _bases(
-    seen: Sequence[Job], found: list[Finding]
-) -> tuple[dict[tuple[str, str | None, str | None], Path], dict[str, dict[str, int]], int]:
-    """(folder of each base, numbers in its parts, bytes to fetch); what is wrong is added to `found`."""
-    folders: dict[tuple[str, str | None, str | None], Path] = {}
-    numbers: dict[str, dict[str, int]] = {}
-    looked: dict[tuple[str, str | None, str | None], list[Finding]] = {}
-    download = 0
-    for one in seen:
-        key = _base(one)
-        if "model.base" in one.faulty_keys or "model" in one.faulty_keys:
+def _check_bases(jobs: Sequence[Job]) -> BaseReport:
+    """Check each base once; what is wrong with it is found at each spec that names it."""
+    report = BaseReport()
+    checked: dict[BaseKey, list[Finding]] = {}
+    for job in jobs:
+        if job.faulty_keys & {"model", "model.base"}:
             continue
-        if key not in looked:
-
-            def look(one: Job, key: tuple[str, str | None, str | None] = key) -> list[Finding]:
-                nonlocal download
-                told, bytes_ = _look_at_base(one, key, folders, numbers)
-                download += bytes_
-                return told
-
-            looked[key] = _of_one(one, "model.base", look)
-        # of another spec with the same base at its own line
-        found += [at(one.source, told.level, told.key, told.message) for told in looked[key]]
-    return folders, numbers, download
+        key = _base_key(job)
+        if key not in checked:
+            checked[key] = _check_job(job, "model.base", lambda job: _check_base(job, report))
+        report.findings += [at(job.source, finding.level, finding.key, finding.message) for finding in checked[key]]
+    return report
 
 
-def _look_at_base(
-    one: Job, key: tuple[str, str | None, str | None], folders: dict[tuple[str, str | None, str | None], Path],
-    numbers: dict[str, dict[str, int]],
-) -> tuple[list[Finding], int]:  # fmt: skip
-    """(what is wrong, bytes to fetch); what is known of it goes into `folders` and `numbers`."""
-    own = one.spec.model
-    numbers[own.base] = dict(parameter_counts(own.base, {}))
-    folder = cached_base(own.base, own.revision)
-    told, counts = check_base(folder, own.variant) if folder else ([], {})
-    fetched = folder is None or (bool(told) and str(folder).startswith(str(hub_cache())))
-    if folder and not (told and fetched):
-        folders[key] = folder
-    numbers[own.base] = dict(parameter_counts(own.base, counts))
-    if fetched:
-        return check_access(one, folder)
-    return [at(one.source, "error", "model.base", message) for message in told], 0
+def _check_base(job: Job, report: BaseReport) -> list[Finding]:
+    """What is wrong with the job's base. Its folder, parameters and bytes to fetch go into the report."""
+    model = job.spec.model
+    report.parameters[model.base] = dict(parameter_counts(model.base, {}))  # stays if a check fails
+    folder = cached_base(model.base, model.revision)
+    messages, counts = check_base_files(folder, model.variant) if folder else ([], {})
+    report.parameters[model.base] = dict(parameter_counts(model.base, counts))
+    incomplete_download = bool(messages) and str(folder).startswith(str(hub_cache()))
+    if folder is None or incomplete_download:  # the hub's client fetches what is missing
+        findings, download_bytes = check_access(job, folder)
+        report.download_bytes += download_bytes
+        return findings
+    report.folders[_base_key(job)] = folder
+    return [at(job.source, "error", "model.base", message) for message in messages]
 
 
-def _pushes(seen: Sequence[Job]) -> Iterator[Finding]:
-    pushing = [one for one in seen if one.spec.hub.push and "hub.push" not in one.faulty_keys]
+def _check_pushes(jobs: Sequence[Job]) -> Iterator[Finding]:
+    pushing = [job for job in jobs if job.spec.hub.push and "hub.push" not in job.faulty_keys]
     login = hub.login() if pushing else hub.Login()
-    for one in pushing:
-        yield from check_push(one, login)
+    for job in pushing:
+        yield from check_push(job, login)

@@ -1,4 +1,4 @@
-"""What a check found: how bad, about what, where it is written, what to do next. No torch."""
+"""What a check found: how severe it is, which key of which file it is about, and what to do."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ LEVELS: tuple[Level, ...] = ("error", "warning", "note")
 
 @dataclass(frozen=True)
 class Finding:
-    """error: the run would fail or be wrong; warning: it will run, and is likely not what was meant; note: good to know.
+    """One finding. error: the run would fail or be wrong. warning: it runs, but likely not as meant. note: good to know.
 
-    `fault` is what and where; where it is about the machine and no spec, its file is None. `more`: one line each; `also`: other
-    places of which the same is found, as (file, line).
+    file, line, key: where in a spec; None and "" where it is about the machine. more: details, a line each. also: other places
+    with the same finding, as (file, line).
     """
 
     level: Level
@@ -33,17 +33,17 @@ class Finding:
 
     @property
     def fault(self) -> Fault | None:
-        """As the spec's faults are told, where it is about a spec."""
+        """The finding as a fault of its spec; None where it is about the machine."""
         return Fault(self.file, self.line or 1, self.key, self.message) if self.file else None
 
     def __str__(self) -> str:
         return f"{self.level}: {self.fault or escape_unprintable(self.message)}"
 
     def lines(self, most: int = 10) -> list[str]:
-        """As told on a screen: the finding, then at most so many of its lines."""
+        """For the terminal: the finding, then at most `most` of its details, then the other places."""
         shown = self.more if len(self.more) <= most + 1 else (*self.more[:most], f"and {len(self.more) - most} more")
-        same = [f"    {same_in(self.also)}"] if self.also else []
-        return [str(self), *(f"    {escape_unprintable(line)}" for line in shown), *same]
+        others = [f"    {format_places(self.also)}"] if self.also else []
+        return [str(self), *(f"    {escape_unprintable(line)}" for line in shown), *others]
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -58,30 +58,31 @@ class Finding:
 
 
 def at(source: SpecOrigin, level: Level, key: str, message: str, more: Iterable[str] = ()) -> Finding:
-    """About a key of a spec."""
+    """A finding about a key of a spec. Paths in the message are shown relative to the spec's folder."""
     file, line = source.place(key)
     return Finding(level, source.relative(key, message), file, line, key, tuple(more))
 
 
 def here(level: Level, message: str, more: Iterable[str] = ()) -> Finding:
-    """About this machine, or its logins."""
+    """A finding about this machine or its logins."""
     return Finding(level, message, more=tuple(more))
 
 
-def in_order(found: Iterable[Finding]) -> list[Finding]:
-    """The worst first, then as they were found; each once, with all the places where it was found."""
-    together: dict[tuple[object, ...], list[Finding]] = {}
-    for one in dict.fromkeys(found):
-        together.setdefault((one.level, one.key, one.message, one.more, one.file is None), []).append(one)
+def in_order(findings: Iterable[Finding]) -> list[Finding]:
+    """The worst first, otherwise in their order. Equal findings at several places become one."""
+    equal: dict[tuple[object, ...], list[Finding]] = {}
+    for finding in dict.fromkeys(findings):
+        content = (finding.level, finding.key, finding.message, finding.more, finding.file is None)
+        equal.setdefault(content, []).append(finding)
     merged = [
-        replace(first, also=tuple((one.file, one.line or 1) for one in rest if one.file)) if rest else first
-        for first, *rest in together.values()
+        replace(first, also=tuple((other.file, other.line or 1) for other in others if other.file)) if others else first
+        for first, *others in equal.values()
     ]
-    return sorted(merged, key=lambda one: LEVELS.index(one.level))
+    return sorted(merged, key=lambda finding: LEVELS.index(finding.level))
 
 
-def same_in(places: Sequence[tuple[Path, int]]) -> str:
-    """Where else the same is to be mended."""
+def format_places(places: Sequence[tuple[Path, int]]) -> str:
+    """A line that names other places with the same finding."""
     return escape_unprintable(
         f"the same in {pluralize(len(places), 'more place')}: {list_some([f'{file}:{line}' for file, line in places])}"
     )

@@ -1,4 +1,4 @@
-"""Pictures as a check sees them: decoded once, in threads, and what tells one from another. No torch."""
+"""Fingerprints of images, by which a check finds unreadable, duplicate and animated ones. Each image is decoded once."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from runner.data.images import Picture
 if TYPE_CHECKING:
     import numpy as np
 
-
-HASH_APART = 4  # bits of 64 by which the hashes of two copies of a picture differ at most
-THUMB_APART = 40  # levels of 255 that no cell of their thumbnails exceeds: hashes of flat pictures alone say too little
-THUMB = 16
+# Two images are near-duplicates if both hold. Hashes alone say too little of flat images.
+MAX_HASH_DISTANCE = 4  # bits of 64
+MAX_THUMB_DIFFERENCE = 40  # levels of 255, of any value of the thumbnails
+THUMB_SIDE = 16
 
 
 @dataclass(frozen=True)
 class ImageFingerprint:
-    """size: upright (width, height); pixels: a digest; hash: 64 bits of "darker than its right neighbour"; animated: it has
-    more frames than the first, which is read."""
+    """size: (width, height), upright. pixels: digest of all pixels. hash: difference hash, 64 bits of "darker than its right
+    neighbour" in a 9x8 grey image. thumb: int16 (THUMB_SIDE, THUMB_SIDE, 3). animated: it has more than one frame."""
 
     size: tuple[int, int]
     pixels: str
@@ -36,16 +36,16 @@ class ImageFingerprint:
     animated: bool = False
 
 
-def fingerprint_images(picture: Picture) -> ImageFingerprint | str:
-    """Or why it cannot be read, after decoding it whole as training would."""
+def fingerprint_image(picture: Picture) -> ImageFingerprint | str:
+    """The fingerprint, after decoding the whole image as training would; or a message why it cannot be read."""
     try:
         with images.in_turn(picture):
-            return _look(picture)
+            return _fingerprint(picture)
     except FluxrunError as error:
         return str(error)
 
 
-def _look(picture: Picture) -> ImageFingerprint:
+def _fingerprint(picture: Picture) -> ImageFingerprint:
     import numpy as np
     from PIL import Image
 
@@ -54,58 +54,62 @@ def _look(picture: Picture) -> ImageFingerprint:
         animated = is_animated(opened)
     grey = np.asarray(upright.convert("L").resize((9, 8), Image.Resampling.BOX))
     bits = np.packbits((grey[:, :-1] < grey[:, 1:]).ravel())
-    thumb = np.asarray(upright.resize((THUMB, THUMB), Image.Resampling.BOX)).astype(np.int16)
+    thumb = np.asarray(upright.resize((THUMB_SIDE, THUMB_SIDE), Image.Resampling.BOX)).astype(np.int16)
     digest = hashlib.sha256(repr(upright.size).encode())
-    for top in range(0, upright.height, 256):  # in strips: a large picture's bytes are not wanted twice
+    for top in range(0, upright.height, 256):  # in strips, so that a large image's bytes are in memory only once
         digest.update(upright.crop((0, top, upright.width, min(top + 256, upright.height))).tobytes())
     return ImageFingerprint(upright.size, digest.hexdigest(), int.from_bytes(bits.tobytes(), "big"), thumb, animated)
 
 
-def fingerprint_image(pictures: Iterable[Picture]) -> dict[str, ImageFingerprint | str]:
-    """By `Picture.where`. Files are decoded in threads, rows of a data set in turn."""
-    each = {picture.where: picture for picture in pictures}
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="look") as pool:
-        files = {where: pool.submit(fingerprint_images, one) for where, one in each.items() if Path(where).is_file()}
-        rows = {where: fingerprint_images(one) for where, one in each.items() if where not in files}
-        return {where: rows[where] if where in rows else files[where].result() for where in each}
+def fingerprint_images(pictures: Iterable[Picture]) -> dict[str, ImageFingerprint | str]:
+    """Fingerprints, or messages, by `Picture.where`. Files are decoded in threads, rows of a data set one after the other."""
+    by_place = {picture.where: picture for picture in pictures}
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="fingerprint") as pool:
+        files = {
+            where: pool.submit(fingerprint_image, picture)
+            for where, picture in by_place.items()
+            if Path(where).is_file()
+        }
+        rows = {where: fingerprint_image(picture) for where, picture in by_place.items() if where not in files}
+        return {where: rows[where] if where in rows else files[where].result() for where in by_place}
 
 
 @dataclass(frozen=True)
-class Duplicate:
-    """Pictures that show the same, by their index. `copies`: those among them that are the same to the pixel."""
+class DuplicateGroup:
+    """Images that show the same, by their index. exact_copies: `members`, grouped by equal pixels."""
 
     members: tuple[int, ...]
-    copies: tuple[tuple[int, ...], ...]
+    exact_copies: tuple[tuple[int, ...], ...]
 
 
-def duplicates(looks: Sequence[ImageFingerprint]) -> list[Duplicate]:
-    """Every group of two or more. What looks like one of a group belongs to it."""
+def find_duplicates(fingerprints: Sequence[ImageFingerprint]) -> list[DuplicateGroup]:
+    """Every group of two or more. An image that is a near-duplicate of one member belongs to the group."""
     import numpy as np
 
-    same: dict[str, list[int]] = {}
-    for index, one in enumerate(looks):
-        same.setdefault(one.pixels, []).append(index)
-    firsts = [members[0] for members in same.values()]
-    hashes = np.array([looks[index].hash for index in firsts], np.uint64)
-    group = list(range(len(firsts)))  # of each different picture: the first one of its group
+    copies: dict[str, list[int]] = {}
+    for index, fingerprint in enumerate(fingerprints):
+        copies.setdefault(fingerprint.pixels, []).append(index)
+    distinct = [indices[0] for indices in copies.values()]
+    hashes = np.array([fingerprints[index].hash for index in distinct], np.uint64)
+    parent = list(range(len(distinct)))  # union-find over `distinct`
 
-    def root(at: int) -> int:
-        while group[at] != at:
-            at = group[at]
-        return at
+    def root(item: int) -> int:
+        while parent[item] != item:
+            item = parent[item]
+        return item
 
-    for first in range(len(firsts)):
-        apart = np.bitwise_count(hashes[first + 1 :] ^ hashes[first])
-        for second in first + 1 + np.flatnonzero(apart <= HASH_APART):
-            one, other = looks[firsts[first]], looks[firsts[int(second)]]
-            if int(np.abs(one.thumb - other.thumb).max()) <= THUMB_APART:
+    for first in range(len(distinct)):
+        distances = np.bitwise_count(hashes[first + 1 :] ^ hashes[first])
+        for second in first + 1 + np.flatnonzero(distances <= MAX_HASH_DISTANCE):
+            thumb, other = fingerprints[distinct[first]].thumb, fingerprints[distinct[int(second)]].thumb
+            if int(np.abs(thumb - other).max()) <= MAX_THUMB_DIFFERENCE:
                 low, high = sorted((root(first), root(int(second))))
-                group[high] = low
-    found: dict[int, list[list[int]]] = {}
-    for at, members in enumerate(same.values()):
-        found.setdefault(root(at), []).append(members)
-    groups = [
-        Duplicate(tuple(sorted(index for kind in kinds for index in kind)), tuple(map(tuple, kinds)))
-        for kinds in found.values()
+                parent[high] = low
+    groups: dict[int, list[list[int]]] = {}
+    for item, indices in enumerate(copies.values()):
+        groups.setdefault(root(item), []).append(indices)
+    duplicates = [
+        DuplicateGroup(tuple(sorted(index for indices in group for index in indices)), tuple(map(tuple, group)))
+        for group in groups.values()
     ]
-    return [one for one in groups if len(one.members) > 1]
+    return [group for group in duplicates if len(group.members) > 1]

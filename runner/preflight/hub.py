@@ -1,4 +1,4 @@
-"""What only the hub and W&B can tell: whether a base may be fetched, whether a push has a login. No torch."""
+"""Whether the base can be fetched from the hub, and whether the hub and W&B have a login that may write."""
 
 from __future__ import annotations
 
@@ -7,77 +7,78 @@ import os
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
 from runner.base.files import PARTS
 from runner.core import hub
 from runner.core.humanize import format_bytes
 from runner.jobs.job import Job
-from runner.preflight.finding import Finding, at
+from runner.preflight.finding import Finding, Level, at
 
-WANTED = ("model_index.json", *(f"{part}/*" for part in PARTS))  # as `flux.open_base` fetches them
+DOWNLOADED = ("model_index.json", *(f"{part}/*" for part in PARTS))  # patterns of the files that opening a base fetches
 WANDB_HOST = "api.wandb.ai"
 
 
 def hub_cache() -> Path:
+    """The folder that the hub's client downloads into."""
     from huggingface_hub import constants
 
     return Path(constants.HF_HUB_CACHE)
 
 
-def check_access(seen: Job, folder: Path | None) -> tuple[list[Finding], int]:
-    """(findings, bytes to fetch) of a base that is not on this disk whole. `folder`: as far as it is there."""
+def check_access(job: Job, folder: Path | None) -> tuple[list[Finding], int]:
+    """(findings, bytes to fetch) of a base that is not complete on this disk. folder: of what is there of it."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
-    own = seen.spec.model
-    there = "only partly on this disk" if folder else "not on this disk"
+    model = job.spec.model
+    where = "only partly on this disk" if folder else "not on this disk"
 
-    def said(level: Any, message: str, key: str = "model.base") -> tuple[list[Finding], int]:
-        return [at(seen.source, level, key, message)], 0
+    def no_download(level: Level, message: str, key: str = "model.base") -> tuple[list[Finding], int]:
+        return [at(job.source, level, key, message)], 0
 
     if hub.offline():
-        return said(
+        return no_download(
             "error",
-            f"{own.base} is {there}, and HF_HUB_OFFLINE forbids fetching it; take that variable away, or name a folder",
+            f"{model.base} is {where}, and HF_HUB_OFFLINE forbids fetching it; take that variable away, or name a folder",
         )
     hub.set_up_client(hub.ANSWER_TIMEOUT)
     api = HfApi()
     try:
-        api.auth_check(own.base)
-        info = api.model_info(own.base, revision=own.revision, files_metadata=True, timeout=hub.ANSWER_TIMEOUT)
+        api.auth_check(model.base)
+        info = api.model_info(model.base, revision=model.revision, files_metadata=True, timeout=hub.ANSWER_TIMEOUT)
     except GatedRepoError:
         way = (
             "and accept its licence" if logged_in() else "accept its licence, and log in (`hf auth login` or HF_TOKEN)"
         )
-        return said(
-            "error", f"{own.base} is gated, and this login may not read it; open {api.endpoint}/{own.base}, {way}"
+        return no_download(
+            "error", f"{model.base} is gated, and this login may not read it; open {api.endpoint}/{model.base}, {way}"
         )
     except RevisionNotFoundError:
-        return said(
+        return no_download(
             "error",
-            f"{own.base} has no such revision (found {own.revision!r}); name a branch, tag or commit of it",
+            f"{model.base} has no such revision (found {model.revision!r}); name a branch, tag or commit of it",
             "model.revision",
         )
     except RepositoryNotFoundError:
-        return said(
+        return no_download(
             "error",
-            f"the hub has no model of this name, or this login may not see it (found {own.base!r}); mend the name, or log "
+            f"the hub has no model of this name, or this login may not see it (found {model.base!r}); correct the name, or log "
             "in (`hf auth login`)",
         )
     except Exception as error:
-        # Whatever else the client raises, and it has many ways to, is no verdict on the base.
-        return said(
+        # The client has many other exceptions; none of them says that the base cannot be fetched.
+        return no_download(
             "warning",
-            f"{own.base} is {there}, and whether it can be fetched is unknown: the hub does not answer ({hub.describe_error(error)}); "
+            f"{model.base} is {where}, and whether it can be fetched is unknown: the hub does not answer ({hub.describe_error(error)}); "
             "the run fails if it cannot, and the others go on",
         )
-    bytes_ = sum(one.size or 0 for one in info.siblings or () if any(fnmatch(one.rfilename, mark) for mark in WANTED))
+    files = [file for file in info.siblings or () if any(fnmatch(file.rfilename, glob) for glob in DOWNLOADED)]
+    download = sum(file.size or 0 for file in files)
     if folder:
-        bytes_ = max(0, bytes_ - sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()))
+        download = max(0, download - sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()))
     return [
-        at(seen.source, "note", "model.base", f"{own.base} is {there}: {format_bytes(bytes_)} are fetched first")
-    ], bytes_
+        at(job.source, "note", "model.base", f"{model.base} is {where}: {format_bytes(download)} are fetched first")
+    ], download
 
 
 def logged_in() -> bool:
@@ -86,25 +87,25 @@ def logged_in() -> bool:
     return bool(get_token())
 
 
-def check_push(seen: Job, login: hub.Login) -> Iterator[Finding]:
-    """A login that is certainly wrong is told with the spec's faults (`runner.jobs.prepare`)."""
-    repo, names = seen.spec.hub.repo or "", login.owners
+def check_push(job: Job, login: hub.Login) -> Iterator[Finding]:
+    """Whether the login may push to hub.repo. (A missing login is a fault of the spec, found in `runner.jobs`.)"""
+    repo, owners = job.spec.hub.repo or "", login.owners
     if login.doubt:
-        yield at(seen.source, "warning", "hub.push", login.doubt)
-    if names and "/" in repo and repo.split("/")[0] not in names:
+        yield at(job.source, "warning", "hub.push", login.doubt)
+    if owners and "/" in repo and repo.split("/")[0] not in owners:
         yield at(
-            seen.source, "error", "hub.repo",
-            f"this login may not write there (found {repo!r}; it is {', '.join(sorted(names))}); name a repository of its "
+            job.source, "error", "hub.repo",
+            f"this login may not write there (found {repo!r}; it is {', '.join(sorted(owners))}); name a repository of its "
             "own",
         )  # fmt: skip
 
 
-def check_wandb(seen: Job) -> Iterator[Finding]:
-    if "wandb" not in seen.spec.track.to or os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
+def check_wandb(job: Job) -> Iterator[Finding]:
+    if "wandb" not in job.spec.track.to or os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
         return
     if not (os.environ.get("WANDB_API_KEY") or _in_netrc()):
         yield at(
-            seen.source, "error", "track.to",
+            job.source, "error", "track.to",
             "wandb has no login; run `wandb login`, set WANDB_API_KEY, or WANDB_MODE=offline",
         )  # fmt: skip
 

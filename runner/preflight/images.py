@@ -1,4 +1,4 @@
-"""What can be wrong with a run's pictures, beside what a plan must refuse: unreadable, too small, twice there. No torch."""
+"""Images: unreadable, duplicate, too small or badly shaped, animated or unused ones; and what is wrong with caption files."""
 
 from __future__ import annotations
 
@@ -14,240 +14,257 @@ from runner.data.sources import reasons
 from runner.jobs.job import Job
 from runner.plan.build import resolutions
 from runner.preflight.finding import Finding, at
-from runner.preflight.fingerprints import ImageFingerprint, duplicates
+from runner.preflight.fingerprints import ImageFingerprint, find_duplicates
 
-LEAST_SHOWN = 0.5  # of a picture, else it is told that the crop hides more than it shows
+MIN_SHOWN = 0.5  # part of an image that a crop should show
 
-Looks = Mapping[str, ImageFingerprint | str]
-
-
-def pictures_of(seen: Job) -> tuple[Picture, ...]:
-    """Everything that a run would decode."""
-    own = seen.pictures
-    return (*own.items, *own.held, *classes_of(seen)) if own else classes_of(seen)
+Fingerprints = Mapping[str, ImageFingerprint | str]  # by `Picture.where`; a message where the image cannot be read
 
 
-def classes_of(seen: Job) -> tuple[Picture, ...]:
-    own = seen.spec.prior
-    return class_images.pictures(Path(own.images), own.count, own.prompt) if own and seen.was_read("prior") else ()
+def pictures_of(job: Job) -> tuple[Picture, ...]:
+    """Every image that the run would decode: for training, held out, and class images."""
+    pictures = job.pictures
+    return (*pictures.items, *pictures.held, *_class_pictures(job)) if pictures else _class_pictures(job)
 
 
-def check_data(seen: Job, looks: Looks) -> Iterator[Finding]:
-    yield from _unreadable(seen, looks)
-    if seen.pictures is None:
+def _class_pictures(job: Job) -> tuple[Picture, ...]:
+    prior = job.spec.prior
+    return (
+        class_images.pictures(Path(prior.images), prior.count, prior.prompt) if prior and job.was_read("prior") else ()
+    )
+
+
+def check_images(job: Job, fingerprints: Fingerprints) -> Iterator[Finding]:
+    """fingerprints: of all `pictures_of` the job."""
+    yield from _unreadable(job, fingerprints)
+    if job.pictures is None:
         return
-    yield from _twice(seen, looks)
-    yield from _sizes(seen, looks)
-    yield from _left_out(seen, "data.source", seen.pictures.folder)
-    yield from _animated(seen, looks)
-    yield from _captions(seen)
-    yield from _classes(seen, looks)
+    yield from _duplicates(job, fingerprints)
+    yield from _sizes(job, fingerprints)
+    yield from _unused_files(job, "data.source", job.pictures.folder)
+    yield from _animated(job, fingerprints)
+    yield from _caption_files(job)
+    yield from _class_images(job, fingerprints)
 
 
-def _unreadable(seen: Job, looks: Looks) -> Iterator[Finding]:
-    wrong: dict[str, list[str]] = {}
-    for picture in pictures_of(seen):
+def _unreadable(job: Job, fingerprints: Fingerprints) -> Iterator[Finding]:
+    by_key: dict[str, list[str]] = {}
+    for picture in pictures_of(job):
         key = "prior.images" if picture.name.startswith("class/") else "data.source"
-        if isinstance(found := looks[picture.where], str):
-            wrong.setdefault(key, []).append(seen.source.relative(key, found))
-    for key, told in wrong.items():
-        if len(told) == 1:
-            yield at(seen.source, "error", key, told[0])
+        if isinstance(message := fingerprints[picture.where], str):
+            by_key.setdefault(key, []).append(job.source.relative(key, message))
+    for key, messages in by_key.items():
+        if len(messages) == 1:
+            yield at(job.source, "error", key, messages[0])
         else:
-            yield at(seen.source, "error", key, f"{len(told)} images cannot be read", told)
+            yield at(job.source, "error", key, f"{len(messages)} images cannot be read", messages)
 
 
-def _twice(seen: Job, looks: Looks) -> Iterator[Finding]:
-    """Copies: among the training pictures, and, worse, between them and those kept for the eval loss."""
-    assert seen.pictures is not None
-    held = {picture.where for picture in seen.pictures.held}
-    read = [
-        (picture, found)
-        for picture in (*seen.pictures.items, *seen.pictures.held)
-        if isinstance(found := looks[picture.where], ImageFingerprint)
+def _duplicates(job: Job, fingerprints: Fingerprints) -> Iterator[Finding]:
+    """Copies among the training images, and, worse, between them and the images held out for the eval loss."""
+    assert job.pictures is not None
+    held_out = {picture.where for picture in job.pictures.held}
+    readable = [
+        (picture, fingerprint)
+        for picture in (*job.pictures.items, *job.pictures.held)
+        if isinstance(fingerprint := fingerprints[picture.where], ImageFingerprint)
     ]
 
-    def parted(members: Sequence[int]) -> bool:
-        return len({read[index][0].where in held for index in members}) == 2
+    def on_both_sides(members: Sequence[int]) -> bool:
+        return len({readable[index][0].where in held_out for index in members}) == 2
 
-    twins: list[str] = []
+    copies: list[str] = []
     leaks: list[str] = []
-    near: list[str] = []
-    for same_view in duplicates([found for _, found in read]):
-        names = _and([read[index][0].name for index in same_view.members])
-        told = names if len(same_view.copies) == 1 else f"{names} (nearly)"
-        if any(parted(same) for same in same_view.copies):
-            leaks.append(told)
+    near_leaks: list[str] = []
+    for group in find_duplicates([fingerprint for _, fingerprint in readable]):
+        names = _join_names([readable[index][0].name for index in group.members])
+        line = names if len(group.exact_copies) == 1 else f"{names} (nearly)"
+        if any(on_both_sides(indices) for indices in group.exact_copies):
+            leaks.append(line)
+        elif on_both_sides(group.members):
+            near_leaks.append(line)
         else:
-            (near if parted(same_view.members) else twins).append(told)
+            copies.append(line)
     if leaks:
         yield at(
-            seen.source, "error", "data.holdout",
+            job.source, "error", "data.holdout",
             f"{pluralize(len(leaks), 'picture')} both trained on and held out, so the eval loss would be of what was trained "
             "on; keep one copy of each in the data", leaks,
         )  # fmt: skip
-    if near:
+    if near_leaks:
         yield at(
-            seen.source, "warning", "data.holdout",
-            f"{pluralize(len(near), 'picture')} nearly both trained on and held out, so the eval loss would flatter the run; "
-            "keep one copy of each in the data", near,
+            job.source, "warning", "data.holdout",
+            f"{pluralize(len(near_leaks), 'picture')} nearly both trained on and held out, so the eval loss would flatter the "
+            "run; keep one copy of each in the data", near_leaks,
         )  # fmt: skip
-    if twins:
+    if copies:
         yield at(
-            seen.source, "warning", "data.source",
-            f"{pluralize(len(twins), 'picture')} there more than once, so shown more often than others; keep one copy of each "
-            "in the data, or leave it so on purpose", twins,
+            job.source, "warning", "data.source",
+            f"{pluralize(len(copies), 'picture')} there more than once, so shown more often than others; keep one copy of each "
+            "in the data, or leave it so on purpose", copies,
         )  # fmt: skip
 
 
-def _and(names: Sequence[str]) -> str:
+def _join_names(names: Sequence[str]) -> str:
     if len(names) > 6:
         return f"{', '.join(names[:5])} and {len(names) - 5} more"
     return f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def _sizes(seen: Job, looks: Looks) -> Iterator[Finding]:
-    assert seen.pictures is not None
-    if not seen.was_read("data.resolution", "data.buckets"):
+def _sizes(job: Job, fingerprints: Fingerprints) -> Iterator[Finding]:
+    """Images that are enlarged for training, or of which a crop shows too little; and the table of buckets."""
+    assert job.pictures is not None
+    if not job.was_read("data.resolution", "data.buckets"):
         return
-    own = seen.spec.data
-    read = [(one, found.size) for one in seen.pictures.items if isinstance(found := looks[one.where], ImageFingerprint)]
-    grouped = group_by_bucket([size for _, size in read], resolutions(seen.spec), own.buckets)
+    data = job.spec.data
+    readable = [
+        (picture, fingerprint.size)
+        for picture in job.pictures.items
+        if isinstance(fingerprint := fingerprints[picture.where], ImageFingerprint)
+    ]
+    buckets = group_by_bucket([size for _, size in readable], resolutions(job.spec), data.buckets)
     small: list[str] = []
-    hidden: list[str] = []
-    for size, chosen in grouped.items():
-        for picture, has in (read[index] for index in chosen):
-            scale = max(size[0] / has[0], size[1] / has[1])
+    cropped: list[str] = []
+    for bucket, indices in buckets.items():
+        for picture, size in (readable[index] for index in indices):
+            scale = max(bucket[0] / size[0], bucket[1] / size[1])
             if scale > 1:
-                small.append(f"{picture.name} is {_by(has)}, trained at {_by(size)}: enlarged {scale:.2g} times")
-            shown = size[0] * size[1] / (has[0] * has[1] * scale * scale)
-            if shown < LEAST_SHOWN:
-                hidden.append(f"{picture.name} is {_by(has)}: a crop to {_by(size)} shows {shown:.0%} of it")
+                enlarged = f"enlarged {scale:.2g} times"
+                small.append(f"{picture.name} is {_format_size(size)}, trained at {_format_size(bucket)}: {enlarged}")
+            shown = bucket[0] * bucket[1] / (size[0] * size[1] * scale * scale)
+            if shown < MIN_SHOWN:
+                crop = f"a crop to {_format_size(bucket)} shows {shown:.0%} of it"
+                cropped.append(f"{picture.name} is {_format_size(size)}: {crop}")
     if small:
         yield at(
-            seen.source, "warning", "data.resolution",
+            job.source, "warning", "data.resolution",
             f"{pluralize(len(small), 'picture')} smaller than trained at, so enlarged and blurred (found "
-            f"{own.resolution!r}); lower data.resolution, or take larger pictures", small,
+            f"{data.resolution!r}); lower data.resolution, or take larger pictures", small,
         )  # fmt: skip
-    if hidden:
-        way = "" if own.buckets else "; data.buckets = true trains each in its shape"
+    if cropped:
+        remedy = "" if data.buckets else "; data.buckets = true trains each in its shape"
         yield at(
-            seen.source, "warning", "data.buckets" if own.buckets else "data.resolution",
-            f"{pluralize(len(hidden), 'picture')} of which a crop shows less than half{way}", hidden,
+            job.source, "warning", "data.buckets" if data.buckets else "data.resolution",
+            f"{pluralize(len(cropped), 'picture')} of which a crop shows less than half{remedy}", cropped,
         )  # fmt: skip
-    if grouped:
-        yield _table(seen, {size: len(chosen) for size, chosen in grouped.items()})
+    if buckets:
+        yield _bucket_table(job, {bucket: len(indices) for bucket, indices in buckets.items()})
 
 
-def _table(seen: Job, counts: Mapping[Size, int]) -> Finding:
-    """The bucket table; and what batches make of it."""
-    train = seen.spec.train
-    table = [f"{number} at {_by(size)}" for size, number in counts.items()]
-    known = seen.was_read("train.batch_size")
-    few = [_by(size) for size, number in counts.items() if known and number < train.batch_size]
-    said = f"training pictures: {', '.join(table)}"
-    if few:
-        said += f"; batches of {train.batch_size} at {list_some(few)} repeat pictures, for there are fewer"
-    if seen.planned:
-        images = seen.plan.steps * train.batch_size * train.accumulate * seen.spec.compute.gpus
-        said += f"; {seen.plan.steps} steps show each {images / sum(counts.values()):.3g} times"
-        if images < sum(counts.values()):
-            key = "train.steps" if seen.spec.train.epochs is None else "train.epochs"
-            return at(seen.source, "warning", key, f"{said}: some are never seen; raise {key}")
-    return at(seen.source, "note", "data.source", said)
+def _bucket_table(job: Job, counts: Mapping[Size, int]) -> Finding:
+    """How many images are in each bucket, and how often training shows them."""
+    train = job.spec.train
+    rows = [f"{count} at {_format_size(bucket)}" for bucket, count in counts.items()]
+    text = f"training pictures: {', '.join(rows)}"
+    smaller = [
+        _format_size(bucket)
+        for bucket, count in counts.items()
+        if job.was_read("train.batch_size") and count < train.batch_size
+    ]
+    if smaller:
+        text += f"; batches of {train.batch_size} at {list_some(smaller)} repeat pictures, for there are fewer"
+    if job.planned:
+        shown = job.plan.steps * train.batch_size * train.accumulate * job.spec.compute.gpus
+        total = sum(counts.values())
+        text += f"; {job.plan.steps} steps show each {shown / total:.3g} times"
+        if shown < total:
+            key = "train.steps" if train.epochs is None else "train.epochs"
+            return at(job.source, "warning", key, f"{text}: some are never seen; raise {key}")
+    return at(job.source, "note", "data.source", text)
 
 
-def _left_out(seen: Job, key: str, folder: PictureFolder | None) -> Iterator[Finding]:
-    """What looks like a picture or a caption, and is not used."""
+def _unused_files(job: Job, key: str, folder: PictureFolder | None) -> Iterator[Finding]:
+    """Files that look like images or captions, and are not used."""
     if folder is None:
         return
     for files, kind, use in ((folder.unused, "picture", "used"), (folder.unread, "caption", "read")):
         if files:
-            look = (
-                f"1 file looks like a {kind} and is"
-                if len(files) == 1
-                else f"{len(files)} files look like {kind}s and are"
+            one, several = f"1 file looks like a {kind} and is", f"{len(files)} files look like {kind}s and are"
+            yield at(
+                job.source, "warning", key, f"{one if len(files) == 1 else several} not {use}", reasons(folder, files)
             )
-            yield at(seen.source, "warning", key, f"{look} not {use}", reasons(folder, files))
 
 
-def _animated(seen: Job, looks: Looks) -> Iterator[Finding]:
-    moving = [
-        one.name
-        for one in pictures_of(seen)
-        if isinstance(found := looks[one.where], ImageFingerprint) and found.animated
+def _animated(job: Job, fingerprints: Fingerprints) -> Iterator[Finding]:
+    animated = [
+        picture.name
+        for picture in pictures_of(job)
+        if isinstance(fingerprint := fingerprints[picture.where], ImageFingerprint) and fingerprint.animated
     ]
-    if moving:
+    if animated:
         yield at(
-            seen.source, "warning", "data.source",
-            f"{pluralize(len(moving), 'picture')} animated ({list_some(moving)}); only the first frame is used, save others as "
-            "pictures of their own",
+            job.source, "warning", "data.source",
+            f"{pluralize(len(animated), 'picture')} animated ({list_some(animated)}); only the first frame is used, save others "
+            "as pictures of their own",
         )  # fmt: skip
 
 
-def _captions(seen: Job) -> Iterator[Finding]:
-    """Captions beside the pictures that are empty, of no picture, or of several. What a metadata file says is the plan's."""
-    assert seen.pictures is not None
-    folder = seen.pictures.folder
+def _caption_files(job: Job) -> Iterator[Finding]:
+    """Caption files that are empty, of no image, or of several. Metadata files are checked when the data is read."""
+    assert job.pictures is not None
+    folder = job.pictures.folder
     if folder is None or metadata_of(folder.folder):
         return
-    texts = list(dict.fromkeys(folder.captions.values()))
-    empty = {path for path in texts if not path.read_bytes().strip()}
-    bare = [path for path in folder.pictures if folder.captions.get(path, None) in {None, *empty}]
+    caption_files = list(dict.fromkeys(folder.captions.values()))
+    empty = {path for path in caption_files if not path.read_bytes().strip()}
+    uncaptioned = [path for path in folder.pictures if folder.captions.get(path, None) in {None, *empty}]
     if empty:
         names = sorted(folder.name(path) for path in empty)
         yield at(
-            seen.source, "warning", "data.source",
+            job.source, "warning", "data.source",
             f"{pluralize(len(empty), 'caption file')} empty ({list_some(names)}), so data.prompt is read instead; write the "
             "captions, or delete the files",
         )  # fmt: skip
     if folder.alone:
         yield at(
-            seen.source, "warning", "data.source",
-            f"{pluralize(len(folder.alone), 'caption file')} without a picture beside it ({list_some(folder.names(folder.alone))}); "
-            "a picture's caption is NAME.txt beside NAME.png",
+            job.source, "warning", "data.source",
+            f"{pluralize(len(folder.alone), 'caption file')} without a picture beside it "
+            f"({list_some(folder.names(folder.alone))}); a picture's caption is NAME.txt beside NAME.png",
         )  # fmt: skip
     if folder.shared:
-        told = [f"{_and(folder.names(paths))}: {folder.name(folder.captions[paths[0]])}" for paths in folder.shared]
+        sharing = [
+            f"{_join_names(folder.names(paths))}: {folder.name(folder.captions[paths[0]])}" for paths in folder.shared
+        ]
         yield at(
-            seen.source, "warning", "data.source",
+            job.source, "warning", "data.source",
             f"{pluralize(len(folder.shared), 'caption file')} shared by pictures of one name, each of which takes its caption "
-            "from it; rename the pictures, if that was not meant", told,
+            "from it; rename the pictures, if that was not meant", sharing,
         )  # fmt: skip
-    if bare and len(bare) < len(folder.pictures):
+    if uncaptioned and len(uncaptioned) < len(folder.pictures):
         yield at(
-            seen.source, "note", "data.prompt",
-            f"{len(bare)} of {len(folder.pictures)} pictures have no caption of their own and read data.prompt "
-            f"({list_some(folder.names(bare))})",
+            job.source, "note", "data.prompt",
+            f"{len(uncaptioned)} of {len(folder.pictures)} pictures have no caption of their own and read data.prompt "
+            f"({list_some(folder.names(uncaptioned))})",
         )  # fmt: skip
 
 
-def _classes(seen: Job, looks: Looks) -> Iterator[Finding]:
-    own = seen.spec.prior
-    if own is None or not seen.was_read("prior"):
+def _class_images(job: Job, fingerprints: Fingerprints) -> Iterator[Finding]:
+    """Class images that are unused or too small, and how many are still to be generated."""
+    prior = job.spec.prior
+    if prior is None or not job.was_read("prior"):
         return
-    yield from _left_out(seen, "prior.images", class_images.contents(Path(own.images)))
-    there = classes_of(seen)
-    side = max(resolutions(seen.spec))
-    read = [(one.name.removeprefix("class/"), looks[one.where]) for one in there]
+    yield from _unused_files(job, "prior.images", class_images.contents(Path(prior.images)))
+    pictures = _class_pictures(job)
+    side = max(resolutions(job.spec))
+    by_name = [(picture.name.removeprefix("class/"), fingerprints[picture.where]) for picture in pictures]
     small = [
-        f"{name} is {_by(found.size)}"
-        for name, found in read
-        if isinstance(found, ImageFingerprint) and min(found.size) < side
+        f"{name} is {_format_size(fingerprint.size)}"
+        for name, fingerprint in by_name
+        if isinstance(fingerprint, ImageFingerprint) and min(fingerprint.size) < side
     ]
     if small:
         yield at(
-            seen.source, "warning", "prior.images",
+            job.source, "warning", "prior.images",
             f"{pluralize(len(small), 'class image')} smaller than trained at ({side}), so enlarged and blurred; name another "
             "folder, for the base to make them as large", small,
         )  # fmt: skip
-    if len(there) < own.count:
+    if len(pictures) < prior.count:
         yield at(
-            seen.source, "note", "prior.images",
-            f"{own.count - len(there)} class images are not there yet (found {len(there)} of {own.count}); the base makes "
-            "them before the training",
+            job.source, "note", "prior.images",
+            f"{prior.count - len(pictures)} class images are not there yet (found {len(pictures)} of {prior.count}); the base "
+            "makes them before the training",
         )  # fmt: skip
 
 
-def _by(size: Size) -> str:
+def _format_size(size: Size) -> str:
     return f"{size[0]}x{size[1]}"

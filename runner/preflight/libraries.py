@@ -1,4 +1,4 @@
-"""Whether the libraries that the specs need are installed, and in tested versions."""
+"""Whether the libraries that the specs need are installed, in versions that fluxrun was made for."""
 
 from __future__ import annotations
 
@@ -11,68 +11,71 @@ from runner.jobs.job import Job
 from runner.preflight.finding import Finding, at, here
 from runner.spec.attention import PACKAGES
 
-# ---- libraries -----------------------------------------------------------------------------------------------------
+SHOWN = ("fluxrun", "torch", "diffusers", "transformers", "peft")  # whose versions a note lists
 
 
-def check_libraries(seen: Sequence[Job]) -> Iterator[Finding]:
+def check_libraries(jobs: Sequence[Job]) -> Iterator[Finding]:
+    """fluxrun's own requirements, the optional ones of each spec, and versions that changed since a run was started."""
     from packaging.requirements import Requirement
 
-    for one in seen:
-        yield from _optional(one)
+    for job in jobs:
+        yield from _optional_libraries(job)
     for text in requires("fluxrun") or ():
-        wanted = Requirement(text)
-        if wanted.marker and not wanted.marker.evaluate({"extra": ""}):
+        requirement = Requirement(text)
+        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
             continue
-        found = version_of(wanted.name)
-        if not found:
-            yield here("error", f"{wanted.name} is not installed, and fluxrun needs {wanted}; install fluxrun again")
-        elif not wanted.specifier.contains(found, prereleases=True):
-            yield here("warning", f"{wanted.name} {found} is not what fluxrun was made for, which is {wanted}")
-    now = {"python": platform.python_version()} | {name: version_of(name) for name in SHOWN}
-    for one in seen:
-        yield from _drifted(one, now)
-    yield here("note", "versions: " + ", ".join(f"{name} {found}" for name, found in now.items()))
+        name, installed = requirement.name, version_of(requirement.name)
+        if not installed:
+            yield here("error", f"{name} is not installed, and fluxrun needs {requirement}; install fluxrun again")
+        elif not requirement.specifier.contains(installed, prereleases=True):
+            yield here("warning", f"{name} {installed} is not what fluxrun was made for, which is {requirement}")
+    versions = {"python": platform.python_version()} | {name: version_of(name) for name in SHOWN}
+    for job in jobs:
+        yield from _changed_versions(job, versions)
+    yield here("note", "versions: " + ", ".join(f"{name} {installed}" for name, installed in versions.items()))
 
 
-SHOWN = ("fluxrun", "torch", "diffusers", "transformers", "peft")
-
-
-def _optional(seen: Job) -> Iterator[Finding]:
-    if seen.spec.optimizer.name == "adamw8bit" and find_spec("bitsandbytes") is None:
+def _optional_libraries(job: Job) -> Iterator[Finding]:
+    if job.spec.optimizer.name == "adamw8bit" and find_spec("bitsandbytes") is None:
         yield at(
-            seen.source, "error", "optimizer.name",
+            job.source, "error", "optimizer.name",
             'adamw8bit needs bitsandbytes, which is not installed; pip install "fluxrun[bitsandbytes]"',
         )  # fmt: skip
-    if seen.spec.model.quantize == "nf4" and find_spec("bitsandbytes") is None:
+    if job.spec.model.quantize == "nf4" and find_spec("bitsandbytes") is None:
         yield at(
-            seen.source, "error", "model.quantize",
+            job.source, "error", "model.quantize",
             'nf4 needs bitsandbytes, which is not installed; pip install "fluxrun[bitsandbytes]", or use int8 or fp8, which need '
             "nothing",
         )  # fmt: skip
-    package, wanted = PACKAGES.get(seen.spec.model.attention, ("torch", ""))
+    package, requirement = PACKAGES.get(job.spec.model.attention, ("torch", ""))
     if find_spec(package) is None:
         yield at(
-            seen.source, "error", "model.attention",
-            f'{seen.spec.model.attention} needs {package}, which is not installed; pip install "{wanted}", or use "native"',
+            job.source, "error", "model.attention",
+            f'{job.spec.model.attention} needs {package}, which is not installed; pip install "{requirement}", or use "native"',
         )  # fmt: skip
-    if "wandb" in seen.spec.track.to and find_spec("wandb") is None:
-        yield at(seen.source, "error", "track.to", 'wandb is not installed; pip install "fluxrun[wandb]"')
+    if "wandb" in job.spec.track.to and find_spec("wandb") is None:
+        yield at(job.source, "error", "track.to", 'wandb is not installed; pip install "fluxrun[wandb]"')
 
 
-def _drifted(seen: Job, now: Mapping[str, str]) -> Iterator[Finding]:
-    """A run that goes on under other libraries than it was begun with does not end with the same bytes."""
-    if seen.planned is None or seen.status.state != "resume":
+def _changed_versions(job: Job, versions: Mapping[str, str]) -> Iterator[Finding]:
+    """A run that is resumed with other libraries than it was started with does not end with the same bytes."""
+    if job.planned is None or job.status.state != "resume":
         return
-    then = seen.run.state().versions or {}
-    changed = [f"{name} {old} -> {now[name]}" for name, old in then.items() if name in now and now[name] != old]
+    started_with = job.run.state().versions or {}
+    changed = [
+        f"{name} {old} -> {versions[name]}"
+        for name, old in started_with.items()
+        if name in versions and versions[name] != old
+    ]
     if changed:
         yield at(
-            seen.source, "warning", "name",
-            f"{seen.run.folder} was begun with other libraries ({', '.join(changed)}); it goes on, but not to the same bytes",
+            job.source, "warning", "name",
+            f"{job.run.folder} was begun with other libraries ({', '.join(changed)}); it goes on, but not to the same bytes",
         )  # fmt: skip
 
 
 def version_of(name: str) -> str:
+    """The installed version of a package; "" where it is not installed."""
     try:
         return version(name)
     except PackageNotFoundError:

@@ -350,11 +350,11 @@ def test_copies_are_a_line_a_group(house: House, pics: Path) -> None:
 def test_a_thousand_copies_take_no_time() -> None:
     from time import process_time
 
-    from runner.preflight.fingerprints import ImageFingerprint, duplicates
+    from runner.preflight.fingerprints import ImageFingerprint, find_duplicates
 
     thumb = np.zeros((16, 16, 3), np.int16)
     began = process_time()
-    [group] = duplicates([ImageFingerprint((64, 64), "the same", 5, thumb)] * 3000)
+    [group] = find_duplicates([ImageFingerprint((64, 64), "the same", 5, thumb)] * 3000)
     assert len(group.members) == 3000
     assert process_time() - began < 1
 

@@ -133,7 +133,7 @@ def test_a_check_that_fails_itself_ends_neither_check_nor_queue(house: House, mo
     def broken(*_: object) -> None:
         raise TypeError("nobody foresaw this")
 
-    monkeypatch.setattr("runner.preflight.check.check_text", broken)
+    monkeypatch.setattr("runner.preflight.check.check_captions", broken)
     monkeypatch.setattr("runner.preflight.check.check_disk", broken)
     spec = house.spec(steps="steps = 2", prompts="prompts = []")
     said = house.fluxrun("check", spec)

@@ -21,7 +21,7 @@ from runner.jobs import activation_memory, card_fit, memory, timing, timing_stor
 from runner.jobs.activation_memory import BatchShape, ByteWidths, TrainableLayers
 from runner.jobs.prepare import prepare_jobs
 from runner.plan.phases import Plan
-from runner.preflight.base_files import check_base
+from runner.preflight.base_files import check_base_files
 from runner.spec.schema import Spec
 from tests.support.house import House
 from tests.support.saved_tensors import encoder, transformer
@@ -48,7 +48,7 @@ def planned(house: House, base: str = DEV, more: str = "", **changes: str) -> tu
 def test_the_parts_hold_as_many_numbers_as_their_files() -> None:
     shapes = read_base_configs("builtin:tiny")
     assert shapes is not None
-    told, counted = check_base(BUILTIN["builtin:tiny"], None)
+    told, counted = check_base_files(BUILTIN["builtin:tiny"], None)
     assert not told
     assert {part: sum(numbers) for part, numbers in shapes.parameters.items()} == counted
 

@@ -220,7 +220,7 @@ def test_what_a_run_needs_at_least_is_told_by_its_scheme(tmp_path: Path) -> None
     """Else `check` would refuse, on a small card, the very specs that are for it."""
     from runner.base.param_counts import parameter_counts
     from runner.plan.build import make_plan
-    from runner.preflight.devices import memory_floor
+    from runner.preflight.memory_floor import memory_floor
     from tests.support.plans import FACTS
     from tests.support.plans import spec_of as planned
 

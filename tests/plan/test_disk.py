@@ -63,16 +63,16 @@ def test_a_base_that_is_not_here_is_taken_for_flux_1(house: House) -> None:
 def test_plan_check_and_queue_say_the_same(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = house.spec()
     [note] = notes(house, spec)
-    assert "16 MiB must stay free beside it" in note
+    assert "16 MiB more must stay free" in note
 
     [wanted] = planned(house, spec)
     usage = type(shutil.disk_usage(house.folder))
     free = wanted + disk.SPARE  # for the run alone, not for what goes into the cache
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9, free))
     [error] = notes(house, spec)
-    assert error.startswith("disk: the night wants about ")
+    assert error.startswith("disk: the runs need about ")
     assert f"({format_bytes(wanted)} in 1 run folder, " in error
-    assert "16 MiB to spare beside a checkpoint), and runs has room for" in error
+    assert "16 MiB that must stay free), and runs has room for" in error
 
     monkeypatch.setattr(type(files.DISK), "free", lambda *_: wanted + disk.SPARE // 2)
     said = house.fluxrun("queue", spec, "--no-check")

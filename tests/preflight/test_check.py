@@ -387,10 +387,10 @@ def test_captions_cut_off_are_shown(own_pictures: House) -> None:
     (own_pictures.folder / "pictures" / "3.txt").write_text("a TOK " + "red " * 80 + "heart")
     said = warnings(own_pictures, own_pictures.spec())
     assert said == [
-        "a.toml:5: data.source: 1 caption longer than the 77 tokens that CLIP reads; shorten them, or live with what is "
-        "cut off\n3.png has 86; cut off: 'red red red red red red red red heart'",
+        "a.toml:5: data.source: 1 caption longer than the 77 tokens that CLIP reads; shorten them, or accept that "
+        "the rest is cut off\n3.png has 86; cut off: 'red red red red red red red red heart'",
         "a.toml:3: model.max_sequence_length: 1 caption longer than the 32 tokens that T5 reads; shorten them, or raise "
-        "model.max_sequence_length (up to 512), or live with what is cut off\n3.png has 85; cut off: "
+        "model.max_sequence_length (up to 512), or accept that the rest is cut off\n3.png has 85; cut off: "
         f"'{'red ' * 24}r...'",
     ]
 
@@ -407,7 +407,7 @@ def test_what_is_told_of_captions(own_pictures: House) -> None:
         "delete the files",
         "a.toml:5: data.source: 1 caption file without a picture beside it (9.txt); a picture's caption is NAME.txt beside "
         "NAME.png",
-        "a.toml:10: tokens.0.name: 1 of 8 captions without 'TOK' (1 in other letters: it counts only as it is written); "
+        "a.toml:10: tokens.0.name: 1 of 8 captions without 'TOK' (1 in other letter case, which does not count); "
         "they teach it nothing, write it into them\n1.png: 'a tok on a hill'",
         "a.toml:23: validate.prompts: no prompt names a token that is learned (TOK), so the pictures would not show it; "
         "write it into one",
@@ -453,9 +453,9 @@ def test_a_base_that_must_be_fetched_is_told_with_its_size(house: House, monkeyp
         usage = type(shutil.disk_usage(house.folder))
         monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**10, 10**10, 2 * 10**9))
         _, found = report(house, path)
-    assert found["error"][0].startswith("disk: the night wants about 3.3 GiB (")
+    assert found["error"][0].startswith("disk: the runs need about 3.3 GiB (")
     assert (
-        ", 3.0 GiB for the base's files, 16 MiB to spare beside a checkpoint), and runs has room for 1.9 GiB;"
+        ", 3.0 GiB for the base's files, 16 MiB that must stay free), and runs has room for 1.9 GiB;"
         in found["error"][0]
     )
 

@@ -100,8 +100,8 @@ def test_patience_that_is_shorter_than_a_look(house: House) -> None:
             "warning",
             line_of(spec, "no_better_for"),
             "stop.no_better_for",
-            "shorter than validate.every, so the first look that is no better ends the training (found 1, validate.every is 2); "
-            "set it to several times that, 6 say, or look more often",
+            "shorter than validate.every, so the first eval loss that is no better ends the training (found 1, validate.every is 2); "
+            "set it to several times that, e.g. 6, or lower validate.every",
         )
     ]
     assert told(house, house.spec("b", every=ending.format(4), prompts="prompts = []\nevery = 2")) == []
@@ -111,7 +111,7 @@ def test_patience_that_is_shorter_than_a_look(house: House) -> None:
             "warning",
             line_of(late, "no_better_for"),
             "stop.no_better_for",
-            "nothing is looked at before the end of the run (validate.every is 6, the run has 6 steps), so it never ends early; "
+            "no eval loss is computed before the end of the run (validate.every is 6, the run has 6 steps), so it never ends early; "
             "lower validate.every",
         )
     ]
