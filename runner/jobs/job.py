@@ -9,9 +9,9 @@ from runner.data.images import Pictures
 from runner.plan.phases import Plan
 from runner.runs.run import Run
 from runner.runs.status import RunStatus
-from runner.spec.loader import overlaps
 from runner.spec.schema import Spec
 from runner.spec.source import SpecOrigin
+from runner.spec.tables import overlaps
 
 
 @dataclass(frozen=True)

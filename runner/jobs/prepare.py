@@ -25,9 +25,11 @@ from runner.plan.phases import Facts, Plan
 from runner.runs.inputs import read_inputs
 from runner.runs.run import Run
 from runner.runs.status import MISMATCH_REMEDIES, active_status, status_of
-from runner.spec.loader import Loaded, load_all, load_text, overlaps, path_at
+from runner.spec.build import LoadedSpec
+from runner.spec.loader import load_all, load_text, path_at
 from runner.spec.run_names import RunsThere, name_fault
 from runner.spec.schema import Spec
+from runner.spec.tables import overlaps
 
 KeyMessage = tuple[str, str]  # a dotted key, and what is wrong with it
 
@@ -95,7 +97,7 @@ class _Inspector:
         self.bases = BaseRegistry()
         self.data_sets = DataSetRegistry(fetch=fetch)
 
-    def inspect_safely(self, loaded: Loaded) -> tuple[Job, list[Fault]]:
+    def inspect_safely(self, loaded: LoadedSpec) -> tuple[Job, list[Fault]]:
         """An unforeseen error is this run's fault, so that the faults of the others are still reported."""
         try:
             return self._inspect(loaded)
@@ -105,7 +107,7 @@ class _Inspector:
             job = Job(loaded.source, spec, Run(self.runs, spec.name), None, faulty_keys=frozenset({"model", "data"}))
             return job, [fault]
 
-    def _inspect(self, loaded: Loaded) -> tuple[Job, list[Fault]]:
+    def _inspect(self, loaded: LoadedSpec) -> tuple[Job, list[Fault]]:
         spec, source = _with_absolute_paths(loaded), loaded.source
         faults = _base_faults(spec)
         data_set = self._open_data(loaded, spec)
@@ -132,7 +134,7 @@ class _Inspector:
         own, prior = ([source.fault(*fault) for fault in each] for each in (faults, prior_faults))
         return job, [*own, *other_run, *prior]
 
-    def _open_data(self, loaded: Loaded, spec: Spec) -> OpenedDataSet:
+    def _open_data(self, loaded: LoadedSpec, spec: Spec) -> OpenedDataSet:
         source, folder = data_source(spec), loaded.source.place("data.source")[0].parent
         if _any_overlap(DATA_KEYS, loaded.bad):
             return OpenedDataSet(faults=name_faults(source, folder))
@@ -173,7 +175,7 @@ def _any_overlap(keys: Sequence[str], bad_keys: frozenset[str]) -> bool:
     return any(overlaps(key, bad) for key in keys for bad in bad_keys)
 
 
-def _with_absolute_paths(loaded: Loaded) -> Spec:
+def _with_absolute_paths(loaded: LoadedSpec) -> Spec:
     """The spec with its paths resolved, so that the run's own copy of it can be read from anywhere."""
     spec, source = loaded.spec, loaded.source
     folder = path_at(spec.data.source, source, "data.source")

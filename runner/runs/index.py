@@ -15,9 +15,9 @@ from typing import Any
 from runner.core import files
 from runner.core.notify import without_secrets
 from runner.runs.run import Run, find_runs
+from runner.spec.defaults import copied_from
 from runner.spec.origins import DEFAULT, origins_in
-from runner.spec.rules import follow_default
-from runner.spec.schema import flat
+from runner.spec.tables import flatten
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def _read_spec(run: Run) -> tuple[dict[str, Any], dict[str, str]]:
         tables = tomllib.loads(text)
     except (OSError, ValueError, RecursionError):
         return {}, {}
-    found = flat({key: value for key, value in tables.items() if key not in ("name", "fluxrun")})
+    found = flatten({key: value for key, value in tables.items() if key not in ("name", "fluxrun")})
     for key in ("notify.url", "notify.command"):
         if isinstance(found.get(key), str):
             found[key] = without_secrets(found[key])
@@ -139,7 +139,7 @@ def _read_spec(run: Run) -> tuple[dict[str, Any], dict[str, str]]:
     spec = {key: value for key, value in found.items() if not isinstance(value, list) or value}
     told = origins_in(text)
     if not told:
-        return spec, {key: "unknown" for key in spec if not follow_default(key, spec)}
+        return spec, {key: "unknown" for key in spec if not copied_from(key, spec)}
     return spec, {key: told.get(key, "unknown") for key in spec if told.get(key) != DEFAULT}
 
 

@@ -17,8 +17,9 @@ from runner.runs.resume_advice import resume_advice
 from runner.runs.run import Run
 from runner.runs.spec_file import read_spec_tables
 from runner.runs.state import read_state
-from runner.spec.rules import DERIVED, is_default
-from runner.spec.schema import Spec, dump, flat
+from runner.spec.defaults import DERIVED_DEFAULTS, is_default
+from runner.spec.schema import Spec, dump
+from runner.spec.tables import flatten
 
 ReadInputs = Callable[[], TrainingInputs]
 
@@ -85,14 +86,14 @@ def changed_keys(run: Run, spec: Spec) -> dict[str, str]:
     Raises ValueError or RecursionError where the run's spec cannot be read.
     """
     old_tables, new_tables = read_spec_tables(run.spec_file), dump(spec)
-    old, new = flat(old_tables), flat(new_tables)
+    old, new = flatten(old_tables), flatten(new_tables)
     skipped = NOT_IN_KEY if spec.model.compile else (*NOT_IN_KEY, *RECOMPUTING)
     keys = [key for key in {**old, **new} if not any(key == skip or key.startswith(f"{skip}.") for skip in skipped)]
     differing = [key for key in keys if old.get(key) != new.get(key)]
     derived = [
         key
-        for key, causes in DERIVED.items()
-        if causes & set(differing) and all(is_default(key, tables) for tables in (old_tables, new_tables))
+        for key, default in DERIVED_DEFAULTS.items()
+        if {*default.causes} & set(differing) and all(is_default(key, tables) for tables in (old_tables, new_tables))
     ]
     return {
         key: f"{key}: {_value_text(old.get(key))} -> {_value_text(new.get(key))}"
@@ -106,7 +107,7 @@ def _changed_inputs(run: Run, spec: Spec, inputs: ReadInputs | None) -> list[str
     old = TrainingInputs.from_json(read_json(run.inputs_file))
     if old is None or inputs is None:
         return []
-    return describe_changes(old, inputs(), flat(read_spec_tables(run.spec_file)), flat(dump(spec)))
+    return describe_changes(old, inputs(), flatten(read_spec_tables(run.spec_file)), flatten(dump(spec)))
 
 
 def _unknown_change(spec: Spec) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -308,14 +307,3 @@ class Spec(Table):
 def dump(spec: Spec) -> dict[str, Any]:
     """Every key, defaults included, as plain tables ready for TOML; what is not set is left out."""
     return spec.model_dump(mode="json", by_alias=True, exclude_none=True)
-
-
-def flat(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested tables -> {"lora.rank": 16, ...}."""
-    out: dict[str, Any] = {}
-    for key, value in tables.items():
-        if isinstance(value, Mapping):
-            out |= flat(value, f"{prefix}{key}.")
-        else:
-            out[f"{prefix}{key}"] = value
-    return out

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from runner.core.errors import Fault
 from runner.spec.extends import Locations, location_of
 from runner.spec.origins import DEFAULT
+from runner.spec.tables import dotted_keys
 from runner.spec.toml_lines import KeyPath
 
 
@@ -55,16 +56,3 @@ class SpecOrigin:
             return DEFAULT
         file, _ = self.place(key)
         return f"set in {file}" if file == self.file else f"extended from {file}"
-
-
-def dotted_keys(value: Any, prefix: str = "") -> Iterator[str]:
-    """Every key of nested tables and arrays of tables: "lora.rank", "tokens.0.name"."""
-    items: Iterable[tuple[Any, Any]] = ()
-    if isinstance(value, dict):
-        items = value.items()
-    elif isinstance(value, list) and value and all(isinstance(one, dict) for one in value):
-        items = enumerate(value)
-    if prefix:
-        yield prefix
-    for key, inner in items:
-        yield from dotted_keys(inner, f"{prefix}.{key}" if prefix else str(key))

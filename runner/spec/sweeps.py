@@ -32,16 +32,6 @@ LONGEST_NAME = LONGEST_RUN_NAME - DIGEST - 2  # characters of the sweep's own
 Swept = dict[str, Any]  # dotted key -> value
 
 
-def flat(sweep: Any, prefix: str = "") -> dict[str, Any]:
-    """[sweep] with its keys dotted, however they were written."""
-    if not isinstance(sweep, dict):
-        return {prefix: sweep}
-    out: dict[str, Any] = {}
-    for key, value in sweep.items():
-        out |= flat(value, f"{prefix}.{key}" if prefix else key)
-    return out
-
-
 def faults(sweep: Mapping[str, Any], tables: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """(dotted key, message) for what cannot be swept. tables: the spec's, less [sweep]."""
     name = tables.get("name")
@@ -211,14 +201,3 @@ def _joined(name: str, swept: Swept, texts: Sequence[str]) -> str:
     if len(label) > room:
         label = f"{label[: max(0, room - DIGEST - 1)]}-{content_key(_exact(swept))[:DIGEST]}"
     return f"{name}/{label.lstrip('-')}"
-
-
-def put(tables: dict[str, Any], dotted: str, value: Any) -> None:
-    """Set a dotted key; tables that are not there are made."""
-    *folders, last = dotted.split(".")
-    here: Any = tables
-    for folder in folders:
-        here = here[int(folder)] if isinstance(here, list) else here.setdefault(folder, {})
-        if not isinstance(here, dict | list):
-            return  # the table's own fault is reported when the spec is built
-    here[int(last) if isinstance(here, list) else last] = value

@@ -6,14 +6,12 @@ import re
 import tomllib
 from collections.abc import Callable, Sequence
 
+from runner.spec.secrets import may_hold_secret
 from runner.spec.toml_lines import key_lines
 
 MOST = 20  # faults of one file
 LARGE = 100_000  # characters of a text of which only the first fault is told
 LONGEST = 80  # characters of what was found
-SECRET = re.compile(
-    r"hf_\w|(?:^|[\s,{])[\"']?(?:(?:hf_|hub_)?token|api_?key|password|secret)[\"']?\s*[=:]", re.IGNORECASE
-)
 # what stands for quotes elsewhere
 TYPOGRAPHIC = "\u201c\u201d\u201e\u201f\u2033\u2018\u2019\u201a\u2032\u00ab\u00bb\uff02\uff07"
 KEY = r"""(?:[A-Za-z0-9_-]+|"[^"]*"|'[^']*')(?:\s*\.\s*(?:[A-Za-z0-9_-]+|"[^"]*"|'[^']*'))*"""
@@ -37,7 +35,7 @@ def toml_faults(text: str) -> list[tuple[int, str]]:
     while len(told) < (MOST if len(text) < LARGE else 1) and (error := _error(lines)):
         start = _begins(lines)
         line, message = _explained(lines, start, *error)
-        if SECRET.search("\n".join(lines[start - 1 : error[0]])):
+        if may_hold_secret("\n".join(lines[start - 1 : error[0]])):
             message = f"this line does not parse (not shown, as it may hold a secret); {FORM}"
         told.append((line, message))
         found = ASSIGNMENT.match(lines[start - 1])

@@ -22,7 +22,8 @@ from runner.model import device
 from runner.plan.phases import Phase, Plan, TrainPhase
 from runner.runs.run import Run
 from runner.runs.sample_files import sample_tag, samples_of
-from runner.spec.schema import Spec, dump, flat
+from runner.spec.schema import Spec, dump
+from runner.spec.tables import flatten
 from runner.tracking.history import History
 from runner.tracking.hparams import write_session
 from runner.tracking.trackers import trackers
@@ -67,7 +68,7 @@ class RunRecorder:
         self.phase_started_at: float | None = None
         self.trackers = [
             History(run.history_file, self.at_step),
-            *trackers(run.folder, run.name, spec.track.to, self.at_step, flat(dump(spec))),
+            *trackers(run.folder, run.name, spec.track.to, self.at_step, flatten(dump(spec))),
         ]
         if "tensorboard" in spec.track.to:
             with files.ignore_disk_errors():

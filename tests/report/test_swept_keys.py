@@ -14,7 +14,7 @@ from runner.jobs.prepare import prepare_jobs
 from runner.report.page import render
 from runner.runs.claim import claim_run
 from runner.runs.index import distinguishing_keys
-from runner.spec.rules import FOLLOWED_DEFAULTS, fill_defaults
+from runner.spec.defaults import DERIVED_DEFAULTS, fill_defaults
 from runner.tracking.hparams import write_sessions
 from tests.support.house import House
 from tests.support.paths import OLD_RUNS
@@ -154,10 +154,10 @@ def test_an_old_run_tells_what_was_set() -> None:
     assert record.origins["tokens.0.name"] == "set in whole.toml"
 
 
-@pytest.mark.parametrize("key", FOLLOWED_DEFAULTS)
+@pytest.mark.parametrize("key", [key for key, default in DERIVED_DEFAULTS.items() if default.is_copy])
 def test_what_a_default_follows_is_as_the_spec_has_it(key: str) -> None:
     def filled(value: float) -> object:
-        folder, last = FOLLOWED_DEFAULTS[key].split(".")
+        folder, last = DERIVED_DEFAULTS[key].causes[0].split(".")
         tables = {"data": {"source": "x"}, "text_lora": {}}
         tables.setdefault(folder, {})[last] = value  # type: ignore[assignment]
         folder, last = key.split(".")

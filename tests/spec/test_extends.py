@@ -12,7 +12,8 @@ from runner.core.errors import Fault, SpecError
 from runner.jobs.prepare import prepare_jobs
 from runner.runs.claim import claim_run
 from runner.runs.spec_file import read_spec
-from runner.spec.loader import Loaded, load
+from runner.spec.build import LoadedSpec
+from runner.spec.loader import load
 from runner.spec.schema import dump
 from tests.support.house import House
 from tests.support.paths import PICTURES
@@ -50,7 +51,7 @@ def files(folder: Path, own: str = OWN, base: str = BASE) -> Path:
     return folder / "a.toml"
 
 
-def one(path: Path) -> Loaded:
+def one(path: Path) -> LoadedSpec:
     [loaded] = load([path])
     return loaded
 

@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runner.plan.build import make_plan
+from runner.spec.defaults import fill_defaults
 from runner.spec.origins import annotated
-from runner.spec.rules import broken_rules, fill_defaults
+from runner.spec.rules import broken_rules
 from runner.spec.schema import Spec, dump
 from tests.support.laws import examples, loaded, put
 from tests.support.spec_examples import EXAMPLES, FACTS, LEAST, TEXT_LORA, TOKENS, laid_over

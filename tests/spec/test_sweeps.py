@@ -117,7 +117,7 @@ def test_a_name_that_gets_too_long_is_shortened(house: House) -> None:
     path.write_text(path.read_text().replace("n" * 120, "n" * 191, 1))
     said = house.fluxrun("plan", path.name)
     assert said.err == (
-        "s.toml:1: name: too long for a sweep (found 191 characters); at most 190 are allowed\n1 fault; nothing was started\n"
+        "s.toml:1: name: expected at most 190 characters in the name of a sweep, got 191; shorten it\n1 fault; nothing was started\n"
     )
     path.write_text(path.read_text().replace("n" * 191, "n" * 190, 1))
     assert [len(one.spec.name) <= 200 for one in load([path])] == [True] * 8
@@ -180,10 +180,10 @@ def test_a_swept_folder_is_found_again_though_its_run_has_it_in_full(house: Hous
 @pytest.mark.parametrize(
     ("lists", "fault"),
     [
-        ({"lora__rank": [4, 8, 4]}, "sweep.lora.rank: a value stands in the list twice (found 4); take one out"),
+        ({"lora__rank": [4, 8, 4]}, "sweep.lora.rank: expected each value once, got 4 twice; remove one"),
         (
             {"tokens__1__name": ["X", "Y"]},
-            "sweep.tokens.1.name: tokens is a list of 1; its entries are tokens.0 and so on",
+            "sweep.tokens.1.name: expected an entry that tokens has (tokens.0 is the first of 1), got tokens.1",
         ),
     ],
 )
@@ -202,7 +202,7 @@ def test_a_misspelt_key_is_told_once_and_may_mean_one_that_is_set(house: House) 
     said = house.fluxrun("plan", path.name)
     assert (said.code, said.err) == (
         2,
-        f"s.toml:{line}: lora.rnk: unknown key (found in [sweep]); allowed here: alpha, dropout, layers, rank, until; did you "
+        f"s.toml:{line}: lora.rnk: unknown key, got rnk in [sweep]; allowed here: alpha, dropout, layers, rank, until; did you "
         "mean lora.rank?\n1 fault; nothing was started\n",
     )
     path.write_text(path.read_text().replace("rnk", "rank"))
@@ -213,7 +213,7 @@ def test_a_misspelt_key_beside_the_right_one_in_the_same_sweep(house: House) -> 
     path = swept(house, lora__rnk=[2, 4], lora__rank=[2, 4])
     said = house.fluxrun("plan", path.name)
     first, last = said.err.splitlines()
-    assert first.endswith("; lora.rank is set already, so take this one out")
+    assert first.endswith("; lora.rank is already set, so remove this one")
     assert last == "1 fault; nothing was started"
 
 
@@ -225,7 +225,7 @@ def test_an_entry_of_a_list_can_be_swept(house: House) -> None:
 def test_a_sweeps_own_name_has_one_part(house: House) -> None:
     said = house.fluxrun("plan", swept(house, head='name = "a/b"\n', lora__rank=[2, 4]).name)
     assert said.err == (
-        "s.toml:1: name: the runs of a sweep are called NAME/KEY=VALUE, so its NAME has no / (found 'a/b'); take it out\n"
+        "s.toml:1: name: expected no / in the name of a sweep, whose runs are called NAME/KEY=VALUE, got 'a/b'; remove it\n"
         "1 fault; nothing was started\n"
     )
     said = house.fluxrun("plan", swept(house, head='name = "a b"\n', lora__rank=[2, 4]).name)
@@ -245,20 +245,20 @@ class Counted:
 
 
 def test_too_many_runs_are_refused_before_one_is_made(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = Counted(monkeypatch, loader, "_with")
+    made = Counted(monkeypatch, loader, "_with_values")
     path = swept(house, lora__rank=[*range(1, 101)], seed=[*range(100)], train__batch_size=[*range(1, 101)])
     line = path.read_text().splitlines().index("[sweep]") + 1
     said = house.fluxrun("queue", path.name)
     assert (said.code, said.err) == (
         2,
         f"s.toml:{line}: sweep: asks for 1,000,000 runs (100 of lora.rank x 100 of seed x 100 of train.batch_size); at most "
-        "10,000 are allowed in one command; take values out, or sweep fewer keys at a time\n1 fault; nothing was started\n",
+        "10,000 are allowed in one command; remove values, or sweep fewer keys at a time\n1 fault; nothing was started\n",
     )
     assert made.calls == 1  # of the first, for whatever else is wrong
 
 
 def test_specs_together_are_counted_too(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = Counted(monkeypatch, loader, "_with")
+    made = Counted(monkeypatch, loader, "_with_values")
     for name in ("x", "y", "z"):
         swept(house, name, seed=[*range(100)], lora__rank=[*range(1, 41)])
     said = house.fluxrun("check", "x.toml", "y.toml", "z.toml")
@@ -338,6 +338,7 @@ def test_whom_to_tell_is_not_swept(house: House) -> None:
     said = house.fluxrun("plan", spec)
     assert said.code == 2
     assert (
-        "sweep.notify.url: every run of a sweep tells the same; write it below [notify], outside of [sweep]" in said.err
+        "sweep.notify.url: all runs of a sweep send the same notifications; write it below [notify] instead of [sweep]"
+        in said.err
     )
     assert "secret" not in said.err

@@ -46,7 +46,10 @@ WRONG: dict[str, tuple[str, str, int, str]] = {
         1,
         "TOML has no null value, got `None`; for the default remove the line, or write # before it",
     ),
-    "unquoted": ('base = "builtin:tiny"', "base = builtin:tiny", 3, 'expected quotes around text, got `builtin:tiny`; write "builtin:tiny"'),
+    "unquoted": (
+        'base = "builtin:tiny"', "base = builtin:tiny", 3,
+        'expected quotes around text, got `builtin:tiny`; write "builtin:tiny"',
+    ),
     "smart quotes": ('name = "TOK"', "name = \u201cTOK\u201d", 10, "expected straight quotes, got `\u201cTOK\u201d`; write \"TOK\""),
     "half smart quotes": ('name = "TOK"', 'name = "TOK\u201d', 10, "expected straight quotes, got `\"TOK\u201d`; write \"TOK\""),
     "not closed": ('name = "TOK"', 'name = "TOK', 10, 'the text is not closed, got `"TOK`; write " at its end'),
@@ -191,6 +194,8 @@ def test_a_secret_in_a_line_that_is_not_toml_is_not_shown(house: House) -> None:
         "token = hf_abcdefgh",
         'token: "hf_abcdefgh"',
         "[hub]\ntoken = hf_abcdefgh # mine",
+        "hub.token = mine it is",
+        "wandb_api_key = mine",
         "rank = 4 password = mine",
     )
     for line in lines:

@@ -10,7 +10,8 @@ from typing import Any
 import tomli_w
 from hypothesis import HealthCheck, settings
 
-from runner.spec.loader import Loaded, load
+from runner.spec.build import LoadedSpec
+from runner.spec.loader import load
 
 
 def examples(count: int) -> Any:
@@ -28,7 +29,7 @@ def put(tables: dict[str, Any], key: str, value: Any) -> None:
     table[last] = copy.deepcopy(value)
 
 
-def loaded(tables: dict[str, Any] | str) -> list[Loaded]:
+def loaded(tables: dict[str, Any] | str) -> list[LoadedSpec]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "a.toml"
         path.write_text(tables if isinstance(tables, str) else tomli_w.dumps(tables))

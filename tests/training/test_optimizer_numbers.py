@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from runner.spec.rules import fill_defaults
+from runner.spec.defaults import fill_defaults
 from runner.spec.schema import AdamW, AdamW8bit, Prodigy, Schedule, Spec
 from runner.training.phases.train import build_optimizer, build_schedule
 from tests.support.spec_examples import LEAST, laid_over

@@ -35,7 +35,8 @@ from runner.model.family import ModelFamily, PromptEmbeds
 from runner.runs import sample_files
 from runner.runs.run import Run
 from runner.spec import export_names
-from runner.spec.schema import Spec, dump, flat
+from runner.spec.schema import Spec, dump
+from runner.spec.tables import flatten
 from runner.training.adapter_shapes import lora_shape, text_lora_shape
 from runner.training.encoders import frozen_embeddings
 from runner.training.model_pool import ModelPool
@@ -120,7 +121,7 @@ def _about(request: ExportRequest, step: int) -> ExportInfo:
     base_name = request.spec.model.base
     settings = {
         key: value
-        for key, value in flat(dump(request.spec)).items()
+        for key, value in flatten(dump(request.spec)).items()
         if not key.startswith(("data.source", "model.base", "prior.images", "hub", "notify"))
     }
     config = transformer_config(base_name, request.base.folder) or {}
