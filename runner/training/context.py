@@ -1,4 +1,4 @@
-"""What the phases of one run share: what was asked, what it is about, where it happens; and the keys of its cache entries."""
+"""What the phases of one run share: spec, plan, pictures, base model, cache; and which cache entries the run needs."""
 
 from __future__ import annotations
 
@@ -44,6 +44,12 @@ EVAL_SIGMAS = tuple(k / 10 for k in range(1, 10))
 
 @dataclass(frozen=True)
 class RunContext:
+    """One run as its phases see it. What is computed from the fields is computed once.
+
+    micro_batch_parts: parts that a micro-batch is cut into, where memory was too small for a whole one. fingerprints: of the
+    base's parts, each computed once per run.
+    """
+
     spec: Spec
     plan: Plan
     pictures: Pictures
@@ -52,9 +58,9 @@ class RunContext:
     event_log: EventLog
     ranks: Ranks
     stop_requested: Callable[[], bool]
-    split: int = 1  # parts that a micro-batch is cut into, where the memory was too small for it whole
+    micro_batch_parts: int = 1
     model_pool: ModelPool = field(default_factory=ModelPool)
-    prints: dict[str, str] = field(default_factory=dict)  # fingerprints of the base's parts, once per run
+    fingerprints: dict[str, str] = field(default_factory=dict)
 
     @cached_property
     def family(self) -> ModelFamily:
@@ -65,33 +71,34 @@ class RunContext:
         """The family's text encoders by name."""
         return self.family.architecture.encoders
 
-    def part_print(self, part: str) -> str:
-        if part not in self.prints:
-            self.prints[part] = fingerprint(self.base.folder / part)
-        return self.prints[part]
+    def part_fingerprint(self, part: str) -> str:
+        """Of one of the base's folders."""
+        if part not in self.fingerprints:
+            self.fingerprints[part] = fingerprint(self.base.folder / part)
+        return self.fingerprints[part]
 
     @property
-    def base_print(self) -> str:
-        return content_key("base", *map(self.part_print, PARTS_OF_BASE))
+    def base_fingerprint(self) -> str:
+        return content_key("base", *map(self.part_fingerprint, PARTS_OF_BASE))
 
     @property
     def base_identity(self) -> BaseIdentity:
-        own = self.spec.model
-        commit = None if local_folder(own.base) else self.base.folder.name
-        return BaseIdentity(own.base, commit, self.base_print)
+        name = self.spec.model.base
+        commit = None if local_folder(name) else self.base.folder.name
+        return BaseIdentity(name, commit, self.base_fingerprint)
 
-    # ---- views: what goes through the VAE --------------------------------------------------------------------------
+    # ---- views: crops of pictures, which the VAE encodes -----------------------------------------------------------
 
     @cached_property
-    def groups(self) -> dict[Size, tuple[Picture, ...]]:
-        """The training pictures by the size they are trained at."""
-        return self._grouped(self.pictures.items)
+    def pictures_by_size(self) -> dict[Size, tuple[Picture, ...]]:
+        """The training pictures by the size they are trained at; at several resolutions a picture is in several groups."""
+        return self._group_by_size(self.pictures.items)
 
-    def _grouped(self, pictures: Sequence[Picture]) -> dict[Size, tuple[Picture, ...]]:
+    def _group_by_size(self, pictures: Sequence[Picture]) -> dict[Size, tuple[Picture, ...]]:
         buckets = self.spec.data.buckets
         sizes = [images.measure(picture) if buckets else (1, 1) for picture in pictures]
-        found = group_by_bucket(sizes, resolutions(self.spec), buckets)
-        return {size: tuple(pictures[index] for index in chosen) for size, chosen in found.items()}
+        groups = group_by_bucket(sizes, resolutions(self.spec), buckets)
+        return {size: tuple(pictures[index] for index in indices) for size, indices in groups.items()}
 
     @property
     def variants(self) -> int:
@@ -100,78 +107,85 @@ class RunContext:
 
     @cached_property
     def class_pictures(self) -> tuple[Picture, ...]:
-        own = self.spec.prior
-        return class_images.pictures(Path(own.images), own.count, own.prompt) if own else ()
+        prior = self.spec.prior
+        return class_images.pictures(Path(prior.images), prior.count, prior.prompt) if prior else ()
 
     @property
     def eval_points(self) -> tuple[tuple[CropView, tuple[float, ...]], ...]:
-        """What the eval loss is taken at: every held-out picture at every sigma. Where none is held out, every sigma once,
-        each at another of the training pictures: a look shall cost a few steps, and tells less there anyway."""
+        """What the eval loss is averaged over, (view, sigmas) each: every held-out picture at every sigma.
+
+        Where none is held out: every sigma once, spread over some training pictures. A validation should take no longer than a
+        few steps, and the loss of training pictures says less anyway.
+        """
         views = self.eval_views
         if self.pictures.held:
             return tuple((view, EVAL_SIGMAS) for view in views)
-        return tuple((view, EVAL_SIGMAS[at :: len(views)]) for at, view in enumerate(views))
+        return tuple((view, EVAL_SIGMAS[index :: len(views)]) for index, view in enumerate(views))
 
     @cached_property
     def eval_views(self) -> tuple[CropView, ...]:
-        """The held-out pictures, or some training ones: their middles, at each one's first size."""
+        """The centre crops of the held-out pictures, or of some training pictures; each at its first size."""
         chosen = self.pictures.held or self.pictures.items[: len(EVAL_SIGMAS)]
-        first: dict[str, CropView] = {}
-        for size, pictures in self._grouped(chosen).items():
+        first_views: dict[str, CropView] = {}
+        for size, pictures in self._group_by_size(chosen).items():
             for picture in pictures:
-                first.setdefault(picture.name, CropView(picture, size, None))
-        return tuple(first[picture.name] for picture in chosen)
+                first_views.setdefault(picture.name, CropView(picture, size, None))
+        return tuple(first_views[picture.name] for picture in chosen)
 
     @cached_property
     def views(self) -> tuple[CropView, ...]:
-        """Everything that training and evaluation look at."""
+        """All views that training and evaluation need, each once."""
         trained = [
             CropView(picture, size, variant)
-            for size, pictures in self.groups.items()
+            for size, pictures in self.pictures_by_size.items()
             for picture in pictures
             for variant in range(self.variants)
         ]
-        classes = [CropView(picture, size, None) for size in self.groups for picture in self.class_pictures]
+        classes = [CropView(picture, size, None) for size in self.pictures_by_size for picture in self.class_pictures]
         return tuple(dict.fromkeys([*trained, *classes, *self.eval_views]))
 
     @cached_property
     def latent_keys(self) -> dict[CropView, str]:
-        """A key is of the pixels, so every picture must be decoded for it; the cache remembers what that came to."""
-        note = keys.views_key(self.spec, self.pictures.fingerprint, self.part_print("vae"), str(self.vae_base.dtype))
-        known = self.cache.note(note) if note else {}
-        made_here = set(self.class_pictures)
-        own = [view for view in self.views if view.picture not in made_here]
-        if any(_name(view) not in known for view in own):
-            known = {_name(view): self._latent_key(pixels) for view, pixels in self.pixels(own)}
-            if note:
-                self.cache.put_note(note, known)
-        classes = [view for view in self.views if view.picture in made_here]
-        drawn = {view: self._latent_key(pixels) for view, pixels in self.pixels(classes)}
-        return {view: drawn[view] if view in drawn else known[_name(view)] for view in self.views}
+        """The cache key of each view. A key depends on the pixels, so it needs every picture decoded; the cache keeps a manifest of
+        the keys, so a data set is decoded for them only once."""
+        manifest = keys.views_key(
+            self.spec, self.pictures.fingerprint, self.part_fingerprint("vae"), str(self.vae_base.dtype)
+        )
+        key_of = self.cache.note(manifest) if manifest else {}  # by the view's name
+        class_pictures = set(self.class_pictures)
+        data_views = [view for view in self.views if view.picture not in class_pictures]
+        if any(_name(view) not in key_of for view in data_views):
+            key_of = {_name(view): self._latent_key(pixels) for view, pixels in self.pixels(data_views)}
+            if manifest:
+                self.cache.put_note(manifest, key_of)
+        class_views = [view for view in self.views if view.picture in class_pictures]
+        class_keys = {view: self._latent_key(pixels) for view, pixels in self.pixels(class_views)}
+        return {view: class_keys[view] if view in class_keys else key_of[_name(view)] for view in self.views}
 
     def pixels(self, views: Sequence[CropView]) -> Iterator[tuple[CropView, Any]]:
-        """Each view's pixels; every picture is decoded once, by `data.workers` threads."""
-        own, seed = self.spec.data, self.spec.seed
+        """(view, pixels [height, width, 3] uint8) of each view, picture by picture. Every picture is decoded once, by
+        `data.workers` threads."""
+        data, seed = self.spec.data, self.spec.seed
         by_picture: dict[Picture, list[CropView]] = {}
         for view in views:
             by_picture.setdefault(view.picture, []).append(view)
 
-        def cut(picture: Picture) -> list[tuple[CropView, Any]]:
+        def crops_of(picture: Picture) -> list[tuple[CropView, Any]]:
             with images.in_turn(picture):
                 upright = images.decode(picture)
                 return [
                     (view, images.pixels(
                         upright, picture.name, view.size, variant=view.variant, variants=self.variants,
-                        center=own.center_crop, flip=own.random_flip, interpolation=own.interpolation, seed=seed,
+                        center=data.center_crop, flip=data.random_flip, interpolation=data.interpolation, seed=seed,
                     ))
                     for view in by_picture[picture]
                 ]  # fmt: skip
 
-        pictures, part = list(by_picture), 4 * max(1, own.workers)
-        with ThreadPoolExecutor(max(1, own.workers), thread_name_prefix="decode") as pool:
-            for start in range(0, len(pictures), part):  # in parts, so that few pictures' pixels wait in memory
-                for cuts in pool.map(cut, pictures[start : start + part]):
-                    yield from cuts
+        pictures, workers = list(by_picture), max(1, data.workers)
+        with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
+            for start in range(0, len(pictures), 4 * workers):  # in parts, so that few pictures' pixels wait in memory
+                for crops in pool.map(crops_of, pictures[start : start + 4 * workers]):
+                    yield from crops
 
     @property
     def vae_base(self) -> Base:
@@ -181,26 +195,27 @@ class RunContext:
 
     def _latent_key(self, pixels: Any) -> str:
         dtype = str(self.vae_base.dtype)
-        return content_key("latents", pixels.tobytes(), json.dumps(pixels.shape), self.part_print("vae"), dtype)
+        return content_key("latents", pixels.tobytes(), json.dumps(pixels.shape), self.part_fingerprint("vae"), dtype)
 
     # ---- captions --------------------------------------------------------------------------------------------------
 
     @cached_property
     def captions(self) -> tuple[str, ...]:
+        """Every caption and prompt that the run may read, as the user wrote it."""
         return keys.captions(self.spec, self.pictures)
 
     def entries(self, encoder: str, weights: Weights) -> dict[str, Entry]:
-        """All that `encoder` has to read, by the keys of the cache; the encoder as `weights` have changed it."""
+        """All embeddings that the run needs from an encoder, by their cache keys. weights: what was learned in the encoder."""
         key, asked = self.text_keys(encoder, weights), self.encoders[encoder]
         return {key(entry): entry for entry in keys.entries(self.spec, self.pictures, self.plan.placeholders, asked)}
 
     def text_key(self, encoder: str, caption: str, pooling: str, weights: Weights) -> str:
-        """`caption` as written; the encoder as `weights` have changed it."""
+        """The cache key of one caption, given as the user wrote it. weights: what was learned in the encoder."""
         written = tokens.expand_placeholders(caption, self.plan.placeholders)
         return self.text_keys(encoder, weights)(keys.entry(self.spec, self.encoders[encoder], written, pooling))
 
     def text_keys(self, encoder: str, weights: Weights) -> Callable[[Entry], str]:
-        """The cache's key of an entry. The digest of what was learned is computed once for all of them."""
+        """The function from an entry to its cache key. The digest of what was learned is computed once."""
         asked = self.encoders[encoder]
         text_lora = weights.text_lora if asked.lora_layers else {}
         learned = [weights.rows[encoder]] if encoder in weights.rows else []
@@ -208,20 +223,23 @@ class RunContext:
         alpha = [self.spec.text_lora.alpha] if self.spec.text_lora and text_lora else []
         scale = [value for value in alpha if value is not None]
         quantization = [self.base.quantize] if asked.large and self.base.quantize != "none" else []
-        prints = {part: self.part_print(part) for part in asked.parts}
+        fingerprints = {part: self.part_fingerprint(part) for part in asked.parts}
         digest, dtype = hashing.sha256([raw(tensor).data for tensor in learned]), str(self.base.dtype)
-        return lambda entry: keys.text_key(asked, entry, prints, dtype, digest, scale, quantization)
+        return lambda entry: keys.text_key(asked, entry, fingerprints, dtype, digest, scale, quantization)
 
     @property
-    def pieces(self) -> list[str]:
+    def vocabulary_entries(self) -> list[str]:
+        """The learned vocabulary entries of all placeholders, in the order of the token rows."""
         return tokens.vocabulary_entries(self.plan.placeholders)
 
     def check_stop(self) -> None:
+        """Raises InterruptedRunError if a stop was requested."""
         if self.stop_requested():
             raise InterruptedRunError("stopped before training was complete; the same command goes on")
 
 
 def _name(view: CropView) -> str:
+    """As the cache's manifests name it."""
     width, height = view.size
     return f"{view.picture.name}|{width}x{height}|{view.variant}"
 
@@ -236,4 +254,5 @@ def open_base(spec: Spec, where: torch.device, cache: Cache) -> Base:
 
 
 def open_cache(runs: Path) -> Cache:
+    """The cache that all runs of a runs folder share."""
     return Cache(cache_folder(runs))

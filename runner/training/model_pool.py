@@ -1,6 +1,7 @@
-"""What a trainer process keeps on the device from phase to phase and from run to run: the frozen transformer, bare.
+"""Models that a worker process keeps on the device from phase to phase and from run to run.
 
-Reading FLUX.1's 24 GB again at every pivot, export and next run would cost a batch more than its shortest runs take.
+The frozen transformer, without adapters: reading FLUX.1's 24 GB again at every pivot, export and next run would cost a queue
+more time than its shortest runs take. And the text encoders that have just learned.
 """
 
 from __future__ import annotations
@@ -20,46 +21,48 @@ from runner.spec.schema import Model
 
 @dataclass
 class ModelPool:
-    """One transformer at most. It is lent whole: whoever takes it is its only owner until it is put back, so one that
-    was on its way when something went wrong is never seen again. `live`: encoders that have just learned, for the one
-    pass that encodes what they make of the captions."""
+    """Holds one transformer at most.
+
+    `acquire` passes ownership: a transformer that is not released, after an error, is dropped. live_encoders: those that have
+    just learned, kept for the pass that encodes the captions with what they learned.
+    """
 
     key: str = ""
-    kept: nn.Module | None = None
-    live: dict[str, Any] = field(default_factory=dict)
+    transformer: nn.Module | None = None
+    live_encoders: dict[str, Any] = field(default_factory=dict)
 
-    def take(self, base: Base) -> nn.Module:
-        """The base's transformer without adapters, in eval mode: the one kept where it is the same, or else a loaded one."""
-        wanted = _key(base)
-        if self.kept is None or self.key != wanted:
+    def acquire(self, base: Base) -> nn.Module:
+        """The base's transformer without adapters, in eval mode: the one in the pool if it is the same, else a loaded one."""
+        if self.transformer is None or self.key != _key(base):
             self.clear(base)
             return family_of(base).load_transformer(base)
-        model, self.kept = self.kept, None
-        return model
+        transformer, self.transformer = self.transformer, None
+        return transformer
 
-    def put(self, base: Base, own: Model, model: nn.Module) -> None:
-        """Take it back for the next one, as it was lent; a compiled one is dropped, since its code has adapters in it."""
-        if own.compile:
+    def release(self, base: Base, model: Model, transformer: nn.Module) -> None:
+        """Put an acquired transformer back, without adapters. A compiled one is dropped: its code contains the adapters. model: the
+        spec's table."""
+        if model.compile:
             return
-        lora.detach_lora(model)
-        family_of(base).end_training(model)
-        self.key, self.kept = _key(base), model.requires_grad_(False).eval()
+        lora.detach_lora(transformer)
+        family_of(base).end_training(transformer)
+        self.key, self.transformer = _key(base), transformer.requires_grad_(False).eval()
 
     def clear(self, base: Base) -> None:
-        """Give the memory back, for a model that is not needed beside a transformer."""
-        if self.kept is not None:
-            self.kept = None
+        """Free the transformer, to make room for a model that runs without it."""
+        if self.transformer is not None:
+            self.transformer = None
             device.release(base.device)
 
     @property
     def bytes(self) -> int:
-        """Held by what is kept, on its device: blocks may wait in host memory."""
-        tensors = list(self.kept.state_dict().values()) if self.kept is not None else []
+        """Memory of the pool's transformer on its device; offloaded blocks wait in host memory and do not count."""
+        tensors = list(self.transformer.state_dict().values()) if self.transformer is not None else []
         where = "cuda" if any(tensor.is_cuda for tensor in tensors) else "cpu"
         return sum(tensor.nbytes for tensor in tensors if tensor.device.type == where)
 
 
 def _key(base: Base) -> str:
-    """What makes two transformers the same: the files, and everything that changes how they are loaded."""
+    """Equal for bases whose transformers are equal: the files, and everything that changes how they are loaded."""
     facts: list[Any] = [str(base.folder), fingerprint(base.folder / "transformer"), base.variant, str(base.device)]
     return json.dumps([*facts, str(base.dtype), base.quantize, base.offload])

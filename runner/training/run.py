@@ -36,7 +36,7 @@ def execute_run(run: Run, context: RunContext, *, attempt: int, upcoming: Callab
         run.assert_unchanged("model.dtype", str(context.base.dtype), "name it in the spec, or go on where it was begun")
         if local_folder(spec.model.base) is None:  # a name on the hub may stand for other files by now
             run.assert_unchanged(
-                "the base model", context.base_print, "set model.revision to the commit it was begun with"
+                "the base model", context.base_fingerprint, "set model.revision to the commit it was begun with"
             )
         progress = newest_checkpoint(run, plan, event_log)
         recorder = RunRecorder(
@@ -78,7 +78,7 @@ def execute_run(run: Run, context: RunContext, *, attempt: int, upcoming: Callab
 
 def export(run: Run, context: RunContext, progress: Checkpoint | None, recorder: RunRecorder) -> ExportResult:
     """Export the last step, or the best one if the spec says so."""
-    context.model_pool.live.clear()
+    context.model_pool.live_encoders.clear()
     device.release(context.base.device)
     if context.spec.export.best:
         recorder.flush()  # the best checkpoint may be the one that is being written

@@ -49,7 +49,7 @@ def draw_samples(context: RunContext, objective: FlowObjective) -> list[Image.Im
         pictures = []
         for prompt, seed in sample_files.samples_of(validation.prompts, validation.count, context.spec.seed):
             with torch.no_grad():
-                text = objective.read([prompt], "diffusers")
+                text = objective.embed_prompts([prompt], "diffusers")
             with autocast(base.device, base.dtype):
                 size = pipeline.size_of(context.spec)
                 pictures.append(pipeline.draw_image(pipe, text.cpu(), seed, steps=validation.steps, size=size))

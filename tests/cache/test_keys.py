@@ -95,7 +95,7 @@ def test_a_run_puts_all_of_them_into_its_text_keys(house: House) -> None:
 
     half = replace(plain, base=replace(plain.base, dtype=torch.bfloat16))
     held = replace(plain, base=replace(plain.base, quantize="int8"))
-    other = replace(plain, prints=dict.fromkeys(PARTS, "x"))
+    other = replace(plain, fingerprints=dict.fromkeys(PARTS, "x"))
     adapted = [
         replace(plain, spec=plain.spec.model_copy(update={"text_lora": SimpleNamespace(alpha=alpha)}))
         for alpha in (2.0, 4.0)
@@ -146,13 +146,13 @@ def test_every_part_of_a_latents_key(house: House) -> None:
             "as it is": context._latent_key(pixels),
             "one pixel": context._latent_key(changed),
             "turned": context._latent_key(pixels.reshape(6, 4, 3)),
-            "another VAE": replace(context, prints={"vae": "x"})._latent_key(pixels),
+            "another VAE": replace(context, fingerprints={"vae": "x"})._latent_key(pixels),
             "another dtype": with_dtype(torch.bfloat16)._latent_key(pixels),
         }
     )
     assert with_dtype(torch.float16)._latent_key(pixels) == context._latent_key(pixels)
     others = {part: "x" for part in PARTS if part != "vae"}
-    assert replace(context, prints=others)._latent_key(pixels) == context._latent_key(pixels)
+    assert replace(context, fingerprints=others)._latent_key(pixels) == context._latent_key(pixels)
 
 
 # ---- the list of a data set's latents ------------------------------------------------------------------------------
@@ -316,7 +316,7 @@ def test_a_fingerprint_follows_every_file_and_both_its_ends(tmp_path: Path) -> N
 
 def test_a_base_is_all_of_its_parts(house: House) -> None:
     context = tuned(house)
-    made = {"as it is": context.base_print}
-    made |= {part: replace(context, prints={part: "x"}).base_print for part in PARTS}
+    made = {"as it is": context.base_fingerprint}
+    made |= {part: replace(context, fingerprints={part: "x"}).base_fingerprint for part in PARTS}
     distinct(made)
     assert contexts.PARTS_OF_BASE == PARTS

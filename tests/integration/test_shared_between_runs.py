@@ -17,7 +17,7 @@ from runner.model.base import Base
 from runner.model.flux1 import latents, loading, transformer
 from runner.training.adapter_shapes import lora_shape
 from runner.training.context import RunContext
-from runner.training.encoders import LiveEncoder
+from runner.training.live_encoder import LiveEncoder
 from runner.training.model_pool import ModelPool
 from tests.support.house import House
 from tests.support.runs import context_of
@@ -83,15 +83,15 @@ def test_another_base_or_dtype_is_another_transformer(house: House, monkeypatch:
     loaded = loads(monkeypatch, "load_transformer")
     context, model_pool = context_of(house.spec("a")), ModelPool()
     own = context.spec.model
-    one = model_pool.take(context.base)
-    model_pool.put(context.base, own, one)
+    one = model_pool.acquire(context.base)
+    model_pool.release(context.base, own, one)
     assert model_pool.bytes > 1_000_000
-    assert model_pool.take(context.base) is one
+    assert model_pool.acquire(context.base) is one
     assert model_pool.bytes == 0  # lent, and so gone if it does not come back
-    assert model_pool.take(context.base) is not one
-    model_pool.put(context.base, own, one)
+    assert model_pool.acquire(context.base) is not one
+    model_pool.release(context.base, own, one)
     half = Base(context.base.folder, None, context.base.device, torch.bfloat16)
-    assert next(model_pool.take(half).parameters()).dtype == torch.bfloat16
+    assert next(model_pool.acquire(half).parameters()).dtype == torch.bfloat16
     assert model_pool.bytes == 0
     assert len(loaded) == 3
 
@@ -178,8 +178,8 @@ def test_a_kept_transformer_makes_room_for_an_encoder(house: House, monkeypatch:
     """Nothing that a phase does not need is in memory: T5 and VAE are not loaded beside a transformer kept for later."""
     held: list[int] = []
     shelves: list[ModelPool] = []
-    take = ModelPool.take
-    monkeypatch.setattr(ModelPool, "take", lambda self, *what: (shelves.append(self), take(self, *what))[1])
+    take = ModelPool.acquire
+    monkeypatch.setattr(ModelPool, "acquire", lambda self, *what: (shelves.append(self), take(self, *what))[1])
     for name in ("load_t5", "load_vae"):
         real = getattr(loading, name)
         monkeypatch.setattr(
@@ -202,7 +202,7 @@ def test_the_encoders_read_the_same_alone_and_for_others(house: House) -> None:
     for caption in context.captions:
         key = context.text_key("t5", caption, "diffusers", Weights())
         with torch.no_grad():
-            assert torch.equal(live.read(entries[key]), live.embed([caption], "diffusers")[0])
+            assert torch.equal(live.embed_entry(entries[key]), live.embed([caption], "diffusers")[0])
 
 
 def test_a_trainer_whose_memory_did_not_come_back_is_replaced(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,11 +269,11 @@ def test_an_encoder_that_learned_on_is_not_taken_for_an_older_one(house: House) 
     live = LiveEncoder.load(context, "clip", Weights(), learn_rows=True)
     assert live.rows is not None
     then = Weights(rows={"clip": live.rows.detach().clone()})
-    assert live.holds(then)
-    assert not live.holds(Weights())
+    assert live.matches(then)
+    assert not live.matches(Weights())
     with torch.no_grad():
         live.rows[0, 0] += 1e-6
-    assert not live.holds(then)
+    assert not live.matches(then)
 
 
 def test_rotary_tables_are_kept_only_while_the_shape_is_told(house: House) -> None:
@@ -295,8 +295,8 @@ def test_encoders_that_learned_to_the_end_are_gone_when_the_export_loads_its_own
     """Where the rows learn to the last step, no encode phase comes between; two T5s would not fit beside the transformer."""
     shelves: list[ModelPool] = []
     held: list[int] = []
-    take, load = ModelPool.take, loading.load_t5
-    monkeypatch.setattr(ModelPool, "take", lambda self, *what: (shelves.append(self), take(self, *what))[1])
+    take, load = ModelPool.acquire, loading.load_t5
+    monkeypatch.setattr(ModelPool, "acquire", lambda self, *what: (shelves.append(self), take(self, *what))[1])
     monkeypatch.setattr(
         loading, "load_t5", lambda base: (held.append(sum(len(one.live) for one in shelves)), load(base))[1]
     )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from runner.checkpoint.storage import Weights
 from runner.model.flux1.transformer import blocks_of
-from runner.training.encoders import LiveEncoder
+from runner.training.live_encoder import LiveEncoder
 from runner.training.phases.train import load_encoders, load_transformer
 from tests.support.house import House
 from tests.support.objectives import count_calls, equal, jolt, objective_of, stepped, with_model

@@ -19,7 +19,7 @@ from runner.model import device, quantization
 from runner.model.base import Base
 from runner.model.flux1 import loading
 from runner.model.quantization import QuantLinear
-from runner.training.encoders import LiveEncoder
+from runner.training.live_encoder import LiveEncoder
 from tests.support.house import House
 from tests.support.objectives import jolt, objective_of, spec_of
 from tests.support.runs import context_of, export_bytes, stopping_after

@@ -22,7 +22,7 @@ from runner.model.device import autocast
 from runner.model.families import family_of
 from runner.model.family import PromptEmbeds
 from runner.model.flux1 import loading, recompute, recompute_t5, transformer
-from runner.training.encoders import LiveEncoder
+from runner.training.live_encoder import LiveEncoder
 from tests.support.house import House
 from tests.support.runs import context_of
 from tests.support.saved_tensors import counted
@@ -276,7 +276,7 @@ def test_a_t5_that_learns_in_16_bits_is_about_as_near_to_full_precision(dtype: t
         for live in (full, stock, lean):
             assert live.rows is not None
             rows = torch.randn(live.rows.shape, generator=torch.Generator().manual_seed(seed))
-            live.rows.data.copy_(rows * live.std)
+            live.rows.data.copy_(rows * live.table_std)
         exact, theirs, ours = (t5_run(live, seed) for live in (full, stock, lean))
         for name, ratios in found.items():
             distances = [float((one[name] - exact[name]).norm()) for one in (ours, theirs)]

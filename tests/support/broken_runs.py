@@ -53,7 +53,7 @@ def failing(error: Callable[[], BaseException], when: Moment, times: int = 10**6
     loss, failed = FlowObjective.loss, list[int]()
 
     def failing_loss(self: Any, step: int, micro: int) -> Any:
-        fits = max(1, self.context.spec.train.batch_size // self.context.split)
+        fits = max(1, self.context.spec.train.batch_size // self.context.micro_batch_parts)
         if len(failed) < times and when(self.context.spec.name, step, micro, fits):
             failed.append(step)
             raise error()

@@ -21,7 +21,8 @@ from runner.model import flow_matching
 from runner.model.flux1 import loading, text_encoders
 from runner.model.flux1.latents import encode_image, latent_scale, pack
 from runner.training.context import EVAL_SIGMAS, RunContext
-from runner.training.encoders import CachedEncoder, LiveEncoder, encode_texts
+from runner.training.encoders import CachedEncoder, encode_texts
+from runner.training.live_encoder import LiveEncoder
 from runner.training.objective import FlowObjective, Prepared
 from tests.support.house import House
 from tests.support.objectives import jolt, objective_of, spec_of
@@ -101,7 +102,7 @@ def plain_embeddings(context: RunContext, captions: list[str], objective: FlowOb
     for live, encoder, tokenizer in ((clip, "text_encoder", "tokenizer"), (t5, "text_encoder_2", "tokenizer_2")):
         if isinstance(live, LiveEncoder) and live.rows is not None:
             where = {"text_encoder": getattr(pipe, encoder), "tokenizer": getattr(pipe, tokenizer)}
-            pipe.load_textual_inversion(live.rows.detach(), token=context.pieces, **where)
+            pipe.load_textual_inversion(live.rows.detach(), token=context.vocabulary_entries, **where)
         if isinstance(live, LiveEncoder) and live.adapter:
             pipe.text_encoder = live.model
     written = [tokens.expand_placeholders(caption, context.plan.placeholders) for caption in captions]
@@ -299,7 +300,7 @@ def test_where_clip_is_pooled_is_as_the_spec_says(house: House, legacy_base: Pat
         step = used.index(way) if way in used else None
         if step is not None:
             losses[way] = float(objective.loss(step, 0).detach())
-            vec = objective.read([caption for _, caption in objective.batch(step, 0)], way).vec
+            vec = objective.embed_prompts([caption for _, caption in objective.batch(step, 0)], way).vec
             assert torch.equal(vec, live.embed([caption for _, caption in objective.batch(step, 0)], way))
     assert losses
     past = Weights(rows={"clip": live.rows.detach()} if live.rows is not None else {})
@@ -375,7 +376,7 @@ def test_the_eval_loss_is_fixed_by_the_pictures_alone(house: House) -> None:
     generator = torch.Generator().manual_seed(derive(0, "eval", view.picture.name, "0.3"))
     eps = torch.randn(z.shape, generator=generator)
     with torch.no_grad():
-        read = objective.read([view.picture.caption], "diffusers")
+        read = objective.embed_prompts([view.picture.caption], "diffusers")
         noised = flow_matching.NoisyBatch(
             pack(0.7 * z + 0.3 * eps), pack(eps - z), torch.tensor([[[0.3]]]), torch.tensor([0.3])
         )
@@ -401,7 +402,7 @@ def test_batches_made_ahead_are_the_same_batches(house: House) -> None:
         objective, _ = objective_of(
             context_of(spec_of(house, rank="rank = 4\ndropout = 0.1", steps="steps = 6\naccumulate = 2"))
         )
-        objective.ahead.in_thread = in_thread
+        objective.prefetcher.in_thread = in_thread
         losses.append([float(objective.loss(step, micro)) for step in range(3) for micro in range(2)])
         objective.close()
     assert losses[0] == losses[1]
@@ -417,7 +418,7 @@ def test_a_batch_made_ahead_is_the_next_one_asked_for(house: House) -> None:
         made.append((step, micro))
         return objective.prepare(step, micro)
 
-    objective.ahead.make, objective.ahead.in_thread = note, True
+    objective.prefetcher.make, objective.prefetcher.in_thread = note, True
     for step in range(3):
         for micro in range(2):
             objective.loss(step, micro)

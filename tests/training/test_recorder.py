@@ -12,7 +12,7 @@ def test_norm_and_drift_are_a_tokens_own_and_a_mean_over_its_vectors() -> None:
     import torch
 
     from runner.data.tokens import placeholders
-    from runner.training.encoders import LiveEncoder
+    from runner.training.live_encoder import LiveEncoder
     from runner.training.phases.train import row_sizes
 
     family: Any = None  # measuring rows needs none

@@ -23,7 +23,7 @@ from runner.plan.phases import trained_encoders, trains_lora
 from runner.spec.keys import spec_keys
 from runner.training.adapter_shapes import lora_shape
 from runner.training.context import RunContext
-from runner.training.encoders import LiveEncoder
+from runner.training.live_encoder import LiveEncoder
 from runner.training.phases.train import build_optimizer, build_schedule, load_transformer
 from tests.support.house import House
 from tests.support.objectives import jolt, objective_of
@@ -172,7 +172,7 @@ TABLE: dict[str, tuple[Any, Probe, Any, dict[str, Any]]] = {
     "data.image_column": ("other", lambda d: d.pictures.items[0].name, "02.png", {"data__source": "listed"}),
     "data.repeats": (3, lambda d: len({epoch for _, epoch in _epochs(d)}), NOW, {}),
     "data.resolution": (
-        [64, 32], lambda d: sorted(d.groups), [(32, 32), (64, 64)], {"validate__size": 64},
+        [64, 32], lambda d: sorted(d.pictures_by_size), [(32, 32), (64, 64)], {"validate__size": 64},
     ),
     "data.buckets": (True, lambda d: d.plan.sizes, {(48, 80): 1, (64, 64): 8, (80, 48): 1}, {"data__source": "shapes"}),
     "data.center_crop": (True, pixels, NOW, {"data__center_crop": False, "data__source": "shapes"}),
@@ -188,9 +188,9 @@ TABLE: dict[str, tuple[Any, Probe, Any, dict[str, Any]]] = {
     "prior.dtype": ("bf16", class_images, NOW, PRIOR),
     "tokens.name": ("creature", lambda d: tokens.expand_placeholders(d.captions[0], d.plan.placeholders),
         "a TOK and a <s0><s1>", {"data__source": "named", **TOKENS}),
-    "tokens.vectors": (3, lambda d: d.pieces, ["<s0>", "<s1>", "<s2>"], TOKENS),
+    "tokens.vectors": (3, lambda d: d.vocabulary_entries, ["<s0>", "<s1>", "<s2>"], TOKENS),
     "tokens.initializer": ("red heart", first_rows, NOW, TOKENS),
-    "tokens.placeholder": ("bird", lambda d: d.pieces, ["<bird0>", "<bird1>"], TOKENS),
+    "tokens.placeholder": ("bird", lambda d: d.vocabulary_entries, ["<bird0>", "<bird1>"], TOKENS),
     "inversion.encoders": (["clip", "t5"], lambda d: trained_encoders(d.plan.training[0], "token rows"), ("clip", "t5"), TOKENS),
     "inversion.until": (0.25, spans, [("joint", 0, 2), ("lora", 2, 8)], TOKENS),
     "inversion.lr": (0.5, lambda d: settings(d, "rows", "lr"), 0.5, TOKENS),

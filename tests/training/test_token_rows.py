@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from runner.checkpoint.storage import Weights
-from runner.training.encoders import LiveEncoder
+from runner.training.live_encoder import LiveEncoder
 from tests.support.house import House
 from tests.support.objectives import objective_of, spec_of
 from tests.support.runs import context_of

@@ -176,7 +176,7 @@ def _verified_pictures(
     exported = formats.exported_files(folder, request.spec.name, placeholders)
     request.event_log.line("export: reading the files back with diffusers")
     base_prompts, trained_prompts = _read_prompts(request, stored, shapes, exported, [prompt for prompt, _ in samples])
-    transformer = request.model_pool.take(request.base)
+    transformer = request.model_pool.acquire(request.base)
     pipe = request.family.image_pipeline(request.base, transformer, with_vae=bool(samples))
     size = pipeline.size_of(request.spec)
     request.event_log.begin_phase("pictures", 0, 2 * len(samples), "pictures")
@@ -195,7 +195,7 @@ def _verified_pictures(
             if request.stop_requested():
                 raise InterruptedRunError("stopped before the exports were complete; the same command goes on")
         columns.append(column)
-    request.model_pool.put(request.base, request.spec.model, transformer)
+    request.model_pool.release(request.base, request.spec.model, transformer)
     request.event_log.end_phase()
     if samples:
         rows = [(prompt, [before, after]) for (prompt, _), before, after in zip(samples, *columns, strict=True)]

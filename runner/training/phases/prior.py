@@ -44,7 +44,7 @@ def prior_phase(context: RunContext) -> None:
         [prompt] = texts.read([prior.prompt], context.spec.model.max_sequence_length)
         del texts
         release(base.device)
-        transformer = context.model_pool.take(base)
+        transformer = context.model_pool.acquire(base)
         pipe = context.family.image_pipeline(base, transformer)
         context.event_log.begin_phase("class images", existing, prior.count, "images")
         number = 0
@@ -62,5 +62,5 @@ def prior_phase(context: RunContext) -> None:
                 files.write_png(class_images.generated_path(folder, image_number), image)
             context.event_log.progress(existing + len(images), prior.count, "images")
             context.check_stop()
-        context.model_pool.put(base, context.spec.model, transformer)
+        context.model_pool.release(base, context.spec.model, transformer)
     release(context.base.device)

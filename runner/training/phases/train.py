@@ -17,7 +17,8 @@ from runner.spec.schema import Spec, Stop
 from runner.training import optimizers
 from runner.training.adapter_shapes import lora_shape
 from runner.training.context import RunContext
-from runner.training.encoders import CachedEncoder, LiveEncoder
+from runner.training.encoders import CachedEncoder
+from runner.training.live_encoder import LiveEncoder
 from runner.training.loop import EarlyStopping, LoopConfig, Step, TrainState, after_validation, train
 from runner.training.objective import Encoders, FlowObjective
 from runner.training.optimizers import Adam, Adam8bit, Optimizer, ParameterGroup, ProdigyNumbers, schedule
@@ -79,7 +80,7 @@ def train_phase(
     resume_from: a checkpoint of this phase, or of the end of the phase before it. recorder: None in the processes that
     assist. If the phase ends early, all checkpoints are on the disk before the exception goes on.
     """
-    context.model_pool.live.clear()
+    context.model_pool.live_encoders.clear()
     previous_weights = resume_from.weights if resume_from else Weights()
     state = TrainState(**resume_from.scalars["meters"]) if resume_from else TrainState()
     transformer, adapter = load_transformer(context, phase, previous_weights)
@@ -100,8 +101,8 @@ def train_phase(
         raise
     finally:
         objective.close()
-    context.model_pool.put(context.base, context.spec.model, transformer)
-    context.model_pool.live = {name: one for name, one in encoders.items() if isinstance(one, LiveEncoder)}
+    context.model_pool.release(context.base, context.spec.model, transformer)
+    context.model_pool.live_encoders = {name: one for name, one in encoders.items() if isinstance(one, LiveEncoder)}
     assert callbacks.checkpoint is not None  # a phase has a step, and its last one is saved
     return callbacks.checkpoint
 
@@ -110,7 +111,7 @@ def loop_config(context: RunContext, phase: TrainPhase, start: int) -> LoopConfi
     """The loop's settings, from the spec. start: steps that are done."""
     spec = context.spec
     return LoopConfig(
-        start, phase.stop, context.plan.steps, spec.train.accumulate * context.split, spec.train.max_grad_norm,
+        start, phase.stop, context.plan.steps, spec.train.accumulate * context.micro_batch_parts, spec.train.max_grad_norm,
         spec.checkpoint.every, spec.checkpoint.minutes and 60 * spec.checkpoint.minutes, spec.validation.every,
         EarlyStopping(**spec.stop.model_dump(), keep_best=spec.export.best or spec.stop != Stop()),
         scale_gradients=context.base.dtype == torch.float16,
@@ -121,7 +122,7 @@ def load_transformer(
     context: RunContext, phase: TrainPhase, past: Weights
 ) -> tuple[nn.Module, dict[str, nn.Parameter]]:
     """The frozen base with its adapter, {} where it has none yet; the adapter learns only if the phase says so."""
-    transformer = context.model_pool.take(context.base)
+    transformer = context.model_pool.acquire(context.base)
     recompute = gradient_checkpointing(context.spec, token_rows=bool(trained_encoders(phase, "token rows")))
     model = context.spec.model
     settings = TrainSettings(model.attention, recompute, context.base.offload, model.compile)
