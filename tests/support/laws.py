@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, settings
 from runner.spec.loader import Loaded, load
 
 
-def examples(count: int) -> Any:
+def examples(count: int) -> settings:
     return settings(
         max_examples=count, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
     )
