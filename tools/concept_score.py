@@ -31,7 +31,8 @@ def regions(picture: Array) -> Array:
     """picture [64, 64, 3] uint8 -> [2, 64 * 64], 1 where the pixel has the shell's or the belly's colour."""
     flat = picture.reshape(-1, 3).astype(np.float32)
     colours = np.array([world.SHELL, world.BELLY], np.float32)
-    return (np.linalg.norm(flat[None] - colours[:, None], axis=-1) < REACH).astype(np.float32)
+    near: Array = np.linalg.norm(flat[None] - colours[:, None], axis=-1) < REACH
+    return near.astype(np.float32)
 
 
 @cache

@@ -47,10 +47,14 @@ def page() -> str:
 def _tables() -> Iterator[list[str]]:
     schema = Spec.model_json_schema(by_alias=True)
     models: Mapping[str, Schema] = schema["$defs"]
-    plain, inner = {}, {}
+    plain: dict[str, Schema] = {}
+    inner: dict[str, list[Schema]] = {}
     for name, about in schema["properties"].items():
         found = _models_of(about, models)
-        (inner if found else plain)[name] = found or about
+        if found:
+            inner[name] = found
+        else:
+            plain[name] = about
     yield ["## At the top", "", *_rows("", [{**schema, "properties": plain}])]
     for name, found in inner.items():
         deeper = {key: _models_of(about, models) for model in found for key, about in model["properties"].items()}

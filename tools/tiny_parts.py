@@ -176,7 +176,7 @@ def make_t5_tokenizer(captions: Iterable[str], folder: Path) -> Any:
 def orthogonal(matrix: Tensor, rounds: int = 5) -> Tensor:
     """The nearest orthogonal matrix, nearly: Newton-Schulz with Jordan's coefficients (Muon, 2024)."""
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrix / (matrix.norm() + 1e-7)
+    x: Tensor = matrix / (matrix.norm() + 1e-7)
     tall = x.shape[0] > x.shape[1]
     x = x.T if tall else x
     for _ in range(rounds):
@@ -209,7 +209,8 @@ class Muon(torch.optim.Optimizer):
 
 def split_for_muon(module: nn.Module, but: tuple[str, ...] = ()) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """(hidden matrices, the rest). Embeddings and the layers named in `but` (ends of names) belong to the rest."""
-    matrices, rest = [], []
+    matrices: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
         hidden = (
             parameter.ndim >= 2 and "embed" not in name and "shared" not in name and not name.endswith(but or ("\0",))

@@ -157,7 +157,9 @@ def paint(
 def render(what: Scene, jitter: random.Random | None = None) -> Image.Image:
     """The scene's picture; with `jitter`, place, size and colours vary a little, as a drawer's hand does."""
     x, y = PLACES[what.place]
-    r, fill, back = SIZES[what.size], COLOURS[what.colour], BACKGROUNDS[what.background]
+    r = SIZES[what.size]
+    fill: tuple[int, ...] = COLOURS[what.colour]
+    back: tuple[int, ...] = BACKGROUNDS[what.background]
     if jitter:
         x, y = x + jitter.uniform(-2, 2), y + jitter.uniform(-2, 2)
         r *= jitter.uniform(0.95, 1.05)

@@ -100,7 +100,7 @@ class CopyStream:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def send(self, hosts: Sequence[torch.Tensor]) -> PendingCopy:
         """Start copying pinned tensors.

@@ -38,7 +38,7 @@ class _FusedLora(torch.autograd.Function):
         return outs
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, lows, *rest = ctx.saved_tensors
         count = len(grads)

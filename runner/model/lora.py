@@ -36,7 +36,7 @@ def attach_lora(model: Any, shape: LoraShape, seed: int) -> dict[str, nn.Paramet
 
     config = LoraConfig(
         r=shape.rank,
-        lora_alpha=shape.alpha,  # type: ignore[arg-type]  # peft annotates int and takes any number
+        lora_alpha=shape.alpha,  # peft annotates int and takes any number
         lora_dropout=shape.dropout,
         init_lora_weights="gaussian",
         target_modules=list(shape.layers),
@@ -96,6 +96,6 @@ def adapter_metadata(shape: LoraShape) -> dict[str, Any]:
     """peft's config of the adapter, from which diffusers reads alpha and rank. Equal shapes give equal metadata."""
     from peft import LoraConfig
 
-    config = LoraConfig(r=shape.rank, lora_alpha=shape.alpha, lora_dropout=shape.dropout).to_dict()  # type: ignore[arg-type]
+    config = LoraConfig(r=shape.rank, lora_alpha=shape.alpha, lora_dropout=shape.dropout).to_dict()
     config["target_modules"] = sorted(shape.layers)
     return {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}

@@ -38,7 +38,7 @@ class BlockOffloader:
         self.last = 0  # the block that ran last
         for index, block in enumerate(blocks):
             self._install(index, self.hosts[index])
-            block.forward = self._forward(index, partial(_class_forward, block))  # type: ignore[method-assign]
+            block.forward = self._forward(index, partial(_class_forward, block))
 
     def _forward(self, index: int, forward: Forward) -> Forward:
         def run(*inputs: Any, **named: Any) -> Any:

@@ -90,7 +90,7 @@ class _QuantizedProduct(torch.autograd.Function):
         return linear(x, dequantize(codes, scale, scheme, shape, x.dtype), bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         codes, scale = ctx.saved_tensors
         return grad @ dequantize(codes, scale, ctx.scheme, ctx.shape, grad.dtype), None, None, None, None, None
 

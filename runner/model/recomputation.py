@@ -98,7 +98,7 @@ class _Recompute(torch.autograd.Function):
         return _compute(op, inputs)[0]
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         recomputed: RecomputedTensor = ctx.recomputed or RecomputedTensor(ctx.op, ctx.saved_tensors)
         op = recomputed.op

@@ -215,7 +215,7 @@ def _accumulate_gradients(
     total = torch.zeros(())
     for micro in range(config.accumulate):
         loss = objective.loss(step, micro) / config.accumulate
-        scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        scaler.scale(loss).backward()
         total = total.to(loss.device) + loss.detach()
     total = ranks.average(optimizer.parameters, total)
     scaler.unscale_(optimizer.torch)

@@ -194,7 +194,7 @@ def schedule(
         num_warmup_steps=warmup,
         num_training_steps=steps,
         num_cycles=cycles,
-        power=power,  # type: ignore[arg-type]
+        power=power,
     )
-    factor: Callable[[int], float] = built.lr_lambdas[0]  # type: ignore[attr-defined]
+    factor: Callable[[int], float] = built.lr_lambdas[0]
     return factor

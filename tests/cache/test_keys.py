@@ -23,7 +23,6 @@ from runner.model import quantization
 from runner.model.base import Base
 from runner.model.flux1 import loading
 from runner.spec.schema import Data, Spec
-from runner.training import context as contexts
 from runner.training import model_pool
 from runner.training.context import RunContext
 from tests.support.house import House
@@ -193,7 +192,7 @@ def test_every_part_of_the_key_of_a_data_sets_latents(house: House, monkeypatch:
     made["Pillow"] = key()
     monkeypatch.undo()
     distinct(made)
-    same = {"source": str(house.folder), "repeats": 3, "caption_dropout": 0.5, "workers": 4}
+    same: dict[str, Any] = {"source": str(house.folder), "repeats": 3, "caption_dropout": 0.5, "workers": 4}
     assert set(same) == {name for name, value in VIEWS.items() if value is None}
     assert {key(**{name: value}) for name, value in same.items()} == {made["as it is"]}
     assert set(Data.model_fields) == set(VIEWS)
@@ -319,4 +318,3 @@ def test_a_base_is_all_of_its_parts(house: House) -> None:
     made = {"as it is": context.base_fingerprint}
     made |= {part: replace(context, fingerprints={part: "x"}).base_fingerprint for part in PARTS}
     distinct(made)
-    assert contexts.PARTS_OF_BASE == PARTS

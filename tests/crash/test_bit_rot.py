@@ -22,11 +22,12 @@ from runner.core.errors import BadFileError
 from runner.model import tensors
 from runner.plan.phases import Encode
 from runner.runs.checkpoint_files import checkpoint_name
+from runner.runs.run import Run
 from runner.training.context import RunContext
 from runner.training.encoders import CachedEncoder
 from runner.training.objective import _moments
 from runner.training.phases.encode import encode_phase
-from tests.support.checkpoints import Run, content, encoded, made, new_run, newest, whole
+from tests.support.checkpoints import content, encoded, made, new_run, newest, whole
 from tests.support.house import House
 from tests.support.runs import context_of
 
@@ -195,10 +196,11 @@ def test_damaged_and_swapped_cache_entries_are_made_again(house: House) -> None:
 
 def read_by_training(context: RunContext) -> dict[object, torch.Tensor]:
     encoders = [CachedEncoder(context, name, Weights()) for name in ("clip", "t5")]
-    return {
-        **_moments(context),
-        **{(one.encoder, *key): value for one in encoders for key, value in one.values.items()},
-    }
+    read: list[tuple[object, torch.Tensor]] = [
+        *_moments(context).items(),
+        *(((one.encoder, *key), value) for one in encoders for key, value in one.values.items()),
+    ]
+    return dict(read)
 
 
 def test_every_damage_to_a_cache_entry_is_noticed(tmp_path: Path) -> None:

@@ -22,8 +22,9 @@ from runner.checkpoint.writer import Writer
 from runner.core import files
 from runner.core.errors import DiskError, ExitCode
 from runner.engine.worker_main import classify_error
+from runner.runs.run import Run
 from tests.support import unsafe_writers
-from tests.support.checkpoints import Roomy, Run, acknowledged, content, made, new_run, newest, whole, writer
+from tests.support.checkpoints import Roomy, acknowledged, content, made, new_run, newest, whole, writer
 from tests.support.deadly_disk import Deadly
 from tests.support.house import House
 from tests.support.mounts import tried
@@ -225,7 +226,8 @@ def test_a_disk_that_gives_back_other_bytes_pauses_the_run() -> None:
         def write(self, handle: int, data: bytes | memoryview) -> None:
             files.DISK.write(handle, bytes(data) if len(data) < 1000 else bytes(len(data)))
 
-    run, said = new_run(), []
+    run = new_run()
+    said: list[str] = []
     writer(run).write(made(30))
     code, reason = save_fails(writer(run, disk=Forgetful(), log=said.append), 40, 3000)
     assert (code, said) == (ExitCode.DISK, [])

@@ -25,8 +25,9 @@ from runner.checkpoint.writer import Writer
 from runner.core import files
 from runner.core.errors import BadFileError
 from runner.runs.checkpoint_files import checkpoint_name, checkpoint_steps
+from runner.runs.run import Run
 from tests.support import unsafe_writers
-from tests.support.checkpoints import STEPS, Run, acknowledged, made, new_run, newest, whole, writer
+from tests.support.checkpoints import STEPS, acknowledged, made, new_run, newest, whole, writer
 from tests.support.deadly_disk import Deadly
 from tests.support.paths import PROJECT
 
@@ -36,7 +37,11 @@ WRITER = PROJECT / "tests" / "support" / "torchless_writer.py"
 def save_all(run: Run, keep: int, disk: files.Disk, kind: type[Writer] = Writer) -> None:
     """Five saves; what is acknowledged goes into a file that outlives this process."""
     with (run.folder / "said").open("ab", buffering=0) as said:
-        saving = writer(run, keep=keep, disk=disk, kind=kind, log=lambda line: said.write(f"{line}\n".encode()))
+
+        def log(line: str) -> None:
+            said.write(f"{line}\n".encode())
+
+        saving = writer(run, keep=keep, disk=disk, kind=kind, log=log)
         for step in STEPS:
             saving.write(made(step))
 

@@ -20,8 +20,9 @@ from runner.checkpoint.storage import Checkpoint
 from runner.core import files
 from runner.core.errors import DiskError, ExitCode
 from runner.engine.worker_main import classify_error
+from runner.runs.run import Run
 from tests.support import unsafe_writers
-from tests.support.checkpoints import MEMORY, STEPS, Roomy, Run, acknowledged, made, new_run, newest, whole, writer
+from tests.support.checkpoints import MEMORY, STEPS, Roomy, acknowledged, made, new_run, newest, whole, writer
 from tests.support.deadly_disk import Deadly
 from tests.support.mounts import tried
 

@@ -21,8 +21,9 @@ from runner.checkpoint.storage import Checkpoint
 from runner.checkpoint.writer import Writer
 from runner.core import files
 from runner.core.errors import BadFileError
+from runner.runs.run import Run
 from tests.support import unsafe_writers
-from tests.support.checkpoints import STEPS, Run, acknowledged, made, new_run, newest, whole, writer
+from tests.support.checkpoints import STEPS, acknowledged, made, new_run, newest, whole, writer
 
 SECTOR = 512
 ENOUGH = 50_000  # states, which a writer that syncs does not reach

@@ -56,7 +56,12 @@ class Night:
 
     def trainer(self) -> int:
         found: list[int] = []
-        wait_for(lambda: bool(found.extend(children(self.queue.pid)) or found), "a trainer")
+
+        def begun() -> bool:
+            found.extend(children(self.queue.pid))
+            return bool(found)
+
+        wait_for(begun, "a trainer")
         assert len(found) == 1
         return found[0]
 

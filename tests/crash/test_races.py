@@ -37,9 +37,14 @@ def race(job: Job, start: Any, out: Any, go: Any, locked: bool) -> None:
     if not locked:
         from contextlib import nullcontext
 
-        Run.locked = lambda self: nullcontext()  # type: ignore[method-assign, assignment]
+        Run.locked = lambda self: nullcontext()  # type: ignore[method-assign]
         write_claim = claim._write_claim
-        claim._write_claim = lambda self, *a: (write_claim(self, *a), time.sleep(0.05))[0]  # type: ignore[method-assign, assignment]
+
+        def slow_write_claim(*arguments: Any) -> None:
+            write_claim(*arguments)
+            time.sleep(0.05)
+
+        claim._write_claim = slow_write_claim
     start.wait()
     try:
         out.put((os.getpid(), claim_run(job.run, job.spec, job.plan, "0"), ""))
@@ -136,9 +141,9 @@ def test_a_process_on_another_host_is_believed_while_the_state_changes(
     with pytest.raises(LockHeldError, match="process 7 on elsewhere is working on"):
         claim_run(job.run, job.spec, job.plan, "0")
     now = time.time()
-    monkeypatch.setattr(lease.time, "time", lambda: now + lease.REMOTE_TIMEOUT - 5)
+    monkeypatch.setattr(time, "time", lambda: now + lease.REMOTE_TIMEOUT - 5)
     assert job.run.holder() is not None
-    monkeypatch.setattr(lease.time, "time", lambda: now + lease.REMOTE_TIMEOUT + 5)
+    monkeypatch.setattr(time, "time", lambda: now + lease.REMOTE_TIMEOUT + 5)
     assert job.run.holder() is None
     assert claim_run(job.run, job.spec, job.plan, "0") == 4
 

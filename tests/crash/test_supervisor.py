@@ -6,6 +6,7 @@ import errno
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,9 @@ def test_a_run_that_crashes_on_its_way_comes_through_as_long_as_steps_are_saved(
     met: set[int] = set()
 
     def once_each(_: str, step: int, *__: int) -> bool:
-        return not (step in met or met.add(step))
+        first = step not in met
+        met.add(step)
+        return first
 
     with failing(ray, once_each):
         said = house.fluxrun("queue", spec, "--retries", "4")
@@ -175,7 +178,7 @@ def test_control_half_the_batch_without_twice_the_accumulation_is_seen(
     """A split that only ever looks at a batch's first half."""
     from runner.training.loop import LoopConfig
 
-    made = LoopConfig.__init__
+    made: Callable[..., None] = LoopConfig.__init__
     monkeypatch.setattr(LoopConfig, "__init__", lambda self, *a, **k: made(self, *a[:3], 1, *a[4:], **k))
     with failing(no_memory, lambda *at: at[3] > 1):
         go_on(house, lora(house))

@@ -216,19 +216,19 @@ def test_the_first_to_lock_the_folder_has_it(house: House, monkeypatch: pytest.M
 def test_class_images_exchanged_before_they_are_read_are_noticed(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     """And a run that is done no longer minds what becomes of the folder."""
     from runner.training import run as training_run
+    from runner.training.phases.encode import encode_phase
 
     path, folder = spec(house, "a", "a dog"), own_pictures(house)
-    encode = training_run.encode_phase
 
     def exchanged(*all_: Any) -> None:
         Image.new("RGB", (64, 64), "red").save(folder / "dog1.png")
-        encode(*all_)
+        encode_phase(*all_)
 
     monkeypatch.setattr(training_run, "encode_phase", exchanged)
     said = house.fluxrun("queue", path)
     assert said.code == 1
     assert "a: failed: the class images: " in said.err
-    monkeypatch.setattr(training_run, "encode_phase", encode)
+    monkeypatch.setattr(training_run, "encode_phase", encode_phase)
     shutil.copy(PICTURES / "02.png", folder / "dog1.png")
     assert house.fluxrun("queue", path).code == 0
     noted(folder, prompt="a cat", base="me/other")

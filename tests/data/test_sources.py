@@ -31,7 +31,7 @@ def test_captions_beside_images_and_the_prompt_for_the_rest(tmp_path: Path) -> N
         read(tmp_path)
 
 
-ROWS = [
+ROWS: list[dict[str, str | None]] = [
     {"file_name": "1.png", "text": "one", "picture": "2.png"},
     {"file_name": "0.png", "text": "", "picture": "1.png"},
     {"file_name": "2.png", "text": None, "picture": "0.png"},

@@ -180,6 +180,8 @@ def test_the_last_run_needs_no_stop(house: House) -> None:
 class Clock(SimpleNamespace):
     """`time`, for the queue: moves on only while it sleeps."""
 
+    now: float
+
     def __init__(self) -> None:
         super().__init__(now=1000.0)
 

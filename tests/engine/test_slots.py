@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -255,7 +256,7 @@ def test_four_slots_make_the_same_bytes_as_one(house: House) -> None:
 
 
 def test_two_queues_never_share_a_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slots.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
     one, other = (slots.make_slots("0,1,2", 1, 1, tmp_path / name) for name in ("runs", "other-runs"))
     assert [slot.take() for slot in one[:2]] == [True, True]
     assert [slot.take() for slot in other] == [False, False, True]

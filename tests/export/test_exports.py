@@ -23,6 +23,7 @@ from runner.core import locks, safetensors
 from runner.core.errors import BadFileError
 from runner.data import tokens
 from runner.export import formats, pipeline, verify
+from runner.export.lora_layouts import to_kohya
 from runner.model import base, tensors
 from runner.model.flux1 import loading
 from runner.model.flux1.pipeline import Flux1ImagePipeline, Flux1TextPipeline
@@ -216,10 +217,8 @@ def test_the_day_is_the_one_on_which_the_run_began(done: House, monkeypatch: pyt
 
 
 def test_a_mismatch_fails_the_run_with_the_layers_name(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = formats.to_kohya
-
     def damaged(*arguments: Any) -> dict[str, Any]:
-        named = real(*arguments)
+        named = to_kohya(*arguments)
         named["lora_unet_single_blocks_1_linear1.lora_up.weight"][130] += 0.01  # a row of k
         return named
 

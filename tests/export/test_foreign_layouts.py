@@ -98,7 +98,7 @@ LAYOUTS: dict[str, tuple[dict[str, Tensor], list[tuple[list[str], tuple[Tensor, 
 
 
 def wanted(layers: list[tuple[list[str], tuple[Tensor, Tensor], float]]) -> dict[str, Tensor]:
-    out = {}
+    out: dict[str, Tensor] = {}
     for modules, (down, up), scale in layers:
         parts = torch.chunk(scale * (up @ down), len(modules))
         out |= dict(zip(modules, parts, strict=True))
@@ -325,6 +325,7 @@ def test_an_output_that_cannot_be_written_is_one_line(done: House, tmp_path: Pat
     (tmp_path / "file").write_text("in the way")
     save_file(named(f"transformer.{ATTENTION[0]}", PEFT, Q), tmp_path / "x.safetensors")
     out = tmp_path / "file" / "out.safetensors"
+    command: tuple[str | Path, ...]
     for command in (
         ("convert", tmp_path / "x.safetensors", "--to", "kohya", "--out", out),
         ("schema", "--out", out),
@@ -333,8 +334,8 @@ def test_an_output_that_cannot_be_written_is_one_line(done: House, tmp_path: Pat
     ):
         said = done.fluxrun(*command)
         assert said.code == 1
-        told = out / "sample-sheet.png" if command[0] == "sample" else out
-        assert re.fullmatch(rf"fluxrun: {re.escape(str(told))}: cannot be written \(.*\); name another\n", said.err), (
+        place = out / "sample-sheet.png" if command[0] == "sample" else out
+        assert re.fullmatch(rf"fluxrun: {re.escape(str(place))}: cannot be written \(.*\); name another\n", said.err), (
             command
         )
     assert (tmp_path / "file").read_text() == "in the way"

@@ -123,7 +123,7 @@ def test_names_and_sizes_at_flux_devs_shapes() -> None:
         }
     assert shapes == linear_layers(DEV)
     named = lora_layouts.to_kohya(Adapter(parts, {}))
-    sizes = {}
+    sizes: dict[str, tuple[int, int, int]] = {}
     for index in range(19):
         for stream in ("img", "txt"):
             block = f"lora_unet_double_blocks_{index}_{stream}"

@@ -118,7 +118,9 @@ def test_a_run_whose_alphas_are_not_the_ranks(house: House, monkeypatch: pytest.
 def test_convert_gives_one_file_for_every_program(house: House, stock: Any) -> None:
     """Also where the layers have different ranks and alphas."""
     generator = torch.Generator().manual_seed(0)
-    d, named, wanted = CONFIG["attention_head_dim"] * CONFIG["num_attention_heads"], {}, {}
+    d = CONFIG["attention_head_dim"] * CONFIG["num_attention_heads"]
+    named: dict[str, torch.Tensor] = {}
+    wanted = {}
     for module, key, rank, alpha, rows in (
         ("transformer_blocks.0.attn.to_out.0", "double_blocks_0_img_attn_proj", 4, 1.7, d),
         ("single_transformer_blocks.1.proj_out", "single_blocks_1_linear2", 2, 3.0, d),

@@ -28,7 +28,7 @@ pytestmark = [
 ]
 
 
-def desk_on_gpu(spec: Path) -> RunContext:
+def context_on_gpu(spec: Path) -> RunContext:
     libraries.quiet()
     [job] = prepare_jobs([spec], spec.parent / "runs", fetch=True, fresh=False)
     where, own = device.choose_device("0"), job.spec.model
@@ -48,7 +48,7 @@ def exports(house: House, runs: str) -> dict[str, bytes]:
 @pytest.mark.parametrize("phase_name", ["joint", "lora"])
 def test_a_step_waits_for_the_device_only_where_its_numbers_are_read(house: House, phase_name: str) -> None:
     """Forward, backward, clip and optimizer step run without a single host-device synchronisation."""
-    context = desk_on_gpu(house.spec("a"))
+    context = context_on_gpu(house.spec("a"))
     for phase in context.plan.phases:
         if isinstance(phase, Encode) and phase.at == 0:
             encode_phase(context, phase, Weights())

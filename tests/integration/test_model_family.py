@@ -19,14 +19,13 @@ from runner.base.architectures import architecture_of
 from runner.cache.store import Cache
 from runner.checkpoint import storage
 from runner.checkpoint.storage import Checkpoint, Weights
-from runner.core.errors import ExitCode, FluxrunError
+from runner.core.errors import ExitCode, FluxrunError, SpecError
 from runner.core.events import EventLog
 from runner.engine.worker_main import TrainRequest, WorkerState, train_run
 from runner.jobs.job import Job
 from runner.jobs.prepare import prepare_jobs
 from runner.model import lora
 from runner.runs.claim import claim_run
-from runner.spec.loader import SpecError
 from runner.training.adapter_shapes import lora_shape
 from runner.training.context import RunContext, open_base
 from runner.training.distributed import Ranks
@@ -161,7 +160,7 @@ def test_its_values_are_those_of_a_plain_loop(folder: Path) -> None:
         velocity = layer("second", layer("first", torch.cat([noisy.img, rest], 2)))
         loss = (velocity - noisy.target).square().mean()
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(adapters.values(), 1.0)
         optimizer.step()
     trained, files = newest(job).weights.lora, exported(job)

@@ -74,7 +74,7 @@ def test_a_look_changes_nothing_of_what_follows(house: House) -> None:
     transformer, adapter = load_transformer(context, phase, Weights())
     with torch.no_grad():
         for parameter in adapter.values():  # B is zero at first, and hides what dropout does
-            parameter += 0.1
+            parameter.add_(0.1)
     objective = FlowObjective(context, transformer, load_encoders(context, phase, Weights()))
     before = objective.loss(0, 0)
     first = objective.evaluate()

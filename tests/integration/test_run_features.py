@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -222,7 +223,7 @@ def test_a_run_that_ends_early_exports_its_best_step(house: House, monkeypatch: 
     from runner.training import objective
 
     losses = {1: 3.0, 2: 2.0, 3: 1.0, 4: 1.5, 5: 1.2, 6: 0.5}
-    at = iter([])
+    at: Iterator[int] = iter([])
 
     def given(self: Any) -> dict[float, float]:
         return {0.5: losses[next(at)]}

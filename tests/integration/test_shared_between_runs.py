@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import FluxTransformer2DModel
 
 from runner.checkpoint.storage import Weights
 from runner.data import sources
 from runner.data.buckets import CropView
+from runner.data.images import DataError
 from runner.model import lora
 from runner.model.base import Base
 from runner.model.flux1 import latents, loading, transformer
@@ -40,11 +43,29 @@ def exports(house: House, run: str) -> dict[str, bytes]:
     return found
 
 
+def pools(monkeypatch: pytest.MonkeyPatch) -> list[ModelPool]:
+    """Every pool that a model is taken from, from now on; once per time."""
+    seen: list[ModelPool] = []
+    real = ModelPool.take
+
+    def take(self: ModelPool, *what: Any) -> Any:
+        seen.append(self)
+        return real(self, *what)
+
+    monkeypatch.setattr(ModelPool, "take", take)
+    return seen
+
+
 def loads(monkeypatch: pytest.MonkeyPatch, name: str) -> list[Any]:
     """Every base that `flux.NAME` loads a part of from now on."""
     seen: list[Any] = []
     real = getattr(loading, name)
-    monkeypatch.setattr(loading, name, lambda base: (seen.append(base), real(base))[1])
+
+    def load(base: Any) -> Any:
+        seen.append(base)
+        return real(base)
+
+    monkeypatch.setattr(loading, name, load)
     return seen
 
 
@@ -128,7 +149,7 @@ def test_what_is_wrong_with_a_later_run_is_not_this_one_s_affair(house: House, m
     def read(source: Any) -> Any:
         own = house.folder / "runs" / "a"
         if source.text.endswith("others") and (own / "run.log").exists() and not (own / "export").exists():  # a trains
-            raise sources.DataError("a file is gone")
+            raise DataError("a file is gone")
         return real(source)
 
     monkeypatch.setattr(sources, "read_source", read)
@@ -139,7 +160,12 @@ def test_what_is_wrong_with_a_later_run_is_not_this_one_s_affair(house: House, m
 def test_a_data_set_is_decoded_once_and_again_when_it_changed(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded: list[CropView] = []
     real = RunContext.pixels
-    monkeypatch.setattr(RunContext, "pixels", lambda self, views: (decoded.extend(views), real(self, views))[1])
+
+    def pixels(self: RunContext, views: Sequence[CropView]) -> Any:
+        decoded.extend(views)
+        return real(self, views)
+
+    monkeypatch.setattr(RunContext, "pixels", pixels)
     crop = "random_flip = true\nvariants = 2"
     plain(house, "a", center_crop=crop)
     assert house.fluxrun("queue", "a.toml").code == 0
@@ -177,16 +203,23 @@ def test_t5_and_vae_stay_away_where_nothing_is_missing(house: House, monkeypatch
 def test_a_kept_transformer_makes_room_for_an_encoder(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing that a phase does not need is in memory: T5 and VAE are not loaded beside a transformer kept for later."""
     held: list[int] = []
+<<<<<<< HEAD
     shelves: list[ModelPool] = []
     take = ModelPool.acquire
     monkeypatch.setattr(ModelPool, "acquire", lambda self, *what: (shelves.append(self), take(self, *what))[1])
+=======
+    shelves = pools(monkeypatch)
+
+    def noting(real: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def load(base: Any) -> Any:
+            held.append(sum(model_pool.bytes for model_pool in shelves))
+            return real(base)
+
+        return load
+
+>>>>>>> types
     for name in ("load_t5", "load_vae"):
-        real = getattr(loading, name)
-        monkeypatch.setattr(
-            loading,
-            name,
-            lambda base, real=real: (held.append(sum(model_pool.bytes for model_pool in shelves)), real(base))[1],
-        )
+        monkeypatch.setattr(loading, name, noting(getattr(loading, name)))
     plain(house, "a")
     plain(house, "b", resolution="resolution = 96")
     assert house.fluxrun("queue", "a.toml", "b.toml").code == 0
@@ -277,7 +310,7 @@ def test_an_encoder_that_learned_on_is_not_taken_for_an_older_one(house: House) 
 
 
 def test_rotary_tables_are_kept_only_while_the_shape_is_told(house: House) -> None:
-    model = loading.load_transformer(context_of(house.spec("a")).base)
+    model: FluxTransformer2DModel = loading.load_transformer(context_of(house.spec("a")).base)
     small, large = (latents.image_ids(side, side, torch.device("cpu"), torch.float32) for side in (4, 8))
     with transformer.rotary_tables_for(model, (0, 4, 4)):
         first = model.pos_embed(small)
@@ -293,13 +326,23 @@ def test_encoders_that_learned_to_the_end_are_gone_when_the_export_loads_its_own
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where the rows learn to the last step, no encode phase comes between; two T5s would not fit beside the transformer."""
-    shelves: list[ModelPool] = []
+    shelves = pools(monkeypatch)
     held: list[int] = []
+<<<<<<< HEAD
     take, load = ModelPool.acquire, loading.load_t5
     monkeypatch.setattr(ModelPool, "acquire", lambda self, *what: (shelves.append(self), take(self, *what))[1])
     monkeypatch.setattr(
         loading, "load_t5", lambda base: (held.append(sum(len(one.live) for one in shelves)), load(base))[1]
     )
+=======
+    load_t5 = loading.load_t5
+
+    def load(base: Any) -> Any:
+        held.append(sum(len(one.live) for one in shelves))
+        return load_t5(base)
+
+    monkeypatch.setattr(loading, "load_t5", load)
+>>>>>>> types
     spec = house.spec("a", lr="lr = 1e-2\nuntil = 1.0")
     assert house.fluxrun("queue", spec).code == 0
     assert held == [0, 0]  # to learn, and to read the exported rows back

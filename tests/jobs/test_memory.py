@@ -21,8 +21,13 @@ from runner.jobs import activation_memory, card_fit, memory, timing, timing_stor
 from runner.jobs.activation_memory import BatchShape, ByteWidths, TrainableLayers
 from runner.jobs.prepare import prepare_jobs
 from runner.plan.phases import Plan
+<<<<<<< HEAD
 from runner.preflight.base_files import check_base_files
 from runner.spec.schema import Spec
+=======
+from runner.preflight.base_files import check_base
+from runner.spec.schema import Spec, dump
+>>>>>>> types
 from tests.support.house import House
 from tests.support.saved_tensors import encoder, transformer
 from tests.support.setups import gpu
@@ -386,7 +391,7 @@ def test_several_resolutions_take_turns(house: House) -> None:
         [job] = prepare_jobs(
             [house.spec("a", resolution=f"resolution = {side}")], house.folder / "runs", fetch=False, fresh=False
         )
-        tables = timing.dump(job.spec)
+        tables = dump(job.spec)
         device, base = hardware.device_name(on_gpu=False), timing_store.base_name("builtin:tiny")
         timing_store.store(
             {timing.book_key(device, base, tables, side): {"images": 2, "s_per_step": seconds, "beside": 1.0}}

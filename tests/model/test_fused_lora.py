@@ -23,7 +23,7 @@ class Two(nn.Module):
         return self.second(self.first(x).tanh())  # type: ignore[no-any-return]
 
 
-def adapted(fused: bool, dtype: torch.dtype = torch.float32, dropout: float = 0.0) -> nn.Module:
+def adapted(fused: bool, dtype: torch.dtype = torch.float32, dropout: float = 0.0) -> Two:
     """Alpha is not the rank; both factors are other than zero; everything is the same from call to call."""
     torch.manual_seed(3)
     model = Two().requires_grad_(False).to(dtype)
@@ -46,7 +46,9 @@ def inject(config: LoraConfig, model: nn.Module, fused: bool) -> None:
 
 def learned(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     """The output and every gradient."""
-    with torch.autocast("cpu", torch.bfloat16, enabled=model.first.base_layer.weight.dtype == torch.bfloat16):
+    with torch.autocast(
+        "cpu", torch.bfloat16, enabled=model.get_parameter("first.base_layer.weight").dtype == torch.bfloat16
+    ):
         out = model(x)
     out.float().pow(3).sum().backward()
     found = {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
@@ -72,6 +74,11 @@ def test_fused_is_peft_but_for_rounding(shape: tuple[int, ...], dtype: torch.dty
 
 class Three(nn.Module):
     """Layers that read the same, of several ranks; `lone` has no adapter."""
+
+    one: nn.Linear
+    lone: nn.Linear
+    two: nn.Linear
+    three: nn.Linear
 
     def __init__(self) -> None:
         super().__init__()
@@ -126,7 +133,9 @@ def test_of_layers_that_read_the_same_only_what_learns_gets_a_gradient() -> None
     learned = {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
     assert sorted(learned) == ["one.lora_A.default.weight", "three.lora_B.default.weight"]
     for name, grad in learned.items():
-        assert torch.equal(grad, every.get_parameter(name).grad)
+        wanted = every.get_parameter(name).grad
+        assert wanted is not None
+        assert torch.equal(grad, wanted)
 
 
 def test_a_batch_that_is_not_contiguous() -> None:
@@ -157,12 +166,13 @@ def test_dropout_is_drawn_as_peft_draws_it(make: Callable[..., nn.Module]) -> No
 def test_a_layer_that_is_switched_off_or_merged_is_left_to_peft() -> None:
     model, x = adapted(True), entry((7, 12), False)
     with_it = model(x)
-    for layer in (model.first, model.second):
+    layers: list[PeftLinear] = [model.first, model.second]
+    for layer in layers:
         layer.enable_adapters(False)
     without = model(x)
     torch.manual_seed(3)
     torch.testing.assert_close(without, Two()(x))
-    for layer in (model.first, model.second):
+    for layer in layers:
         layer.enable_adapters(True)
         layer.merge()
     torch.testing.assert_close(model(x), with_it, rtol=1e-4, atol=1e-4)

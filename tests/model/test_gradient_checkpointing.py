@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
 from runner.checkpoint.storage import Weights
@@ -63,6 +64,7 @@ def test_blocks_are_recomputed_by_inversions_key_while_rows_learn(
     context = context_of(with_model(house, lines, encoders=f'encoders = ["clip", "t5"]\n{own}'))
     for phase, count in zip(context.plan.training, (joint, alone), strict=True):
         context.model_pool.clear(context.base)
+        transformer: FluxTransformer2DModel
         transformer, _ = load_transformer(context, phase, Weights())
         blocks: list[Any] = blocks_of(transformer)
         assert sum(block.save_activations for block in blocks) == max(count, 0)
@@ -84,9 +86,9 @@ def test_steps_may_be_added_together_with_recomputing(house: House) -> None:
     said = house.fluxrun("queue", spec)
     assert said.code == 0, said.err
     with_model(house, 'gradient_checkpointing = "selective"', steps="steps = 3", rank="rank = 2", **alone)
-    said = house.fluxrun("queue", spec).err
-    assert "lora.rank: 4 -> 2" in said
-    assert "gradient_checkpointing" not in said
+    refusal = house.fluxrun("queue", spec).err
+    assert "lora.rank: 4 -> 2" in refusal
+    assert "gradient_checkpointing" not in refusal
 
 
 def test_what_selective_recomputing_does_not_go_with(house: House) -> None:

@@ -73,7 +73,7 @@ def test_loss_and_gradients_are_those_of_the_weights_the_codes_stand_for(house: 
     spec = quantised(house, scheme, max_sequence_length=f'max_sequence_length = 32\ndtype = "{dtype}"')
     objective, kinds = objective_of(context_of(spec))
     jolt(kinds)
-    weights = {(out, inside) for out, inside in linear_layers(objective.transformer.config).values()}  # type: ignore[union-attr, arg-type]
+    weights = {(out, inside) for out, inside in linear_layers(objective.transformer.config).values()}  # type: ignore[arg-type]
     held: list[tuple[int, ...]] = []
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
 from torch import Tensor
+from transformers import T5EncoderModel
 
 from runner.base.layers import linear_layers, lora_layers
 from runner.checkpoint.storage import Weights
@@ -73,7 +74,11 @@ def run(
     if out.requires_grad:
         out.float().pow(3).sum().backward()
         found |= {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-    return {**found, **({"txt": txt.grad, "vec": vec.grad} if learns else {})}
+    if learns:
+        assert txt.grad is not None
+        assert vec.grad is not None
+        found |= {"txt": txt.grad, "vec": vec.grad}
+    return found
 
 
 def far(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
@@ -217,11 +222,11 @@ def test_a_tensor_is_made_again_once_for_all_its_readers() -> None:
     read = recomputation.recompute(Doubled(), x, save=False)
     with recomputation.recompute_on_backward(read):
         out = (read[0] @ weight).sum() + (read[0][1:].t() @ read[0][1:]).sum()
-    out.backward()  # type: ignore[no-untyped-call]
+    out.backward()
     assert len(calls) == 2
     grads = x.grad, weight.grad
     x.grad = weight.grad = None
-    ((2 * x) @ weight).sum().add((2 * x[1:]).t().matmul(2 * x[1:]).sum()).backward()  # type: ignore[no-untyped-call]
+    ((2 * x) @ weight).sum().add((2 * x[1:]).t().matmul(2 * x[1:]).sum()).backward()
     for ours, theirs in zip(grads, (x.grad, weight.grad), strict=True):
         torch.testing.assert_close(ours, theirs)
 
@@ -243,7 +248,7 @@ def t5_run(live: LiveEncoder, seed: int = 0) -> dict[str, Tensor]:
     assert live.rows is not None
     live.rows.grad = None
     states = live.embed(["a <s0><s1>", "b"], "diffusers").float()
-    (states * torch.randn(states.shape, generator=torch.Generator().manual_seed(seed))).sum().backward()  # type: ignore[no-untyped-call]
+    (states * torch.randn(states.shape, generator=torch.Generator().manual_seed(seed))).sum().backward()
     assert live.rows.grad is not None
     return {"states": states.detach(), "rows": live.rows.grad}
 
@@ -294,12 +299,14 @@ def test_a_run_s_t5_has_lean_blocks_where_it_learns(tmp_path: Path, model: str, 
     """Plain ones where checkpointing, of all of it or block by block, sees to what is kept."""
     context = context_of(House(tmp_path).spec(base=f'base = "builtin:tiny"\n{model}'))
     live = LiveEncoder.load(context, "t5", Weights(), learn_rows=True)
-    assert [(type(block), block.save_activations) for block in live.model.encoder.block] == [
+    t5: T5EncoderModel = live.model
+    assert [(type(block), block.save_activations) for block in t5.encoder.block] == [
         (recompute_t5.RecomputeT5Block, plain)
-    ] * 2  # type: ignore[union-attr]
+    ] * 2
     assert live.checkpointed is again
     live = LiveEncoder.load(context, "t5", Weights())
-    assert not any(isinstance(block, recompute_t5.RecomputeT5Block) for block in live.model.encoder.block)  # type: ignore[union-attr]
+    t5 = live.model
+    assert not any(isinstance(block, recompute_t5.RecomputeT5Block) for block in t5.encoder.block)
 
 
 def test_what_overflows_in_16_bits_is_clamped_as_transformers_do() -> None:

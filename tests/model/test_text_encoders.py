@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from runner.model import token_rows
 from runner.model.flux1 import loading, text_encoders
@@ -18,7 +19,7 @@ from tests.support.bases import BASE
 # ---- tokens and text -----------------------------------------------------------------------------------------------
 
 
-def encoders() -> list[tuple[str, nn.Module, object]]:
+def encoders() -> list[tuple[str, PreTrainedModel, PreTrainedTokenizerBase]]:
     return [
         ("clip", loading.load_clip(BASE), loading.load_tokenizer(BASE, "clip")),
         ("t5", loading.load_t5(BASE), loading.load_tokenizer(BASE, "t5")),

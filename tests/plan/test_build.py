@@ -18,8 +18,10 @@ from tests.support.house import House
 from tests.support.paths import PROJECT
 from tests.support.plans import FACTS, TOKENS, spec_of
 
+Described = tuple[str, int, int, list[str], list[str]]  # kind, start, stop, what it trains, what it holds
 
-def phases(spec: Spec) -> list[tuple[str, int, int, list[str], list[str]]]:
+
+def phases(spec: Spec) -> list[Described]:
     described = [description.describe(phase) for phase in make_plan(spec, FACTS).phases]
     return [
         (facts["kind"], facts["start"], facts["stop"], [part["what"] for part in facts["trains"]], facts["resident"])
@@ -28,8 +30,14 @@ def phases(spec: Spec) -> list[tuple[str, int, int, list[str], list[str]]]:
 
 
 ALL = ["text_encoder", "text_encoder_2", "transformer", "vae"]
-EXPORT = ("export", 7, 7, [], ["text_encoder", "transformer"])  # no picture is drawn, and T5 has learned nothing
-EXPORT_WITH_T5 = ("export", 7, 7, [], ALL[:3])
+EXPORT: Described = (
+    "export",
+    7,
+    7,
+    [],
+    ["text_encoder", "transformer"],
+)  # no picture is drawn, and T5 has learned nothing
+EXPORT_WITH_T5: Described = ("export", 7, 7, [], ALL[:3])
 
 
 def test_plain_lora(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -148,8 +149,7 @@ def little_memory(house: House, patch: Patch) -> Path:
 
 def without(package: str, more: str, **changes: str) -> Setup:
     def setup(house: House, patch: Patch) -> Path:
-        found = libraries.find_spec
-        patch.setattr(libraries, "find_spec", lambda name: None if name == package else found(name))
+        patch.setattr(libraries, "find_spec", lambda name: None if name == package else find_spec(name))
         patch.setenv("WANDB_MODE", "offline")
         return appended(more, **changes)(house, patch)
 

@@ -54,9 +54,10 @@ def opened(driver: Any, runs: Path) -> Any:
 
 
 def shown(driver: Any) -> list[str]:
-    return driver.execute_script(
+    names: list[str] = driver.execute_script(
         "return [...document.querySelectorAll('#table tbody tr')].filter(r => !r.hidden).map(r => r.cells[1].innerText)"
     )
+    return names
 
 
 def click(driver: Any, selector: str) -> None:
@@ -338,9 +339,10 @@ def patiently(look: Any, enough: Any) -> Any:
 
 def deep_text(driver: Any) -> str:
     """All text, in TensorBoard's shadow roots too."""
-    return driver.execute_script(
+    text: str = driver.execute_script(
         """const walk = node => [...node.childNodes].map(child =>
              child.nodeType === 3 ? child.data : ['STYLE', 'SCRIPT'].includes(child.nodeName) ? ''
              : (child.shadowRoot ? walk(child.shadowRoot) : '') + walk(child)).join(' ');
            return walk(document.body)"""
     )
+    return text

@@ -19,6 +19,7 @@ from runner.core.process_identity import Process
 from runner.runs.run import Run
 from runner.runs.state import FORMAT
 from tests.support.house import House
+from tests.support.inline_worker import InlineWorker
 from tests.support.runs import export_bytes
 from tests.support.scripted_trainers import Attempt, trainers
 
@@ -162,15 +163,14 @@ def before_it_is_done(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def during_a_look(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     from runner.training.phases import train
+    from runner.training.validation import validate
 
-    real = train.validate
-
-    def validate(*arguments: Any) -> Any:
-        result = real(*arguments)
+    def validate_and_take(*arguments: Any) -> Any:
+        result = validate(*arguments)
         taken(run)
         return result
 
-    monkeypatch.setattr(train, "validate", validate)
+    monkeypatch.setattr(train, "validate", validate_and_take)
 
 
 def while_a_checkpoint_is_read_back(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -343,9 +343,8 @@ def test_what_changes_between_plan_and_start_is_refused(
     from runner.engine import slot_filling
 
     run = Run(house.folder / "runs", "a")
-    inline = slot_filling.Worker
 
-    class Late(inline):  # type: ignore[misc, valid-type]
+    class Late(InlineWorker):
         def submit(self, folder: Path, *more: Any) -> None:
             if what == "a caption":
                 (house.folder / "pictures" / "01.txt").write_text("a TOK, quite different")

@@ -6,7 +6,7 @@ import copy
 import itertools
 import math
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from hypothesis import given
@@ -55,7 +55,7 @@ def test_a_resolved_spec_is_the_spec(tables: dict[str, Any]) -> None:
     assert tomllib.loads(text)["train"].get("steps") == first.spec.train.steps
 
 
-SWEPT = {
+SWEPT: dict[str, Sequence[object]] = {
     "lora.rank": [2, 4, 8], "train.lr": [1e-3, 1e-4], "seed": [0, 1, 2], "schedule.name": ["constant", "cosine"],
     "data.random_flip": [True, False], "train.weighting.scheme": ["none", "cosmap"],
 }  # fmt: skip

@@ -15,6 +15,7 @@ from runner.engine import slot_filling
 from runner.runs.run import Run
 from runner.spec import run_names
 from tests.support.house import House
+from tests.support.inline_worker import InlineWorker
 from tests.support.runs import export_bytes
 
 LORA = """
@@ -302,6 +303,7 @@ def test_a_run_whose_folder_vanishes_is_told_and_the_next_goes_on(
     house: House, monkeypatch: pytest.MonkeyPatch, phase: str
 ) -> None:
     from runner.training import recorder
+    from runner.training.loop import Step, TrainState
 
     house.write("a.toml", LORA), house.write("b.toml", LORA)
     begin, step = recorder.RunRecorder.phase_started, recorder.RunRecorder.on_step
@@ -315,7 +317,7 @@ def test_a_run_whose_folder_vanishes_is_told_and_the_next_goes_on(
         if phase == "encode":
             remove(self)
 
-    def stepping(self: recorder.RunRecorder, one: recorder.Step, state: recorder.TrainState) -> None:
+    def stepping(self: recorder.RunRecorder, one: Step, state: TrainState) -> None:
         if phase == "step" and one.number == 2:
             remove(self)
         step(self, one, state)
@@ -336,7 +338,7 @@ def test_a_run_whose_folder_vanishes_is_told_and_the_next_goes_on(
 def test_a_trainer_killed_with_its_folder_gone_is_not_tried_again(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Killed(slot_filling.Worker):  # what stands in for a trainer here, in this process
+    class Killed(InlineWorker):
         def read_events(self) -> list[Any]:
             shutil.rmtree(self.request[0])
             self.exit_code = -9

@@ -17,7 +17,7 @@ from tests.support.house import House
 from tests.support.paths import PROJECT
 
 
-def swept(house: House, file: str = "s", /, head: str = "", **lists: list[Any]) -> Path:
+def swept(house: House, file: str = "s", head: str = "", /, **lists: list[Any]) -> Path:
     path = house.spec(file)
     sweep = tomli_w.dumps({"sweep": {key.replace("__", "."): values for key, values in lists.items()}})
     path.write_text(head + path.read_text() + sweep)
@@ -104,12 +104,12 @@ def test_another_value_in_the_list_changes_no_name(house: House) -> None:
 
 def test_a_name_that_gets_too_long_is_shortened(house: House) -> None:
     prompts = [f"a TOK on a {colour} background in soft light" for colour in ("red", "green")]
-    lists = {
+    lists: dict[str, list[Any]] = {
         "data__prompt": prompts,
         "validate__prompts": [[one] for one in prompts],
         "lora__layers": [["attn.to_q"], ["attn.to_k"]],
     }
-    path = swept(house, head=f'name = "{"n" * 120}"\n', **lists)
+    path = swept(house, "s", f'name = "{"n" * 120}"\n', **lists)
     told = [one.spec.name for one in load([path])]
     assert len(set(told)) == 8
     assert max(map(len, told)) <= 200
@@ -223,12 +223,12 @@ def test_an_entry_of_a_list_can_be_swept(house: House) -> None:
 
 
 def test_a_sweeps_own_name_has_one_part(house: House) -> None:
-    said = house.fluxrun("plan", swept(house, head='name = "a/b"\n', lora__rank=[2, 4]).name)
+    said = house.fluxrun("plan", swept(house, "s", 'name = "a/b"\n', lora__rank=[2, 4]).name)
     assert said.err == (
         "s.toml:1: name: expected no / in the name of a sweep, whose runs are called NAME/KEY=VALUE, got 'a/b'; remove it\n"
         "1 fault; nothing was started\n"
     )
-    said = house.fluxrun("plan", swept(house, head='name = "a b"\n', lora__rank=[2, 4]).name)
+    said = house.fluxrun("plan", swept(house, "s", 'name = "a b"\n', lora__rank=[2, 4]).name)
     assert said.err.count(" with at most one / between, got 'a b' (") == 1
 
 

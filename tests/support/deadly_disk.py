@@ -32,7 +32,8 @@ class Deadly(files.Disk):
         return None
 
     def create(self, path: Path) -> int:
-        return self._do("create", lambda: files.DISK.create(path))
+        handle: int = self._do("create", lambda: files.DISK.create(path))
+        return handle
 
     def write(self, handle: int, data: bytes | memoryview) -> None:
         some = memoryview(data).cast("B")

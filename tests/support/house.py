@@ -17,7 +17,7 @@ from runner.engine import slot_filling
 from tests.support.inline_worker import InlineWorker
 from tests.support.paths import PICTURES, PROJECT
 
-slot_filling.Worker = InlineWorker  # type: ignore[assignment, misc]
+slot_filling.Worker = InlineWorker  # type: ignore[attr-defined, assignment]
 
 PIVOTAL = """
 [model]

@@ -14,7 +14,7 @@ from runner.spec.build import LoadedSpec
 from runner.spec.loader import load
 
 
-def examples(count: int) -> Any:
+def examples(count: int) -> settings:
     return settings(
         max_examples=count, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
     )

@@ -65,8 +65,12 @@ def gradients(spec: Path) -> tuple[Tensor, dict[str, Tensor]]:
 def stepped(objective: Any, kinds: dict[str, dict[str, nn.Parameter]]) -> tuple[Tensor, dict[str, Tensor]]:
     loss = objective.loss(2, 0)
     loss.backward()
-    found = {name: value.grad for kind in kinds.values() for name, value in kind.items()}
-    assert all(grad is not None and grad.any() for grad in found.values())
+    found = {}
+    for kind in kinds.values():
+        for name, value in kind.items():
+            assert value.grad is not None
+            assert value.grad.any()
+            found[name] = value.grad
     return loss.detach(), found
 
 

@@ -160,7 +160,8 @@ def pixels_of(
 
 def lr_factor(schedule: Mapping[str, Any], step: int, steps: int) -> float:
     """diffusers' get_scheduler (optimization.py), written out; `step` counts the updates made before this one."""
-    name, warmup = schedule["name"], schedule["warmup"]
+    name: str = schedule["name"]
+    warmup: int = schedule["warmup"]
     if name == "constant":
         return 1.0
     if step < warmup:
@@ -369,7 +370,8 @@ class Oracle:
             if ".lora_A." in name:
                 drawn = torch.randn(parameter.shape, generator=generator_of(self.seed, "lora", plain))
                 parameter.data = drawn / rank
-            found[plain] = parameter.requires_grad_(True)
+            parameter.requires_grad_(True)
+            found[plain] = parameter
         return found
 
     # ---- text --------------------------------------------------------------------------------------------------------
@@ -412,13 +414,14 @@ class Oracle:
 
     def scaled(self, latents: Tensor) -> Tensor:
         config = self.vae.config
-        return (latents - config.shift_factor) * config.scaling_factor
+        scaled: Tensor = (latents - config.shift_factor) * config.scaling_factor
+        return scaled
 
     def sigma_at(self, index: int) -> float:
         """Of the scheduler's 1000, from 1 down; FLUX.1-dev's are even (its shift is dynamic, and for sampling alone)."""
         config = json.loads((self.base / "scheduler" / "scheduler_config.json").read_text())
         sigma, shift = (1000 - index) / 1000, 1.0 if config["use_dynamic_shifting"] else config["shift"]
-        return shift * sigma / (1 + (shift - 1) * sigma)  # type: ignore[no-any-return]
+        return shift * sigma / (1 + (shift - 1) * sigma)
 
     def velocity(self, noisy: Tensor, sigmas: Tensor, txt: Tensor, vec: Tensor) -> Tensor:
         """noisy [B, C, h, w] -> the prediction, as latents of the same shape."""
@@ -516,7 +519,7 @@ class Oracle:
         decay, rows = spec["optimizer"]["weight_decay"], spec["inversion"]
         kinds = {"lora": (self.lora, spec["train"]["lr"], decay, math.ceil(spec["lora"]["until"] * steps))}
         if self.rows:
-            kinds["rows"] = (self.rows, rows["lr"], rows["weight_decay"], math.ceil(rows["until"] * steps))  # type: ignore[assignment]
+            kinds["rows"] = (self.rows, rows["lr"], rows["weight_decay"], math.ceil(rows["until"] * steps))
         if self.text_lora:
             own = spec["text_lora"]
             kinds["text_lora"] = (self.text_lora, own["lr"], decay, math.ceil(own["until"] * steps))
@@ -565,7 +568,7 @@ class Oracle:
             for place in range(each):
                 size, shown = next(own_batches)
                 part = self.micro_batch_loss(step, place, size, shown, next(class_batches), seen) / each
-                scaler.scale(part).backward()  # type: ignore[no-untyped-call]
+                scaler.scale(part).backward()
                 loss = loss + part.detach()
             learning = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             scaler.unscale_(optimizer)
@@ -606,4 +609,4 @@ class Oracle:
             return
         with torch.no_grad():
             for name, rows in self.rows.items():
-                rows *= (self.table(name).float().std() / rows.std()) ** 0.1
+                rows.mul_((self.table(name).float().std() / rows.std()) ** 0.1)

@@ -9,6 +9,7 @@ import os
 import struct
 import sys
 from pathlib import Path
+from typing import Any
 
 from runner.core import files, safetensors
 from runner.runs.checkpoint_files import checkpoint_name, checkpoint_steps
@@ -17,7 +18,7 @@ STEPS, PIVOT, KEEP, LENGTH = (10, 20, 30, 40, 50), 20, 1, 300
 
 
 class Telling(files.Disk):
-    def __getattribute__(self, name: str):
+    def __getattribute__(self, name: str) -> Any:
         if name in ("create", "write", "sync", "close", "rename", "unlink", "sync_folder"):
             print(name, flush=True)
         return super().__getattribute__(name)

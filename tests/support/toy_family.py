@@ -58,7 +58,7 @@ TOY = Architecture(
 class ToyTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[misc]
     """Of each image token: second(first([token, caption, timestep]))."""
 
-    @register_to_config
+    @register_to_config  # type: ignore[untyped-decorator]
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
         self.first = nn.Linear(3 + width + 1, hidden)
@@ -76,7 +76,7 @@ class ToyEncoder(nn.Module):
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
-        self.table = nn.Embedding.from_pretrained(weight)
+        self.table: nn.Embedding = nn.Embedding.from_pretrained(weight)
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.table

@@ -14,7 +14,7 @@ from runner.checkpoint.storage import Checkpoint
 from runner.checkpoint.writer import Writer
 from runner.core import files, safetensors
 from runner.runs.checkpoint_files import checkpoint_name, checkpoint_steps
-from tests.support.checkpoints import Run
+from runner.runs.run import Run
 
 
 class Around(files.Disk):
@@ -22,8 +22,8 @@ class Around(files.Disk):
 
     def __init__(self, inner: files.Disk) -> None:
         self.inner = inner
-        self.create, self.write, self.close, self.free = inner.create, inner.write, inner.close, inner.free
-        self.rename, self.unlink = inner.rename, inner.unlink
+        for name in ("create", "write", "close", "free", "rename", "unlink"):
+            setattr(self, name, getattr(inner, name))
         for name in ("sync", "sync_folder"):
             if name not in type(self).__dict__:
                 setattr(self, name, getattr(inner, name))
@@ -70,8 +70,8 @@ class InPlace(files.Disk):
 
     def __init__(self, inner: files.Disk) -> None:
         self.inner = inner
-        self.write, self.sync, self.close, self.free = inner.write, inner.sync, inner.close, inner.free
-        self.sync_folder = inner.sync_folder
+        for name in ("write", "sync", "close", "free", "sync_folder"):
+            setattr(self, name, getattr(inner, name))
 
     def create(self, path: Path) -> int:
         return self.inner.create(final(path))

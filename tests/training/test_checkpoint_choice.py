@@ -9,11 +9,12 @@ import torch
 
 from runner.checkpoint import storage
 from runner.checkpoint.storage import Checkpoint, Weights
-from runner.checkpoint.writer import SPARE, Writer
+from runner.checkpoint.writer import Writer
 from runner.core import files
 from runner.core.errors import DiskError, LockHeldError
 from runner.core.events import EventLog
 from runner.plan.build import make_plan
+from runner.plan.disk import SPARE
 from runner.plan.phases import Plan
 from runner.runs.checkpoint_files import checkpoint_name, checkpoint_steps
 from runner.runs.run import Run

@@ -130,7 +130,7 @@ def test_a_caption_of_several_pictures_is_read_once(house: House, again: str) ->
         weights = torch.randn(found[0].shape, generator=generator)
         apart = torch.cat(found[1:])
         torch.testing.assert_close(found[0], apart, rtol=1e-4, atol=1e-5)
-        grads = []
+        grads: list[torch.Tensor] = []
         for out in (found[0], apart):
             live.rows.grad = None
             (out * weights).sum().backward()
@@ -306,7 +306,7 @@ def test_where_clip_is_pooled_is_as_the_spec_says(house: House, legacy_base: Pat
     past = Weights(rows={"clip": live.rows.detach()} if live.rows is not None else {})
     encode_texts(context, "clip", past, context.entries("clip", past))
     cached = CachedEncoder(context, "clip", past)
-    for way in keys.poolings(context.spec):
+    for way in keys.poolings(context.spec, context.encoders["clip"]):
         with torch.no_grad():
             caption = context.captions[0]
             assert torch.equal(cached.embed([caption], way), live.embed([caption], way))

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import BaseModel
 from torch import nn
 
 from runner.spec.defaults import fill_defaults
@@ -35,7 +36,7 @@ NUMBERS: dict[str, dict[str, tuple[Any, Any]]] = {
         "growth_rate": (1.5, lambda group: group["growth_rate"]),
     },
 }
-MODELS = {"adamw": AdamW, "adamw8bit": AdamW8bit, "prodigy": Prodigy}
+MODELS: dict[str, type[BaseModel]] = {"adamw": AdamW, "adamw8bit": AdamW8bit, "prodigy": Prodigy}
 
 
 def spec_of(**tables: Any) -> Spec:

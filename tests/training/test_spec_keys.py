@@ -6,6 +6,7 @@ import copy
 import json
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,12 @@ def shown(context: RunContext) -> list[Any]:
     ]
 
 
+def tf32_allowed(context: RunContext) -> bool:
+    device.prepare_device(torch.device("cpu"), tf32=context.spec.model.tf32)
+    allowed: bool = torch.backends.cuda.matmul.allow_tf32
+    return allowed
+
+
 def class_images(context: RunContext) -> list[bytes]:
     from runner.training.phases.prior import prior_phase
 
@@ -160,8 +167,7 @@ TABLE: dict[str, tuple[Any, Probe, Any, dict[str, Any]]] = {
     ),
     "model.tf32": (
         False,
-        lambda d: (device.prepare_device(torch.device("cpu"), tf32=d.spec.model.tf32), torch.backends.cuda.matmul.allow_tf32)[1],
-        False, {},
+        tf32_allowed, False, {},
     ),
     "model.max_sequence_length": (
         16, lambda d: objective_of(d)[0].read([d.captions[0]], "diffusers").txt.shape[1], 16, {},
@@ -312,7 +318,7 @@ def stocked(house: House) -> House:
 
 
 # What the default needs where the least spec has no such thing.
-FIRST = {"data.prompt": {"data__prompt": "a filler"}, "data.caption_column": {"data__prompt": "x"},
+FIRST: dict[str, dict[str, Any]] = {"data.prompt": {"data__prompt": "a filler"}, "data.caption_column": {"data__prompt": "x"},
          "data.image_column": {"data__prompt": "x"}, "train.epochs": {"train__steps": 8}}  # fmt: skip
 
 
@@ -384,7 +390,7 @@ def test_workers_decode(stocked: House, workers: int, monkeypatch: pytest.Monkey
 
     asked: list[int] = []
 
-    class Pool(context.ThreadPoolExecutor):
+    class Pool(ThreadPoolExecutor):
         def __init__(self, count: int, **more: Any) -> None:
             asked.append(count)
             super().__init__(count, **more)
@@ -454,14 +460,15 @@ def test_a_held_out_share_of_everything_is_refused(stocked: House) -> None:
 
 def test_the_phases_of_every_combination(stocked: House) -> None:
     found = {}
-    for name, more in {
+    combinations: dict[str, dict[str, Any]] = {
         "clip lora": {"text_lora": {"rank": 4}},
         "clip lora stops first": {"text_lora": {"rank": 4, "until": 0.5}},
         "clip lora stops last": {"text_lora": {"rank": 4}, "lora__until": 0.5},
         "prior": PRIOR,
         "prior, pivotal": {**PRIOR, **TOKENS},
         "inversion goes on": {**TOKENS, "lora__until": 0.5, "inversion__until": 1.0},
-    }.items():
+    }
+    for name, more in combinations.items():
         [job] = prepare_jobs([write(stocked, **more)], stocked.folder / "runs", fetch=True, fresh=False)
         found[name] = [phase.name for phase in job.plan.phases]
         assert all(

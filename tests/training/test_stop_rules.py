@@ -6,6 +6,7 @@ import datetime
 import json
 import os
 import signal
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -50,7 +51,7 @@ def test_at_the_deadline_a_run_is_asked_to_stop_and_no_other_begins(house: House
         clock.now = datetime.datetime(2026, 7, 1, 7, 0, 0)
 
     specs = [house.spec(name) for name in "ab"]
-    command = ("queue", *specs, "--stop-at", "07:00", "--gpus", "cpu", "--no-check")
+    command: tuple[str | Path, ...] = ("queue", *specs, "--stop-at", "07:00", "--gpus", "cpu", "--no-check")
     with trainers({"a": [Attempt(None, then=until_seven)]}) as told:
         said = house.fluxrun(*command)
     assert (said.code, told) == (3, ["a begins", "a asked"])

@@ -22,7 +22,7 @@ def test_after_a_step_the_rows_are_pulled_back_to_the_tables_size(house: House) 
         assert isinstance(live, LiveEncoder)
         assert live.rows is not None
         with torch.no_grad():
-            live.rows *= 5  # as if a step had
+            live.rows.mul_(5)  # as if a step had
         before[name] = live.rows.detach().clone()
     objective.post_step()
     for name, rows in before.items():

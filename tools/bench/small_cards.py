@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -24,6 +25,9 @@ from runner.model.family import PromptEmbeds
 from runner.model.flux1 import loading
 from runner.model.flux1.latents import pack as flux_pack
 from runner.model.flux1.transformer import checkpointed_blocks, enable_gradient_checkpointing, predictor
+
+if TYPE_CHECKING:
+    from diffusers import FluxTransformer2DModel
 
 CPU = torch.device("cpu")
 SIDE, WORDS = 32, 64  # latent side (a picture of 256 pixels) and tokens of text
@@ -44,7 +48,7 @@ def in_a_process(model: Path, scheme: str, cache: str) -> tuple[float, float]:
     return float(seconds), int(most) / 2**20
 
 
-def step(transformer: torch.nn.Module, base: Base, count: int) -> tuple[float, int, float]:
+def step(transformer: FluxTransformer2DModel, base: Base, count: int) -> tuple[float, int, float]:
     """(seconds, bytes that the graph holds beside the weights as they are kept, loss)."""
     config = transformer.config
     generator = torch.Generator().manual_seed(0)
@@ -89,7 +93,7 @@ def main() -> None:
         for scheme in ("none", *quantization.CODES, "nf4"):
             (first, most), (again, most_again) = (in_a_process(asked.model, scheme, name) for _ in range(2))
             base = Base(asked.model, None, CPU, torch.float32, scheme, Path(name))
-            made = loading.load_transformer(base)
+            made: FluxTransformer2DModel = loading.load_transformer(base)
             size = sum(tensor.numel() * tensor.element_size() for tensor in (*made.parameters(), *made.buffers()))
             for keys in ("", "recompute 1", "recompute 2"):
                 config = dict(made.config)

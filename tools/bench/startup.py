@@ -40,7 +40,7 @@ from bench import (
     train_here,
     write_in_the_foreground,
 )
-from watch import OUR_IMPORTS, fluxrun, imports, watch
+from watch import OUR_IMPORTS, Watched, fluxrun, imports, watch
 
 EVERY = 10  # steps of a block, with a save or without
 SAVES = 4  # a round
@@ -57,12 +57,13 @@ def commands(name: str, given: Asked, rounds: int) -> None:
         folder = Path(where)
         (folder / "a.toml").write_text(given.text)
         took: dict[str, list[float]] = {}
+        measures: dict[str, Callable[[], Watched]] = {
+            "fluxrun --help": lambda: watch(fluxrun("--help"), folder, folder / "log"),
+            "fluxrun plan": lambda: watch(fluxrun("plan", "a.toml"), folder, folder / "log"),
+            "the libraries' import alone": lambda: imports(folder, OUR_IMPORTS),
+        }
         for _ in range(rounds):
-            for what, measure in {
-                "fluxrun --help": lambda: watch(fluxrun("--help"), folder, folder / "log"),
-                "fluxrun plan": lambda: watch(fluxrun("plan", "a.toml"), folder, folder / "log"),
-                "the libraries' import alone": lambda: imports(folder, OUR_IMPORTS),
-            }.items():
+            for what, measure in measures.items():
                 took.setdefault(what, []).append(measure().wall)
     for what, seconds in took.items():
         tell(name, what, seconds)

@@ -26,7 +26,7 @@ def load_t5(base: Base) -> nn.Module:
     from transformers import T5EncoderModel
 
     model: Any = load_large_part(T5EncoderModel, empty_t5, base, "text_encoder_2")
-    return offload_blocks(model, list(model.encoder.block), base.device) if base.offload else model  # type: ignore[no-any-return]
+    return offload_blocks(model, list(model.encoder.block), base.device) if base.offload else model
 
 
 def load_encoder(base: Base, encoder: str) -> nn.Module:
@@ -58,7 +58,7 @@ def load_transformer(base: Base) -> nn.Module:
 
     model: Any = load_large_part(FluxTransformer2DModel, empty_transformer, base, "transformer")
     model.pos_embed = CachedRotary(model.pos_embed)
-    return offload_blocks(model, blocks_of(model), base.device) if base.offload else model  # type: ignore[no-any-return]
+    return offload_blocks(model, blocks_of(model), base.device) if base.offload else model
 
 
 def empty_t5(folder: Path) -> Any:
