@@ -73,7 +73,10 @@ def fingerprint(folder: Path) -> str:
 
 def file_digests(folder: Path) -> dict[str, str]:
     """A digest like `fingerprint` of each file, by its name inside the folder."""
-    return {json.loads(name)[0]: hashlib.sha256(b"".join((name, *samples))).hexdigest() for name, samples in _sampled(folder)}
+    return {
+        json.loads(name)[0]: hashlib.sha256(b"".join((name, *samples))).hexdigest()
+        for name, samples in _sampled(folder)
+    }
 
 
 def _sampled(folder: Path) -> Iterator[tuple[bytes, list[bytes]]]:

@@ -44,7 +44,7 @@ def race(job: Job, start: Any, out: Any, go: Any, locked: bool) -> None:
             write_claim(*arguments)
             time.sleep(0.05)
 
-        claim._write_claim = slow_write_claim
+        claim._write_claim = slow_write_claim  # type: ignore[assignment]
     start.wait()
     try:
         out.put((os.getpid(), claim_run(job.run, job.spec, job.plan, "0"), ""))

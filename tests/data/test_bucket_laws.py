@@ -26,7 +26,7 @@ def test_an_epoch_shows_every_view_at_least_once(
     held = min(held, images - 1)
     tables = laid_over(LEAST, {"data": {"repeats": repeats, "holdout": held}, "train": {"steps": None, "epochs": epochs,
                        "batch_size": batch, "accumulate": accumulate}})  # fmt: skip
-    made = make_plan(loaded(tables)[0].spec, replace(FACTS, images=images))
+    made = make_plan(loaded(tables)[0].spec, replace(FACTS, image_count=images))
     per_step = batch * accumulate
     assert made.steps * per_step >= (images - held) * repeats * epochs
     assert (made.steps / epochs - 1) * per_step < (images - held) * repeats

@@ -46,13 +46,13 @@ def exports(house: House, run: str) -> dict[str, bytes]:
 def pools(monkeypatch: pytest.MonkeyPatch) -> list[ModelPool]:
     """Every pool that a model is taken from, from now on; once per time."""
     seen: list[ModelPool] = []
-    real = ModelPool.take
+    real = ModelPool.acquire
 
     def take(self: ModelPool, *what: Any) -> Any:
         seen.append(self)
         return real(self, *what)
 
-    monkeypatch.setattr(ModelPool, "take", take)
+    monkeypatch.setattr(ModelPool, "acquire", take)
     return seen
 
 
@@ -203,11 +203,6 @@ def test_t5_and_vae_stay_away_where_nothing_is_missing(house: House, monkeypatch
 def test_a_kept_transformer_makes_room_for_an_encoder(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing that a phase does not need is in memory: T5 and VAE are not loaded beside a transformer kept for later."""
     held: list[int] = []
-<<<<<<< HEAD
-    shelves: list[ModelPool] = []
-    take = ModelPool.acquire
-    monkeypatch.setattr(ModelPool, "acquire", lambda self, *what: (shelves.append(self), take(self, *what))[1])
-=======
     shelves = pools(monkeypatch)
 
     def noting(real: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -217,7 +212,6 @@ def test_a_kept_transformer_makes_room_for_an_encoder(house: House, monkeypatch:
 
         return load
 
->>>>>>> types
     for name in ("load_t5", "load_vae"):
         monkeypatch.setattr(loading, name, noting(getattr(loading, name)))
     plain(house, "a")
@@ -328,21 +322,13 @@ def test_encoders_that_learned_to_the_end_are_gone_when_the_export_loads_its_own
     """Where the rows learn to the last step, no encode phase comes between; two T5s would not fit beside the transformer."""
     shelves = pools(monkeypatch)
     held: list[int] = []
-<<<<<<< HEAD
-    take, load = ModelPool.acquire, loading.load_t5
-    monkeypatch.setattr(ModelPool, "acquire", lambda self, *what: (shelves.append(self), take(self, *what))[1])
-    monkeypatch.setattr(
-        loading, "load_t5", lambda base: (held.append(sum(len(one.live) for one in shelves)), load(base))[1]
-    )
-=======
     load_t5 = loading.load_t5
 
     def load(base: Any) -> Any:
-        held.append(sum(len(one.live) for one in shelves))
+        held.append(sum(len(one.live_encoders) for one in shelves))
         return load_t5(base)
 
     monkeypatch.setattr(loading, "load_t5", load)
->>>>>>> types
     spec = house.spec("a", lr="lr = 1e-2\nuntil = 1.0")
     assert house.fluxrun("queue", spec).code == 0
     assert held == [0, 0]  # to learn, and to read the exported rows back

@@ -21,13 +21,8 @@ from runner.jobs import activation_memory, card_fit, memory, timing, timing_stor
 from runner.jobs.activation_memory import BatchShape, ByteWidths, TrainableLayers
 from runner.jobs.prepare import prepare_jobs
 from runner.plan.phases import Plan
-<<<<<<< HEAD
 from runner.preflight.base_files import check_base_files
-from runner.spec.schema import Spec
-=======
-from runner.preflight.base_files import check_base
 from runner.spec.schema import Spec, dump
->>>>>>> types
 from tests.support.house import House
 from tests.support.saved_tensors import encoder, transformer
 from tests.support.setups import gpu
@@ -197,7 +192,7 @@ def test_a_text_of_several_pictures_is_kept_once(house: House) -> None:
     spec, plan = planned(house, **BIG | {"batch_size": "batch_size = 4"})
     found = {}
     for texts in (None, 9, 4, 3, 1):
-        phases = memory.phases(spec, replace(plan, texts=texts))
+        phases = memory.phases(spec, replace(plan, distinct_texts=texts))
         assert phases is not None
         found[texts] = phases["joint"].activations
     assert found[None] == found[9] == found[4]
