@@ -79,8 +79,8 @@ def _content(run: Run, specs: Mapping[str, Mapping[str, Any]], keys: Sequence[st
     time = float(state.started or 0.0)
     session = {key: _hparam_value(value) for key, value in specs[run.name].items()}
     buffer = io.BytesIO()
-    writer = RecordWriter(buffer)  # type: ignore[no-untyped-call]
-    writer.write(event_pb2.Event(wall_time=time, file_version="brain.Event:2").SerializeToString())  # type: ignore[no-untyped-call]
+    writer = RecordWriter(buffer)
+    writer.write(event_pb2.Event(wall_time=time, file_version="brain.Event:2").SerializeToString())
     for summary in (
         hp.hparams_config_pb(
             hparams=[hp.HParam(key, _domain(values)) for key, values in _distinct_values(specs, keys)],
@@ -91,11 +91,11 @@ def _content(run: Run, specs: Mapping[str, Mapping[str, Any]], keys: Sequence[st
         *_session_end(state),
         _text_summary(
             custom_scalar.CONFIG_SUMMARY_TAG, custom_scalar.create_summary_metadata(), _layout().SerializeToString()
-        ),  # type: ignore[no-untyped-call]
-        _text_summary("spec", text.create_summary_metadata("spec", ""), _as_markdown(run.spec_file).encode()),  # type: ignore[no-untyped-call]
+        ),
+        _text_summary("spec", text.create_summary_metadata("spec", ""), _as_markdown(run.spec_file).encode()),
     ):
         event = event_pb2.Event(wall_time=time, step=0, summary=summary)
-        writer.write(event.SerializeToString())  # type: ignore[no-untyped-call]
+        writer.write(event.SerializeToString())
     return buffer.getvalue()
 
 
@@ -116,7 +116,7 @@ def _session_end(state: RunState) -> Iterator[Any]:
     if state.state in statuses:
         ended = state.updated if state.finished is None else state.finished
         info = plugin_data_pb2.SessionEndInfo(status=statuses[state.state], end_time_secs=float(ended or 0.0))
-        summary_metadata = metadata.create_summary_metadata(plugin_data_pb2.HParamsPluginData(session_end_info=info))  # type: ignore[no-untyped-call]
+        summary_metadata = metadata.create_summary_metadata(plugin_data_pb2.HParamsPluginData(session_end_info=info))
         value = summary_pb2.Summary.Value(
             tag=metadata.SESSION_END_INFO_TAG, metadata=summary_metadata, tensor=metadata.NULL_TENSOR
         )

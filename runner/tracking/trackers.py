@@ -44,17 +44,17 @@ class TensorBoard:
 
         _put_earlier_files_first(folder)
         # purge_step hides what an interrupted attempt logged after its last checkpoint
-        self.writer = SummaryWriter(str(folder), purge_step=start + 1)  # type: ignore[no-untyped-call]
+        self.writer = SummaryWriter(str(folder), purge_step=start + 1)
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         for name, value in values.items():
-            self.writer.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
+            self.writer.add_scalar(name, value, step)
 
     def picture(self, name: str, image: Image.Image, step: int) -> None:
-        self.writer.add_image(name, np.asarray(image), step, dataformats="HWC")  # type: ignore[no-untyped-call]
+        self.writer.add_image(name, np.asarray(image), step, dataformats="HWC")
 
     def close(self) -> None:
-        self.writer.close()  # type: ignore[no-untyped-call]
+        self.writer.close()
 
 
 def _put_earlier_files_first(folder: Path) -> None:
