@@ -150,7 +150,7 @@ def _smaller(spec: Spec, plan: Plan, need: MemoryFloor, gpu: Gpu) -> str:
     if need.likely is not None and need.likely <= gpu.total:
         return "end what holds its memory (`nvidia-smi` names it)"
     shapes = read_base_configs(spec.model.base)
-    for change in card_fit.ways(spec, plan, shapes) if shapes else ():
+    for change in card_fit.memory_savings(spec, plan, shapes) if shapes else ():
         if change.needs <= gpu.free:
             return f"set {', '.join(change.keys)} ({format_bytes(change.needs)})"
     return "use a larger GPU"
