@@ -56,7 +56,7 @@ def fitting_values(text_with: Callable[[Values], str], file: Path, pictures: Pic
     least, told = _needs(spec, plan), ""
     if least <= card:
         return {}
-    for change in card_fit.ways(spec, plan, shapes):
+    for change in card_fit.memory_savings(spec, plan, shapes):
         values = dict(change.values)
         if values.get("validate.size") == values.get("data.resolution"):
             values.pop("validate.size", None)  # its default

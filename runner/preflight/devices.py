@@ -111,7 +111,7 @@ def _memory_remedy(job: Job, floor: MemoryFloor, gpu: Gpu) -> str:
     if floor.likely is not None and floor.likely <= gpu.total:
         return FREE_GPU
     configs = read_base_configs(job.spec.model.base)
-    for change in card_fit.ways(job.spec, job.plan, configs) if configs else ():
+    for change in card_fit.memory_savings(job.spec, job.plan, configs) if configs else ():
         if change.needs <= gpu.free:
             return f"set {', '.join(change.keys)} ({format_bytes(change.needs)})"
     return "use a larger GPU"
