@@ -24,7 +24,7 @@ from runner.plan.phases import Encode
 from runner.runs.checkpoint_files import checkpoint_name
 from runner.training.context import RunContext
 from runner.training.encoders import CachedEncoder
-from runner.training.objective import _moments
+from runner.training.objective import _read_moments
 from runner.training.phases.encode import encode_phase
 from tests.support.checkpoints import Run, content, encoded, made, new_run, newest, whole
 from tests.support.house import House
@@ -196,8 +196,8 @@ def test_damaged_and_swapped_cache_entries_are_made_again(house: House) -> None:
 def read_by_training(context: RunContext) -> dict[object, torch.Tensor]:
     encoders = [CachedEncoder(context, name, Weights()) for name in ("clip", "t5")]
     return {
-        **_moments(context),
-        **{(one.encoder, *key): value for one in encoders for key, value in one.values.items()},
+        **_read_moments(context),
+        **{(one.encoder.name, *key): value for one in encoders for key, value in one.embeddings.items()},
     }
 
 

@@ -298,7 +298,7 @@ def test_encoders_that_learned_to_the_end_are_gone_when_the_export_loads_its_own
     take, load = ModelPool.acquire, loading.load_t5
     monkeypatch.setattr(ModelPool, "acquire", lambda self, *what: (shelves.append(self), take(self, *what))[1])
     monkeypatch.setattr(
-        loading, "load_t5", lambda base: (held.append(sum(len(one.live) for one in shelves)), load(base))[1]
+        loading, "load_t5", lambda base: (held.append(sum(len(one.live_encoders) for one in shelves)), load(base))[1]
     )
     spec = house.spec("a", lr="lr = 1e-2\nuntil = 1.0")
     assert house.fluxrun("queue", spec).code == 0

@@ -235,7 +235,7 @@ def t5_with_rows(dtype: torch.dtype = torch.float32) -> LiveEncoder:
     live = LiveEncoder(family_of(base), "t5", model, tokenizer, token_rows.table_std(model))
     live.rows = torch.nn.Parameter(token_rows.initial_rows(model, tokenizer, [(2, None)], 0, "t5"))
     token_rows.attach_token_rows(model, tokenizer, ["<s0>", "<s1>"], live.rows)
-    live.ids |= {one: live._ids(one, 32) for one in ("a <s0><s1>", "b")}
+    live.ids |= {one: live._token_ids(one, 32) for one in ("a <s0><s1>", "b")}
     return live
 
 

@@ -23,7 +23,7 @@ from runner.model.flux1.latents import encode_image, latent_scale, pack
 from runner.training.context import EVAL_SIGMAS, RunContext
 from runner.training.encoders import CachedEncoder, encode_texts
 from runner.training.live_encoder import LiveEncoder
-from runner.training.objective import FlowObjective, Prepared
+from runner.training.objective import FlowObjective, PreparedBatch
 from tests.support.house import House
 from tests.support.objectives import jolt, objective_of, spec_of
 from tests.support.runs import context_of
@@ -414,7 +414,7 @@ def test_a_batch_made_ahead_is_the_next_one_asked_for(house: House) -> None:
     objective, _ = objective_of(context_of(spec_of(house, steps="steps = 6\naccumulate = 2")))
     made: list[tuple[int, int]] = []
 
-    def note(step: int, micro: int) -> Prepared:
+    def note(step: int, micro: int) -> PreparedBatch:
         made.append((step, micro))
         return objective.prepare(step, micro)
 

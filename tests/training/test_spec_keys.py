@@ -164,7 +164,7 @@ TABLE: dict[str, tuple[Any, Probe, Any, dict[str, Any]]] = {
         False, {},
     ),
     "model.max_sequence_length": (
-        16, lambda d: objective_of(d)[0].read([d.captions[0]], "diffusers").txt.shape[1], 16, {},
+        16, lambda d: objective_of(d)[0].embed_prompts([d.captions[0]], "diffusers").txt.shape[1], 16, {},
     ),
     "data.source": ("others", lambda d: len(d.pictures.items), 2, {}),
     "data.prompt": ("a thing", lambda d: d.captions[-1], "a thing", {"data__source": "bare"}),
