@@ -18,7 +18,10 @@ Pack = Callable[[Tensor], Tensor]  # latents [B, C, h, w] -> the transformer's i
 
 @dataclass(frozen=True)
 class Weighting:
-    """How timesteps are drawn and weighed. scheme: none, sigma_sqrt, logit_normal, mode, cosmap (SD3 paper, sec. 3.1)."""
+    """How timesteps are drawn and losses weighted (SD3 paper, section 3.1).
+
+    scheme: none, sigma_sqrt, logit_normal, mode or cosmap. mean, std: of logit_normal; scale: of mode.
+    """
 
     scheme: str
     mean: float = 0.0
@@ -28,16 +31,19 @@ class Weighting:
 
 @dataclass(frozen=True)
 class NoisyBatch:
-    """One micro-batch on its way through the transformer. img, target [B, N, D]; sigmas [B, 1, 1] in (0, 1]."""
+    """Noisy images and what the transformer should predict of them.
+
+    img, target [B, N, D]; sigmas [B, 1, 1], in (0, 1]; timesteps [B], in 0..1 as the transformer takes them.
+    """
 
     img: Tensor
     target: Tensor
     sigmas: Tensor
-    timesteps: Tensor  # [B], in 0..1 as the transformer takes them
+    timesteps: Tensor
 
 
 class Flow:
-    """Rectified flow as the reference trains it: x = (1 - sigma) z + sigma eps, target eps - z."""
+    """Rectified flow as the reference script trains it: x = (1 - sigma) z + sigma eps; the target is eps - z."""
 
     def __init__(self, base: Base, weighting: Weighting, pack: Pack) -> None:
         from diffusers import FlowMatchEulerDiscreteScheduler
@@ -48,7 +54,7 @@ class Flow:
         self.weighting, self.pack = weighting, pack
 
     def sample_timesteps(self, count: int, generator: torch.Generator) -> Tensor:
-        """Indices into the schedule, [count]."""
+        """Random indices into the schedule, [count]."""
         from diffusers.training_utils import compute_density_for_timestep_sampling
 
         weighting = self.weighting
@@ -63,7 +69,7 @@ class Flow:
         return add_noise(latents, self.sigmas[indices], self.timesteps[indices] / 1000, generator, self.pack)
 
     def loss_per_image(self, prediction: Tensor, noised: NoisyBatch) -> Tensor:
-        """Weighted squared error, a mean per picture: prediction [B, N, D] -> [B], fp32."""
+        """The weighted squared error of each picture: prediction [B, N, D] -> [B], fp32."""
         from diffusers.training_utils import compute_loss_weighting_for_sd3
 
         weights: Tensor = compute_loss_weighting_for_sd3(self.weighting.scheme, noised.sigmas)
@@ -73,13 +79,13 @@ class Flow:
 def add_noise(latents: Tensor, sigmas: Tensor, timesteps: Tensor, generator: torch.Generator, pack: Pack) -> NoisyBatch:
     """latents [B, C, h, w] fp32; sigmas, timesteps [B], in 0..1. The noise is drawn before packing."""
     eps = torch.randn(latents.shape, generator=generator)
-    part = sigmas.view(-1, 1, 1)
-    z, eps = pack(latents), pack(eps)
-    return NoisyBatch((1 - part) * z + part * eps, eps - z, part, timesteps)
+    sigmas = sigmas.view(-1, 1, 1)
+    z, eps = pack(latents), pack(eps)  # [B, N, D]
+    return NoisyBatch((1 - sigmas) * z + sigmas * eps, eps - z, sigmas, timesteps)
 
 
 def collate(parts: Sequence[NoisyBatch]) -> NoisyBatch:
-    """Several micro-batches of one size as one."""
+    """Join batches of one latent size into one."""
     return NoisyBatch(
         torch.cat([part.img for part in parts]),
         torch.cat([part.target for part in parts]),

@@ -1,1 +1,1 @@
-"""FLUX.1: loading, text encoders, latents, transformer."""
+"""FLUX.1, the first model family; `family.py` is what training sees of it."""

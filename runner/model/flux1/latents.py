@@ -16,11 +16,11 @@ from runner.model.latents import LatentScale
 
 
 def encode_image(vae: nn.Module, pixels: Tensor) -> Tensor:
-    """Moments of the latent distribution. pixels [3, H, W] uint8 -> [2*C, h, w] (mean, log-variance)."""
-    first = next(vae.parameters())
-    scaled = (pixels.to(first.device, torch.float32) / 255 - 0.5) / 0.5
+    """Moments of the latent distribution: pixels [3, H, W] uint8 -> [2*C, h, w] (mean, log-variance), on the CPU."""
+    weight = next(vae.parameters())
+    scaled = (pixels.to(weight.device, torch.float32) / 255 - 0.5) / 0.5  # -1..1
     with torch.no_grad():
-        moments: Tensor = vae.encode(scaled[None].to(first.dtype)).latent_dist.parameters  # type: ignore[operator]
+        moments: Tensor = vae.encode(scaled[None].to(weight.dtype)).latent_dist.parameters  # type: ignore[operator]
     return moments[0].cpu()
 
 

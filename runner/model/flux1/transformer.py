@@ -1,5 +1,4 @@
-"""Calling FLUX.1's transformer: setting it up for training, attention backends, gradient checkpointing, rotary embeddings,
-prediction."""
+"""FLUX.1's transformer in training: its setup, and the function that predicts the velocity."""
 
 from __future__ import annotations
 
@@ -29,8 +28,8 @@ def prepare_training(transformer: Any, settings: TrainSettings) -> None:
     """Choose the attention, and what is computed again in the backward pass. Raises FluxrunError where this machine has no such
     attention."""
     set_attention(transformer, settings.attention)
-    selective = settings.recompute == "selective"
-    checkpointed = [] if settings.recompute == "selective" else checkpointed_blocks(transformer, settings.recompute)
+    recompute = settings.recompute
+    checkpointed = [] if recompute == "selective" else checkpointed_blocks(transformer, recompute)
     if settings.offloaded:  # each block recomputes itself
         checkpointed = blocks_of(transformer)
     elif checkpointed:
@@ -38,7 +37,7 @@ def prepare_training(transformer: Any, settings: TrainSettings) -> None:
     if not settings.compiled:  # the compiler decides for itself what to recompute
         from runner.model.flux1.recompute import enable_recompute
 
-        enable_recompute(transformer, checkpointed=checkpointed, recompute_projections=selective)
+        enable_recompute(transformer, checkpointed=checkpointed, recompute_projections=recompute == "selective")
 
 
 def end_training(transformer: Any) -> None:
@@ -52,7 +51,7 @@ def end_training(transformer: Any) -> None:
 
 
 def set_attention(transformer: Any, backend: str) -> None:
-    """Choose the transformer's attention by diffusers' name. Raises FluxrunError where this machine cannot do it."""
+    """Choose the transformer's attention, by diffusers' name of the backend. Raises FluxrunError where this machine lacks it."""
     from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 
     if backend in ON_A_GPU and transformer.device.type != "cuda":
