@@ -123,9 +123,10 @@ class ImagePipeline(Protocol):
 class ModelFamily(Protocol):
     """Everything that is particular to one kind of model. Encoders go by their names in `architecture.encoders`.
 
-    The transformer is one of diffusers' models: it has `device`, `add_adapter` and `unload_lora`. A text encoder that learns
-    token rows is one of transformers': `get_input_embeddings`, `set_input_embeddings`. A base's noise schedule is in its folder
-    `scheduler`, as diffusers' FlowMatchEulerDiscreteScheduler reads it.
+    The transformer is one of diffusers' models: it has `device`, `add_adapter`, `unload_lora` and, for `model.compile`,
+    `compile_repeated_blocks`. A text encoder that learns token rows is one of transformers': it has `get_input_embeddings` and
+    `set_input_embeddings`. A base's noise schedule is in its folder `scheduler`, as diffusers' FlowMatchEulerDiscreteScheduler
+    reads it.
     """
 
     @property

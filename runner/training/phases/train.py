@@ -102,7 +102,8 @@ def train_phase(
     finally:
         objective.close()
     context.model_pool.release(context.base, context.spec.model, transformer)
-    context.model_pool.live_encoders = {name: one for name, one in encoders.items() if isinstance(one, LiveEncoder)}
+    live = {name: encoder for name, encoder in encoders.items() if isinstance(encoder, LiveEncoder)}
+    context.model_pool.live_encoders = live
     assert callbacks.checkpoint is not None  # a phase has a step, and its last one is saved
     return callbacks.checkpoint
 
@@ -119,32 +120,36 @@ def loop_config(context: RunContext, phase: TrainPhase, start: int) -> LoopConfi
 
 
 def load_transformer(
-    context: RunContext, phase: TrainPhase, past: Weights
+    context: RunContext, phase: TrainPhase, previous: Weights
 ) -> tuple[nn.Module, dict[str, nn.Parameter]]:
-    """The frozen base with its adapter, {} where it has none yet; the adapter learns only if the phase says so."""
+    """The frozen transformer and its adapter by name, {} where it has none yet; frozen too unless this phase trains it.
+
+    previous: the weights of the phases before. Raises FluxrunError where this machine lacks the spec's attention.
+    """
     transformer = context.model_pool.acquire(context.base)
     recompute = gradient_checkpointing(context.spec, token_rows=bool(trained_encoders(phase, "token rows")))
     model = context.spec.model
     settings = TrainSettings(model.attention, recompute, context.base.offload, model.compile)
     context.family.prepare_training(transformer, settings)
     adapter: dict[str, nn.Parameter] = {}
-    if trains_lora(phase) or past.lora:
+    if trains_lora(phase) or previous.lora:
         adapter = lora.attach_lora(transformer, lora_shape(context.spec, context.base), context.spec.seed)
-        if past.lora:
-            lora.set_tensors(adapter, past.lora)
+        if previous.lora:
+            lora.set_tensors(adapter, previous.lora)
         for parameter in adapter.values():
             parameter.requires_grad_(trains_lora(phase))
     if model.compile:
         transformer.compile_repeated_blocks()  # type: ignore[operator]
-    return transformer.train(), adapter  # for LoRA's dropout; FLUX has none of its own
+    return transformer.train(), adapter  # for the LoRA's dropout; the transformer itself has none
 
 
-def load_encoders(context: RunContext, phase: TrainPhase, past: Weights) -> Encoders:
+def load_encoders(context: RunContext, phase: TrainPhase, previous: Weights) -> Encoders:
+    """Each text encoder: on the device if this phase trains something in it, else its embeddings from the cache."""
     rows, adapted = trained_encoders(phase, "token rows"), trained_encoders(phase, "text lora")
     return {
-        name: LiveEncoder.load(context, name, past, learn_rows=name in rows, learn_lora=name in adapted)
+        name: LiveEncoder.load(context, name, previous, learn_rows=name in rows, learn_lora=name in adapted)
         if name in (*rows, *adapted)
-        else CachedEncoder(context, name, past)
+        else CachedEncoder(context, name, previous)
         for name in context.encoders
     }
 
@@ -152,12 +157,14 @@ def load_encoders(context: RunContext, phase: TrainPhase, past: Weights) -> Enco
 def trainable(
     phase: TrainPhase, adapter: Mapping[str, nn.Parameter], encoders: Encoders
 ) -> dict[str, dict[str, nn.Parameter]]:
-    """What the optimizer gets: by kind, under the checkpoint's names."""
+    """The parameters that this phase trains: kind -> checkpoint's name -> parameter."""
     live = {name: encoder for name, encoder in encoders.items() if isinstance(encoder, LiveEncoder)}
     return {
         "lora": {f"lora/{name}": value for name, value in adapter.items()} if trains_lora(phase) else {},
-        "rows": {f"rows/{name}": one.rows for name, one in live.items() if one.rows is not None},
-        "text_lora": {f"text_lora/{name}": value for one in live.values() for name, value in one.adapter.items()},
+        "rows": {f"rows/{name}": encoder.rows for name, encoder in live.items() if encoder.rows is not None},
+        "text_lora": {
+            f"text_lora/{name}": value for encoder in live.values() for name, value in encoder.adapter.items()
+        },
     }
 
 
@@ -173,32 +180,32 @@ def snapshot_weights(previous: Weights, adapter: Mapping[str, nn.Parameter], enc
 
 
 def row_sizes(context: RunContext, encoders: Encoders) -> dict[str, float]:
-    """Of every token in every encoder that learns it: "rows/norm TOK clip", the mean length of its vectors; and
-    "rows/drift TOK clip", their mean way from where they began, as a part of the length that they began with."""
-    found = {}
+    """For every token and every encoder that learns it: "rows/norm TOK clip", the mean norm of its vectors; and
+    "rows/drift TOK clip", their mean distance from their first values, as a share of those values' mean norm."""
+    sizes: dict[str, float] = {}
     for name, encoder in encoders.items():
         if not isinstance(encoder, LiveEncoder) or encoder.rows is None or not encoder.rows.requires_grad:
             continue
         assert encoder.first_rows is not None  # set where rows are
-        now, first = encoder.rows.detach(), encoder.first_rows
-        sizes = torch.stack([now.norm(dim=1), (now - first).norm(dim=1), first.norm(dim=1)]).cpu()
+        now, first = encoder.rows.detach(), encoder.first_rows  # [count, width]
+        norms = torch.stack([now.norm(dim=1), (now - first).norm(dim=1), first.norm(dim=1)]).cpu()  # [3, count]
         start = 0
         for placeholder in context.plan.placeholders:
-            norm, way, began = sizes[:, start : start + len(placeholder.entries)].mean(1).tolist()
-            found[f"rows/norm {placeholder.name} {name}"] = norm
-            found[f"rows/drift {placeholder.name} {name}"] = way / began
+            norm, distance, first_norm = norms[:, start : start + len(placeholder.entries)].mean(1).tolist()
+            sizes[f"rows/norm {placeholder.name} {name}"] = norm
+            sizes[f"rows/drift {placeholder.name} {name}"] = distance / first_norm
             start += len(placeholder.entries)
-    return found
+    return sizes
 
 
 def build_optimizer(spec: Spec, kinds: Mapping[str, Mapping[str, nn.Parameter]]) -> Optimizer:
     """One group per kind of parameter; a group without parameters is left out."""
-    own = spec.optimizer
+    settings = spec.optimizer
     scale = spec.train.batch_size * spec.train.accumulate * spec.compute.gpus if spec.train.scale_lr else 1
     rates = {
-        "lora": (spec.train.lr, own.weight_decay),
+        "lora": (spec.train.lr, settings.weight_decay),
         "rows": (spec.inversion.lr, spec.inversion.weight_decay),
-        "text_lora": (spec.text_lora.lr if spec.text_lora else None, own.weight_decay),
+        "text_lora": (spec.text_lora.lr if spec.text_lora else None, settings.weight_decay),
     }
     groups = []
     for kind, parameters in kinds.items():
@@ -206,13 +213,14 @@ def build_optimizer(spec: Spec, kinds: Mapping[str, Mapping[str, nn.Parameter]])
         if parameters:
             assert lr is not None  # the spec resolves it
             groups.append(ParameterGroup(parameters, lr * scale, weight_decay))
-    numbers = own.model_dump(exclude={"name", "weight_decay"})
+    numbers = settings.model_dump(exclude={"name", "weight_decay"})
     kinds_of: dict[str, type[optimizers.Adam | optimizers.Adam8bit | optimizers.ProdigyNumbers]] = {
         "adamw": Adam, "adamw8bit": Adam8bit, "prodigy": ProdigyNumbers,
     }  # fmt: skip
-    return Optimizer(groups, kinds_of[own.name](**numbers))
+    return Optimizer(groups, kinds_of[settings.name](**numbers))
 
 
 def build_schedule(context: RunContext) -> Callable[[int], float]:
-    own = context.spec.schedule
-    return schedule(own.name, warmup=own.warmup, steps=context.plan.steps, cycles=own.cycles, power=own.power)
+    """The factor of the learning rates at each step, over all steps of the run."""
+    settings, steps = context.spec.schedule, context.plan.steps
+    return schedule(settings.name, warmup=settings.warmup, steps=steps, cycles=settings.cycles, power=settings.power)
