@@ -82,7 +82,7 @@ def queue(
                 ctx.exit(2)
             for job in todo:
                 if job.status.state == "changed":
-                    screen.line(f"{job.plan.name}: the old run folder is now {job.run.archive()}")
+                    screen.message(f"{job.plan.name}: the old run folder is now {job.run.archive()}")
             _make_runs_folder(runs)
             code = run_queue(todo, runs, places, screen, stop, retries=retries, fail_fast=fail_fast, workers=workers)
         with suppress(OSError):  # the runs folder, which the times are read from, may be gone
@@ -107,7 +107,7 @@ def _without_done(jobs: Sequence[Job], screen: Screen) -> list[Job]:
     todo = []
     for job in jobs:
         if job.is_done:
-            screen.line(f"{job.plan.name}: skipped, done ({job.status.reason})")
+            screen.message(f"{job.plan.name}: skipped, done ({job.status.reason})")
         else:
             todo.append(job)
     return todo

@@ -38,7 +38,7 @@ def write_exports(
         run.attempt = run.lease().attempt  # an export is not a new attempt: it trains nothing
         spec = read_spec(run.spec_file)
         checkpoint = _read_checkpoint(run, step, event_log)
-        event_log.line(f"{name}: exporting step {checkpoint.step}")
+        event_log.message(f"{name}: exporting step {checkpoint.step}")
         libraries.quiet()
         cache, target = open_cache(run.runs), device.choose_device(gpus)
         device.prepare_device(target, tf32=spec.model.tf32)
@@ -64,6 +64,6 @@ def _read_checkpoint(run: Run, step: int | None, event_log: EventLog) -> Checkpo
         try:
             return storage.read(path)
         except BadFileError as error:
-            event_log.line(f"{error}; using the checkpoint before it")
+            event_log.message(f"{error}; using the checkpoint before it")
     status = fluxrun_command("status", runs=run.runs)
     raise FluxrunError(f"{run.checkpoints}: no checkpoint to export; `{status}` shows how far the run is")

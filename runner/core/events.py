@@ -1,4 +1,8 @@
-"""A run's messages and progress: into its log file, and as events for the display (`runner.engine.progress`)."""
+"""A run's messages and progress: into its log file, and as events for the display (`runner.engine.progress`).
+
+Events are JSON objects. Their `kind`: message, phase_started, progress, step and phase_ended, as the methods of `EventLog` send
+them; and from the worker process itself run_done, and run_ended for every other end, with its reason.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ from typing import Any
 
 from runner.core.files import ignore_disk_errors
 
-Event = Mapping[str, Any]  # JSON; its "say" is the kind of event
+Event = Mapping[str, Any]
 
 
 class EventLog:
@@ -18,10 +22,10 @@ class EventLog:
     def __init__(self, send: Callable[[Event], None] = lambda _: None, log_file: Path | None = None) -> None:
         self.send, self.log_file = send, log_file
 
-    def line(self, text: str) -> None:
+    def message(self, text: str) -> None:
         """Show one line to the user and write it into the log."""
         self.log(text)
-        self.send({"say": "line", "text": text})
+        self.send({"kind": "message", "text": text})
 
     def log(self, text: str) -> None:
         """Write text into the log only. Disk errors are ignored."""
@@ -32,16 +36,16 @@ class EventLog:
 
     def begin_phase(self, phase: str, done: int, total: int, unit: str) -> None:
         """Start a progress bar. `unit`: what is counted, e.g. steps; `done`: how many of `total` are done already."""
-        self.send({"say": "phase", "phase": phase, "done": done, "total": total, "unit": unit})
+        self.send({"kind": "phase_started", "phase": phase, "done": done, "total": total, "unit": unit})
 
     def end_phase(self) -> None:
-        self.send({"say": "end"})
+        self.send({"kind": "phase_ended"})
 
     def progress(self, done: int, total: int, unit: str) -> None:
-        self.send({"say": "progress", "done": done, "total": total, "unit": unit})
+        self.send({"kind": "progress", "done": done, "total": total, "unit": unit})
 
     def step(self, number: int, smoothed: float | None, seconds: float, phase_stop: int, steps: int) -> None:
         """A training step is done. smoothed: loss; seconds: of this step; phase_stop: the phase's last step; steps: of the run."""
         self.send({
-            "say": "step", "number": number, "loss": smoothed, "seconds": seconds, "stop": phase_stop, "steps": steps,
+            "kind": "step", "number": number, "loss": smoothed, "seconds": seconds, "stop": phase_stop, "steps": steps,
         })  # fmt: skip

@@ -14,17 +14,17 @@ from runner.core.files import ignore_disk_errors
 
 
 @contextmanager
-def hold_lock(path: Path, patience: float = 1.0, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
+def hold_lock(path: Path, timeout: float = 1.0, on_wait: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Hold an exclusive lock. Raises LockHeldError, with the holder's PID, where another process holds it.
 
-    patience: seconds to wait for it; some, since `is_locked` takes the lock for an instant, too. waiting: called while waiting.
+    timeout: seconds to wait for it; some, since `is_locked` takes the lock for an instant, too. on_wait: called while waiting.
     """
-    deadline = time.monotonic() + patience
+    deadline = time.monotonic() + timeout
     while (handle := acquire_lock(path)) is None:
         if time.monotonic() > deadline:
             holder = lock_holder(path) or "unknown"
             raise LockHeldError(f"{path.parent}: process {holder} is working on it; wait for it, or stop it")
-        waiting()
+        on_wait()
         time.sleep(0.02)
     try:
         yield

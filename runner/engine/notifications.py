@@ -11,12 +11,12 @@ def notify_run_end(queue: Queue, run: QueuedRun, outcome: str) -> None:
     target = Target(**run.job.spec.notify.model_dump())
     queue.notify_targets[target] = None
     text = f"{run.name}: {outcome}" + (f" ({run.reason})" if run.reason else "")
-    queue.notifier.submit(send, target, f"run {outcome}", run.name, text, queue.screen.line)
+    queue.notifier.submit(send, target, f"run {outcome}", run.name, text, queue.screen.message)
 
 
 def notify_queue_end(queue: Queue) -> None:
     """Notify every target that heard of a run once, and wait until all notifications are sent."""
     outcome = "with failures" if queue.failed else "with work left" if queue.unfinished else "all done"
     for target in queue.notify_targets:
-        queue.notifier.submit(send, target, "queue done", "", f"queue: {outcome}", queue.screen.line)
+        queue.notifier.submit(send, target, "queue done", "", f"queue: {outcome}", queue.screen.message)
     queue.notifier.shutdown()

@@ -93,7 +93,7 @@ def _retry_crash(queue: Queue, run: QueuedRun, code: int) -> None:
 
 def _retry(queue: Queue, run: QueuedRun, why: str, *, last: bool = False) -> None:
     """Let the run wait for its next attempt: before the other runs, or `last`."""
-    queue.screen.line(why, run.name)
+    queue.screen.message(why, run.name)
     run.attempt = run.job.run.next_attempt()
     record_state(queue, run, "waiting", why)
     queue.waiting.insert(len(queue.waiting) if last else 0, run)
@@ -107,7 +107,7 @@ def finish_run(queue: Queue, run: QueuedRun, code: int) -> None:
     if code == ExitCode.DONE:
         queue.similar_failures.clear()
     elif code == ExitCode.HELD:
-        queue.screen.line(f"not run: {run.reason}", run.name)
+        queue.screen.message(f"not run: {run.reason}", run.name)
     elif paused:
         _pause(queue, run, code)
     else:
@@ -118,14 +118,14 @@ def finish_run(queue: Queue, run: QueuedRun, code: int) -> None:
 def _pause(queue: Queue, run: QueuedRun, code: int) -> None:
     if queue.is_runs_folder_gone():  # reported once, at the end of the queue
         return
-    queue.screen.line(run.reason if code == ExitCode.STOPPED else f"paused: {run.reason}", run.name)
+    queue.screen.message(run.reason if code == ExitCode.STOPPED else f"paused: {run.reason}", run.name)
     record_state(queue, run, "stopped", run.reason)
 
 
 def _fail(queue: Queue, run: QueuedRun, code: int) -> None:
     if code == ExitCode.MEMORY:
         run.reason += f"; {less_memory(run.job.spec, on_gpu=run.on_gpu)}"
-    queue.screen.line(f"failed: {run.reason}{ADVICE.get(code, DEFAULT_ADVICE)}", run.name)
+    queue.screen.message(f"failed: {run.reason}{ADVICE.get(code, DEFAULT_ADVICE)}", run.name)
     record_state(queue, run, "failed", run.reason)
     queue.failed = True
     _check_circuit_breaker(queue, run, code)
@@ -143,7 +143,7 @@ def _check_circuit_breaker(queue: Queue, run: QueuedRun, code: int) -> None:
         queue.similar_failures.clear()  # runs whose base and images are on this machine do not need the hub
     elif len(queue.similar_failures) == MAX_SIMILAR_FAILURES and queue.waiting:
         queue.halt_reason = f"not begun: {MAX_SIMILAR_FAILURES} runs in a row failed alike ({run.reason})"
-        queue.screen.line(f"stopped: {MAX_SIMILAR_FAILURES} runs in a row failed alike; the last: {run.reason}")
+        queue.screen.message(f"stopped: {MAX_SIMILAR_FAILURES} runs in a row failed alike; the last: {run.reason}")
 
 
 def _failure_signature(run: QueuedRun) -> str:

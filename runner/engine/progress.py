@@ -42,7 +42,7 @@ class Screen:
         self.runs: dict[str, RunProgress] = {}
         self.later_steps, self.slots = 0, 1
 
-    def line(self, text: str, run: str = "") -> None:
+    def message(self, text: str, run: str = "") -> None:
         """Print a message, which may be about a run."""
         prefix = f"{run}: " if run else ""
         self.console.print(f"{prefix}{text}", markup=False, soft_wrap=True)
@@ -51,9 +51,9 @@ class Screen:
         """Show an event of `runner.core.events`."""
         progress = self.runs.setdefault(run, RunProgress())
         match event:
-            case {"say": "line", "text": text}:
-                self.line(text, run)
-            case {"say": "phase", "phase": phase, "done": done, "total": total, "unit": unit}:
+            case {"kind": "message", "text": text}:
+                self.message(text, run)
+            case {"kind": "phase_started", "phase": phase, "done": done, "total": total, "unit": unit}:
                 self.end_bar(run)
                 progress.step_seconds, progress.printed = None, time.monotonic()
                 if self.console.is_terminal:
@@ -61,11 +61,11 @@ class Screen:
                     progress.task = self.live.add_task(
                         f"{run} · {phase}", total=total, completed=done, facts=f"{done}/{total} {unit}"
                     )
-            case {"say": "progress", "done": done, "total": total, "unit": unit} if progress.task is not None:
+            case {"kind": "progress", "done": done, "total": total, "unit": unit} if progress.task is not None:
                 self.live.update(progress.task, completed=done, facts=f"{done}/{total} {unit}")
-            case {"say": "step"}:
+            case {"kind": "step"}:
                 self._show_step(run, progress, event)
-            case {"say": "end"}:
+            case {"kind": "phase_ended"}:
                 self.end_bar(run)
 
     def _show_step(self, run: str, progress: RunProgress, event: Event) -> None:
@@ -80,7 +80,7 @@ class Screen:
             self.live.update(progress.task, completed=number, facts=facts)
         elif time.monotonic() - progress.printed > PLAIN_INTERVAL or number == event["stop"]:
             progress.printed = time.monotonic()
-            self.line(facts, run)
+            self.message(facts, run)
 
     def _queue_seconds(self, step_seconds: float) -> float:
         """Seconds until the queue ends, if all runs that have not begun take `step_seconds` per step and share the slots."""

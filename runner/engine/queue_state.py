@@ -48,11 +48,11 @@ class QueuedRun:
     def note_event(self, event: Event) -> None:
         """Keep what an event of `runner.core.events` says about the attempt."""
         self.last_event = time.monotonic()
-        if event["say"] == "step":
+        if event["kind"] == "step":
             self.slowest_step = max(self.slowest_step or 0.0, event["seconds"])
-        elif event["say"] == "end":
+        elif event["kind"] == "phase_ended":
             self.slowest_step = None
-        elif event["say"] == "ended":
+        elif event["kind"] == "run_ended":
             self.reason = event["reason"]
 
     def newest_checkpoint(self) -> int:

@@ -27,13 +27,13 @@ def add_run(queue: Queue, job: Job) -> None:
             lambda: read_inputs(job.spec, job.pictures),
         )
     except FluxrunError as error:
-        queue.screen.line(f"not run: {error}", run.name)
+        queue.screen.message(f"not run: {error}", run.name)
         queue.unfinished |= isinstance(error, LockHeldError)
         queue.failed |= not isinstance(error, LockHeldError)
     except OSError as error:
         if not is_disk_error(error):
             raise
-        queue.screen.line(f"not run: {error}", run.name)
+        queue.screen.message(f"not run: {error}", run.name)
         queue.unfinished = True
     else:
         run.micro_batch_parts = job.run.micro_batch_parts(job.spec.train.batch_size)
@@ -82,4 +82,4 @@ def report_disk_errors(queue: Queue, run: QueuedRun) -> Iterator[None]:
             return
         if not is_disk_error(error):
             raise
-        queue.screen.line(f"the state could not be written: {error}", run.name)
+        queue.screen.message(f"the state could not be written: {error}", run.name)

@@ -69,7 +69,7 @@ def _take_slot(queue: Queue, state: SlotState) -> bool:
     shut_down_worker(state)  # the other queue may hold it for hours
     if not state.reported_busy:
         state.reported_busy = True
-        queue.screen.line(f"waiting for {state.slot.title}, which process {state.slot.holder() or 'unknown'} uses")
+        queue.screen.message(f"waiting for {state.slot.title}, which process {state.slot.holder() or 'unknown'} uses")
     return False
 
 

@@ -115,16 +115,18 @@ def _kill_if_hung(queue: Queue, run: QueuedRun, worker: Worker) -> None:
     silence = time.monotonic() - run.last_event
     if silence > max(HANG_SECONDS, HANG_STEPS * run.slowest_step):
         run.hung = True
-        queue.screen.line(f"the training process has shown no sign of life for {silence:.0f} s and is killed", run.name)
+        queue.screen.message(
+            f"the training process has shown no sign of life for {silence:.0f} s and is killed", run.name
+        )
         worker.kill()
 
 
 def _publish(queue: Queue) -> None:
     """Write the results page, or report that the runs folder is gone."""
     if queue.is_runs_folder_gone():
-        queue.screen.line(
+        queue.screen.message(
             f"stopped: the runs folder {queue.runs_folder} is gone: it was removed or renamed, or its disk was taken away; "
             "nothing more was written there; put it back and the same command goes on, or else begins anew"
         )
     else:
-        publish(queue.runs_folder, queue.screen.line)
+        publish(queue.runs_folder, queue.screen.message)

@@ -90,13 +90,13 @@ class Worker:
         *lines, self._partial_line = self._partial_line.split(b"\n")
         events: list[Event] = [json.loads(line) for line in lines]
         self._sent_events = self._sent_events or bool(events)
-        if done := [event for event in events if event["say"] == "done"]:
+        if done := [event for event in events if event["kind"] == "run_done"]:
             self.exit_code, self._leaked = ExitCode.DONE, bool(done[0]["leaked"])
         elif data is not None:  # end of file
             self.exit_code = self.process.wait() or ExitCode.CRASHED  # a run that is done sends an event first
             if not self._sent_events:
                 self._log_startup_output()
-        return [event for event in events if event["say"] != "done"]
+        return [event for event in events if event["kind"] != "run_done"]
 
     def _read(self) -> bytes | None:
         """What is in the pipe: b"" at its end, None where there is nothing now."""

@@ -100,11 +100,11 @@ def main(gpus: str | None, stop: StopRequest) -> ExitCode:
             code = train_run(request, gpus, send, stop, state)
         except OSError as error:  # the folder was removed before the run began
             code, reason = classify_error(error)
-            send({"say": "ended", "reason": reason})
+            send({"kind": "run_ended", "reason": reason})
             break
         if code is ExitCode.DONE:
             leaked = state.has_leaked(gpus)
-            send({"say": "done", "leaked": leaked})
+            send({"kind": "run_done", "leaked": leaked})
             if leaked:
                 break
     return code
@@ -140,7 +140,7 @@ def train_run(
     except (Exception, KeyboardInterrupt) as error:
         # Every error ends this run alone, and is reported here.
         code, reason = (ExitCode.DISK, gone) if (gone := run.missing_message()) else classify_error(error)
-        send({"say": "ended", "reason": reason})
+        send({"kind": "run_ended", "reason": reason})
         if code is not ExitCode.HELD:  # else the folder is another process's to write in
             event_log.log(reason if code is ExitCode.STOPPED else f"{traceback.format_exc()}{reason}")
             _record_end(run, attempt, "stopped" if code in (ExitCode.STOPPED, ExitCode.DISK) else "failed", reason)

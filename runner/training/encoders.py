@@ -30,7 +30,9 @@ def encode_latents(context: RunContext) -> None:
     """Encode the pictures that the cache lacks. Raises InterruptedRunError between two pictures if a stop was requested."""
     missing = [view for view, key in context.latent_keys.items() if not context.cache.has("latents", key)]
     views = {context.latent_keys[view]: view for view in missing}  # equal pixels are encoded once
-    context.event_log.line(f"encode: latents of {len(set(context.latent_keys.values()))} views, {len(views)} to make")
+    context.event_log.message(
+        f"encode: latents of {len(set(context.latent_keys.values()))} views, {len(views)} to make"
+    )
     if not views:
         return
     context.model_pool.clear(context.base)
@@ -62,15 +64,15 @@ def encode_texts(
         later |= run.entries(encoder, Weights())
     if entries:
         missing = _count_missing(context, encoder, entries)
-        context.event_log.line(f"encode: {encoder} embeddings of {len(entries)} texts, {missing} to make")
+        context.event_log.message(f"encode: {encoder} embeddings of {len(entries)} texts, {missing} to make")
     if missing := _count_missing(context, encoder, later.keys() - entries.keys()):
-        context.event_log.line(f"encode: {encoder} embeddings of {missing} texts for runs that come later")
+        context.event_log.message(f"encode: {encoder} embeddings of {missing} texts for runs that come later")
     wanted = {**entries, **later}
     if not _count_missing(context, encoder, wanted):
         return
     lock = files.make_folder(context.cache.folder, within=context.cache.folder.parent) / f".{encoder}.lock"
     with locks.hold_lock(
-        lock, patience=math.inf, waiting=context.check_stop
+        lock, timeout=math.inf, on_wait=context.check_stop
     ):  # another worker may encode the same texts
         unmade = [(key, entry) for key, entry in wanted.items() if not context.cache.has(encoder, key)]
         if unmade:

@@ -94,7 +94,7 @@ class LiveEncoder:
         for vectors, phrase in counts:
             pieces = len(self.tokenizer(phrase, add_special_tokens=False).input_ids) if phrase else 0
             if pieces > vectors:
-                context.event_log.line(
+                context.event_log.message(
                     f"tokens.initializer {phrase!r} has {pieces} pieces in {self.encoder}: its first {vectors} are used; "
                     f"tokens.vectors = {pieces} would use all"
                 )
@@ -121,7 +121,7 @@ class LiveEncoder:
             )
             if len(cut) == len(naming):
                 raise FluxrunError(message)
-            context.event_log.line(message)
+            context.event_log.message(message)
 
     def matches(self, weights: Weights) -> bool:
         """Whether rows and adapter equal those of `weights`, to the bit."""

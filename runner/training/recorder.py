@@ -91,10 +91,10 @@ class RunRecorder:
         self.heartbeat(durable=True)
         if isinstance(phase, TrainPhase):
             done = progress.step if progress else phase.start
-            self.event_log.line(f"{phase.name}: steps {done + 1} to {phase.stop}")
+            self.event_log.message(f"{phase.name}: steps {done + 1} to {phase.stop}")
             self.event_log.begin_phase(phase.name, done, phase.stop, "steps")
         else:
-            self.event_log.line(f"{phase.name}: started")
+            self.event_log.message(f"{phase.name}: started")
 
     def end_phase(self) -> None:
         """Count the time and memory of the phase, whether it is complete or was interrupted. Nothing if none is running."""
@@ -120,7 +120,7 @@ class RunRecorder:
                 step.number,
             )  # fmt: skip
         if step.skipped:
-            self.event_log.line(
+            self.event_log.message(
                 f"step {step.number} skipped: loss {step.loss}, gradient norm {step.grad_norm}; nothing was updated"
             )
         stop = self.phase.stop if isinstance(self.phase, TrainPhase) else self.plan.steps
@@ -156,7 +156,7 @@ class RunRecorder:
         """progress: the last checkpoint of a training phase."""
         if ended := progress.scalars["meters"]["ended"]:
             self.state = replace(self.state, ended=ended)
-            self.event_log.line(f"training ends early: {ended}")
+            self.event_log.message(f"training ends early: {ended}")
 
     # ---- state.json and trackers -----------------------------------------------------------------------------------
 
@@ -220,7 +220,7 @@ class RunRecorder:
         self.run.check_lease()
         self.track_summary()
         self.run.write_state("done", **self.facts(), finished=time.time(), **facts)
-        self.event_log.line(f"done: {self.run.export}")
+        self.event_log.message(f"done: {self.run.export}")
 
     def close(self) -> None:
         """Finish the checkpoint being written, and write how far the run came, however it ends."""

@@ -45,7 +45,7 @@ def execute_run(run: Run, context: RunContext, *, attempt: int, upcoming: Callab
         try:
             for phase in plan.phases:
                 if reason := skip_reason(phase, plan, progress):
-                    event_log.line(f"{phase.name}: skipped, {reason}")
+                    event_log.message(f"{phase.name}: skipped, {reason}")
                     continue
                 context.check_stop()
                 recorder.phase_started(phase, progress)
@@ -133,12 +133,12 @@ def newest_checkpoint(run: Run, plan: Plan, event_log: EventLog, *, quarantine: 
         except BadFileError as error:
             if quarantine:
                 where = run.quarantine(path, str(error))
-                event_log.line(f"{error}; moved to {where}, trying the checkpoint before it")
+                event_log.message(f"{error}; moved to {where}, trying the checkpoint before it")
             continue
         if checkpoint.step <= stops.get(checkpoint.phase_key, -1):
-            event_log.line(f"resuming at step {checkpoint.step} of {plan.steps}")
+            event_log.message(f"resuming at step {checkpoint.step} of {plan.steps}")
             return checkpoint
-        event_log.line(f"{path.name} (step {step}) belongs to another plan; left alone")
+        event_log.message(f"{path.name} (step {step}) belongs to another plan; left alone")
     return None
 
 
@@ -150,7 +150,7 @@ def best_checkpoint(run: Run, last: Checkpoint | None, event_log: EventLog) -> C
     try:
         best = storage.read(run.checkpoints / checkpoint_name(step))
     except BadFileError as error:
-        event_log.line(f"the best step's checkpoint cannot be exported ({error}); exporting step {last.step}")
+        event_log.message(f"the best step's checkpoint cannot be exported ({error}); exporting step {last.step}")
         return last
-    event_log.line(f"export: step {step}, whose eval loss is the lowest")
+    event_log.message(f"export: step {step}, whose eval loss is the lowest")
     return best

@@ -34,7 +34,7 @@ def validate(context: RunContext, objective: FlowObjective, step: int) -> Valida
             pictures = tuple(draw_samples(context, objective))
         except Exception as error:
             # A failure here, most likely for lack of memory, must not end the training.
-            context.event_log.line(f"no pictures at step {step}: {type(error).__name__}: {error}")
+            context.event_log.message(f"no pictures at step {step}: {type(error).__name__}: {error}")
             release(context.base.device)
     return ValidationResult(sum(by_sigma.values()) / len(by_sigma) if by_sigma else None, by_sigma, pictures)
 

@@ -28,11 +28,11 @@ def test_a_lock_has_one_holder_and_dies_with_it(tmp_path: Path) -> None:
     assert locks.is_locked(lock)
     with (
         pytest.raises(LockHeldError, match=f"process {holder.pid} is working on it"),
-        locks.hold_lock(lock, patience=0),
+        locks.hold_lock(lock, timeout=0),
     ):
         pass
     holder.kill()
     holder.wait()
     assert not locks.is_locked(lock)
-    with locks.hold_lock(lock, patience=0):
+    with locks.hold_lock(lock, timeout=0):
         pass

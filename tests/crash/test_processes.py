@@ -1,4 +1,4 @@
-"""Real processes, and what becomes of them: kills, stops and signals to the queue, its trainer, or both."""
+"""Real processes, and what becomes of them: kills, stops and signals to the queue, its worker, or both."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support.processes import alive, children
 
 LONG = "steps = 40"
 HASTY = "import sys; from runner.engine import supervisor; supervisor.HANG_SECONDS = 3.0; supervisor.HANG_STEPS = 1; "
-# For the control: no death signal (prctl refuses 0), and a trainer that does not notice its broken pipe either.
+# For the control: no death signal (prctl refuses 0), and a worker that does not notice its broken pipe either.
 ORPHAN = (
     "import sys; from runner.core import process_identity; process_identity.PR_SET_PDEATHSIG = 0; "
     "from runner.engine import worker_main; worker_main.event_sender = lambda pipe: lambda event: None; "
@@ -54,14 +54,14 @@ class Night:
         folder = self.house.folder / "runs" / "a" / "checkpoints"
         wait_for(lambda: any(int(path.stem[5:]) >= step for path in folder.glob("step-*")), f"step {step}")
 
-    def trainer(self) -> int:
+    def worker(self) -> int:
         found: list[int] = []
 
         def begun() -> bool:
             found.extend(children(self.queue.pid))
             return bool(found)
 
-        wait_for(begun, "a trainer")
+        wait_for(begun, "a worker")
         assert len(found) == 1
         return found[0]
 
@@ -97,18 +97,18 @@ def spec(house: House) -> Path:
     return lora(house, steps=LONG)
 
 
-def test_killed_queue_and_killed_trainer(house: House, spec: Path, long_night: Path) -> None:
-    """kill -9 of the queue takes the trainer along, nothing stays locked; kill -9 of a trainer is mended by the queue."""
+def test_killed_queue_and_killed_worker(house: House, spec: Path, long_night: Path) -> None:
+    """kill -9 of the queue takes the worker along, nothing stays locked; kill -9 of a worker is mended by the queue."""
     first = Night(house)
     first.until_step(4)
-    trainer = first.trainer()
+    worker = first.worker()
     first.queue.kill()
     assert first.end() == -signal.SIGKILL
-    wait_for(lambda: not alive(trainer), "the trainer's death", 5)
+    wait_for(lambda: not alive(worker), "the worker's death", 5)
 
     second = Night(house)  # at once, with nothing to unlock
     second.until_step(state(house)["step"] + 4)
-    os.kill(second.trainer(), signal.SIGKILL)
+    os.kill(second.worker(), signal.SIGKILL)
     second.until("trying again")
     assert "a: the training process was killed by SIGKILL; trying again from step " in second.said
     assert second.end() == 0, second.said
@@ -121,12 +121,12 @@ def test_control_without_a_death_signal_an_orphan_trains_on(house: House, spec: 
     """And even then no second one begins beside it."""
     script = f"{ORPHAN}sys.argv[0] = 'fluxrun'; {CLI}"
     runner = house.write("orphan.py", script)
-    trainer = house.folder / "python"
-    trainer.write_text(f'#!/bin/sh\nshift 3\nexec {sys.executable} {runner} "$@"\n')  # less -P -m runner
-    trainer.chmod(0o755)
-    night = Night(house, before=f"import sys; sys.executable = {str(trainer)!r}; ")
+    worker = house.folder / "python"
+    worker.write_text(f'#!/bin/sh\nshift 3\nexec {sys.executable} {runner} "$@"\n')  # less -P -m runner
+    worker.chmod(0o755)
+    night = Night(house, before=f"import sys; sys.executable = {str(worker)!r}; ")
     night.until_step(4)
-    orphan = night.trainer()
+    orphan = night.worker()
     os.kill(orphan, signal.SIGSTOP)  # so that it is not done before the second command has looked
     night.queue.kill()
     night.end()
@@ -142,10 +142,10 @@ def test_control_without_a_death_signal_an_orphan_trains_on(house: House, spec: 
 
 
 @pytest.mark.slow
-def test_a_trainer_that_hangs_is_replaced(house: House, spec: Path, long_night: Path) -> None:
+def test_a_worker_that_hangs_is_replaced(house: House, spec: Path, long_night: Path) -> None:
     night = Night(house, before=HASTY)
     night.until_step(4)
-    os.kill(night.trainer(), signal.SIGSTOP)
+    os.kill(night.worker(), signal.SIGSTOP)
     assert night.end() == 0, night.said
     assert "a: the training process has shown no sign of life for 3 s and is killed\n" in night.said
     assert "a: the training process hung and was killed; trying again from step " in night.said
@@ -165,17 +165,17 @@ def test_asked_once_and_asked_twice(house: House, spec: Path, long_night: Path) 
 
     twice = Night(house)
     twice.until_step(step + 4)
-    os.kill(twice.trainer(), signal.SIGSTOP)  # so that both arrive before the next step ends
+    os.kill(twice.worker(), signal.SIGSTOP)  # so that both arrive before the next step ends
     twice.queue.send_signal(signal.SIGTERM)
-    wait_for(lambda: pending(twice.trainer(), signal.SIGTERM), "the first signal")
-    os.kill(twice.trainer(), signal.SIGCONT)
+    wait_for(lambda: pending(twice.worker(), signal.SIGTERM), "the first signal")
+    os.kill(twice.worker(), signal.SIGCONT)
     twice.queue.send_signal(signal.SIGTERM)
     assert twice.end() == 3
     assert state(house)["state"] == "stopped"
     assert state(house)["error"].startswith(("stopped at once; the last checkpoint stands", "stopped after step"))
 
     early = Night(house)
-    early.trainer()
+    early.worker()
     early.queue.send_signal(signal.SIGTERM)
     assert early.end() == 3
     assert state(house)["state"] == "stopped"
@@ -187,10 +187,10 @@ def test_asked_once_and_asked_twice(house: House, spec: Path, long_night: Path) 
 
 @pytest.mark.slow
 def test_ctrl_c_in_a_terminal_is_one_request(house: House, spec: Path, long_night: Path) -> None:
-    """It goes to the whole foreground group. The trainer hears of it from the queue alone, once: so it saves."""
+    """It goes to the whole foreground group. The worker hears of it from the queue alone, once: so it saves."""
     night = Night(house, group=True)
     night.until_step(4)
-    assert os.getpgid(night.trainer()) != night.queue.pid
+    assert os.getpgid(night.worker()) != night.queue.pid
     os.killpg(night.queue.pid, signal.SIGINT)
     assert night.end() == 3
     assert f"a: stopped after step {newest(house)}; the same command goes on from there\n" in night.said
@@ -209,7 +209,7 @@ def test_a_hangup_is_a_request_unless_it_is_ignored(house: House, spec: Path, lo
     assert f"a: stopped after step {step}; the same command goes on from there\n" in night.said
     nohup = Night(house, ignored=(signal.SIGHUP,))
     nohup.until_step(step + 2)
-    os.kill(nohup.trainer(), signal.SIGHUP)
+    os.kill(nohup.worker(), signal.SIGHUP)
     nohup.queue.send_signal(signal.SIGHUP)
     assert nohup.end() == 0, nohup.said
     assert_same(house, other=long_night)

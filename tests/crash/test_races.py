@@ -149,7 +149,7 @@ def test_a_process_on_another_host_is_believed_while_the_state_changes(
 
 
 @pytest.mark.parametrize("step", [0, 3], ids=["before its first save", "before its last save"])
-def test_a_trainer_whose_attempt_is_over_writes_nothing(house: House, step: int) -> None:
+def test_a_worker_whose_attempt_is_over_writes_nothing(house: House, step: int) -> None:
     """Its lease was taken over while it was busy: no checkpoint, state or export of it, and it says so."""
     run = Run(house.folder / "runs", "a")
     before: dict[str, Any] = {}
@@ -234,7 +234,7 @@ def test_a_queue_that_dies_while_it_enlists(house: House, monkeypatch: pytest.Mo
     assert claim_run(again.run, again.spec, again.plan, "0") > 0
 
 
-def test_racing_commands_make_one_trainer(house: House) -> None:
+def test_racing_commands_make_one_worker(house: House) -> None:
     """Real processes: one trains, the others name it and leave; the run is as if there had been one."""
     spec = lora(house)
     unbroken(house, spec)

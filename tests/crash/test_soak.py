@@ -22,7 +22,7 @@ from tests.support.paths import PROJECT
 from tests.support.processes import alive, children
 
 STEPS = "steps = 60"
-ACCIDENTS = ("queue", "queue", "trainer", "trainer", "trainer", "ask", "ask twice")
+ACCIDENTS = ("queue", "queue", "worker", "worker", "worker", "ask", "ask twice")
 
 
 def specs_of(house: House) -> list[Path]:
@@ -35,7 +35,7 @@ def specs_of(house: House) -> list[Path]:
 
 class Soak:
     """SOAK_SEED, SOAK_KILLS, SOAK_SECONDS (stop sooner), SOAK_LONGEST (from a command or an accident to the next one: twice
-    what a trainer needs to start, so that half of them hit the training)."""
+    what a worker needs to start, so that half of them hit the training)."""
 
     def __init__(self, house: House) -> None:
         self.house, self.specs = house, specs_of(house)
@@ -54,18 +54,18 @@ class Soak:
         words = [sys.executable, "-m", "runner", "queue", *map(str, self.specs), "--gpus", "cpu", "--retries", "1000"]
         environment = {**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
         queue = subprocess.Popen(words, cwd=self.house.folder, env=environment, stderr=subprocess.DEVNULL)
-        trainers: list[int] = []
+        workers: list[int] = []
         while not self.over():
             try:
                 queue.wait(self.draw.uniform(0, self.longest))
                 break
             except subprocess.TimeoutExpired:
-                trainers = children(queue.pid) or trainers
+                workers = children(queue.pid) or workers
             what = self.draw.choice(ACCIDENTS)
-            if what == "trainer":
-                if not (trainers and alive(trainers[0])):
+            if what == "worker":
+                if not (workers and alive(workers[0])):
                     continue
-                os.kill(trainers[0], signal.SIGKILL)
+                os.kill(workers[0], signal.SIGKILL)
             elif what == "queue":
                 queue.kill()
             else:
@@ -74,14 +74,14 @@ class Soak:
                     time.sleep(self.draw.uniform(0, 0.3))
                     queue.terminate()
             self.done[what] += 1
-            if what != "trainer":
+            if what != "worker":
                 queue.wait(120)
                 break
         queue.kill()
         assert queue.wait() in (0, 1, 3, -signal.SIGKILL, -signal.SIGTERM)  # 1: see `look`
-        for trainer in trainers:
+        for worker in workers:
             deadline = time.monotonic() + 10
-            while alive(trainer):
+            while alive(worker):
                 assert time.monotonic() < deadline, "an orphan"
                 time.sleep(0.02)
 
@@ -95,7 +95,7 @@ class Soak:
         rows, deadline = self.rows(), time.monotonic() + 10
         while any(
             row["state"] in ("running", "waiting") for row in rows
-        ):  # a trainer that its queue had just begun is about to die
+        ):  # a worker that its queue had just begun is about to die
             assert time.monotonic() < deadline, "an orphan"
             rows = self.rows()
         for row in rows:

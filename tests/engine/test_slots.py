@@ -79,14 +79,14 @@ def test_a_slot_that_another_queue_has_is_waited_for(house: House) -> None:
     holder.stdout.readline()
     said: list[str] = []
 
-    def line(self: Screen, text: str, run: str = "") -> None:
+    def message(self: Screen, text: str, run: str = "") -> None:
         said.append(text)
         if text.startswith("waiting"):
             holder.kill()
             holder.wait()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Screen, "line", line)
+        patch.setattr(Screen, "message", message)
         spec = house.spec(steps="steps = 1", prompts="prompts = []")
         assert house.fluxrun("queue", spec, "--gpus", "cpu").code == 0
     assert said[0] == f"waiting for the CPU, which process {holder.pid} uses"
@@ -94,7 +94,7 @@ def test_a_slot_that_another_queue_has_is_waited_for(house: House) -> None:
 
 
 def test_the_queue_itself_imports_no_torch() -> None:
-    """It is there all night beside the trainers, and need not hold their memory."""
+    """It is there all night beside the workers, and need not hold their memory."""
     code = "import sys; from runner.engine import supervisor, worker, slots, progress; " \
         "from runner.jobs import prepare; from runner.preflight import check; from runner.report import publish; " \
         "print('torch' in sys.modules, 'diffusers' in sys.modules)"  # fmt: skip
@@ -103,12 +103,12 @@ def test_the_queue_itself_imports_no_torch() -> None:
 
 
 def starting(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
-    """Trainers are processes that do no more than this."""
+    """Workers are processes that do no more than this."""
     real = subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", lambda command, **rest: real([sys.executable, "-c", code], **rest))
 
 
-def test_a_trainer_that_goes_without_a_word_has_done_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_goes_without_a_word_has_done_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever its exit code; and one that died while it waited for a run harms nobody."""
     starting(monkeypatch, "")
     worker = Worker("cpu", None)
@@ -120,7 +120,7 @@ def test_a_trainer_that_goes_without_a_word_has_done_nothing(tmp_path: Path, mon
     worker.shutdown()
 
 
-def test_what_a_trainer_said_before_it_had_a_run_is_in_the_first_ones_log(
+def test_what_a_worker_said_before_it_had_a_run_is_in_the_first_ones_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     starting(monkeypatch, "raise ImportError('libcudart is not there')")
@@ -136,17 +136,19 @@ def test_what_a_trainer_said_before_it_had_a_run_is_in_the_first_ones_log(
 
 def test_what_it_said_is_in_no_log_once_it_has_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else a run that dies much later would be given what was said at the start."""
-    starting(monkeypatch, "import sys; print('a warning', file=sys.stderr); print('{\"say\": \"line\"}'); sys.exit(1)")
+    starting(
+        monkeypatch, "import sys; print('a warning', file=sys.stderr); print('{\"kind\": \"message\"}'); sys.exit(1)"
+    )
     worker = Worker("cpu", None)
     worker.submit(tmp_path, 1, [])
     worker.process.wait()
-    assert worker.read_events() == [{"say": "line"}]
+    assert worker.read_events() == [{"kind": "message"}]
     worker.shutdown()
     assert worker.exit_code == 1
     assert not (tmp_path / "run.log").exists()
 
 
-def test_trainers_that_get_no_run_are_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_that_get_no_run_are_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One for each run, as far as there are slots, whose locks they leave alone; what was taken out is the queue's."""
     starting(monkeypatch, "import time; time.sleep(600)")
     monkeypatch.setattr(slot_filling, "Worker", Worker)
@@ -169,7 +171,7 @@ def test_an_event_is_whole_or_not_there() -> None:
     os.set_blocking(write, False)
     send = event_sender(write)
     for _ in range(200):
-        send({"say": "ended", "reason": "ä" * 5000})
+        send({"kind": "run_ended", "reason": "ä" * 5000})
     os.close(write)
     with open(read, "rb") as pipe:
         lines = pipe.read().splitlines()
@@ -209,7 +211,7 @@ def test_a_run_that_waits_is_not_begun(house: House) -> None:
     assert house.fluxrun("queue", *specs).code == 0
 
 
-def test_stop_reaches_a_trainer_and_the_queue_goes_on(house: House) -> None:
+def test_stop_reaches_a_worker_and_the_queue_goes_on(house: House) -> None:
     long = house.spec("long", steps="steps = 100000", prompts="prompts = []")
     short = house.spec("short", steps="steps = 1", prompts="prompts = []")
     process = house.start("queue", long, short)
@@ -270,7 +272,7 @@ def test_two_queues_never_share_a_card(tmp_path: Path, monkeypatch: pytest.Monke
     assert pair.take()
 
 
-def test_a_trainer_on_a_cpu_keeps_its_heap_whole_and_one_on_a_gpu_is_left_alone(
+def test_a_worker_on_a_cpu_keeps_its_heap_whole_and_one_on_a_gpu_is_left_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the process is started with; a setting of the user's own stands."""

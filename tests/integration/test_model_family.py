@@ -76,7 +76,7 @@ def train(job: Job, stop_after: int | None = None) -> ExitCode:
 
     def send(event: Any) -> None:
         nonlocal steps
-        steps += event["say"] == "step"
+        steps += event["kind"] == "step"
 
     attempt = claim_run(job.run, job.spec, job.plan, "test")
     stop: Any = lambda: stop_after is not None and steps >= stop_after  # noqa: E731

@@ -69,7 +69,7 @@ def loads(monkeypatch: pytest.MonkeyPatch, name: str) -> list[Any]:
     return seen
 
 
-def test_a_warm_trainer_leaves_no_trace_of_the_run_before(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_warm_worker_leaves_no_trace_of_the_run_before(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two runs of unlike shape one after the other on one transformer, and each alone: the same bytes."""
     first = house.spec("a", rank="rank = 8\ndropout = 0.5", base='base = "builtin:tiny"\ngradient_checkpointing = true')
     second = house.spec("b", encoders='encoders = ["clip"]', prompts=PROMPTS, rank="rank = 2")
@@ -232,7 +232,7 @@ def test_the_encoders_read_the_same_alone_and_for_others(house: House) -> None:
             assert torch.equal(live.embed_entry(entries[key]), live.embed([caption], "diffusers")[0])
 
 
-def test_a_trainer_whose_memory_did_not_come_back_is_replaced(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_whose_memory_did_not_come_back_is_replaced(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     from runner.engine import worker_main
     from runner.model import device
 

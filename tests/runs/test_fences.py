@@ -21,7 +21,7 @@ from runner.runs.state import FORMAT
 from tests.support.house import House
 from tests.support.inline_worker import InlineWorker
 from tests.support.runs import export_bytes
-from tests.support.scripted_trainers import Attempt, trainers
+from tests.support.scripted_workers import Attempt, scripted_workers
 
 SPEC = """
 [model]
@@ -99,7 +99,7 @@ class Recorded:
         return found
 
 
-def test_every_write_of_a_trainer_comes_right_after_a_fence(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_write_of_a_worker_comes_right_after_a_fence(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     """A whole run: class images, looks with pictures, checkpoints, retention, export. So whatever takes the run over between
     two writes is noticed before the second."""
     prior = '[prior]\nimages = "classes"\nprompt = "a thing"\ncount = 1\n'
@@ -224,7 +224,7 @@ def test_a_run_that_is_taken_over_is_left_as_it_is(
     "code", [ExitCode.CRASHED, ExitCode.FAILED, ExitCode.MEMORY, ExitCode.DISK, ExitCode.STOPPED, -9]
 )
 def test_a_queue_writes_nothing_into_a_run_that_another_has(house: House, code: int) -> None:
-    """Its trainer ends, however it does, after another host took the run: no state, no lease, no other attempt."""
+    """Its worker ends, however it does, after another host took the run: no state, no lease, no other attempt."""
     run = Run(house.folder / "runs", "a")
     at: list[dict[str, bytes]] = []
 
@@ -233,9 +233,9 @@ def test_a_queue_writes_nothing_into_a_run_that_another_has(house: House, code: 
         at.append(contents(run))
 
     house.spec("a")
-    with trainers({"a": [Attempt(code, "why", then=then)]}) as told:
+    with scripted_workers({"a": [Attempt(code, "why", then=then)]}) as calls:
         said = house.fluxrun("queue", "a.toml", "--no-check", "--gpus", "cpu")
-    assert told == ["a begins"]
+    assert calls == ["a begins"]
     assert (said.code, said.err) == (
         3, f"a: not run: process 7 on elsewhere is working on {run.folder.relative_to(house.folder)}; wait for it, or stop it\n",
     )  # fmt: skip
@@ -252,9 +252,9 @@ def test_a_run_that_waits_and_is_taken_by_another_is_left_alone(house: House) ->
         at.append(contents(run))
 
     specs = [house.spec(name) for name in "ab"]
-    with trainers({"a": [Attempt(ExitCode.FAILED, "why", then=then)]}) as told:
+    with scripted_workers({"a": [Attempt(ExitCode.FAILED, "why", then=then)]}) as calls:
         assert house.fluxrun("queue", *specs, "--no-check", "--gpus", "cpu", "--fail-fast").code == 1
-    assert told == ["a begins"]
+    assert calls == ["a begins"]
     assert contents(run) == at[0]
 
 

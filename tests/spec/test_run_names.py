@@ -335,9 +335,7 @@ def test_a_run_whose_folder_vanishes_is_told_and_the_next_goes_on(
     assert "b: done: runs/b/export\n" in said.err
 
 
-def test_a_trainer_killed_with_its_folder_gone_is_not_tried_again(
-    house: House, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_worker_killed_with_its_folder_gone_is_not_tried_again(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     class Killed(InlineWorker):
         def read_events(self) -> list[Any]:
             shutil.rmtree(self.request[0])

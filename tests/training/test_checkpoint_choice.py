@@ -28,7 +28,7 @@ class Heard(EventLog):
         super().__init__()
         self.lines: list[str] = []
 
-    def line(self, text: str) -> None:
+    def message(self, text: str) -> None:
         self.lines.append(text)
 
 

@@ -203,7 +203,7 @@ def test_a_token_behind_what_the_encoder_reads_is_told(house: House) -> None:
     (house.folder / "pictures" / "01.txt").write_text("a TOK")
     context = context_of(spec_of(house))
     told: list[str] = []
-    object.__setattr__(context.event_log, "line", told.append)
+    object.__setattr__(context.event_log, "message", told.append)
     objective_of(context)
     assert [line.split(" that name it")[0] for line in told if "lies behind" in line] == [
         f"TOK lies behind the {length} tokens that {encoder} reads in 9 of the 10 captions"
@@ -214,7 +214,7 @@ def test_a_token_behind_what_the_encoder_reads_is_told(house: House) -> None:
 def test_an_initializer_longer_than_its_vectors_is_told(house: House) -> None:
     context = context_of(spec_of(house, name='name = "TOK"\ninitializer = "a red heart"'))
     told: list[str] = []
-    object.__setattr__(context.event_log, "line", told.append)
+    object.__setattr__(context.event_log, "message", told.append)
     objective_of(context)
     assert [line for line in told if "initializer" in line] == [
         f"tokens.initializer 'a red heart' has 3 pieces in {encoder}: its first 2 are used; tokens.vectors = 3 would use all"

@@ -27,7 +27,7 @@ from runner.training.loop import (
     train,
 )
 from tests.support.house import House
-from tests.support.scripted_trainers import Attempt, trainers
+from tests.support.scripted_workers import Attempt, scripted_workers
 from tests.support.step_loop import Line, Recorded, adam, constant
 
 # ---- --stop-at -----------------------------------------------------------------------------------------------------
@@ -52,20 +52,20 @@ def test_at_the_deadline_a_run_is_asked_to_stop_and_no_other_begins(house: House
 
     specs = [house.spec(name) for name in "ab"]
     command: tuple[str | Path, ...] = ("queue", *specs, "--stop-at", "07:00", "--gpus", "cpu", "--no-check")
-    with trainers({"a": [Attempt(None, then=until_seven)]}) as told:
+    with scripted_workers({"a": [Attempt(None, then=until_seven)]}) as calls:
         said = house.fluxrun(*command)
-    assert (said.code, told) == (3, ["a begins", "a asked"])
+    assert (said.code, calls) == (3, ["a begins", "a asked"])
     states = {row["name"]: row["state"] for row in json.loads(house.fluxrun("status", "--json").out)}
     assert states == {"a": "stopped", "b": "stopped"}
-    with trainers(
+    with scripted_workers(
         {"a": [Attempt(None, then=lambda: setattr(clock, "now", clock.now + datetime.timedelta(days=1)))]}
-    ) as told:
+    ) as calls:
         assert house.fluxrun(*command).code == 3  # it is seven o'clock: the next one is meant
-    assert told == ["a begins", "a asked"]
+    assert calls == ["a begins", "a asked"]
     clock.now = datetime.datetime(2026, 7, 2, 22, 0, 0)
-    with trainers({}) as told:
+    with scripted_workers({}) as calls:
         assert house.fluxrun(*command).code == 0
-    assert told == ["a begins", "b begins"]
+    assert calls == ["a begins", "b begins"]
 
 
 @pytest.mark.parametrize(

@@ -143,9 +143,9 @@ def train_here(asked: Asked, folder: Path, heard: Callable[[int], bool]) -> Path
 
     def send(event: Any) -> None:
         nonlocal enough, ended
-        if event["say"] == "ended":
+        if event["kind"] == "run_ended":
             ended = event["reason"]
-        if event["say"] == "step" and not enough:
+        if event["kind"] == "step" and not enough:
             enough = heard(event["number"])
 
     code = train_run(TrainRequest(job.run.folder, attempt), "cpu", send, lambda: enough, WorkerState())  # type: ignore[arg-type]

@@ -174,7 +174,7 @@ def _verified_pictures(
     validation, placeholders, run = request.spec.validation, request.placeholders, request.run
     samples = sample_files.samples_of(validation.prompts, validation.count, request.spec.seed)
     exported = formats.exported_files(folder, request.spec.name, placeholders)
-    request.event_log.line("export: reading the files back with diffusers")
+    request.event_log.message("export: reading the files back with diffusers")
     base_prompts, trained_prompts = _read_prompts(request, stored, shapes, exported, [prompt for prompt, _ in samples])
     transformer = request.model_pool.acquire(request.base)
     pipe = request.family.image_pipeline(request.base, transformer, with_vae=bool(samples))
@@ -243,7 +243,7 @@ def _read_prompts(
 def push(request: ExportRequest) -> None:
     """Upload the export folder. A failure is only logged and noted in state.json, because the run itself is done."""
     repo = hub.repository(request.spec.hub.repo, request.spec.name)
-    request.event_log.line(f"export: pushing to {repo}")
+    request.event_log.message(f"export: pushing to {repo}")
     try:
         problem = hub.push(
             request.run.export,
@@ -260,5 +260,5 @@ def push(request: ExportRequest) -> None:
         return
     retry = fluxrun_command("export", request.spec.name, "--push", runs=request.run.runs)
     warning = f"not pushed to {repo} ({problem}); `{retry}` tries again"
-    request.event_log.line(f"warning: {warning}")
+    request.event_log.message(f"warning: {warning}")
     request.run.update_state(warning=warning)

@@ -27,13 +27,15 @@ def prior_phase(context: RunContext) -> None:
     assert prior is not None
     folder = files.make_folder(Path(prior.images))
     lock = folder / ".lock"  # another run may be filling the folder
-    with locks.hold_lock(lock, patience=math.inf, waiting=context.check_stop):
+    with locks.hold_lock(lock, timeout=math.inf, on_wait=context.check_stop):
         base_model = context.base_identity
         # checked again here, because the other run may have filled it since the queue began
         if disagreement := class_images.prompt_disagreement(folder, prior.prompt, base_model):
             raise FluxrunError(f"{disagreement[0]}: {disagreement[1]}")
         existing = len(class_images.paths(folder))
-        context.event_log.line(f"prior: {existing} class images in {folder}, {max(0, prior.count - existing)} to make")
+        context.event_log.message(
+            f"prior: {existing} class images in {folder}, {max(0, prior.count - existing)} to make"
+        )
         if existing >= prior.count:
             return
         class_images.write_note(folder, prior.prompt, base_model)

@@ -1,4 +1,4 @@
-"""Trainers that do what a test says, in no time: for the rules by which a queue goes on, which are not about training."""
+"""Workers that do what a test says, in no time: for the rules by which a queue goes on, which are not about training."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from runner.engine import slot_filling, supervisor
 from runner.runs.checkpoint_files import checkpoint_name
 from runner.runs.run import Run
 
-PATIENCE = 5000  # looks at a trainer that nobody ends
+PATIENCE = 5000  # looks at a worker that nobody ends
 
 
 def nothing() -> None:
@@ -28,7 +28,7 @@ def nothing() -> None:
 @dataclass(frozen=True)
 class Attempt:
     """One attempt at a run: a checkpoint at step `saves` is written, `then` is called, `steps` (seconds each) are reported,
-    and the trainer ends with `code` and `reason`. None: it trains on until it is asked or killed."""
+    and the worker ends with `code` and `reason`. None: it trains on until it is asked or killed."""
 
     code: int | None = ExitCode.DONE
     reason: str = ""
@@ -45,11 +45,11 @@ def save(run: Run, step: int) -> None:
 
 
 @contextmanager
-def trainers(script: Mapping[str, Sequence[Attempt]]) -> Iterator[list[str]]:
-    """Queues get these trainers: each run's attempts in turn, and done once there are no more. What happened, in order:
+def scripted_workers(script: Mapping[str, Sequence[Attempt]]) -> Iterator[list[str]]:
+    """Queues get these workers: each run's attempts in turn, and done once there are no more. What happened, in order:
     "a begins", "a asked", "a killed"."""
     left = {name: list(attempts) for name, attempts in script.items()}
-    told: list[str] = []
+    calls: list[str] = []
 
     class Scripted:
         def __init__(self, gpus: str | None, threads: int | None) -> None:
@@ -60,7 +60,7 @@ def trainers(script: Mapping[str, Sequence[Attempt]]) -> Iterator[list[str]]:
             self.run = Run.at(folder)
             self.now = left[self.run.name].pop(0) if left.get(self.run.name) else Attempt()
             self.exit_code, self.end, self.polls = None, self.now.code, 0
-            told.append(f"{self.run.name} begins")
+            calls.append(f"{self.run.name} begins")
 
         def read_events(self) -> list[Any]:
             self.polls += 1
@@ -69,22 +69,24 @@ def trainers(script: Mapping[str, Sequence[Attempt]]) -> Iterator[list[str]]:
                 if self.now.saves:
                     save(self.run, self.now.saves)
                 self.now.then()
-                return [{"say": "step", "number": n, "loss": None, "seconds": seconds, "stop": 9, "steps": 9}
+                return [{"kind": "step", "number": n, "loss": None, "seconds": seconds, "stop": 9, "steps": 9}
                         for n, seconds in enumerate(self.now.steps, 1)]  # fmt: skip
             self.exit_code = None if self.end is None else int(self.end)
             if self.exit_code == ExitCode.DONE:
                 self.run.write_state("done", step=1, exports=[])
             return (
-                [{"say": "ended", "reason": self.now.reason}] if self.exit_code is not None and self.now.reason else []
+                [{"kind": "run_ended", "reason": self.now.reason}]
+                if self.exit_code is not None and self.now.reason
+                else []
             )
 
         def request_stop(self) -> None:
-            told.append(f"{self.run.name} asked")
-            if self.now.code is None and told.count(told[-1]) == 1:
+            calls.append(f"{self.run.name} asked")
+            if self.now.code is None and calls.count(calls[-1]) == 1:
                 self.end = ExitCode.STOPPED
 
         def kill(self) -> None:
-            told.append(f"{self.run.name} killed")
+            calls.append(f"{self.run.name} killed")
             self.end, self.accepts_runs = -signal.SIGKILL, False
 
         def shutdown(self) -> None:
@@ -95,4 +97,4 @@ def trainers(script: Mapping[str, Sequence[Attempt]]) -> Iterator[list[str]]:
         patch.setattr(supervisor, "POLL_INTERVAL", 0.0)
         patch.setattr(supervisor, "publish", lambda *_: None)  # the page of nights without numbers
         patch.setattr(supervisor, "preload", nothing)
-        yield told
+        yield calls
