@@ -66,7 +66,7 @@ def _way_out(one: Job, key: str, what: str) -> str:
 
 
 def _place(one: Job, key: str) -> str:
-    file, line = one.source.place(key)
+    file, line = one.source.location(key)
     return f"{file}:{line}"
 
 

@@ -27,7 +27,7 @@ from runner.runs.run import Run
 from runner.runs.status import MISMATCH_REMEDIES, active_status, status_of
 from runner.spec.build import LoadedSpec
 from runner.spec.loader import load_all, load_text, path_at
-from runner.spec.run_names import RunsThere, name_fault
+from runner.spec.run_names import ExistingRuns, name_fault
 from runner.spec.schema import Spec
 from runner.spec.tables import overlaps
 
@@ -93,7 +93,7 @@ class _Inspector:
 
     def __init__(self, runs: Path, *, fetch: bool, fresh: bool) -> None:
         self.runs, self.fresh = runs, fresh
-        self.run_names = RunsThere.below(runs)
+        self.run_names = ExistingRuns.below(runs)
         self.bases = BaseRegistry()
         self.data_sets = DataSetRegistry(fetch=fetch)
 
@@ -135,7 +135,7 @@ class _Inspector:
         return job, [*own, *other_run, *prior]
 
     def _open_data(self, loaded: LoadedSpec, spec: Spec) -> OpenedDataSet:
-        source, folder = data_source(spec), loaded.source.place("data.source")[0].parent
+        source, folder = data_source(spec), loaded.source.location("data.source")[0].parent
         if _any_overlap(DATA_KEYS, loaded.bad):
             return OpenedDataSet(faults=name_faults(source, folder))
         return self.data_sets.of(source, folder)

@@ -16,7 +16,7 @@ from runner.newspec.from_diffusers import CommandError, draft_of, written
 from runner.newspec.pictures import FolderFindings, inspect_folder
 from runner.newspec.template import FIRST, TEMPLATES, NewError, Values, new_spec
 from runner.plan.faults import PlanError
-from runner.spec.run_names import allowed
+from runner.spec.run_names import to_run_name
 from runner.spec.toml_text import toml_value
 
 
@@ -73,7 +73,7 @@ def _fitted(
 
 
 def _template_text(wish: NewSpecRequest, found: FolderFindings | None) -> Callable[[Values], str]:
-    name = allowed(wish.file.stem)
+    name = to_run_name(wish.file.stem)
     own = {**({} if name == wish.file.stem else {"name": name}), **(found.values if found else {})}
     plan, queue = typed("plan", wish.file), typed("queue", wish.file)
     return lambda values: new_spec(wish.template, {**own, **values}, short=wish.short, plan=plan, queue=queue)

@@ -25,7 +25,7 @@ from runner.newspec.diffusers_flags import (
     Number,
 )
 from runner.newspec.template import DEFAULT_BASE
-from runner.spec.run_names import allowed
+from runner.spec.run_names import to_run_name
 from runner.spec.toml_text import toml_line
 
 
@@ -174,7 +174,7 @@ def _flags(draft: Draft, given: Mapping[str, str]) -> None:
         if name in given:
             draft.notes.append((f"--{name}", reason))
     folder = given.get("output_dir", "flux-dreambooth-lora").rstrip("/").split("/")[-1]
-    values["name"] = allowed(folder)
+    values["name"] = to_run_name(folder)
     if "model.base" not in values:
         values["model.base"] = DEFAULT_BASE
         draft.notes.append(

@@ -81,7 +81,7 @@ def _check_job(job: Job, key: str, check_one: Callable[[Job], Iterable[Finding]]
     try:
         return list(check_one(job))
     except Exception as error:
-        file, line = job.source.place(key)
+        file, line = job.source.location(key)
         # Not `at`, which would shorten the path of the traceback's file where that is below the spec's folder.
         return [Finding("warning", f"could not be checked: {summary_line(error)}", file, line, key)]
 

@@ -17,7 +17,7 @@ from runner.jobs.job import Job
 from runner.preflight import libraries
 from runner.preflight.finding import Finding, at, here
 from runner.preflight.memory_floor import MemoryFloor, memory_floor, part_bytes
-from runner.spec.attention import ON_A_GPU
+from runner.spec.attention import GPU_ONLY
 
 SMALL = 2**30  # bytes of weights below which a base trains well without a GPU
 FREE_GPU = "end what holds its memory (`nvidia-smi` names it)"
@@ -139,7 +139,7 @@ def _check_cpu(job: Job, parameters: Mapping[str, int], *, chosen: bool) -> Iter
             f"no GPU was found, so {format_bytes(floor.least)} of weights are trained on the CPU, where a step takes minutes; "
             "use a machine with an NVIDIA GPU, or add --gpus cpu if that is meant",
         )  # fmt: skip
-    if spec.model.attention in ON_A_GPU:
+    if spec.model.attention in GPU_ONLY:
         yield at(
             job.source, "error", "model.attention",
             f"needs an NVIDIA GPU, and this run is on the CPU (found {spec.model.attention!r}); use \"native\"",

@@ -59,7 +59,7 @@ class Finding:
 
 def at(source: SpecOrigin, level: Level, key: str, message: str, more: Iterable[str] = ()) -> Finding:
     """A finding about a key of a spec. Paths in the message are shown relative to the spec's folder."""
-    file, line = source.place(key)
+    file, line = source.location(key)
     return Finding(level, source.relative(key, message), file, line, key, tuple(more))
 
 

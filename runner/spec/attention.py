@@ -1,7 +1,7 @@
-"""diffusers' attention backends that can train FLUX.1 on a CPU or an NVIDIA GPU, by diffusers' names. No torch.
+"""The attention backends of diffusers that can train FLUX.1 on a CPU or an NVIDIA GPU, by diffusers' names.
 
-Not among them: sage and _flash_3 (no backward pass), the *_hub ones (code that the hub hands out), flex (slow unless it is
-compiled by itself), the varlen ones (for masks, of which FLUX has none), those for other devices.
+Left out are sage and _flash_3 (no backward pass), the *_hub ones (they run code from the hub), flex (slow unless compiled by
+itself), the varlen ones (for masks, of which FLUX has none), and those for other devices.
 """
 
 from __future__ import annotations
@@ -13,5 +13,5 @@ Attention = Literal[
 ]  # fmt: skip
 BACKENDS: tuple[str, ...] = get_args(Attention)
 PACKAGES = {"flash": ("flash_attn", "flash-attn>=2.6.3"), "xformers": ("xformers", "xformers>=0.0.29")}
-ON_A_GPU = ("flash", "xformers", "_native_cudnn", "_native_efficient")
-HALF = ("flash", "_native_cudnn")  # take bf16 and fp16 alone
+GPU_ONLY = ("flash", "xformers", "_native_cudnn", "_native_efficient")
+HALF_PRECISION_ONLY = ("flash", "_native_cudnn")  # bf16 and fp16

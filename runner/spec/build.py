@@ -12,7 +12,7 @@ from runner.core.errors import Fault
 from runner.spec.defaults import fill_defaults
 from runner.spec.messages import CHOICES, KeyFault, explain
 from runner.spec.rules import broken_rules
-from runner.spec.run_names import allowed
+from runner.spec.run_names import to_run_name
 from runner.spec.schema import Spec
 from runner.spec.secrets import secret_faults
 from runner.spec.source import SpecOrigin
@@ -94,7 +94,7 @@ def _validate_rest(
     """The spec without its faulty keys, and the other keys that had to go with them: tables that are none without those."""
     rest, left_out = _without(tables, bad), bad
     if "name" in bad:
-        rest["name"] = allowed(source.file.stem)
+        rest["name"] = to_run_name(source.file.stem)
     for _ in range(3):
         spec, faults = _validate(rest)
         if spec is not None or not faults:

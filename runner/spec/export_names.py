@@ -1,4 +1,4 @@
-"""What a run's exported files are called. No torch."""
+"""The names of a run's exported files."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from pathlib import Path
 SAFE = re.compile(r"[A-Za-z0-9_-]+(/[A-Za-z0-9_-]+)?")
 _KEY = r"[a-z0-9_]+(?:\.[a-z0-9_]+)*"
 _VALUE = r"(?:[0-9]+(?:\.[0-9]+)?(?:e-?[0-9]+)?|[A-Za-z][A-Za-z0-9]*)"
-# A sweep's run whose values keep apart what `file_stem` joins by hyphens: numbers and plain words.
+# The name of a sweep's run whose values are numbers and plain words: no two of these become the same in `file_stem`.
 SWEPT = re.compile(rf"[A-Za-z0-9_-]+/{_KEY}={_VALUE}(?:,{_KEY}={_VALUE})*")
-DIGITS = 6  # hexadecimal, of a name's digest
+DIGITS = 6  # hexadecimal digits of a name's digest
 
 
 def file_stem(name: str) -> str:
-    """A run's name as a file name and a word in a prompt: letters, digits, - and _ alone.
+    """A run's name as a file name and as a word in a prompt: letters, digits, - and _ alone.
 
-    `=` and `,` end a name in A1111's `<lora:NAME:1>`, a `.` ends it where programs cut off an ending, and `+` is a weight
-    or a space in some. A name of safe letters stays as it is, but for the / of a folder; "one/lora.rank=4,train.lr=0.01" is
-    "one-lora-rank-4-train-lr-0_01". Names that could become the same word have a few digits of their digest behind it.
+    In A1111's `<lora:NAME:1>` a `=` or `,` ends the name; a `.` ends it in programs that cut off file endings; `+` is a weight
+    or a space in some. A name without such characters stays as it is, with - for /. "one/lora.rank=4,train.lr=0.01" becomes
+    "one-lora-rank-4-train-lr-0_01". A name that another could become too ends with a few digits of its digest.
     """
     if SAFE.fullmatch(name):
         return name.replace("/", "-")
@@ -39,11 +39,11 @@ def embeddings_file(name: str) -> str:
 
 
 def webui_file(name: str) -> str:
-    """CLIP's rows alone, beside an embeddings file with several keys: Forge and A1111 refuse those."""
+    """CLIP's embeddings alone, for Forge and A1111, which refuse a file with several keys."""
     return f"{file_stem(name)}_emb_webui.safetensors"
 
 
 def find_embeddings(folder: Path, name: str) -> Path | None:
-    """A run's embeddings, also under the name that they had before export names were made safe; None where it has none."""
+    """A run's embeddings file, also under the name that earlier versions gave it; None where there is none."""
     former = f"{name.replace('/', '-')}_emb.safetensors"
     return next((folder / file for file in (embeddings_file(name), former) if (folder / file).is_file()), None)

@@ -1,4 +1,4 @@
-"""A spec file with what it extends: tables merge key by key, anything else is replaced; where each key stands is kept."""
+"""Reading a spec file with the files that it extends: tables merge key by key, all other values are replaced."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from runner.core.user_text import NotUtf8Error, read_user_text
 from runner.spec.toml_errors import toml_faults
 from runner.spec.toml_lines import KeyPath, key_lines, line_of
 
-KEY = "extends"
-DEEPEST = 8  # files in a chain; more is a mistake rather than a wish
+EXTENDS = "extends"
+MOST_FILES = 8  # of a chain; more is probably a mistake
 
-Locations = Mapping[KeyPath, tuple[Path, int]]
+Locations = Mapping[KeyPath, tuple[Path, int]]  # file and line of each key
 Reader = Callable[[Path], tuple[dict[str, Any], dict[KeyPath, int]]]
 
 
@@ -27,91 +27,94 @@ def read_with_lines(file: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
 
 
 def read_merged(
-    file: Path, below: tuple[Path, ...] = (), read: Reader = read_with_lines
+    file: Path, extended_by: tuple[Path, ...] = (), read: Reader = read_with_lines
 ) -> tuple[dict[str, Any], Locations]:
-    """The tables of a spec file laid over those of the file it extends, and file and line of each key.
+    """The tables of a spec file, merged over those of the file that it extends, and the location of each key.
 
-    below: the files that led here; read: how a file is read, so that its caller may keep what several extend. Raises
-    SpecError.
+    extended_by: the chain of files that led here; read: how to read one file, so that a caller can cache those that several
+    extend. Raises SpecError.
     """
     found, lines = read(file)
     tables = dict(found)
-    places: Locations = {where: (file, line) for where, line in lines.items()}
-    if KEY not in tables:
-        return tables, places
-    told, chain = tables.pop(KEY), (*below, file)
-    base = _base(told, chain, line_of(lines, (KEY,)))
-    under, under_places = read_merged(base, chain, read)
+    locations: Locations = {path: (file, line) for path, line in lines.items()}
+    if EXTENDS not in tables:
+        return tables, locations
+    chain = (*extended_by, file)
+    base = _base_file(tables.pop(EXTENDS), chain, line_of(lines, (EXTENDS,)))
+    base_tables, base_locations = read_merged(base, chain, read)
     replaced: set[KeyPath] = set()
-    laid = _deep_merge(under, tables, replaced)
-    kept = {where: place for where, place in under_places.items() if not _inside(where, replaced)}
-    return laid, {**kept, **places}
+    merged = _deep_merge(base_tables, tables, replaced)
+    kept = {path: location for path, location in base_locations.items() if not _is_inside(path, replaced)}
+    return merged, {**kept, **locations}
 
 
-def _base(told: Any, chain: tuple[Path, ...], line: int) -> Path:
+def _base_file(name: Any, chain: tuple[Path, ...], line: int) -> Path:
+    """The file that the last one of the chain extends. name: the value of `extends`. Raises SpecError."""
     file = chain[-1]
 
     def refused(message: str) -> SpecError:
-        return _refused(file, message, line, KEY)
+        return _refused(file, message, line, EXTENDS)
 
-    if not isinstance(told, str) or not told:
-        raise refused(f'expected the name of one TOML file, got {told!r}; write it as in extends = "base.toml"')
-    base = Path(os.path.normpath(file.parent / Path(told).expanduser()))
-    if base.resolve() in [one.resolve() for one in chain]:
-        way = " -> ".join(one.name for one in (*chain, base))
-        raise refused(f"the files extend each other in a circle ({way}); remove one {KEY}")
-    if len(chain) >= DEEPEST:
+    if not isinstance(name, str) or not name:
+        raise refused(f'expected the name of one TOML file, got {name!r}; write it as in extends = "base.toml"')
+    base = Path(os.path.normpath(file.parent / Path(name).expanduser()))
+    if base.resolve() in [earlier.resolve() for earlier in chain]:
+        circle = " -> ".join(path.name for path in (*chain, base))
+        raise refused(f"the files extend each other in a circle ({circle}); remove one {EXTENDS}")
+    if len(chain) >= MOST_FILES:
         raise refused(
-            f"expected at most {DEEPEST} files that extend each other, got {told!r} after them; merge some of them"
+            f"expected at most {MOST_FILES} files that extend each other, got {name!r} after them; merge some of them"
         )
     if not base.is_file():
-        raise refused(f"expected an existing file, got {told!r}; name a TOML file, relative to this one")
+        raise refused(f"expected an existing file, got {name!r}; name a TOML file, relative to this one")
     return base
 
 
 def _deep_merge(
     under: Mapping[str, Any], over: Mapping[str, Any], replaced: set[KeyPath], at: KeyPath = ()
 ) -> dict[str, Any]:
-    """`replaced`: gets the keys of which nothing is left."""
+    """Adds to `replaced` the keys of which nothing of `under` is left."""
     tables = dict(under)
     for key, value in over.items():
-        where = (*at, key)
+        path = (*at, key)
         if isinstance(value, dict) and isinstance(tables.get(key), dict):
-            tables[key] = _deep_merge(tables[key], value, replaced, where)
+            tables[key] = _deep_merge(tables[key], value, replaced, path)
         else:
             tables[key] = value
-            replaced.add(where)
+            replaced.add(path)
     return tables
 
 
-def _inside(where: KeyPath, replaced: Collection[KeyPath]) -> bool:
-    return any(where[:length] in replaced for length in range(1, len(where) + 1))
+def _is_inside(path: KeyPath, replaced: Collection[KeyPath]) -> bool:
+    return any(path[:length] in replaced for length in range(1, len(path) + 1))
 
 
-def location_of(places: Locations, where: KeyPath) -> tuple[Path, int] | None:
+def location_of(locations: Locations, path: KeyPath) -> tuple[Path, int] | None:
     """File and line of a key, else of the nearest table around it."""
-    for length in range(len(where), 0, -1):
-        if where[:length] in places:
-            return places[where[:length]]
+    for length in range(len(path), 0, -1):
+        if path[:length] in locations:
+            return locations[path[:length]]
     return None
 
 
 def base_only_files(files: Iterable[Path], read: Reader = read_with_lines) -> set[Path]:
-    """Those files that others of these extend and that are no whole spec: nobody means them as runs."""
-    found: dict[Path, dict[str, Any]] = {}
+    """Those that others extend and that are no whole spec: they are not meant as runs."""
+    merged: dict[Path, dict[str, Any]] = {}
     extended: set[Path] = set()
     for file in files:
         try:
-            own, _ = read(file)
-            found[file.resolve()] = read_merged(file, read=read)[0]
+            tables, _ = read(file)
+            merged[file.resolve()] = read_merged(file, read=read)[0]
         except SpecError:
-            continue  # told when the file is read as a spec
-        if isinstance(told := own.get(KEY), str):
-            extended.add((file.parent / Path(told).expanduser()).resolve())
-    return {file for file in extended & found.keys() if not _whole(found[file])}
+            continue  # reported when the file is read as a spec
+        if isinstance(base := tables.get(EXTENDS), str):
+            extended.add((file.parent / Path(base).expanduser()).resolve())
+    return {file for file in extended & merged.keys() if not _is_whole(merged[file])}
 
 
-def _whole(tables: Mapping[str, Any]) -> bool:
+def _is_whole(tables: Mapping[str, Any]) -> bool:
+    """Whether all required keys are set."""
+
     def has(table: str, *keys: str) -> bool:
         inner = tables.get(table)
         return isinstance(inner, dict) and any(key in inner for key in keys)
@@ -120,7 +123,7 @@ def _whole(tables: Mapping[str, Any]) -> bool:
 
 
 def read_toml(file: Path) -> tuple[dict[str, Any], str]:
-    """Raises SpecError with what is wrong with the file as such."""
+    """The tables of a file, and its text. Raises SpecError with every fault of its syntax."""
     try:
         text = read_user_text(file)
         return tomllib.loads(text), text
@@ -130,7 +133,7 @@ def read_toml(file: Path) -> tuple[dict[str, Any], str]:
         raise _refused(file, error.message, error.line) from error
     except OSError as error:
         raise _refused(file, f"cannot be read ({error.strerror}); name a TOML file that you may read") from error
-    except ValueError as error:  # TOMLDecodeError, and int() itself for thousands of digits
+    except ValueError as error:  # TOMLDecodeError, and int()'s for thousands of digits
         faults = [Fault(file, line, "", f"not TOML: {message}") for line, message in toml_faults(text)]
         raise SpecError(faults) from error
     except RecursionError as error:

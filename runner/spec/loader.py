@@ -18,7 +18,7 @@ from runner.spec.build import LoadedSpec, build_spec
 from runner.spec.defaults import drop_unused_inversion
 from runner.spec.extends import Reader, base_only_files, read_merged, read_with_lines
 from runner.spec.origins import origins_in
-from runner.spec.run_names import clashes, names_in
+from runner.spec.run_names import name_clashes, names_in
 from runner.spec.schema import RUN_NAME, VERSION_TABLE
 from runner.spec.source import SpecOrigin
 from runner.spec.tables import dotted_keys, flatten, set_key
@@ -47,7 +47,9 @@ def load_all(paths: Sequence[Path], runs: Path | None = None) -> tuple[list[Load
     variants = [variant for file in files for variant in _variants(file, runs, there)]
     specs = [spec for tables, source in variants if (spec := build_spec(tables, source, faults)) is not None]
     named = [spec for spec in specs if "name" not in spec.bad]
-    for position, message in clashes([(each.spec.name, each.source.file, bool(each.source.swept)) for each in named]):
+    for position, message in name_clashes(
+        [(each.spec.name, each.source.file, bool(each.source.swept)) for each in named]
+    ):
         faults.append(named[position].source.fault("name", message))
     return specs, list(dict.fromkeys(faults))
 
@@ -67,7 +69,7 @@ def load_text(text: str, file: Path) -> LoadedSpec:
 
 def path_at(text: str, source: SpecOrigin, key: str) -> Path:
     """The path that a key's text names, relative to the file that the key is in."""
-    return (source.place(key)[0].parent / Path(text).expanduser()).resolve()
+    return (source.location(key)[0].parent / Path(text).expanduser()).resolve()
 
 
 def _files(paths: Sequence[Path], faults: list[Fault], read: Reader) -> list[Path]:
@@ -99,7 +101,7 @@ class SpecFile:
 
 def _read_file(file: Path, faults: list[Fault], read: Reader) -> SpecFile | None:
     try:
-        tables, places = read_merged(file, read=read)
+        tables, locations = read_merged(file, read=read)
     except SpecError as error:
         faults += error.faults
         return None
@@ -110,11 +112,11 @@ def _read_file(file: Path, faults: list[Fault], read: Reader) -> SpecFile | None
         drop_unused_inversion(tables)
     origins = origins_in(read_user_text(file)) if is_resolved else {}
     sweep = flatten(tables.pop("sweep", {}))
-    source = SpecOrigin(file, places, {}, frozenset(dotted_keys(tables)), origins)
+    source = SpecOrigin(file, locations, {}, frozenset(dotted_keys(tables)), origins)
     tables.setdefault("name", file.stem)
     bad = [
-        Fault(*SpecOrigin(file, places, sweep).place(key.removeprefix("sweep.")), key, message)
-        for key, message in sweeps.faults(sweep, tables)
+        Fault(*SpecOrigin(file, locations, sweep).location(key.removeprefix("sweep.")), key, message)
+        for key, message in sweeps.sweep_faults(sweep, tables)
     ]
     faults += bad
     return None if bad else SpecFile(tables, source, sweep)
@@ -145,12 +147,12 @@ def _variants(file: SpecFile, runs: Path | None, there: Collection[str]) -> Iter
         yield file.first(), source  # this fault is reported once, not for every run
         return
 
-    def holds(name: str, swept: sweeps.Swept) -> bool:
+    def has_values(name: str, swept: sweeps.Swept) -> bool:
         assert runs is not None
-        return sweeps.holds(runs / name / "spec.toml", swept, lambda text, key: path_at(text, source, key))
+        return sweeps.has_values(runs / name / "spec.toml", swept, lambda text, key: path_at(text, source, key))
 
-    for run_name, swept in sweeps.expand(name, file.sweep, there, holds):
-        origin = SpecOrigin(source.file, source.places, swept, source.written, source.origins)
+    for run_name, swept in sweeps.expand(name, file.sweep, there, has_values):
+        origin = SpecOrigin(source.file, source.locations, swept, source.written, source.origins)
         yield _with_values(file.tables, run_name, swept), origin
 
 

@@ -1,4 +1,4 @@
-"""A resolved spec as TOML that says behind each key where its value came from, and reading that again. No torch."""
+"""The comments of a run folder's spec.toml, which say where each value came from: writing and reading them."""
 
 from __future__ import annotations
 
@@ -11,40 +11,39 @@ import tomli_w
 from runner.spec.toml_lines import key_lines
 
 DEFAULT = "default"
-_COMMENT = re.compile(
-    rf".*  # ({DEFAULT}$|(?:set|extended|sweep) .*)"
-)  # the last one: a text or a file's name may hold such
+# The last one of a line: a text or the name of a file may contain such a comment itself.
+_COMMENT = re.compile(rf".*  # ({DEFAULT}$|(?:set|extended|sweep) .*)")
 
 
 def annotated(tables: Mapping[str, Any], origin: Callable[[str], str]) -> str:
-    """TOML text of `tables`; `origin` of a dotted key ("tokens.0.name") is its comment."""
-    arrays = {key: value for key, value in tables.items() if isinstance(value, list) and value and _tables(value)}
+    """TOML text of `tables`. origin: the comment after a dotted key ("tokens.0.name")."""
+    arrays = {key: value for key, value in tables.items() if isinstance(value, list) and value and _are_tables(value)}
     text = tomli_w.dumps({key: value for key, value in tables.items() if key not in arrays})
-    for key, each in arrays.items():  # on lines of their own, where tomli_w puts short ones into one
-        text += "".join(f"\n[[{key}]]\n{tomli_w.dumps(one)}" for one in each)
+    for key, array in arrays.items():  # on lines of their own; tomli_w writes short ones on one line
+        text += "".join(f"\n[[{key}]]\n{tomli_w.dumps(table)}" for table in array)
     lines = text.split("\n")
-    for where, number in key_lines(text).items():
-        inner: Any = tables
-        for part in where:
-            inner = inner[part]
-        if not isinstance(inner, dict):
-            said = origin(".".join(map(str, where)))
-            lines[number - 1] += "  # " + "".join(c if c.isprintable() else "?" for c in said)
+    for path, number in key_lines(text).items():
+        value: Any = tables
+        for part in path:
+            value = value[part]
+        if not isinstance(value, dict):
+            comment = origin(".".join(map(str, path)))
+            lines[number - 1] += "  # " + "".join(c if c.isprintable() else "?" for c in comment)
     return "\n".join(lines)
 
 
 def origins_in(text: str) -> dict[str, str]:
-    """What `annotated` wrote behind each dotted key: "default", "set in FILE", "extended from FILE", "sweep in FILE".
+    """The comment of each dotted key: "default", "set in FILE", "extended from FILE" or "sweep in FILE".
 
-    {} where no key is said to be a default: the file is from elsewhere, or it was written from a run's own copy, by a
-    version that did not carry over what that one said, so that its comments tell nothing.
+    {} where no key is a default. The file is then not fluxrun's, or was written by a version that lost the comments of the run
+    folder's spec that it was queued from; what its comments say is of no use.
     """
-    lines, found = text.split("\n"), {}
-    for where, number in key_lines(text).items():
-        if said := _COMMENT.match(lines[number - 1]):
-            found[".".join(map(str, where))] = said[1]
-    return found if DEFAULT in found.values() else {}
+    lines, origins = text.split("\n"), {}
+    for path, number in key_lines(text).items():
+        if comment := _COMMENT.match(lines[number - 1]):
+            origins[".".join(map(str, path))] = comment[1]
+    return origins if DEFAULT in origins.values() else {}
 
 
-def _tables(value: list[Any]) -> bool:
-    return all(isinstance(one, dict) for one in value)
+def _are_tables(values: list[Any]) -> bool:
+    return all(isinstance(value, dict) for value in values)

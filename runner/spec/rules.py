@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from runner.spec.attention import HALF
+from runner.spec.attention import HALF_PRECISION_ONLY
 from runner.spec.schema import Recomputing, Spec
 from runner.spec.unknown_keys import show_value
 
@@ -102,7 +102,7 @@ def _eval_loss(spec: Spec) -> Iterator[BrokenRule]:
 
 
 def _attention(spec: Spec) -> Iterator[BrokenRule]:
-    if spec.model.attention in HALF and spec.model.dtype == "fp32":
+    if spec.model.attention in HALF_PRECISION_ONLY and spec.model.dtype == "fp32":
         message = f'{spec.model.attention} needs model.dtype bf16 or fp16, got fp32; use "native"'
         yield BrokenRule("model.attention", message, ("model.attention", "model.dtype"))
 

@@ -1,5 +1,8 @@
-"""What a run may be called. A name is the run's folder below the runs folder, NAME, or NAME/VALUES for a run of a sweep; no
-run's folder may hold another's, or be one of the runs folder's own files. No torch."""
+"""Which names runs may have.
+
+A run's name is its folder below the runs folder: NAME, or NAME/VALUES for a run of a sweep. No run's folder may hold another
+run's, or be one of the runs folder's own files.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +12,14 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from os.path import exists, isfile  # which answer no where a path is too long, and Path's raise
+from os.path import exists, isfile  # they answer False where a path is too long; Path's raise
 from pathlib import Path
 
 from runner.core import files
 from runner.spec.export_names import webui_file
 from runner.spec.unknown_keys import show_value
 
-# What the runs folder and every run's folder hold under fixed names, in lower case: some disks ignore case.
+# What the runs folder and every run's folder have under fixed names, in lower case: some disks ignore case.
 IN_RUNS_FOLDER = {
     "cache": "the cache of latents and text embeddings is there",
     "index.html": "the results page is there",
@@ -33,21 +36,22 @@ OTHER_NAME = "set another `name` in this spec (letters, digits and . _ = , + -)"
 # https://learn.microsoft.com/windows/win32/fileio/naming-a-file: device names, with any ending too; no dot at the end
 DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{number}" for port in ("com", "lpt") for number in range(10))}
 
-ASIDE = (
+PARTIAL_EXTRA = (
     len("..") + 7 + len(files.PARTIAL_SUFFIX)
-)  # bytes of `.FILE.PID.partial` beside the file's own name, a PID of up to 7 digits
+)  # bytes that `.FILE.PID.partial` adds to FILE; PID has up to 7 digits
+CHECKPOINT_NAME = 50  # bytes, at most
 LONGEST_PATH = 4095  # bytes, on Linux
-LONGEST_RUNS_FOLDER = LONGEST_PATH - 255  # with room below it for the cache's files
+LONGEST_RUNS_FOLDER = LONGEST_PATH - 255  # leaves room for the cache's files below it
 
 
 def names_in(runs: Path) -> list[str]:
-    """Names of the runs below a runs folder, sorted (runs of a sweep lie one level deeper)."""
-    found = {*runs.glob("*/spec.toml"), *runs.glob("*/*/spec.toml")}
-    return [path.parent.relative_to(runs).as_posix() for path in sorted(found)]
+    """Names of the runs in a runs folder, sorted. Those of a sweep's runs are NAME/VALUES, one folder deeper."""
+    spec_files = {*runs.glob("*/spec.toml"), *runs.glob("*/*/spec.toml")}
+    return [path.parent.relative_to(runs).as_posix() for path in sorted(spec_files)]
 
 
 def reserved(name: str) -> str | None:
-    """Why a run of this name would lie among fluxrun's own files, or None."""
+    """Why a run of this name would be among fluxrun's own files, or None."""
     first, *second = name.lower().split("/")
     if first in IN_RUNS_FOLDER:
         return IN_RUNS_FOLDER[first]
@@ -56,7 +60,7 @@ def reserved(name: str) -> str | None:
 
 
 def unportable(name: str) -> str | None:
-    """Why Windows could not hold this folder, e.g. when the runs folder is copied there, or None."""
+    """Why Windows cannot have a folder of this name, as when the runs folder is copied there, or None."""
     for part in name.lower().split("/"):
         stem = part.partition(".")[0]
         if stem in DEVICES:
@@ -66,82 +70,83 @@ def unportable(name: str) -> str | None:
     return None
 
 
-def allowed(text: str) -> str:
-    """The text as one part of a name: what may not stand in one becomes `-`."""
-    found = re.sub(r"[^A-Za-z0-9._=,+-]+", "-", text).lstrip("-.=,+")[:100].rstrip(".-")
-    if not found:
+def to_run_name(text: str) -> str:
+    """The text as a name of one part, with `-` for what a name may not have."""
+    name = re.sub(r"[^A-Za-z0-9._=,+-]+", "-", text).lstrip("-.=,+")[:100].rstrip(".-")
+    if not name:
         return "my-lora"
-    return f"run-{found}" if reserved(found) or unportable(found) else found
+    return f"run-{name}" if reserved(name) or unportable(name) else name
 
 
 @dataclass(frozen=True)
-class RunsThere:
-    """The runs below a runs folder. names: by themselves in lower case; inside: one of those that lie in a folder, by that
-    folder's name in lower case; around: the folder of a run that the runs folder itself lies in; file_name_limit: bytes
-    that its disk allows."""
+class ExistingRuns:
+    """The runs in a runs folder.
+
+    names: of all, by the same in lower case; nested: one of those inside another folder, by that folder's name in lower case;
+    around: the folder of a run that the runs folder itself is in; file_name_limit: bytes that the disk allows.
+    """
 
     names: Mapping[str, str]
-    inside: Mapping[str, str]
+    nested: Mapping[str, str]
     around: Path | None
     file_name_limit: int
 
     @classmethod
-    def below(cls, runs: Path) -> RunsThere:
+    def below(cls, runs: Path) -> ExistingRuns:
         names = names_in(runs)
-        inside = {name.partition("/")[0].lower(): name for name in reversed(names) if "/" in name}
+        nested = {name.partition("/")[0].lower(): name for name in reversed(names) if "/" in name}
         above = (runs.absolute(), *runs.absolute().parents)
-        around = [path for path in above if all(isfile(path / name) for name in ("plan.json", "spec.toml"))]
-        return cls(
-            {name.lower(): name for name in names}, inside, around[0] if around else None, _file_name_limit(above)
-        )
-
-
-def name_fault(name: str, runs: Path, there: RunsThere, *, swept: bool = False) -> str | None:
-    """Why a run of this name cannot have its folder below `runs`, or None. swept: a sweep gave the name."""
-    outer, _, inner = name.partition("/")
-    shown = show_value(f"{outer}/..." if swept else name)
-    own = there.names.get(name.lower())
-    way_out = _moving(runs, name) if own == name else OTHER_NAME
-    if why := reserved(name) or (None if own == name else unportable(name)):
-        return f"expected a usable name, got {shown} ({why}); {way_out}"
-    if inner and outer.lower() in there.names:
-        return f"expected a folder outside that of the run {there.names[outer.lower()]!r}, got {shown}; {way_out}"
-    if not inner and (held := there.inside.get(outer.lower())):
-        way_out = f"{OTHER_NAME}, or {_moving(runs, held)}"
-        return f"expected a folder that holds no other run, got {shown}, which holds {held!r}; {way_out}"
-    if own is not None and own != name:
-        return f"expected a name that differs from {own!r} in more than case, got {shown} (some disks ignore case); {way_out}"
-    if there.around:
-        return f"the runs folder {runs} is inside the folder of a run, {there.around}; choose another with --runs"
-    return _path_fault(name, runs, there, shown)
-
-
-def _moving(runs: Path, name: str) -> str:
-    """How a run that an earlier fluxrun made under this name is kept."""
-    other = allowed(name.replace("/", "-"))
-    return f"move that run (mv {runs / name} {runs / other}) and set name = {json.dumps(other)} in its spec"
+        around = (path for path in above if all(isfile(path / name) for name in ("plan.json", "spec.toml")))
+        return cls({name.lower(): name for name in names}, nested, next(around, None), _file_name_limit(above))
 
 
 def _file_name_limit(folders: Sequence[Path]) -> int:
-    """Of the disk that the first folder lies on, or will lie on: 255 nearly everywhere, 143 on an encrypted one."""
+    """Of the disk that the first folder is on, or will be: 255 nearly everywhere, 143 on an encrypted one."""
     with suppress(OSError):
         return os.pathconf(next(folder for folder in folders if exists(folder)), "PC_NAME_MAX")
     return 255
 
 
+def name_fault(name: str, runs: Path, existing: ExistingRuns, *, swept: bool = False) -> str | None:
+    """Why a run of this name cannot have its folder in `runs`, or None. swept: a sweep made the name."""
+    outer, _, inner = name.partition("/")
+    shown = show_value(f"{outer}/..." if swept else name)
+    same = existing.names.get(name.lower())
+    way_out = _how_to_move(runs, name) if same == name else OTHER_NAME
+    if reason := reserved(name) or (None if same == name else unportable(name)):
+        return f"expected a usable name, got {shown} ({reason}); {way_out}"
+    if inner and outer.lower() in existing.names:
+        return f"expected a folder outside that of the run {existing.names[outer.lower()]!r}, got {shown}; {way_out}"
+    if not inner and (other := existing.nested.get(outer.lower())):
+        way_out = f"{OTHER_NAME}, or {_how_to_move(runs, other)}"
+        return f"expected a folder that holds no other run, got {shown}, which holds {other!r}; {way_out}"
+    if same is not None and same != name:
+        return f"expected a name that differs from {same!r} in more than case, got {shown} (some disks ignore case); {way_out}"
+    if existing.around:
+        return f"the runs folder {runs} is inside the folder of a run, {existing.around}; choose another with --runs"
+    return _path_fault(name, runs, existing.file_name_limit, shown)
+
+
+def _how_to_move(runs: Path, name: str) -> str:
+    """How to keep a run that an earlier fluxrun made under this name."""
+    other = to_run_name(name.replace("/", "-"))
+    return f"move that run (mv {runs / name} {runs / other}) and set name = {json.dumps(other)} in its spec"
+
+
 def longest_file_name(name: str) -> int:
     """Bytes of the longest of a run's files, while it is written."""
-    return len(webui_file(name)) + ASIDE
+    return len(webui_file(name)) + PARTIAL_EXTRA
 
 
-def _path_fault(name: str, runs: Path, there: RunsThere, shown: str) -> str | None:
-    folder = runs / name
-    if (wanted := longest_file_name(name)) > there.file_name_limit:
+def _path_fault(name: str, runs: Path, file_name_limit: int, shown: str) -> str | None:
+    """shown: the name as the message shows it."""
+    folder, longest = runs / name, longest_file_name(name)
+    if longest > file_name_limit:
         return (
-            f"expected file names of at most {there.file_name_limit} bytes, as the disk of {runs} allows, got {wanted} bytes for "
+            f"expected file names of at most {file_name_limit} bytes, as the disk of {runs} allows, got {longest} bytes for "
             f"{shown}; set a shorter `name`, or another runs folder with --runs"
         )
-    length = len(str(folder.absolute()).encode()) + len("/checkpoints/") + max(wanted, 50)  # 50: a checkpoint's name
+    length = len(str(folder.absolute()).encode()) + len("/checkpoints/") + max(longest, CHECKPOINT_NAME)
     if length > LONGEST_PATH:
         return (
             f"expected file paths of at most {LONGEST_PATH} bytes, got {length} bytes for {shown}; set a shorter `name`, or a runs "
@@ -153,44 +158,39 @@ def _path_fault(name: str, runs: Path, there: RunsThere, shown: str) -> str | No
     return None
 
 
-def clashes(named: Sequence[tuple[str, Path, bool]]) -> Iterator[tuple[int, str]]:
-    """(position, message) for runs of one command whose folders would meet. named: name, spec file, and whether a sweep
-    gave the name."""
-    seen: dict[str, tuple[str, Path]] = {}
-    holders: dict[str, tuple[str, Path]] = {}  # folders of two-part names
+def name_clashes(named: Sequence[tuple[str, Path, bool]]) -> Iterator[tuple[int, str]]:
+    """(position, message) for runs of one command whose folders would be the same, or one inside the other.
+
+    named: the name, the spec file, and whether a sweep made the name.
+    """
+    first_uses: dict[str, tuple[str, Path]] = {}
+    holders: dict[str, tuple[str, Path]] = {}  # the outer folder of a name of two parts -> that name
     for position, (name, file, swept) in enumerate(named):
         outer, _, inner = name.partition("/")
         if inner:
             holders.setdefault(outer.lower(), (name, file))
-        if name.lower() not in seen:
-            seen[name.lower()] = name, file
-            continue
-        first, where = seen[name.lower()]
-        if swept:
-            yield (
-                position,
-                f"expected a different name for each sweep, got {show_value(outer)} here and in {where}; change the `name` of one",
-            )
-        elif first != name:
-            yield (
-                position,
-                (
-                    f"expected names that differ in more than case, got {show_value(name)} here and {show_value(first)} in {where} "
-                    "(some disks ignore case); change the `name` of one"
-                ),
-            )
+        if name.lower() in first_uses:
+            yield position, _same_name(name, *first_uses[name.lower()], swept=swept)
         else:
-            yield (
-                position,
-                f"expected a different name for each run, got {show_value(name)} here and in {where}; change one",
-            )
+            first_uses[name.lower()] = name, file
     for position, (name, _, _) in enumerate(named):
         if name.lower() in holders:
-            inside, where = holders[name.lower()]
+            inside, file = holders[name.lower()]
             yield (
                 position,
-                (
-                    f"expected a folder that holds no other run, got {show_value(name)} here and {show_value(inside)} in {where}; change "
-                    "the `name` of one"
-                ),
+                f"expected a folder that holds no other run, got {show_value(name)} here and {show_value(inside)} in {file}; "
+                "change the `name` of one",
             )
+
+
+def _same_name(name: str, first: str, file: Path, *, swept: bool) -> str:
+    """first: the name that `name` clashes with, in `file`."""
+    if swept:
+        sweep = show_value(name.partition("/")[0])
+        return f"expected a different name for each sweep, got {sweep} here and in {file}; change the `name` of one"
+    if first == name:
+        return f"expected a different name for each run, got {show_value(name)} here and in {file}; change one"
+    return (
+        f"expected names that differ in more than case, got {show_value(name)} here and {show_value(first)} in {file} (some disks "
+        "ignore case); change the `name` of one"
+    )

@@ -1,8 +1,8 @@
-"""[sweep]: one run for each combination of its lists, each with a name that is the same in every night. No torch.
+"""[sweep]: one run for each combination of its lists, named so that the same values have the same name every time.
 
-A run is named NAME/KEY=VALUE,KEY=VALUE. Numbers, true and false, and short ASCII text stand there as they are, with `-` for
-what a name may not hold. Other values (longer ones, other letters, two that would read the same) get a short digest behind
-what can be kept of them, so that a name never depends on what else is in the list.
+A run is named NAME/KEY=VALUE,KEY=VALUE. Numbers, true and false, and short ASCII text are written as they are, with `-` for
+characters that a name may not have. Other values (long ones, other letters, two that would read the same) are shortened and get
+a short digest, so that a run's name never depends on the other values of the list.
 """
 
 from __future__ import annotations
@@ -21,19 +21,20 @@ from typing import Any
 
 from runner.core.hashing import content_key
 from runner.spec.schema import LONGEST_RUN_NAME, RUN_NAME
+from runner.spec.tables import value_at
 from runner.spec.unknown_keys import show_value
 
 MOST_RUNS = 10_000  # of one command
-LONGEST_VALUE = 40  # characters of a value's name, less its digest
-SHORTER = 16  # the same, where the whole name would be too long
+LONGEST_VALUE = 40  # characters of a value in a name, without its digest
+SHORTER_VALUE = 16  # the same where the whole name would be too long
 DIGEST = 8  # hexadecimal digits
-LONGEST_NAME = LONGEST_RUN_NAME - DIGEST - 2  # characters of the sweep's own
+LONGEST_NAME = LONGEST_RUN_NAME - DIGEST - 2  # characters of the sweep's own name
 
 Swept = dict[str, Any]  # dotted key -> value
 
 
-def faults(sweep: Mapping[str, Any], tables: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """(dotted key, message) for what cannot be swept. tables: the spec's, less [sweep]."""
+def sweep_faults(sweep: Mapping[str, Any], tables: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """(dotted key, message) for what cannot be swept. tables: the spec's, without [sweep]."""
     name = tables.get("name")
     if sweep and isinstance(name, str) and re.match(RUN_NAME, name):
         if "/" in name:
@@ -54,40 +55,40 @@ def faults(sweep: Mapping[str, Any], tables: dict[str, Any]) -> Iterator[tuple[s
             )
         elif key in ("name", ""):
             yield f"sweep.{key}", "a sweep names its runs itself; sweep another key"
-        elif key.partition(".")[0] == "notify":  # an address may be a secret, and values stand in the runs' names
+        elif key.partition(".")[0] == "notify":  # an address may be a secret, and values are in the runs' names
             yield (
                 f"sweep.{key}",
                 "all runs of a sweep send the same notifications; write it below [notify] instead of [sweep]",
             )
-        elif twice := [text for text, count in Counter(map(_exact, values)).items() if count > 1]:
-            found = next(value for value in values if _exact(value) == twice[0])
-            yield f"sweep.{key}", f"expected each value once, got {show_value(found)} twice; remove one"
-        elif wrong := _no_place(tables, key):
-            yield f"sweep.{key}", wrong
+        elif repeated := [text for text, count in Counter(map(_exact, values)).items() if count > 1]:
+            value = next(value for value in values if _exact(value) == repeated[0])
+            yield f"sweep.{key}", f"expected each value once, got {show_value(value)} twice; remove one"
+        elif message := _no_entry(tables, key):
+            yield f"sweep.{key}", message
 
 
-def _no_place(tables: dict[str, Any], key: str) -> str | None:
-    """Of a key that names an entry of a list which has not so many."""
-    here: Any = tables
+def _no_entry(tables: dict[str, Any], key: str) -> str | None:
+    """What is wrong with a key that names an entry of a list, if the list does not have that many."""
+    table: Any = tables
     parts = key.split(".")
     for number, part in enumerate(parts):
-        if isinstance(here, list):
-            if not (part.isdecimal() and int(part) < len(here)):
+        if isinstance(table, list):
+            if not (part.isdecimal() and int(part) < len(table)):
                 name = ".".join(parts[:number])
-                return f"expected an entry that {name} has ({name}.0 is the first of {len(here)}), got {name}.{part}"
-            here = here[int(part)]
+                return f"expected an entry that {name} has ({name}.0 is the first of {len(table)}), got {name}.{part}"
+            table = table[int(part)]
         else:
-            here = here.get(part) if isinstance(here, dict) else None
+            table = table.get(part) if isinstance(table, dict) else None
     return None
 
 
 def count(sweep: Mapping[str, Sequence[Any]]) -> int:
-    """How many runs it asks for, without making them; 1 where nothing is swept."""
+    """The number of runs that it asks for; 1 where nothing is swept."""
     return math.prod(len(values) for values in sweep.values())
 
 
 def too_many(sweep: Mapping[str, Sequence[Any]]) -> str | None:
-    """Why this sweep alone is refused, or None. Nothing is expanded for it."""
+    """Why this sweep is refused by itself, or None. It is not expanded for that."""
     if (asked := count(sweep)) <= MOST_RUNS:
         return None
     product = " x ".join(f"{len(values):,} of {key}" for key, values in sweep.items())
@@ -99,105 +100,107 @@ def too_many(sweep: Mapping[str, Sequence[Any]]) -> str | None:
 
 @dataclass(frozen=True)
 class ValueName:
-    """How a value stands in a run's name. earlier: as every fluxrun up to 0.1 wrote it; full: with its digest."""
+    """How a value is written in a run's name.
 
-    own: str
-    earlier: str
-    full: str
+    text: today; in_0_1: as every fluxrun up to 0.1 wrote it; with_digest: with its digest, even where it needs none.
+    """
+
+    text: str
+    in_0_1: str
+    with_digest: str
 
 
 def expand(
-    name: str, sweep: Mapping[str, Sequence[Any]], there: Collection[str], holds: Callable[[str, Swept], bool]
+    name: str, sweep: Mapping[str, Sequence[Any]], there: Collection[str], has_values: Callable[[str, Swept], bool]
 ) -> Iterator[tuple[str, Swept]]:
-    """(name, values) of each run. there: names of the runs in the runs folder; holds: whether the one of this name has these
-    values. A run that lies there under another of its possible names keeps that: it was named by an earlier fluxrun, or
-    when other values stood beside it."""
+    """(name, values) of each run.
+
+    there: names of the runs in the runs folder; has_values: whether the run of that name has these values. A run that is there
+    under another of its possible names keeps that name: an earlier fluxrun gave it, or the list had other values.
+    """
     lists = [[*zip(values, _value_names(values), strict=True)] for values in sweep.values()]
     for chosen in itertools.product(*lists):
         swept = dict(zip(sweep, (value for value, _ in chosen), strict=True))
-        ways = [tuple(dict.fromkeys((one.own, one.earlier, one.full))) for _, one in chosen]
-        own = _joined(name, swept, [way[0] for way in ways])
-        if any(len(way) > 1 for way in ways):
-            possible = (_joined(name, swept, texts) for texts in itertools.product(*ways))
-            known = next((one for one in possible if one in there and holds(one, swept)), None)
-            free = own if own not in there else _joined(name, swept, [one.full for _, one in chosen])
-            own = known or free
-        yield own, swept
+        options = [tuple(dict.fromkeys((each.text, each.in_0_1, each.with_digest))) for _, each in chosen]
+        run_name = _joined(name, swept, [texts[0] for texts in options])
+        if any(len(texts) > 1 for texts in options):
+            possible = (_joined(name, swept, texts) for texts in itertools.product(*options))
+            existing = next((other for other in possible if other in there and has_values(other, swept)), None)
+            if existing is None and run_name in there:  # another run has it
+                run_name = _joined(name, swept, [each.with_digest for _, each in chosen])
+            run_name = existing or run_name
+        yield run_name, swept
 
 
-def holds(spec_file: Path, swept: Swept, path_at: Callable[[str, str], Path]) -> bool:
-    """Whether a run's own spec has these values; a path may stand there in full. One that cannot be read is taken to."""
+def has_values(spec_file: Path, swept: Swept, path_at: Callable[[str, str], Path]) -> bool:
+    """Whether a run's own spec has these values; a path may be written there in full.
+
+    path_at: the path that a text names as the value of a key. True for a spec that cannot be read.
+    """
     try:
         tables = tomllib.loads(spec_file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return True
 
-    def same(found: Any, value: Any, key: str) -> bool:
-        if isinstance(value, dict):  # defaults stand beside it
-            return isinstance(found, dict) and all(same(found.get(name), one, key) for name, one in value.items())
-        paths = isinstance(value, str) and isinstance(found, str) and str(path_at(value, key)) == found
-        return bool(found == value) or paths
+    def same(there: Any, value: Any, key: str) -> bool:
+        if isinstance(value, dict):  # its defaults are written there too
+            return isinstance(there, dict) and all(same(there.get(name), inner, key) for name, inner in value.items())
+        same_path = isinstance(value, str) and isinstance(there, str) and str(path_at(value, key)) == there
+        return bool(there == value) or same_path
 
-    for key, value in swept.items():
-        found: Any = tables
-        for part in key.split("."):
-            found = (
-                found[int(part)] if isinstance(found, list) else found.get(part) if isinstance(found, dict) else None
-            )
-        if not same(found, value, key):
-            return False
-    return True
+    return all(same(value_at(tables, key), value, key) for key, value in swept.items())
 
 
 def _value_names(values: Sequence[Any]) -> list[ValueName]:
-    texts = [_earlier(value) for value in values]
+    texts = [_safe(value) for value in values]
     readable = [_is_readable(value, text) for value, text in zip(values, texts, strict=True)]
-    as_written = Counter(text.lower() for value, text in zip(values, texts, strict=True) if text == value)
-    same = Counter(text.lower() for text, plain in zip(texts, readable, strict=True) if plain)
-    out = []
-    for value, text, plain in zip(values, texts, readable, strict=True):
+    unchanged = Counter(text.lower() for value, text in zip(values, texts, strict=True) if text == value)
+    same = Counter(text.lower() for text, is_readable in zip(texts, readable, strict=True) if is_readable)
+    names = []
+    for value, text, is_readable in zip(values, texts, readable, strict=True):
         if isinstance(value, int | float):
-            out.append(ValueName(str(value), text, str(value)))
+            names.append(ValueName(str(value), text, str(value)))
             continue
-        alone = (as_written if text == value else same)[text.lower()] == 1
+        is_unique = (unchanged if text == value else same)[text.lower()] == 1
         full = _with_digest(value, LONGEST_VALUE)
-        out.append(ValueName(text if plain and alone else full, text, full))
-    return out
+        names.append(ValueName(text if is_readable and is_unique else full, text, full))
+    return names
 
 
 def _is_readable(value: Any, text: str) -> bool:
-    """Whether the text tells enough of the value: no letter is lost, and Windows takes it."""
+    """Whether a value can be told from its text: it is short, no letter is lost, and Windows takes it as a folder's name."""
     return len(text) <= LONGEST_VALUE and str(value).isascii() and any(map(str.isalnum, text)) and text[-1] != "."
 
 
-def _earlier(value: Any) -> str:
+def _safe(value: Any) -> str:
+    """With `-` for characters that a name may not have."""
     return re.sub(r"[^A-Za-z0-9._+-]+", "-", str(value)).strip("-") or "-"
 
 
 def _with_digest(value: Any, longest: int) -> str:
-    """What can be kept of the value, and what tells it from every other one."""
-    plain = unicodedata.normalize("NFKD", str(value)).encode("ascii", "ignore").decode()  # a letter without its accent
-    kept = _earlier(plain)[:longest].strip("-")
+    """The beginning of the value, and a digest that tells it from every other one."""
+    ascii_only = unicodedata.normalize("NFKD", str(value)).encode("ascii", "ignore").decode()  # letters without accents
+    kept = _safe(ascii_only)[:longest].strip("-")
     digest = content_key(_exact(value))[:DIGEST]
     return f"{kept}-{digest}" if kept else digest
 
 
 def _exact(value: Any) -> str:
-    """The same for no two values: 1, 1.0, true and "1" differ."""
+    """Different for any two values: 1, 1.0, true and "1" differ."""
     return json.dumps(value, sort_keys=True, default=str)
 
 
 def _joined(name: str, swept: Swept, texts: Sequence[str]) -> str:
-    """NAME/KEY=VALUE,...; with shorter values, and at last cut, where that would be too long for a name."""
-    room = LONGEST_RUN_NAME - len(name) - 1
-    keys = [_earlier(key) for key in swept]
+    """NAME/KEY=VALUE,...; with shorter values where that is too long for a name, and cut where it still is."""
+    longest = LONGEST_RUN_NAME - len(name) - 1
+    keys = [_safe(key) for key in swept]
     label = ",".join(f"{key}={text}" for key, text in zip(keys, texts, strict=True))
-    if len(label) > room:
-        short = [
-            text if len(text) <= SHORTER + DIGEST else _with_digest(value, SHORTER)
+    if len(label) > longest:
+        shorter = [
+            text if len(text) <= SHORTER_VALUE + DIGEST else _with_digest(value, SHORTER_VALUE)
             for value, text in zip(swept.values(), texts, strict=True)
         ]
-        label = ",".join(f"{key}={text}" for key, text in zip(keys, short, strict=True))
-    if len(label) > room:
-        label = f"{label[: max(0, room - DIGEST - 1)]}-{content_key(_exact(swept))[:DIGEST]}"
+        label = ",".join(f"{key}={text}" for key, text in zip(keys, shorter, strict=True))
+    if len(label) > longest:
+        label = f"{label[: max(0, longest - DIGEST - 1)]}-{content_key(_exact(swept))[:DIGEST]}"
     return f"{name}/{label.lstrip('-')}"

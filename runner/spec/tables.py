@@ -35,6 +35,16 @@ def overlaps(key: str, other: str) -> bool:
     return key == other or key.startswith(f"{other}.") or other.startswith(f"{key}.")
 
 
+def value_at(tables: Any, key: str) -> Any:
+    """The value of a dotted key; None where there is none."""
+    for part in key.split("."):
+        if isinstance(tables, list):
+            tables = tables[int(part)] if part.isdecimal() and int(part) < len(tables) else None
+        else:
+            tables = tables.get(part) if isinstance(tables, Mapping) else None
+    return tables
+
+
 def set_key(tables: dict[str, Any], key: str, value: Any) -> None:
     """Sets a dotted key; missing tables are made. Nothing is set inside a value that is no table."""
     *folders, last = key.split(".")

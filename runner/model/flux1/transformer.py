@@ -16,7 +16,7 @@ from runner.core.errors import FluxrunError
 from runner.model.family import Predict, PromptEmbeds, TrainSettings
 from runner.model.flow_matching import NoisyBatch
 from runner.model.flux1.latents import image_ids
-from runner.spec.attention import ON_A_GPU
+from runner.spec.attention import GPU_ONLY
 
 
 def blocks_of(transformer: Any) -> list[nn.Module]:
@@ -54,7 +54,7 @@ def set_attention(transformer: Any, backend: str) -> None:
     """Choose the transformer's attention, by diffusers' name of the backend. Raises FluxrunError where this machine lacks it."""
     from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 
-    if backend in ON_A_GPU and transformer.device.type != "cuda":
+    if backend in GPU_ONLY and transformer.device.type != "cuda":
         raise FluxrunError(f"model.attention: {backend} needs an NVIDIA GPU (found {transformer.device}); use native")
     try:
         transformer.set_attention_backend(backend)
