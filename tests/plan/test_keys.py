@@ -129,7 +129,8 @@ def test_what_the_paths_point_at_counts(tmp_path: Path) -> None:
     """By the fingerprints of data and base."""
     spec = spec_of(tmp_path, LEAST)
     keys = {
-        make_plan(spec, facts).training_key for facts in (FACTS, replace(FACTS, data_fingerprint="x"), replace(FACTS, base_fingerprint="x"))
+        make_plan(spec, facts).training_key
+        for facts in (FACTS, replace(FACTS, data_fingerprint="x"), replace(FACTS, base_fingerprint="x"))
     }
     assert len(keys) == 3
 
