@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import time
 import traceback
 from contextlib import suppress
 from pathlib import Path
+
+from runner.core.user_cache import user_cache
 
 MAX_BYTES = 1 << 20  # of the file; a longer one is started again
 
 
 def traceback_file() -> Path:
     """In the user's cache folder, since `fluxrun check` writes nothing into the runs folder."""
-    cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path.home() / ".cache") / "fluxrun" / "errors.log"
+    return user_cache() / "errors.log"
 
 
 def summary_line(error: BaseException) -> str:

@@ -1,10 +1,10 @@
-"""How long a run will take and how much memory, by what earlier runs took: in the runs folder, or else on this machine. No torch."""
+"""How long a run will take and how much memory, from earlier runs: of the runs folder, or else of this machine."""
 
 from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,24 +16,35 @@ from runner.runs.run import find_runs
 from runner.runs.state import RunState
 from runner.spec.schema import dump
 
+# What two runs must share for their steps to take about the same time, besides the keys of `_comparable_key`.
+MODEL_KEYS = (
+    "base",
+    "dtype",
+    "quantize",
+    "gradient_checkpointing",
+    "attention",
+    "offload",
+    "compile",
+    "max_sequence_length",
+)
+
 
 @dataclass(frozen=True)
-class Pace:
-    """Of one earlier run. beside: seconds that were no training (encoding, export), where they can be told; images: per
-    step; exact: of the very batch asked for."""
+class StepTime:
+    """How long a step of an earlier run took. overhead_s: seconds spent outside training steps (encoding, export); 0 where
+    not known. peak: bytes. images: per step. exact: the batch is the one asked for."""
 
-    run: str
     s_per_step: float
-    beside: float
+    overhead_s: float
     peak: int | None
     images: int
-    exact: bool
+    exact: bool = False
 
 
 @dataclass(frozen=True)
 class TimeEstimate:
-    """What one run of a night will take; seconds and peak are None where no earlier run is alike. about: the batch
-    differed, and the time was taken to grow with it."""
+    """What a job will take; these are fields of `plan --json`. left: steps. seconds, peak (bytes): None where no earlier run is
+    comparable. about: the earlier run had another batch, and its time was scaled to this one."""
 
     left: int
     s_per_step: float | None
@@ -43,24 +54,24 @@ class TimeEstimate:
 
 
 def estimate_times(jobs: Sequence[Job], runs: Path, *, on_gpu: bool = True) -> list[TimeEstimate]:
-    """In the jobs' order. Alike is what has the same base, sizes, dtype and learning parts; the newest is taken. Where no
-    run in the folder is alike, what this machine's book has of such steps on the same kind of device."""
-    known, machine = _known(runs), _Machine(jobs, on_gpu)
-    out = []
+    """In the jobs' order. Taken from the newest comparable run in the folder (same base, sizes, dtype and trained parts), or
+    else from this machine's stored times on the same kind of device."""
+    in_folder, stored = _step_times_in(runs), _StoredTimes(jobs, on_gpu)
+    estimates = []
     for job in jobs:
-        own = dump(job.spec)
-        left = steps_left(job)
-        best = _best(known.get(_comparable(own)) or machine.paces(own), _images(own))
+        tables = dump(job.spec)
+        images, left = _images_per_step(tables), steps_left(job)
+        nearest = _nearest(in_folder.get(_comparable_key(tables)) or stored.step_times(tables), images)
         if left == 0:
-            out.append(TimeEstimate(0, None, 0.0, None, False))
-        elif best is None:
-            out.append(TimeEstimate(left, None, None, None, False))
+            estimates.append(TimeEstimate(0, None, 0.0, None, False))
+        elif nearest is None:
+            estimates.append(TimeEstimate(left, None, None, None, False))
         else:
-            pace = best.s_per_step * _images(own) / best.images
-            out.append(
-                TimeEstimate(left, pace, left * pace + best.beside, best.peak if best.exact else None, not best.exact)
-            )
-    return out
+            s_per_step = nearest.s_per_step * images / nearest.images
+            seconds = left * s_per_step + nearest.overhead_s
+            peak = nearest.peak if nearest.exact else None
+            estimates.append(TimeEstimate(left, s_per_step, seconds, peak, not nearest.exact))
+    return estimates
 
 
 def steps_left(job: Job) -> int:
@@ -69,53 +80,67 @@ def steps_left(job: Job) -> int:
     if job.status.state not in ("resume", "running", "waiting"):
         return job.plan.steps
     state = job.run.state()
-    if state.ended:  # early: what is left is the export
+    if state.ended:  # training ended early, so only the export is left
         return 0
-    saved = max((step for step, _ in job.run.checkpoint_files()), default=0)
-    return max(0, job.plan.steps - (int(state.step or 0) if job.status.state == "running" else saved))
+    reached = int(state.step or 0) if job.status.state == "running" else job.run.newest_step()
+    return max(0, job.plan.steps - reached)
 
 
-def _best(found: Sequence[Pace], images: int) -> Pace | None:
-    exact = [one for one in found if one.images == images]
+def remember_timing(jobs: Sequence[Job], *, on_gpu: bool) -> None:
+    """Store the times of those jobs that are done for later plans on this machine."""
+    device, bases = hardware.device_name(on_gpu=on_gpu), timing_store.base_names(jobs)
+    rows = {}
+    for job in jobs:
+        tables, state = dump(job.spec), job.run.state()
+        if state.state == "done" and (time := _step_time(tables, state)):
+            key = stored_key(device, bases[job.spec.model.base], tables, tables["data"]["resolution"])
+            row = {"images": time.images, "s_per_step": time.s_per_step, "beside": time.overhead_s, "peak": time.peak}
+            rows[key] = {name: value for name, value in row.items() if value is not None}
+    timing_store.store(rows)
+
+
+def _nearest(times: Sequence[StepTime], images: int) -> StepTime | None:
+    """The newest with as many images per step, or else the newest."""
+    exact = [time for time in times if time.images == images]
     if exact:
-        return Pace(**{**vars(exact[-1]), "exact": True})
-    return found[-1] if found else None
+        return replace(exact[-1], exact=True)
+    return times[-1] if times else None
 
 
-def _known(runs: Path) -> dict[str, list[Pace]]:
-    """The paces of the runs that are there, the oldest first."""
-    found: list[tuple[float, str, Pace]] = []
+def _step_times_in(runs: Path) -> dict[str, list[StepTime]]:
+    """Of the runs in a folder, by `_comparable_key`, the oldest first."""
+    found: list[tuple[float, str, StepTime]] = []
     for run in find_runs(runs):
         state = run.state()
         try:
             tables = tomllib.loads(run.spec_file.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
-        if one := _pace(run.name, tables, state):
-            found.append((state.updated or 0.0, _comparable(tables), one))
-    out: dict[str, list[Pace]] = {}
-    for _, alike, one in sorted(found, key=lambda each: each[0]):
-        out.setdefault(alike, []).append(one)
-    return out
+        if time := _step_time(tables, state):
+            found.append((state.updated or 0.0, _comparable_key(tables), time))
+    by_key: dict[str, list[StepTime]] = {}
+    for _, key, time in sorted(found, key=lambda each: each[0]):
+        by_key.setdefault(key, []).append(time)
+    return by_key
 
 
-def _pace(name: str, tables: Mapping[str, Any], state: RunState) -> Pace | None:
-    """What one run's state tells, None where it has no time of a step."""
-    pace, steps, peak = state.s_per_step, state.step, state.peak_memory_bytes
-    if pace is None or not isinstance(steps, int) or pace <= 0:
+def _step_time(tables: Mapping[str, Any], state: RunState) -> StepTime | None:
+    """From a run's spec and state; None where it has not timed a step."""
+    s_per_step, steps, peak = state.s_per_step, state.step, state.peak_memory_bytes
+    if s_per_step is None or not isinstance(steps, int) or s_per_step <= 0:
         return None
-    whole = state.state == "done" and state.attempts == 1
-    beside = max(0.0, (state.wall_s or 0.0) - pace * steps) if whole else 0.0
-    return Pace(name, float(pace), beside, peak if isinstance(peak, int) else None, _images(tables), False)
+    in_one_go = state.state == "done" and state.attempts == 1
+    overhead_s = max(0.0, (state.wall_s or 0.0) - s_per_step * steps) if in_one_go else 0.0
+    return StepTime(float(s_per_step), overhead_s, peak if isinstance(peak, int) else None, _images_per_step(tables))
 
 
-def _images(tables: Mapping[str, Any]) -> int:
+def _images_per_step(tables: Mapping[str, Any]) -> int:
     train = tables.get("train") or {}
     return max(1, int(train.get("batch_size", 1)) * int(train.get("accumulate", 1)))
 
 
-class _Machine:
-    """What the machine's book tells of jobs; it is read at the first question."""
+class _StoredTimes:
+    """This machine's stored times for jobs. The store is read when the first job needs it."""
 
     def __init__(self, jobs: Sequence[Job], on_gpu: bool) -> None:
         self.jobs, self.on_gpu = jobs, on_gpu
@@ -125,71 +150,56 @@ class _Machine:
         return timing_store.read_entries()
 
     @cached_property
-    def names(self) -> tuple[str, dict[str, str]]:
-        return hardware.device_name(on_gpu=self.on_gpu), timing_store.jobs_on(self.jobs)
+    def device(self) -> str:
+        return hardware.device_name(on_gpu=self.on_gpu)
 
-    def paces(self, tables: Mapping[str, Any]) -> list[Pace]:
-        """Of the same resolution; of several, the mean of each one's, since they take turns."""
+    @cached_property
+    def bases(self) -> dict[str, str]:
+        return timing_store.base_names(self.jobs)
+
+    def step_times(self, tables: Mapping[str, Any]) -> list[StepTime]:
+        """Of the same resolution. For a spec with several resolutions, which take turns, the mean over single ones, or else
+        the times of the same list."""
         if not self.entries:
             return []
-        sides = tables["data"]["resolution"]
-        sides = sides if isinstance(sides, list) else [sides]
-        found = [self._of(tables, side) for side in sides]
-        if not all(found):
-            return self._of(tables, tables["data"]["resolution"])
-        if len(found) == 1:
-            return found[0]
-        firsts = [_best(one, _images(tables)) for one in found]
-        means = [one for one in firsts if one is not None]
-        if len({one.images for one in means}) != 1:
+        resolution = tables["data"]["resolution"]
+        sides = resolution if isinstance(resolution, list) else [resolution]
+        by_side = [self._at(tables, side) for side in sides]
+        if not all(by_side):
+            return self._at(tables, resolution)
+        if len(by_side) == 1:
+            return by_side[0]
+        chosen = [time for times in by_side if (time := _nearest(times, _images_per_step(tables)))]
+        if len({time.images for time in chosen}) != 1:
             return []
-        mean = sum(one.s_per_step for one in means) / len(means)
-        return [Pace("", mean, max(one.beside for one in means), None, means[0].images, False)]
+        mean = sum(time.s_per_step for time in chosen) / len(chosen)
+        return [StepTime(mean, max(time.overhead_s for time in chosen), None, chosen[0].images)]
 
-    def _of(self, tables: Mapping[str, Any], resolution: object) -> list[Pace]:
-        device, bases = self.names
-        key = book_key(device, bases[tables["model"]["base"]], tables, resolution)
+    def _at(self, tables: Mapping[str, Any], resolution: object) -> list[StepTime]:
+        key = stored_key(self.device, self.bases[tables["model"]["base"]], tables, resolution)
         return [
-            Pace("", row["s_per_step"], row["beside"], row.get("peak"), row["images"], False)
+            StepTime(row["s_per_step"], row["beside"], row.get("peak"), row["images"])
             for row in self.entries.get(key, ())
         ]
 
 
-def remember_timing(jobs: Sequence[Job], *, on_gpu: bool) -> None:
-    """Put into the machine's book what these runs took, those of them that are done."""
-    device, bases = hardware.device_name(on_gpu=on_gpu), timing_store.jobs_on(jobs)
-    rows = {}
-    for job in jobs:
-        tables, state = dump(job.spec), job.run.state()
-        if state.state == "done" and (pace := _pace(job.run.name, tables, state)):
-            key = book_key(device, bases[job.spec.model.base], tables, tables["data"]["resolution"])
-            row = {"images": pace.images, "s_per_step": pace.s_per_step, "beside": pace.beside, "peak": pace.peak}
-            rows[key] = {name: value for name, value in row.items() if value is not None}
-    timing_store.store(rows)
+def stored_key(device: str, base: str, tables: Mapping[str, Any], resolution: object) -> str:
+    """Of the times of a spec's steps on a device. base: `timing_store.base_name`, which replaces the path in the spec."""
+    changed = {
+        **tables,
+        "model": {**tables["model"], "base": None},
+        "data": {**tables["data"], "resolution": resolution},
+    }
+    return timing_store.entry_key(device, base, _comparable_key(changed))
 
 
-def book_key(device: str, base: str, tables: Mapping[str, Any], resolution: object) -> str:
-    here = {**tables, "model": {**tables["model"], "base": None}, "data": {**tables["data"], "resolution": resolution}}
-    return timing_store.entry_key(device, base, _comparable(here))
-
-
-def _comparable(tables: Mapping[str, Any]) -> str:
-    """What two runs must share for their steps to take about the same time, as one text."""
+def _comparable_key(tables: Mapping[str, Any]) -> str:
+    """Equal for runs whose steps take about the same time."""
     model, data = tables.get("model") or {}, tables.get("data") or {}
     lora, inversion = tables.get("lora") or {}, tables.get("inversion") or {}
-    model_keys = (
-        "base",
-        "dtype",
-        "quantize",
-        "gradient_checkpointing",
-        "attention",
-        "offload",
-        "compile",
-        "max_sequence_length",
-    )
     return repr(
         [
-            *(model.get(key) for key in model_keys),
+            *(model.get(key) for key in MODEL_KEYS),
             data.get("resolution"),
             bool(data.get("buckets")),
             inversion.get("encoders") if tables.get("tokens") else None,

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from runner.core.errors import FluxrunError
+from runner.core.user_cache import user_cache
 from runner.spec.dtypes import Dtype, base_dtype
 
 TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
@@ -50,7 +51,7 @@ def prepare_device(device: torch.device, *, tf32: bool) -> None:
 def compiled_folder() -> Path:
     """Where torch keeps compiled code and Triton's kernels between processes. In the user's cache, not in the runs folder: it holds
     code and pickles, which must not travel with a folder of runs."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fluxrun" / "compile"
+    return user_cache() / "compile"
 
 
 def resolve_dtype(name: Dtype | None, device: torch.device) -> torch.dtype:

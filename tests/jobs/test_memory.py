@@ -389,7 +389,7 @@ def test_several_resolutions_take_turns(house: House) -> None:
         tables = dump(job.spec)
         device, base = hardware.device_name(on_gpu=False), timing_store.base_name("builtin:tiny")
         timing_store.store(
-            {timing.book_key(device, base, tables, side): {"images": 2, "s_per_step": seconds, "beside": 1.0}}
+            {timing.stored_key(device, base, tables, side): {"images": 2, "s_per_step": seconds, "beside": 1.0}}
         )
     jobs = prepare_jobs(
         [house.spec("b", resolution="resolution = [64, 128]")], house.folder / "runs", fetch=False, fresh=False
