@@ -30,7 +30,7 @@ for each combination) are read before the tables below: both are in [writing-spe
 ABOUT = {  # of tables whose presence means something
     "prior": "Prior preservation; off without this table.",
     "tokens": "An array of tables: one `[[tokens]]` for each new word. Its presence turns pivotal tuning on.",
-    "inversion": "How the rows of `[[tokens]]` are learned.",
+    "inversion": "How the embeddings of `[[tokens]]` are trained.",
     "text_lora": "A LoRA of the CLIP encoder; off without this table, and not together with `[[tokens]]`.",
     "train.weighting": "Density and weight of the timesteps. The other keys go with one scheme each.",
     "optimizer": "The keys below `name` are the chosen optimizer's own.",

@@ -1,4 +1,4 @@
-"""What other trainers call a spec's keys, for people who come from them.
+"""What other trainers call the keys of a spec, for users who come from them.
 
 The names are those of each program's own options and example files: diffusers'
 examples/advanced_diffusion_training/train_dreambooth_lora_flux_advanced.py, kohya-ss/sd-scripts (library/config_util.py,
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-# program -> its name -> a key here, a table in brackets, or a whole line
+# program -> its name of a setting -> the key here, a table in brackets, or a whole line
 PROGRAMS: Mapping[str, Mapping[str, str]] = {
     "the reference script": {
         "pretrained_model_name_or_path": "model.base",
@@ -185,15 +185,15 @@ PROGRAMS: Mapping[str, Mapping[str, str]] = {
 }  # fmt: skip
 
 CROPS = "crops are random unless data.center_crop = true"
-ONLY_FLOW = "FLUX.1 is trained by flow matching, for which it has no meaning"
+ONLY_FLOW = "FLUX.1 is trained by flow matching, where it has no meaning"
 CACHED = "latents and embeddings are always cached"
 WHOLE_BASE = "model.base names a folder or hub model that holds every part"
 SHAPES = "data.resolution and data.buckets decide the sizes"
 IN_STEPS = "steps are counted, not epochs"
 NO_EMA = "no average of the weights is kept"
-GOES_ON = "the same `fluxrun queue` command goes on from the last checkpoint"
+GOES_ON = "the same `fluxrun queue` command resumes from the last checkpoint"
 PLAIN_PICTURES = "sample pictures are drawn at guidance 3.5, without a negative prompt"
-RUN_FOLDER = "everything of a run lies in its folder below --runs"
+RUN_FOLDER = "all files of a run are in its folder below --runs"
 
 # name -> why there is no such key
 NO_KEY: Mapping[str, str] = {
@@ -208,34 +208,34 @@ NO_KEY: Mapping[str, str] = {
     **dict.fromkeys(("output_dir", "logging_dir", "training_folder", "workspace_dir"), RUN_FOLDER),
     **dict.fromkeys(("ema", "ema_config", "use_ema", "ema_decay"), NO_EMA),
     **dict.fromkeys(("resume", "resume_from_checkpoint", "save_state"), GOES_ON),
-    **dict.fromkeys(("caption_extension", "caption_ext"), "a picture's caption is the .txt file beside it"),
+    **dict.fromkeys(("caption_extension", "caption_ext"), "the caption of a picture is in the .txt file beside it"),
     **dict.fromkeys(("shuffle_caption", "shuffle_tokens", "keep_tokens"), "captions are read as they are written"),
-    **dict.fromkeys(("network_module", "network_args", "lora_type", "peft_type"), "a plain LoRA is what is trained"),
-    **dict.fromkeys(("network_train_unet_only", "train_unet"), "the text encoders learn only where [[tokens]] or [text_lora] is"),
+    **dict.fromkeys(("network_module", "network_args", "lora_type", "peft_type"), "only plain LoRAs are trained"),
+    **dict.fromkeys(("network_train_unet_only", "train_unet"), "text encoders are trained only with [[tokens]] or [text_lora]"),
     **dict.fromkeys(("validation_guidance", "validation_negative_prompt", "neg"), PLAIN_PICTURES),
-    **dict.fromkeys(("disable_sampling", "skip_first_sample"), "without validate.prompts no pictures are drawn"),
+    **dict.fromkeys(("disable_sampling", "skip_first_sample"), "no pictures are drawn without validate.prompts"),
     "random_crop": CROPS,
-    "color_aug": "colours are left as they are",
-    "is_reg": "regularisation images are a table of their own, [prior]",
-    "network_weights": "a LoRA always begins anew",
-    "optimizer_args": "an optimizer's numbers are keys of [optimizer]",
+    "color_aug": "colors are not changed",
+    "is_reg": "class images have a table, [prior]",
+    "network_weights": "a LoRA always starts from scratch",
+    "optimizer_args": "the numbers of an optimizer are keys of [optimizer]",
     "save_every_n_epochs": f"{IN_STEPS}, by checkpoint.every",
     "sample_every_n_epochs": f"{IN_STEPS}, by validate.every",
-    "save_last_n_steps": "checkpoint.keep is how many checkpoints are kept",
+    "save_last_n_steps": "checkpoint.keep is the number of checkpoints kept",
     "save_model_as": "exports are safetensors",
-    "device": "the --gpus of `fluxrun queue` says where runs run",
-    "local_rank": "compute.gpus says how many GPUs a run takes",
-    "upcast_before_saving": "what is trained is kept in fp32",
+    "device": "choose devices with `fluxrun queue --gpus`",
+    "local_rank": "compute.gpus is the number of GPUs of a run",
+    "upcast_before_saving": "trained weights are kept in fp32",
 }  # fmt: skip
 
-# The same of keys that have another meaning in another table.
+# The same for keys that mean something else in another table.
 NOT_THERE: Mapping[str, str] = {
-    "validate.guidance": "sample pictures are always drawn at guidance 3.5; train.guidance is the training's",
+    "validate.guidance": "sample pictures are always drawn at guidance 3.5; train.guidance is for training",
     "validate.negative_prompt": NO_KEY["neg"],
-    "validate.seed": "the seeds of sample pictures follow from the run's own `seed`",
+    "validate.seed": "the seeds of sample pictures are derived from the run's `seed`",
 }
 
 
 def named_by(name: str) -> tuple[str, str] | None:
-    """(program, what it is here) of another program's name."""
+    """(program, what it is here) for another program's name of a setting; None for an unknown one."""
     return next(((program, names[name]) for program, names in PROGRAMS.items() if name in names), None)

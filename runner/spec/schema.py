@@ -1,4 +1,9 @@
-"""The spec: what a user writes. Frozen, one model per TOML table; reading and checking is `runner.spec.loader`'s."""
+"""The spec: what a user writes, as one frozen model for each TOML table.
+
+The models state every key's type, limits, default and meaning. Messages, docs/keys.md, `fluxrun new` and `fluxrun schema` are
+made from them. Defaults that depend on other keys are in `runner.spec.defaults`, rules over several keys in
+`runner.spec.rules`. Reading files is in `runner.spec.loader`.
+"""
 
 from __future__ import annotations
 
@@ -11,28 +16,25 @@ from runner.spec.dtypes import Dtype
 
 Natural = Annotated[int, Field(ge=1, le=2**31)]
 Whole = Annotated[int, Field(ge=0, le=2**31)]
-Part = Annotated[float, Field(ge=0, le=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
 Below1 = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
-Side = Annotated[int, Field(ge=16, le=8192, multiple_of=16)]
+Side = Annotated[int, Field(ge=16, le=8192, multiple_of=16)]  # pixels
 
 ONE_LINE = r"^[^\x00-\x1f]*$"
 WORD = r"^[A-Za-z_][A-Za-z0-9_]*$"
 RUN_NAME = r"^[A-Za-z0-9_][A-Za-z0-9._=,+-]*(/[A-Za-z0-9_][A-Za-z0-9._=,+-]*)?$"
-LONGEST_RUN_NAME = 200  # characters, all of one byte: with what export files add, a file's name stays below 255
+LONGEST_RUN_NAME = 200  # characters, of one byte each: a file name stays below 255 with what exported files add
 
 Line = Annotated[str, Field(min_length=1, max_length=4000, pattern=ONE_LINE)]
+Recomputing = bool | Natural | Literal["selective"]
 
-
-VERSION_TABLE = "fluxrun"  # in the specs that fluxrun itself writes into run folders, and in no others
+VERSION_TABLE = "fluxrun"  # only in the specs that fluxrun writes into run folders
 
 
 def key(default: Any, description: str) -> Any:
     return Field(default=default, description=description)
-
-
-Recomputing = bool | Natural | Literal["selective"]
 
 
 class Table(BaseModel):
@@ -40,27 +42,32 @@ class Table(BaseModel):
 
 
 class Model(Table):
+    """The base model, and how it is kept in memory and computed."""
+
     base: Line = Field(description="Hub id, folder in diffusers' layout, or builtin:tiny")
     revision: Line | None = key(None, "Branch, tag or commit of a hub base")
     variant: Line | None = key(None, "Weight file variant, e.g. fp16")
     dtype: Dtype | None = key(None, "Number format of the frozen base; default bf16 on a GPU, fp32 on a CPU")
     quantize: Literal["none", "int8", "fp8", "nf4"] = key(
-        "none", "Hold the frozen transformer and T5 in 8 or 4 bits; nf4 needs bitsandbytes"
+        "none", "Keep the frozen transformer and T5 in 8 or 4 bits; nf4 needs bitsandbytes"
     )
     gradient_checkpointing: Recomputing = key(
         False,
-        "Recompute activations in the backward pass, of every block, every n-th, or the cheapest of all: less memory, slower",
+        "Recompute activations in the backward pass, of every block, every n-th, or only the cheapest of each: less memory, slower",
     )
-    attention: Attention = key("native", "Attention kernel of the transformer while it trains, by diffusers' names")
+    attention: Attention = key("native", "Attention kernel of the transformer in training, by diffusers' names")
     offload: Literal["none", "blocks"] = key(
-        "none", "Where the transformer's and T5's blocks wait for their turn: on the device, or in host memory"
+        "none",
+        "Where the blocks of the transformer and T5 are kept between their uses: on the device, or in host memory",
     )
     compile: bool = key(False, "torch.compile the transformer's blocks")
     tf32: bool = key(True, "Allow TF32 matmuls on a GPU")
-    max_sequence_length: Annotated[int, Field(ge=8, le=512)] = key(512, "Number of tokens that T5 reads of a caption")
+    max_sequence_length: Annotated[int, Field(ge=8, le=512)] = key(512, "Number of tokens of a caption that T5 reads")
 
 
 class Data(Table):
+    """The training images and their captions."""
+
     source: Line = Field(description="Folder of images (captions in NAME.txt), imagefolder, or hub data set")
     config: Line | None = key(None, "Configuration of a hub data set")
     split: Line = key("train", "Split of a hub data set")
@@ -72,111 +79,137 @@ class Data(Table):
         512, "Side of the training square in pixels; a list trains each image at several"
     )
     buckets: bool = key(False, "Train each image near its own shape (aspect-ratio buckets) instead of as a square")
-    center_crop: bool = key(False, "Crop the middle of each image instead of a random place")
+    center_crop: bool = key(False, "Crop the center of each image instead of a random place")
     random_flip: bool = key(False, "Mirror a random half of the images")
     interpolation: Literal["lanczos", "bicubic", "bilinear", "box", "hamming", "nearest"] = key(
         "lanczos", "Filter that resizes the images"
     )
     variants: Natural | None = key(
-        None, "Number of random crops and mirrorings kept of each image; default 4, or 1 where nothing is random"
+        None, "Number of random crops and flips kept of each image; default 4, or 1 where nothing is random"
     )
-    caption_dropout: Part = key(0.0, "Share of the captions that are replaced by an empty one")
-    holdout: Whole = key(0, "Number of images that are kept from training, for the eval loss")
+    caption_dropout: Fraction = key(0.0, "Fraction of the captions that are replaced by an empty one")
+    holdout: Whole = key(0, "Number of images held out from training, for the eval loss")
     workers: Whole = key(0, "Number of threads that decode images")
 
 
 class Prior(Table):
-    images: Line = Field(description="Folder of class images; the base makes those that are missing")
+    """Prior preservation: images of the class, trained on beside the others."""
+
+    images: Line = Field(description="Folder of class images; the base generates those that are missing")
     prompt: Line = Field(description="Prompt of the class images")
     count: Natural = key(100, "Number of class images")
     weight: NotNegative = key(1.0, "Weight of the prior loss")
-    dtype: Dtype | None = key(None, "Number format in which class images are made; default model.dtype")
-    batch_size: Natural = key(4, "Number of class images made at a time")
+    dtype: Dtype | None = key(None, "Number format in which class images are generated; default model.dtype")
+    batch_size: Natural = key(4, "Number of class images generated at a time")
 
 
 class Token(Table):
+    """A new word that the text encoders learn."""
+
     name: Annotated[str, Field(pattern=WORD, max_length=64)] = Field(
         description="The word that stands for the concept in prompts and captions"
     )
-    vectors: Annotated[int, Field(ge=1, le=64)] = key(2, "Number of embedding rows learned for the token")
-    initializer: Line | None = key(None, "Phrase whose embeddings the rows start from; random when absent")
+    vectors: Annotated[int, Field(ge=1, le=64)] = key(2, "Number of embedding vectors learned for the token")
+    initializer: Line | None = key(None, "Phrase whose embeddings the vectors start from; random if not set")
     placeholder: Annotated[str, Field(pattern=r"^[a-z]([a-z0-9-]*[a-z])?$", max_length=32)] | None = key(
         None,
-        'Word its vocabulary entries are named by, of a-z, 0-9 and -, a letter at both ends: "bird" gives <bird0><bird1>; '
+        'Word that names its vocabulary entries, of a-z, 0-9 and -, with a letter at both ends: "bird" gives <bird0><bird1>; '
         "default s, counted over all tokens",
     )
 
 
 class Inversion(Table):
+    """How the embeddings of the tokens are trained."""
+
     encoders: Annotated[tuple[Literal["clip", "t5"], ...], Field(min_length=1, strict=False)] = key(
-        ("clip",), "Text encoders that learn rows"
+        ("clip",), "Text encoders that learn token embeddings"
     )
     until: Annotated[float, Field(gt=0, le=1)] | None = key(
-        None, "Share of the steps in which rows learn; default 0.5, or 1.0 where lora.until = 0"
+        None, "Fraction of the steps in which token embeddings are trained; default 0.5, or 1.0 where lora.until = 0"
     )
-    lr: Positive | None = key(None, "Learning rate of the rows; default train.lr")
-    weight_decay: NotNegative = key(1e-3, "Weight decay of the rows")
+    lr: Positive | None = key(None, "Learning rate of the token embeddings; default train.lr")
+    weight_decay: NotNegative = key(1e-3, "Weight decay of the token embeddings")
     pooling: Literal["diffusers", "eos", "both"] = key("diffusers", "Where CLIP's pooled vector is read")
     gradient_checkpointing: Recomputing | None = key(
-        None, "The same as model.gradient_checkpointing, while rows learn; default as there"
+        None, "model.gradient_checkpointing while token embeddings are trained; default the same value"
     )
 
 
 class Lora(Table):
+    """The transformer's LoRA."""
+
     rank: Annotated[int, Field(ge=1, le=4096)] = key(16, "Rank of the LoRA's matrices")
     alpha: Positive | None = key(None, "The LoRA is scaled by alpha / rank; default the rank")
-    dropout: Below1 = key(0.0, "Share of the LoRA's input that is dropped while it trains")
+    dropout: Below1 = key(0.0, "Dropout rate of the LoRA's input in training")
     layers: (
         Literal["attention", "attention+mlp", "all"] | Annotated[tuple[Line, ...], Field(min_length=1, strict=False)]
-    ) = key("attention", "Which layers the LoRA adapts: a preset, or a list of suffixes of module names")
-    until: Part = key(1.0, "Share of the steps in which the LoRA learns; 0 is pure textual inversion")
+    ) = key("attention", "Layers that the LoRA adapts: a preset, or a list of suffixes of module names")
+    until: Fraction = key(1.0, "Fraction of the steps in which the LoRA is trained; 0 is pure textual inversion")
 
 
 class TextLora(Table):
+    """A LoRA of the CLIP encoder."""
+
     rank: Annotated[int, Field(ge=1, le=4096)] = key(16, "Rank of the CLIP encoder's LoRA")
     alpha: Positive | None = key(None, "The LoRA is scaled by alpha / rank; default the rank")
-    until: Annotated[float, Field(gt=0, le=1)] = key(1.0, "Share of the steps in which the CLIP encoder's LoRA learns")
+    until: Annotated[float, Field(gt=0, le=1)] = key(
+        1.0, "Fraction of the steps in which the CLIP encoder's LoRA is trained"
+    )
     lr: Positive | None = key(None, "Learning rate of the CLIP encoder's LoRA; default train.lr")
 
 
 class NoWeighting(Table):
+    """Timesteps are drawn evenly, and count the same."""
+
     scheme: Literal["none"] = "none"
 
 
 class SigmaSqrt(Table):
+    """The loss is weighted by 1 / sigma^2."""
+
     scheme: Literal["sigma_sqrt"]
 
 
 class LogitNormal(Table):
+    """The timestep's logit is drawn from a normal distribution (Stable Diffusion 3)."""
+
     scheme: Literal["logit_normal"]
     mean: float = key(0.0, "Mean of the timestep's logit")
     std: Positive = key(1.0, "Standard deviation of the timestep's logit")
 
 
 class Mode(Table):
+    """Timesteps are drawn by mode sampling with heavy tails (Stable Diffusion 3)."""
+
     scheme: Literal["mode"]
     scale: float = key(1.29, "Scale of the mode weighting")
 
 
 class Cosmap(Table):
+    """The loss is weighted by 2 / (pi (1 - 2 sigma + 2 sigma^2)), CosMap of Stable Diffusion 3."""
+
     scheme: Literal["cosmap"]
 
 
 class Train(Table):
+    """How long and how fast to train."""
+
     steps: Natural | None = key(None, "Number of optimisation steps; set this or train.epochs")
     epochs: Natural | None = key(None, "Number of passes over the images; set this or train.steps")
     batch_size: Natural = key(1, "Number of images per micro-batch")
     accumulate: Natural = key(1, "Number of micro-batches per step")
     lr: Positive | None = key(None, "Learning rate; default 1e-4, with Prodigy 1.0")
     scale_lr: bool = key(False, "Multiply the learning rate by the number of images per step")
-    guidance: NotNegative = key(3.5, "Guidance that the transformer is told while it trains")
-    max_grad_norm: Positive = key(1.0, "Norm to which gradients are clipped")
+    guidance: NotNegative = key(3.5, "Guidance value that the transformer gets in training")
+    max_grad_norm: Positive = key(1.0, "Maximum norm of the gradients, to which they are clipped")
     weighting: Annotated[NoWeighting | SigmaSqrt | LogitNormal | Mode | Cosmap, Field(discriminator="scheme")] = key(
         NoWeighting(), "How the timesteps are drawn and weighted"
     )
 
 
 class AdamW(Table):
+    """torch's AdamW."""
+
     name: Literal["adamw"] = "adamw"
     beta1: Below1 = key(0.9, "Decay of the gradient's average")
     beta2: Below1 = key(0.999, "Decay of the squared gradient's average")
@@ -185,6 +218,8 @@ class AdamW(Table):
 
 
 class AdamW8bit(Table):
+    """bitsandbytes' AdamW with 8-bit state."""
+
     name: Literal["adamw8bit"]
     beta1: Below1 = key(0.9, "Decay of the gradient's average")
     beta2: Below1 = key(0.999, "Decay of the squared gradient's average")
@@ -193,6 +228,8 @@ class AdamW8bit(Table):
 
 
 class Prodigy(Table):
+    """Prodigy, which estimates the step size itself."""
+
     name: Literal["prodigy"]
     beta1: Below1 = key(0.9, "Decay of the gradient's average")
     beta2: Below1 = key(0.999, "Decay of the squared gradient's average")
@@ -203,13 +240,15 @@ class Prodigy(Table):
     bias_correction: bool = key(True, "Correct the averages' bias as Adam does")
     safeguard_warmup: bool = key(True, "Keep d from growing during warm-up")
     d_coef: Positive = key(1.0, "Factor of the estimate d")
-    d0: Positive = key(1e-6, "First estimate of d")
+    d0: Positive = key(1e-6, "Initial estimate of d")
     growth_rate: Annotated[float, Field(gt=1)] | None = key(
         None, "Factor by which d may grow per step; default no limit"
     )
 
 
 class Schedule(Table):
+    """How the learning rate changes."""
+
     name: Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"] = key(
         "constant", "Learning rate schedule, by diffusers' names"
     )
@@ -219,20 +258,25 @@ class Schedule(Table):
 
 
 class Checkpoint(Table):
+    """When checkpoints are written, and how many are kept."""
+
     every: Natural = key(100, "Number of steps between checkpoints")
     minutes: Positive | None = key(None, "Minutes between checkpoints, in addition to checkpoint.every")
     keep: Natural = key(
-        2, "Number of checkpoints kept; the ends of phases and the best step looked at are kept beside them"
+        2, "Number of checkpoints kept, in addition to those of the ends of phases and of the best step evaluated"
     )
 
 
 class Validate(Table):
+    """Sample pictures and the eval loss, in training."""
+
     prompts: Annotated[tuple[Line, ...], Field(strict=False)] = key(
-        (), "Prompts of the sample pictures, with tokens by their names"
+        (), "Prompts of the sample pictures, which name tokens as captions do"
     )
     every: Natural | None = key(None, "Number of steps between sample pictures")
     loss: bool = key(
-        True, "Take the eval loss at the end, and every `every` steps: nine forward passes, or nine a held-out image"
+        True,
+        "Measure the eval loss at the end, and every `every` steps: nine forward passes, or nine for each held-out image",
     )
     count: Natural = key(1, "Number of pictures per prompt")
     steps: Natural = key(28, "Number of sampling steps per picture")
@@ -240,45 +284,57 @@ class Validate(Table):
 
 
 class Stop(Table):
+    """Early stopping by the eval loss."""
+
     no_better_for: Natural | None = key(None, "Number of steps without a lower eval loss after which training ends")
     loss_above: Positive | None = key(None, "Eval loss above which training ends")
     at: Positive | None = key(None, "Eval loss at which, or below which, training ends")
 
 
 class Track(Table):
+    """Trackers of metrics and pictures."""
+
     to: Annotated[tuple[Literal["tensorboard", "wandb"], ...], Field(strict=False)] = key(
-        ("tensorboard",), "Where training is logged"
+        ("tensorboard",), "Trackers that training is logged to"
     )
 
 
 class Export(Table):
-    dtype: Dtype = key("bf16", "Number format of the exported files; what rounding costs is measured and told")
+    """The exported files."""
+
+    dtype: Dtype = key("bf16", "Number format of the exported files; the rounding error is measured and reported")
     best: bool = key(False, "Export the step with the lowest eval loss instead of the last")
 
 
 class Hub(Table):
+    """Upload to the Hugging Face hub."""
+
     push: bool = key(False, "Upload the export folder when done")
-    repo: Line | None = key(None, "Id of the repository; default one made of the run's name")
+    repo: Line | None = key(None, "Id of the repository; default made from the run's name")
     private: bool = key(False, "Make the repository private")
 
 
 class Notify(Table):
+    """Whom to notify of the end of runs."""
+
     url: Line | None = key(
         None,
-        "Webhook told when a run is done, failed or stopped, and when the queue is done; $NAME stands for a variable of the environment",
+        "Webhook called when a run is done, has failed or was stopped, and when the queue is done; $NAME is a variable of the environment",
     )
     command: Line | None = key(
         None,
-        "Command run when a run is done, failed or stopped, and when the queue is done; only with `queue --allow-commands`",
+        "Command run when a run is done, has failed or was stopped, and when the queue is done; only with `queue --allow-commands`",
     )
 
 
 class Compute(Table):
-    gpus: Natural = key(1, "Number of GPUs of one run")
+    """The devices of one run."""
+
+    gpus: Natural = key(1, "Number of GPUs that one run uses")
 
 
 class Spec(Table):
-    """One run. Values that default to another key's are filled in when the file is read (`runner.spec.loader`)."""
+    """One run."""
 
     name: Annotated[str, Field(pattern=RUN_NAME, max_length=LONGEST_RUN_NAME)] = Field(
         description="Name of the run's folder; default the file's stem"
@@ -305,5 +361,5 @@ class Spec(Table):
 
 
 def dump(spec: Spec) -> dict[str, Any]:
-    """Every key, defaults included, as plain tables ready for TOML; what is not set is left out."""
+    """All keys with their values, defaults included, as plain tables for TOML or JSON. Keys that are not set are left out."""
     return spec.model_dump(mode="json", by_alias=True, exclude_none=True)

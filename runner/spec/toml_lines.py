@@ -1,4 +1,4 @@
-"""Where each key of a TOML text stands: tomllib tells no line numbers. Only for text that tomllib has parsed."""
+"""The line of each key of a TOML text, which tomllib does not tell. Only for text that tomllib can parse."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _ASSIGNMENT = re.compile(rf"[ \t]*(?P<key>{_DOTTED})[ \t]*=")
 
 
 def key_lines(text: str) -> dict[KeyPath, int]:
-    """Key path -> 1-based line, e.g. ("tokens", 0, "name") -> 12. Keys inside inline tables have their table's line."""
+    """Key path -> line, counted from 1: ("tokens", 0, "name") -> 12. Keys inside inline tables get their table's line from `line_of`."""
     text = text.replace("\r\n", "\n")
     lines: dict[KeyPath, int] = {}
     counts: dict[KeyPath, int] = {}
@@ -31,7 +31,7 @@ def key_lines(text: str) -> dict[KeyPath, int]:
             table = _in_arrays(_parts(header["key"]), counts, new=header["open"] == "[[")
             lines.setdefault(table, number)
             if header["open"] == "[[":
-                lines.setdefault(table[:-1], number)  # of the whole array: where its first table stands
+                lines.setdefault(table[:-1], number)  # the whole array has its first table's line
         elif assignment := _ASSIGNMENT.match(statement):
             path = table + _parts(assignment["key"])
             for length in range(len(table) + 1, len(path) + 1):
@@ -48,8 +48,8 @@ def line_of(lines: Mapping[KeyPath, int], path: KeyPath) -> int:
 
 
 def _statements(text: str) -> Iterator[tuple[int, str]]:
-    """(line, text) of each statement: what stands between newlines that no string or bracket holds. Every character is
-    looked at once, however long the text is."""
+    """(line, text) of each statement: the text between newlines that are outside of strings and brackets. The time is
+    proportional to the length of the text."""
     line, start, depth = 1, 0, 0
     for token in _TOKEN.finditer(text):
         if token["open"]:
@@ -65,7 +65,7 @@ def _statements(text: str) -> Iterator[tuple[int, str]]:
 
 
 def _parts(dotted: str) -> KeyPath:
-    """`a."b.c"` -> ("a", "b.c"), by tomllib itself where there are quotes."""
+    """`a."b.c"` -> ("a", "b.c"), with the help of tomllib where there are quotes."""
     if _BARE.fullmatch(dotted):
         return tuple(part.strip() for part in dotted.split("."))
     value = tomllib.loads(f"{dotted} = 0")
@@ -77,12 +77,13 @@ def _parts(dotted: str) -> KeyPath:
 
 
 def _in_arrays(path: KeyPath, counts: dict[KeyPath, int], *, new: bool) -> KeyPath:
-    """Put the current index behind each part that is an array of tables."""
-    out: KeyPath = ()
+    """The path with the current index after each part that is an array of tables. new: the last part begins a table of its
+    array."""
+    indexed: KeyPath = ()
     for position, part in enumerate(path):
-        out += (part,)
+        indexed += (part,)
         if new and position == len(path) - 1:
-            counts[out] = counts.get(out, -1) + 1
-        if out in counts:
-            out += (counts[out],)
-    return out
+            counts[indexed] = counts.get(indexed, -1) + 1
+        if indexed in counts:
+            indexed += (counts[indexed],)
+    return indexed

@@ -65,8 +65,8 @@ FOLLOWED: dict[str, tuple[str, str, str]] = {
     ),
     "one prompt": (
         f'{LEAST}[validate]\nprompts = "a"\n',
-        "9: validate.prompts: expected a list of text, got 'a'; write prompts = [\"a\"] (prompts of the sample pictures, with "
-        "tokens by their names)",
+        "9: validate.prompts: expected a list of text, got 'a'; write prompts = [\"a\"] (prompts of the sample pictures, which "
+        "name tokens as captions do)",
         f'{LEAST}[validate]\nprompts = ["a"]\n',
     ),
     "no multiple of 16": (
@@ -142,7 +142,7 @@ FOLLOWED: dict[str, tuple[str, str, str]] = {
     "guidance of the pictures": (
         f"{LEAST}guidance = 1\n[validate]\nguidance = 4\n",
         "10: validate.guidance: unknown key, got guidance = 4; allowed here: count, every, loss, prompts, size, steps; sample pictures "
-        "are always drawn at guidance 3.5; train.guidance is the training's; remove this key",
+        "are always drawn at guidance 3.5; train.guidance is for training; remove this key",
         f"{LEAST}guidance = 1\n[validate]\n",
     ),
     "rows without tokens, with text_lora": (
@@ -297,12 +297,12 @@ def test_what_other_trainers_call_a_key_is_a_key_here() -> None:
         ("netwrk_dim = 4", "did you mean lora.rank, which sd-scripts calls network_dim?", "[lora]\nrank = 4"),
         (
             "noise_offset = 0.1",
-            "no key here does this (FLUX.1 is trained by flow matching, for which it has no meaning); remove it",
+            "no key here does this (FLUX.1 is trained by flow matching, where it has no meaning); remove it",
             "",
         ),
         (
             'caption_extension = ".txt"',
-            "no key here does this (a picture's caption is the .txt file beside it); remove it",
+            "no key here does this (the caption of a picture is in the .txt file beside it); remove it",
             "",
         ),
     ],

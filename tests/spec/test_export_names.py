@@ -165,7 +165,7 @@ def test_placeholders_that_cannot_be_are_refused(house: House) -> None:
         said = house.fluxrun("plan", house.spec(name=f'name = "TOK"\nplaceholder = "{word}"'))
         assert said.code == 2
         assert "a.toml:10: tokens.0.placeholder: " in said.err
-        assert "of a-z, 0-9 and -, a letter at both ends" in said.err
+        assert "of a-z, 0-9 and -, with a letter at both ends" in said.err
 
 
 def test_a_placeholder_that_the_base_has_already(house: House) -> None:
