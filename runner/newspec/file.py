@@ -12,8 +12,9 @@ from runner.core.humanize import format_bytes
 from runner.data.images import Pictures
 from runner.jobs.prepare import draft_spec
 from runner.newspec.card import card_bytes, fitting_values
-from runner.newspec.from_diffusers import CommandError, draft_of, written
+from runner.newspec.from_diffusers import draft_text, read_command
 from runner.newspec.pictures import FolderFindings, inspect_folder
+from runner.newspec.shell_command import CommandError
 from runner.newspec.template import FIRST, TEMPLATES, NewError, Values, new_spec
 from runner.plan.faults import PlanError
 from runner.spec.run_names import to_run_name
@@ -82,7 +83,7 @@ def _template_text(wish: NewSpecRequest, found: FolderFindings | None) -> Callab
 def _command_text(wish: NewSpecRequest) -> Callable[[Values], str]:
     assert wish.command is not None
     try:
-        draft = draft_of(wish.command)
+        draft = read_command(wish.command)
     except CommandError as error:
         raise NewError("--from-command", str(error)) from None
-    return lambda values: FIRST + written(replace(draft, values={**draft.values, **values}))
+    return lambda values: FIRST + draft_text(replace(draft, values={**draft.values, **values}))

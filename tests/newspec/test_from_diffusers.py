@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from runner.newspec.diffusers_flags import NO_COUNTERPART, PLAIN, SWITCHES
-from runner.newspec.from_diffusers import CommandError, _known, spec_from_command
+from runner.newspec.diffusers_flags import KNOWN_FLAGS
+from runner.newspec.from_diffusers import draft_text, read_command
+from runner.newspec.shell_command import CommandError
 from runner.spec.loader import load
 from runner.spec.schema import dump
 from tests.support.house import House
@@ -94,7 +95,7 @@ FULL = """accelerate launch --num_processes 2 --dynamo_backend inductor --config
 
 
 def test_every_flag_goes_somewhere(tmp_path: Path) -> None:
-    text = spec_from_command(FULL.replace("\n", " \\\n"), {})
+    text = draft_text(read_command(FULL.replace("\n", " \\\n"), {}))
     (tmp_path / "a.toml").write_text(text)
     spec = load([tmp_path / "a.toml"])[0].spec
     found = dump(spec)
@@ -145,8 +146,7 @@ mixed_precision upcast_before_saving prior_generation_precision local_rank image
 
 
 def test_all_flags_of_the_script_are_known() -> None:
-    assert _known() == {*SCRIPT_FLAGS.split(), "lora_blocks"}
-    assert set(PLAIN) | SWITCHES | set(NO_COUNTERPART) <= _known()
+    assert {*SCRIPT_FLAGS.split(), "lora_blocks"} == KNOWN_FLAGS
 
 
 @pytest.mark.parametrize(
@@ -178,4 +178,4 @@ def test_all_flags_of_the_script_are_known() -> None:
 )
 def test_what_cannot_be_read_is_said(command: str, message: str) -> None:
     with pytest.raises(CommandError, match=message):
-        spec_from_command(command, {})
+        read_command(command, {})

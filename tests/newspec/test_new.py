@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import tomllib
 from pathlib import Path
 
 import pytest
 
-from runner.newspec.from_diffusers import spec_from_command
+from runner.newspec.from_diffusers import read_command
 from runner.newspec.template import TEMPLATES
 from runner.spec.loader import load
 from tests.support.house import House
@@ -62,4 +61,4 @@ def test_a_refused_command_line_is_exit_2(bare: House) -> None:
     assert said.code == 2
     assert "no script in the command" in said.err
     assert not (bare.folder / "a.toml").exists()
-    assert tomllib.loads(spec_from_command("x_flux.py --dataset_name=y --seed 4", {}))["seed"] == 4
+    assert read_command("x_flux.py --dataset_name=y --seed 4", {}).values["seed"] == 4
