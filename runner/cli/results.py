@@ -36,9 +36,10 @@ def results(runs: Path, as_json: bool, as_csv: bool, sort: str) -> None:
     else:
         from runner.report.run_tables import results_table
         from runner.report.tables import console, print_parts
+        from runner.runs.spec_differences import distinguishing_keys
 
         screen = console()
-        print_parts(screen, results_table(records, index.distinguishing_keys(records), screen.width))
+        print_parts(screen, results_table(records, distinguishing_keys(records), screen.width))
 
 
 @click.command()

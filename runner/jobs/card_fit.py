@@ -11,11 +11,12 @@ from runner.base.param_counts import BaseConfigs, read_base_configs
 from runner.core.humanize import format_bytes
 from runner.jobs import memory
 from runner.jobs.job import Job
-from runner.jobs.memory import TABLES, Memory, estimate, needs, with_values
+from runner.jobs.memory import Memory, estimate, needs, with_values
 from runner.plan.phases import Phase, Plan, TrainPhase, gradient_checkpointing
 from runner.spec.schema import Spec
 
 CARDS = (8, 12, 16, 24, 40, 80)  # GB, as sold
+TABLES = {"validation": "validate"}  # fields of Spec whose table has another name
 UNKNOWN = "memory: not known before the base is on this disk (its configs tell it)"
 
 SpecUpdate = Mapping[str, Mapping[str, Any]]  # values by field of Spec and by key

@@ -38,7 +38,6 @@ CPU_WORKSPACE, CPU_WORKSPACE_TRAINED = 26 << 20, 47 << 20
 # What a card must have besides: CUDA's context and kernels, and the share that torch's allocator loses to fragmentation.
 CONTEXT, FRAGMENTS = 0.75 * 2**30, 0.05
 HEAP_HOLES = 0.6  # on a CPU glibc's heap fragments: up to a half of the activations without checkpointing; measured
-TABLES = {"validation": "validate"}  # fields of Spec whose table has another name
 
 
 @dataclass(frozen=True)
@@ -179,8 +178,6 @@ class _MemoryModel:
         side = (validation.size or max(resolutions(self.spec))) if validation.prompts else 0
         trained = self.parameters_trained_before(self.plan.steps)
         return self.sample((*self.kept_parts, *encoders), side, 1, trained=trained)
-
-    # ---- sums of a phase ---------------------------------------------------------------------------------------------
 
     def activations(self, phase: TrainPhase) -> int:
         """Activations and buffers at the peak of a training step, or of a validation between two steps."""

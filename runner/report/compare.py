@@ -16,9 +16,11 @@ from runner.core.errors import FluxrunError
 from runner.core.humanize import format_duration
 from runner.report.tables import GAP, column, wrapped
 from runner.report.values import MAX_VALUE, spec_text
-from runner.runs.index import Record, comparable_key, differing_keys, distinguishing_keys, record_of, short_labels
+from runner.runs.index import Record, record_of
 from runner.runs.run import Run, find_runs
 from runner.runs.sample_files import samples_of
+from runner.runs.short_names import short_labels
+from runner.runs.spec_differences import differing_keys, distinguishing_keys, have_comparable_losses
 from runner.tracking.history import read_history
 
 SIGMA = "eval/sigma "  # begins the names of the losses at one noise level
@@ -56,7 +58,7 @@ def compare(runs: Path, names: Sequence[str]) -> dict[str, Any]:
     following = [key for key in differing_keys(specs) if key not in distinguishing]
     return {
         "runs": [record.name for record in records],
-        "comparable": comparable_key(specs),
+        "comparable": have_comparable_losses(specs),
         "differing": {key: [spec.get(key) for spec in specs] for key in (*distinguishing, *following)},
         "following": following,
         "metrics": {name: [getattr(record, name) for record in records] for name in METRICS},

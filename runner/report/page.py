@@ -21,7 +21,8 @@ from runner.report.details import details
 from runner.report.page_run import PageRun, read_page_runs
 from runner.report.sample_grid import sample_grid
 from runner.report.values import duration_text, is_long, number_text, spec_text, steps_text
-from runner.runs.index import Record, comparable_key, distinguishing_keys, swept_keys
+from runner.runs.index import Record
+from runner.runs.spec_differences import distinguishing_keys, have_comparable_losses, swept_keys
 
 TEMPLATE = Path(__file__).parent / "template"
 STATES = ("done", "running", "waiting", "stopped", "failed")  # in the order of the summary
@@ -44,7 +45,7 @@ def render(runs: Path) -> str:
     keys = distinguishing_keys(records)
     swept, long = swept_keys(records), _long_keys(keys, records)
     first_keys = [key for key in keys if key in swept or key not in long]
-    comparable = comparable_key(record.spec for record in records)
+    comparable = have_comparable_losses(record.spec for record in records)
     scripts = [(TEMPLATE / name).read_text(encoding="utf-8") for name in ("uPlot.iife.min.js", "report.js")]
     environment = Environment(
         loader=FileSystemLoader(TEMPLATE),

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
-from runner.runs.index import Record, record_of, short_labels
+from runner.runs.index import Record, record_of
 from runner.runs.run import Run, find_runs
-from runner.runs.short_names import shortened
+from runner.runs.short_names import short_labels, shortened
 from runner.tracking.history import Series, read_history
 
 MAX_NAME = 34  # characters of a run's name in the table

@@ -9,7 +9,8 @@ from rich.text import Text
 
 from runner.report.tables import Column, column, fitted
 from runner.report.values import MAX_VALUE, duration_text, is_long, number_text, spec_text, steps_text, whole_text
-from runner.runs.index import Record, swept_keys
+from runner.runs.index import Record
+from runner.runs.spec_differences import swept_keys
 from runner.runs.state import RunState
 
 MAX_SPEC_KEYS = 6

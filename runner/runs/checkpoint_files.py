@@ -1,4 +1,4 @@
-"""How checkpoints are named, and which there are. No torch."""
+"""Names of checkpoint files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ def checkpoint_name(step: int) -> str:
 
 
 def checkpoint_steps(folder: Path) -> list[tuple[int, Path]]:
-    """(step, checkpoint), newest first. Other files in the folder are left alone."""
+    """(step, checkpoint), newest first. Files with other names are ignored."""
     found = []
     for path in folder.glob("step-*.safetensors"):
         digits = path.stem.removeprefix("step-")

@@ -1,4 +1,4 @@
-"""What a run is trained on, file by file, so that a refusal can name what was changed. No torch."""
+"""`inputs.json`: what a run is trained on, file by file, so that a refusal can name what was changed."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ Digests = Mapping[str, str]
 
 @dataclass(frozen=True)
 class TrainingInputs:
-    """By name inside the data set or the base: digests of the pictures ("" where only the whole set's is known), their
-    captions, digests of the base's files. Empty for what only the hub has."""
+    """By file name inside the data set or the base. pictures: digests, "" where only that of the whole set is known. captions:
+    their text. base: digests. Empty for what only the hub has."""
 
     pictures: Digests = field(default_factory=dict)
     captions: Digests = field(default_factory=dict)
@@ -27,43 +27,49 @@ class TrainingInputs:
         return {"pictures": dict(self.pictures), "captions": dict(self.captions), "base": dict(self.base)}
 
     @classmethod
-    def from_json(cls, found: Mapping[str, Any]) -> TrainingInputs | None:
-        """From JSON; None where it says nothing of the kind."""
-        parts = [found.get(name) for name in ("pictures", "captions", "base")]
-        if not all(isinstance(part, dict) and all(isinstance(one, str) for one in part.values()) for part in parts):
+    def from_json(cls, content: Mapping[str, Any]) -> TrainingInputs | None:
+        """None where the JSON is something else."""
+        tables = [content.get(name) for name in ("pictures", "captions", "base")]
+        if not all(
+            isinstance(table, dict) and all(isinstance(text, str) for text in table.values()) for table in tables
+        ):
             return None
-        return cls(*(part for part in parts if part is not None))
+        return cls(*(table for table in tables if table is not None))
 
 
 def read_inputs(spec: Spec, pictures: Pictures | None) -> TrainingInputs:
     """As they are now. spec: with absolute paths."""
     folder = local_folder(spec.model.base)
-    every = (*pictures.items, *pictures.held) if pictures else ()
+    all_pictures = (*pictures.items, *pictures.held) if pictures else ()
     return TrainingInputs(
-        {one.name: one.digest for one in every},
-        {one.name: one.caption for one in every},
+        {picture.name: picture.digest for picture in all_pictures},
+        {picture.name: picture.caption for picture in all_pictures},
         file_digests(folder) if folder else {},
     )
 
 
 def describe_changes(
-    old: TrainingInputs, new: TrainingInputs, then: Mapping[str, Any], now: Mapping[str, Any]
+    old: TrainingInputs, new: TrainingInputs, old_spec: Mapping[str, Any], new_spec: Mapping[str, Any]
 ) -> list[str]:
-    """What is another now, in words, with the folder or id where that is another, too; nothing of what is not known on
-    both sides. then, now: the specs by dotted key, for what is no part of a run's key."""
-    data, base = [], []
+    """What differs, in words. Nothing is said of what is not known on both sides.
+
+    old_spec, new_spec: values by dotted key, to name the folder or the hub id where it differs as well; it is not part of a
+    run's key.
+    """
+    data: list[str] = []
+    base: list[str] = []
     if old.pictures and new.pictures:
-        data = [*_files("pictures", old.pictures, new.pictures), *_captions(old.captions, new.captions)]
-    if old.base and new.base:
-        base = list(_files("files of the base", old.base, new.base))
-    for key, found in (("data.source", data), ("model.base", base)):
-        unknown = key == "model.base" and not (old.base and new.base)
-        if (found or unknown) and then.get(key) != now.get(key):
-            found.append(f"{key}: {then.get(key)} -> {now.get(key)}")
+        data = [*_file_changes("pictures", old.pictures, new.pictures), *_caption_changes(old.captions, new.captions)]
+    base_is_known = bool(old.base and new.base)
+    if base_is_known:
+        base = list(_file_changes("files of the base", old.base, new.base))
+    for key, changes, unknown in (("data.source", data, False), ("model.base", base, not base_is_known)):
+        if (changes or unknown) and old_spec.get(key) != new_spec.get(key):
+            changes.append(f"{key}: {old_spec.get(key)} -> {new_spec.get(key)}")
     return [*data, *base]
 
 
-def _files(what: str, old: Digests, new: Digests) -> Iterator[str]:
+def _file_changes(what: str, old: Digests, new: Digests) -> Iterator[str]:
     for how, names in (
         ("added", new.keys() - old.keys()),
         ("removed", old.keys() - new.keys()),
@@ -73,12 +79,13 @@ def _files(what: str, old: Digests, new: Digests) -> Iterator[str]:
             yield f"{what} {how}: {list_some(sorted(names))}"
 
 
-def _captions(old: Digests, new: Digests) -> Iterator[str]:
-    other = sorted(name for name in old.keys() & new.keys() if old[name] != new[name])
-    if other:
-        first = f"{'the first: ' if len(other) > 1 else ''}{_short(old[other[0]])} -> {_short(new[other[0]])}"
-        yield f"captions changed: {list_some(other)} ({first})"
+def _caption_changes(old: Digests, new: Digests) -> Iterator[str]:
+    changed = sorted(name for name in old.keys() & new.keys() if old[name] != new[name])
+    if changed:
+        first = changed[0]
+        example = f"{'the first: ' if len(changed) > 1 else ''}{_shown(old[first])} -> {_shown(new[first])}"
+        yield f"captions changed: {list_some(changed)} ({example})"
 
 
-def _short(text: str) -> str:
+def _shown(text: str) -> str:
     return repr(text if len(text) <= 60 else text[:57] + "...")

@@ -1,4 +1,4 @@
-"""Names that are too long for their place, cut so that they can still be told apart. No torch."""
+"""Short labels for the runs of sweeps, and long names cut to a width so that they can still be told apart."""
 
 from __future__ import annotations
 
@@ -7,19 +7,35 @@ from collections.abc import Mapping, Sequence
 
 from rich.cells import cell_len
 
-from runner.runs.index import without_tables
+
+def short_labels(names: Sequence[str]) -> list[str]:
+    """The values that a sweep varies: "SWEEP/lora.rank=4,train.lr=0.001" -> "rank=4, lr=0.001", with "SWEEP: " before them if
+    there are several sweeps. The names as they are, if two labels would be equal."""
+    sweeps = {name.partition("/")[0] for name in names if "/" in name}
+    labels = []
+    for name in without_tables(names):
+        sweep, _, values = name.partition("/")
+        short = values.replace(",", ", ")
+        labels.append(name if not values else f"{sweep}: {short}" if len(sweeps) > 1 else short)
+    return labels if len(set(labels)) == len(labels) else list(names)
+
+
+def without_tables(names: Sequence[str]) -> list[str]:
+    """ "SWEEP/lora.rank=4,train.lr=0.001" -> "SWEEP/rank=4,lr=0.001". The names as they are, if two would become equal."""
+    short = [re.sub(r"(?<=[/,])(?:[a-z_0-9]+\.)+(?=[a-z_0-9]+=)", "", name) for name in names]
+    return short if len(set(short)) == len(set(names)) else list(names)
 
 
 def shortened(texts: Sequence[str], width: int) -> list[str]:
-    """Each in at most `width` columns, cut in the middle, a sweep's name kept; different ones stay different."""
+    """Each text cut in the middle to at most `width` columns; the name of a sweep is kept. Different texts stay different."""
     forms = zip(texts, without_tables(texts), map(_without_keys, texts), strict=True)
-    form = {one[0]: next((text for text in one if _tells(text, width)), one[-1]) for one in forms}
+    form = {each[0]: next((text for text in each if _has_room(text, width)), each[-1]) for each in forms}
     short = {text: _cut(form[text], width) for text in texts}
-    for alike in _alike(short):  # where they differ must be seen, then
-        start = _same_beginning([form[text] for text in alike])
-        short |= {text: _cut_at(form[text], start, width) for text in alike}
-    for alike in _alike(short):
-        for number, text in enumerate(alike[1:], 2):
+    for equal in _equal_texts(short):  # show the part where they differ
+        start = _common_start([form[text] for text in equal])
+        short |= {text: _cut_at(form[text], start, width) for text in equal}
+    for equal in _equal_texts(short):
+        for number, text in enumerate(equal[1:], 2):
             mark = f"~{number}"
             short[text] = _first(short[text], width - len(mark)) + mark
     return [short[text] for text in texts]
@@ -30,26 +46,26 @@ def _without_keys(text: str) -> str:
     return re.sub(r"([/,] ?|: )[a-z_0-9.]+=", r"\1", text)
 
 
-def _sweep_name(text: str) -> int:
-    """How wide the name of its sweep is, in "SWEEP/lora.rank=4" as in the label "SWEEP: rank=4"; 0 where it has none."""
-    found = re.match(r"[^/:]+(?:/|: )", text)
-    return cell_len(found[0]) if found else 0
+def _sweep_width(text: str) -> int:
+    """Columns of the sweep's name in "SWEEP/lora.rank=4" or in the label "SWEEP: rank=4"; 0 where there is none."""
+    sweep = re.match(r"[^/:]+(?:/|: )", text)
+    return cell_len(sweep[0]) if sweep else 0
 
 
-def _tells(text: str, width: int) -> bool:
-    """Whether it has room for all of its values and a third of its width for its sweep's name."""
-    name = _sweep_name(text)
-    return cell_len(text) <= width or (name > 0 and min(name, width // 3) + 1 + cell_len(text) - name <= width)
+def _has_room(text: str, width: int) -> bool:
+    """Whether `width` holds all of the text's values and, with a third of it, its sweep's name."""
+    sweep = _sweep_width(text)
+    return cell_len(text) <= width or (sweep > 0 and min(sweep, width // 3) + 1 + cell_len(text) - sweep <= width)
 
 
-def _same_beginning(texts: Sequence[str]) -> int:
-    """How many characters all of them begin with."""
-    places = enumerate(zip(*texts, strict=False))
-    return next((at for at, letters in places if len(set(letters)) > 1), min(map(len, texts)))
+def _common_start(texts: Sequence[str]) -> int:
+    """How many characters all texts start with."""
+    positions = enumerate(zip(*texts, strict=False))
+    return next((index for index, letters in positions if len(set(letters)) > 1), min(map(len, texts)))
 
 
-def _alike(short: Mapping[str, str]) -> list[list[str]]:
-    """The texts that have become the same."""
+def _equal_texts(short: Mapping[str, str]) -> list[list[str]]:
+    """Groups of texts that were cut to the same."""
     groups: dict[str, list[str]] = {}
     for text, cut in short.items():
         groups.setdefault(cut, []).append(text)
@@ -59,15 +75,15 @@ def _alike(short: Mapping[str, str]) -> list[list[str]]:
 def _cut(text: str, width: int) -> str:
     if cell_len(text) <= width:
         return text
-    name, half = _sweep_name(text), width // 2
-    if name:  # all of it, or else what the values leave, a third at least
-        half = name if name <= half else max(width // 3, min(name, width - 2 - (cell_len(text) - name)))
+    sweep, half = _sweep_width(text), width // 2
+    if sweep:  # all of its name, or what the values leave, but at least a third
+        half = sweep if sweep <= half else max(width // 3, min(sweep, width - 2 - (cell_len(text) - sweep)))
     head = _first(text, half)
     return f"{head}…{_last(text, width - 1 - cell_len(head))}"
 
 
 def _cut_at(text: str, start: int, width: int) -> str:
-    """With the part that begins at `start`, and as much of the text's beginning as there is room for."""
+    """The part that begins at `start`, after as much of the text's start as there is room for."""
     part = _first(text[start:], max(width - 5, width * 2 // 3))
     end = "…" if start + len(part) < len(text) else ""
     return f"{_first(text[:start], width - 1 - cell_len(part + end))}…{part}{end}"

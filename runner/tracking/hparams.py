@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from runner.core import files
-from runner.runs.index import Record, distinguishing_keys, record_of, short_labels
+from runner.runs.index import Record, record_of
 from runner.runs.run import Run, find_runs
+from runner.runs.short_names import short_labels
+from runner.runs.spec_differences import distinguishing_keys
 from runner.runs.state import RunState, is_number
 
 EVENT_FILE = "events.out.tfevents.0.fluxrun"

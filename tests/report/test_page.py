@@ -18,7 +18,7 @@ import pytest
 
 from runner.report.page import render, write_report
 from runner.report.sample_grid import MAX_THUMBNAILS
-from runner.runs.index import short_labels
+from runner.runs.short_names import short_labels
 from tests.support.browser import browser, complaints, needs_browser, resize
 from tests.support.house import House
 from tests.support.paths import PROJECT

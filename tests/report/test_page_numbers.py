@@ -10,7 +10,9 @@ import pytest
 from runner.report import page
 from runner.report.curves import MAX_POINTS, thinned
 from runner.report.page_run import read_page_runs
-from runner.runs.index import Record, comparable_key, distinguishing_keys, short_labels
+from runner.runs.index import Record
+from runner.runs.short_names import short_labels
+from runner.runs.spec_differences import distinguishing_keys, have_comparable_losses
 from tests.support.run_folders import write_run
 
 
@@ -57,9 +59,9 @@ def test_a_long_curve_is_thinned_to_means() -> None:
 
 def test_losses_are_compared_where_they_are_of_the_same_pictures() -> None:
     one = {"data.source": "x", "data.holdout": 2, "lora.rank": 4}
-    assert comparable_key([one, {**one, "lora.rank": 8}])
+    assert have_comparable_losses([one, {**one, "lora.rank": 8}])
     for key in ("model.base", "data.source", "data.holdout", "data.resolution", "data.prompt", "train.guidance"):
-        assert not comparable_key([one, {**one, key: "other"}]), key
+        assert not have_comparable_losses([one, {**one, key: "other"}]), key
 
 
 def test_what_tells_runs_apart() -> None:

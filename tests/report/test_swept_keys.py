@@ -13,7 +13,7 @@ import runner
 from runner.jobs.prepare import prepare_jobs
 from runner.report.page import render
 from runner.runs.claim import claim_run
-from runner.runs.index import distinguishing_keys
+from runner.runs.spec_differences import distinguishing_keys
 from runner.spec.defaults import DERIVED_DEFAULTS, fill_defaults
 from runner.tracking.hparams import write_sessions
 from tests.support.house import House
