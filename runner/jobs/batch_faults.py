@@ -1,4 +1,7 @@
-"""What is wrong between the runs of one batch, each of which is well alone: one makes what another would read. No torch."""
+"""Conflicts between runs of one batch that are valid on their own.
+
+For example, one generates images into a folder that another trains on.
+"""
 
 from __future__ import annotations
 

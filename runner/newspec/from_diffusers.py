@@ -1,4 +1,4 @@
-"""`fluxrun new --from-command`: a command line of train_dreambooth_lora_flux_advanced.py as a spec. No torch.
+"""`fluxrun new --from-command`: a command line of train_dreambooth_lora_flux_advanced.py as a spec.
 
 The script's flags and defaults are diffusers' (examples/advanced_diffusion_training, August 2026). Where its defaults
 are not ours they are written out, so that the spec trains what the command would have trained.

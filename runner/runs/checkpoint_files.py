@@ -1,4 +1,4 @@
-"""How checkpoints are named, and which there are. No torch."""
+"""How checkpoints are named, and which there are."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The results index: one record per run, derived from the run folders, rewritten whole. No torch."""
+"""The results index: one record per run, derived from the run folders, rewritten whole."""
 
 from __future__ import annotations
 

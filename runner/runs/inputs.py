@@ -1,4 +1,4 @@
-"""What a run is trained on, file by file, so that a refusal can name what was changed. No torch."""
+"""What a run is trained on, file by file, so that a refusal can name what was changed."""
 
 from __future__ import annotations
 

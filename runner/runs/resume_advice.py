@@ -1,4 +1,4 @@
-"""Why a run cannot go on to other phase ends than it was begun with, and which keys to set so that it can. No torch."""
+"""Why a run cannot go on to other phase ends than it was begun with, and which keys to set so that it can."""
 
 from __future__ import annotations
 
@@ -67,7 +67,8 @@ def _text_until(spec: Spec) -> float:
 
 
 def _share(stop: int, steps: int) -> float | None:
-    """The shortest decimal of which a plan makes this step, exactly where that is short."""
+    """The shortest decimal fraction whose product with `steps`, rounded up, is `stop`; an exact one is preferred if it has at
+    most four digits."""
     for digits in range(1, 5):
         part = round(stop / steps, digits)
         if part <= 1 and math.isclose(part * steps, stop) and math.ceil(part * steps) == stop:

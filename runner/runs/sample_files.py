@@ -1,4 +1,4 @@
-"""Which sample pictures a run draws, and under which name runs' pictures are compared. No torch."""
+"""Which sample pictures a run draws, and under which name runs' pictures are compared."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names that are too long for their place, cut so that they can still be told apart. No torch."""
+"""Names that are too long for their place, cut so that they can still be told apart."""
 
 from __future__ import annotations
 

@@ -102,8 +102,8 @@ class Token(Table):
     initializer: Line | None = key(None, "Phrase whose embeddings the rows start from; random when absent")
     placeholder: Annotated[str, Field(pattern=r"^[a-z]([a-z0-9-]*[a-z])?$", max_length=32)] | None = key(
         None,
-        'Word its vocabulary entries are named by, of a-z, 0-9 and -, a letter at both ends: "bird" gives <bird0><bird1>; '
-        "default s, counted over all tokens",
+        'Base name of the vocabulary entries: "bird" gives <bird0><bird1>. a-z, 0-9 and -, a letter first and last. '
+        "Default s, numbered across all tokens",
     )
 
 
@@ -222,7 +222,8 @@ class Checkpoint(Table):
     every: Natural = key(100, "Number of steps between checkpoints")
     minutes: Positive | None = key(None, "Minutes between checkpoints, in addition to checkpoint.every")
     keep: Natural = key(
-        2, "Number of checkpoints kept; the ends of phases and the best step looked at are kept beside them"
+        2,
+        "Number of newest checkpoints to keep; the last one of each phase and the one with the lowest eval loss are kept too",
     )
 
 
@@ -232,7 +233,9 @@ class Validate(Table):
     )
     every: Natural | None = key(None, "Number of steps between sample pictures")
     loss: bool = key(
-        True, "Take the eval loss at the end, and every `every` steps: nine forward passes, or nine a held-out image"
+        True,
+        "Compute the eval loss at the end and every validate.every steps; costs nine forward passes, or nine per held-out "
+        "image",
     )
     count: Natural = key(1, "Number of pictures per prompt")
     steps: Natural = key(28, "Number of sampling steps per picture")
@@ -252,7 +255,7 @@ class Track(Table):
 
 
 class Export(Table):
-    dtype: Dtype = key("bf16", "Number format of the exported files; what rounding costs is measured and told")
+    dtype: Dtype = key("bf16", "Number format of the exported files; the rounding error is measured and reported")
     best: bool = key(False, "Export the step with the lowest eval loss instead of the last")
 
 
