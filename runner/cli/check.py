@@ -17,7 +17,7 @@ from runner.core import output
 @json_option
 @click.option("--gpus", help="As for `queue`: GPU numbers such as 0,1, or `cpu`. Default: all GPUs.")
 @slots_option
-@click.option("--step", is_flag=True, help="Also train a step or two of each shape, and measure time and memory.")
+@click.option("--step", is_flag=True, help="Also train 4 steps of each shape, and measure time and memory.")
 @click.option("--allow-commands", is_flag=True, help="As for `queue`: specs may run their notify.command.")
 @click.option("--fresh", is_flag=True, help="As for `queue`: a run folder made from another spec will be moved aside.")
 @click.pass_context

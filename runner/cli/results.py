@@ -22,7 +22,7 @@ def results(runs: Path, as_json: bool, as_csv: bool, sort: str) -> None:
     from runner.runs import index
 
     records = index.results(runs)
-    columns = index.Record.__dataclass_fields__
+    columns = [name for name in index.Record.__dataclass_fields__ if name not in ("spec", "origins")]
     if sort not in {*columns, *(key for record in records for key in record.spec)}:
         raise click.BadParameter(
             f"{sort!r} is neither a column nor a key of these specs; columns are {', '.join(columns)}",

@@ -1,4 +1,4 @@
-"""A folder of class images for prior preservation: shared by runs, filled up by the base, its prompt remembered. No torch."""
+"""A folder of class images for prior preservation: shared by runs, filled up by the base, its prompt remembered."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def fingerprint(chosen: Sequence[Picture]) -> str:
 
 
 def misplaced_folder(folder: Path, count: int, runs: Path) -> str | None:
-    """Why no class images can be made there, or None. Whoever has enough of them already has none made."""
+    """Why no class images can be made there, or None. None too if the folder already holds `count` images."""
     there = next(path for path in (folder, *folder.parents) if path.exists())
     if not there.is_dir():
         return f"expected a folder, got {str(folder)!r}, where {there} is a file; name a folder"
@@ -83,7 +83,7 @@ def needs_filling(folder: Path, count: int) -> bool:
 
 
 def is_users_own(folder: Path) -> bool:
-    """Nobody but the user knows of which prompt its images are."""
+    """Whether fluxrun has no record of the prompt of its images."""
     return not _note(folder)
 
 

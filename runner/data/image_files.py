@@ -1,4 +1,4 @@
-"""What in a folder is a picture, what is its caption, and what is neither read as one nor the other, and why. No torch."""
+"""Sorts the files of a folder into pictures, captions and unused files, with the reason for each unused one."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-from runner.core.user_text import read_user_text
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -203,11 +201,6 @@ def _not_a_file(path: Path) -> str | None:
     if path.is_file():
         return None
     return "a link to a file that is not there" if path.is_symlink() and not path.exists() else "not a regular file"
-
-
-def read_caption(path: Path) -> str:
-    """On one line. Raises NotUtf8Error, and OSError."""
-    return " ".join(read_user_text(path).split())
 
 
 def open_picture(source: Path | io.BytesIO, ending: str) -> Image:

@@ -1,4 +1,4 @@
-"""Pictures and their captions: one value each, so they cannot part; decoding and cropping. No torch."""
+"""Pictures and their captions: one value each, so they cannot part; decoding and cropping."""
 
 from __future__ import annotations
 

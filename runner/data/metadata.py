@@ -1,4 +1,4 @@
-"""The metadata file of an imagefolder: which pictures there are, and their captions. No torch."""
+"""The metadata file of an imagefolder: which pictures there are, and their captions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where pictures come from: a folder with captions beside them, an imagefolder, or what `datasets` loads. No torch."""
+"""Where pictures come from: a folder with captions beside them, an imagefolder, or what `datasets` loads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""New tokens in captions: which placeholder stands for which learned vectors. No torch."""
+"""New tokens in captions: which placeholder stands for which learned vectors."""
 
 from __future__ import annotations
 

@@ -103,7 +103,7 @@ class _Inspector:
             return self._inspect(loaded)
         except Exception as error:
             spec = loaded.spec
-            fault = loaded.source.fault("", f"this run cannot be looked at: {summary_line(error)}")
+            fault = loaded.source.fault("", f"this run could not be checked: {summary_line(error)}")
             job = Job(loaded.source, spec, Run(self.runs, spec.name), None, faulty_keys=frozenset({"model", "data"}))
             return job, [fault]
 

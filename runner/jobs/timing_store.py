@@ -1,7 +1,6 @@
-"""How long steps took on this machine, for the plans of a new runs folder.
+"""Step times measured on this machine, so that plans in a new runs folder have estimates.
 
-One JSON file in the user's cache folder ($XDG_CACHE_HOME/fluxrun/pace.json). Nothing depends on it: where it cannot be read or
-written, plans have no times.
+One JSON file in the user's cache folder ($XDG_CACHE_HOME/fluxrun/pace.json). Errors while reading or writing it are ignored.
 """
 
 from __future__ import annotations

@@ -104,7 +104,7 @@ class _Recompute(torch.autograd.Function):
         op = recomputed.op
         intermediates = recomputed.outputs()[1:] if op.uses_intermediates else ()
         inputs = recomputed.inputs
-        recomputed.free()  # every consumer has read it: this gradient is made of theirs
+        recomputed.free()  # all consumers' backward passes have run
         return None, None, *op.gradients(grad, ctx.needs_input_grad[2:], inputs, intermediates)
 
 

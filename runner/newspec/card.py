@@ -1,4 +1,4 @@
-"""`fluxrun new --card`: the settings with which the memory plan says that a run fits. No torch."""
+"""`fluxrun new --card`: the settings with which the memory plan says that a run fits."""
 
 from __future__ import annotations
 
@@ -36,9 +36,7 @@ def card_bytes(asked: str) -> int:
         if (name := hardware.visible_gpu_id(str(number))) in there
     ]
     if not usable:
-        raise NewError(
-            OPTION, "no GPU that nvidia-smi tells of is here; write how much memory it has in GiB, e.g. --card 24"
-        )
+        raise NewError(OPTION, "nvidia-smi shows no GPU; write how much memory it has in GiB, e.g. --card 24")
     return min(gpu.total for gpu in usable)
 
 
@@ -67,7 +65,7 @@ def fitting_values(text_with: Callable[[Values], str], file: Path, pictures: Pic
             least, told = needs, f", with {', '.join(change.keys)}"
     raise NewError(
         OPTION,
-        f"{format_bytes(card)} suffice for no setting: the least that {spec.model.base} needs is {format_bytes(least)}{told}",
+        f"no setting fits {spec.model.base} into {format_bytes(card)}; the lowest estimate is {format_bytes(least)}{told}",
     )
 
 

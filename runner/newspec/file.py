@@ -1,4 +1,4 @@
-"""What `fluxrun new` writes: a template, or a command line of diffusers' script, with what --pictures and --card add. No torch."""
+"""What `fluxrun new` writes: a template, or a command line of diffusers' script, with what --pictures and --card add."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`fluxrun new --pictures`: what a folder of pictures says of the keys of [data], and of the words to be learned. No torch."""
+"""`fluxrun new --pictures`: what a folder of pictures says of the keys of [data], and of the words to be learned."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from runner.newspec.template import NewError, Values
 OPTION = "--pictures"
 SIDES = (1024, 768, 512)  # what FLUX.1 is trained at, as a rule; smaller pictures have a size of their own
 ENLARGED = 0.1  # at most this part of the pictures may be smaller than what they are trained at
-COLUMNS = ("text", "caption", "prompt")  # of metadata files, by their habit
+COLUMNS = ("text", "caption", "prompt")  # usual caption columns; the first one present is used
 RARE = ("ohwx", "sks")  # words without a meaning that people choose
 LONGEST_PROMPT = 300  # characters of a caption that is drawn as a sample
 

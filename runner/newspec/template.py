@@ -1,4 +1,4 @@
-"""`fluxrun new`: a commented spec, made from the spec's own models, so that it cannot fall behind them. No torch."""
+"""`fluxrun new`: a commented spec, made from the spec's own models, so that it cannot fall behind them."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ EXAMPLES: Values = {
     "hub.repo": "my-name/my-lora",
     "notify.url": "$SLACK_WEBHOOK", "notify.command": "notify-send fluxrun",
 }  # fmt: skip
-# Keys that stand in another's place, told below that one.
+# Alternatives to a key, shown in a comment below it.
 INSTEAD: Mapping[str, tuple[str, Values]] = {
     "data.source": (
         "for a data set of the hub",

@@ -88,20 +88,20 @@ def _duplicates(job: Job, fingerprints: Fingerprints) -> Iterator[Finding]:
     if leaks:
         yield at(
             job.source, "error", "data.holdout",
-            f"{pluralize(len(leaks), 'picture')} both trained on and held out, so the eval loss would be of what was trained "
-            "on; keep one copy of each in the data", leaks,
+            f"{pluralize(len(leaks), 'held-out picture')} {'is' if len(leaks) == 1 else 'are'} also in the training data, so the "
+            "eval loss would be too low; keep one copy of each in the data", leaks,
         )  # fmt: skip
     if near_leaks:
         yield at(
             job.source, "warning", "data.holdout",
-            f"{pluralize(len(near_leaks), 'picture')} nearly both trained on and held out, so the eval loss would flatter the "
-            "run; keep one copy of each in the data", near_leaks,
+            f"{pluralize(len(near_leaks), 'held-out picture')} {'has' if len(near_leaks) == 1 else 'have'} a near copy in the "
+            "training data, so the eval loss would be too low; keep one copy of each in the data", near_leaks,
         )  # fmt: skip
     if copies:
         yield at(
             job.source, "warning", "data.source",
-            f"{pluralize(len(copies), 'picture')} there more than once, so shown more often than others; keep one copy of each "
-            "in the data, or leave it so on purpose", copies,
+            f"{pluralize(len(copies), 'picture')} found more than once, so training shows them more often; keep one copy of each "
+            "in the data, or ignore this if intended", copies,
         )  # fmt: skip
 
 

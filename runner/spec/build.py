@@ -91,7 +91,7 @@ def _one_per_key(faults: Sequence[KeyFault], written: Mapping[str, Any]) -> list
 def _validate_rest(
     tables: dict[str, Any], bad: frozenset[str], source: SpecOrigin
 ) -> tuple[Spec | None, frozenset[str]]:
-    """The spec without its faulty keys, and the other keys that had to go with them: tables that are none without those."""
+    """The spec without its faulty keys, and the other keys that had to go with them: tables that are invalid without them."""
     rest, left_out = _without(tables, bad), bad
     if "name" in bad:
         rest["name"] = to_run_name(source.file.stem)

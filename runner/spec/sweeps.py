@@ -68,7 +68,7 @@ def sweep_faults(sweep: Mapping[str, Any], tables: dict[str, Any]) -> Iterator[t
 
 
 def _no_entry(tables: dict[str, Any], key: str) -> str | None:
-    """What is wrong with a key that names an entry of a list, if the list does not have that many."""
+    """The fault of a key with a list index out of range; None if there is none."""
     table: Any = tables
     parts = key.split(".")
     for number, part in enumerate(parts):
@@ -133,9 +133,9 @@ def expand(
 
 
 def has_values(spec_file: Path, swept: Swept, path_at: Callable[[str, str], Path]) -> bool:
-    """Whether a run's own spec has these values; a path may be written there in full.
+    """Whether a run's own spec has these values. Paths may be absolute there. True if the spec cannot be read.
 
-    path_at: the path that a text names as the value of a key. True for a spec that cannot be read.
+    path_at: the path that a text names as the value of a key.
     """
     try:
         tables = tomllib.loads(spec_file.read_text(encoding="utf-8"))

@@ -68,9 +68,10 @@ class Step:
 class TrainState:
     """What a checkpoint keeps besides weights and optimizer, as JSON values ("meters" in its header).
 
-    smoothed: the training loss, as an exponential moving average. skipped: steps that updated nothing. in_row: how many
-    of the last steps did. best, best_step: the lowest eval loss and its step. ended: the rule that ended training early.
-    scaler: the gradient scaler's state. curve: [step, smoothed loss], evenly spaced.
+    smoothed: the training loss, as an exponential moving average. skipped: number of skipped steps. in_row: consecutive skipped
+    steps just before now, without those in which the gradient scaler was still calibrating. best, best_step: the lowest eval
+    loss and its step. ended: the rule that ended training early. scaler: the gradient scaler's state. curve: [step, smoothed
+    loss], evenly spaced.
     """
 
     smoothed: float | None = None

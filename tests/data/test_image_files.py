@@ -340,8 +340,8 @@ def test_copies_are_a_line_a_group(house: House, pics: Path) -> None:
     steps = house.folder / "a.toml"
     steps.write_text(steps.read_text().replace("steps = 6", "steps = 11"))
     assert check(house)[:3] == [
-        "warning: a.toml:5: data.source: 2 pictures there more than once, so shown more often than others; keep one copy of "
-        "each in the data, or leave it so on purpose",
+        "warning: a.toml:5: data.source: 2 pictures found more than once, so training shows them more often; keep one copy of "
+        "each in the data, or ignore this if intended",
         "    p0.png, p2.png, p3.png, p4.png, p5.png and 3 more",
         "    p1.png, small.jpg and smaller.jpg (nearly)",
     ]

@@ -154,7 +154,7 @@ def test_a_run_that_cannot_be_looked_at_is_told_with_the_others(house: House, mo
     said = house.fluxrun("plan", spec, other)
     assert said.code == 2
     assert (
-        f"{spec}:1: this run cannot be looked at: PermissionError: [Errno 13] Permission denied: 'base/vae' ("
+        f"{spec}:1: this run could not be checked: PermissionError: [Errno 13] Permission denied: 'base/vae' ("
         in said.err
     )
     assert f"{other}:9: tokens.0.name: no caption names this token (found 'SKS')" in said.err

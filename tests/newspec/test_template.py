@@ -223,14 +223,14 @@ def test_the_card_that_is_here(bare: House, monkeypatch: pytest.MonkeyPatch) -> 
     [
         (
             ("--card", "auto"),
-            "--card: no GPU that nvidia-smi tells of is here; write how much memory it has in GiB, e.g. --card 24",
+            "--card: nvidia-smi shows no GPU; write how much memory it has in GiB, e.g. --card 24",
         ),
         (("--card", "large"), "--card: expected a card's memory in GiB, or auto, got 'large'; e.g. --card 24"),
         (("--card", "0"), "--card: expected a card's memory in GiB, or auto, got '0'; e.g. --card 24"),
         (("--card", "nan"), "--card: expected a card's memory in GiB, or auto, got 'nan'; e.g. --card 24"),
         (
             ("--card", "2"),
-            "--card: 2.0 GiB suffice for no setting: the least that black-forest-labs/FLUX.1-dev needs is 2.8 GiB, with "
+            "--card: no setting fits black-forest-labs/FLUX.1-dev into 2.0 GiB; the lowest estimate is 2.8 GiB, with "
             'model.gradient_checkpointing = true, model.quantize = "nf4", model.offload = "blocks"',
         ),
         (

@@ -351,8 +351,8 @@ def test_copies_are_found_by_what_they_show(own_pictures: House) -> None:
     for name in ("again", "smaller"):
         (pictures / f"{name}.txt").write_text("a TOK")
     assert warnings(own_pictures, own_pictures.spec()) == [
-        "a.toml:5: data.source: 2 pictures there more than once, so shown more often than others; keep one copy of each in "
-        "the data, or leave it so on purpose\n0.png and again.png\n1.png and smaller.jpg (nearly)"
+        "a.toml:5: data.source: 2 pictures found more than once, so training shows them more often; keep one copy of each "
+        "in the data, or ignore this if intended\n0.png and again.png\n1.png and smaller.jpg (nearly)"
     ]
 
 
@@ -367,7 +367,7 @@ def test_a_held_out_picture_that_is_nearly_trained_on(own_pictures: House) -> No
         image.resize((120, 120)).save(own_pictures.folder / "pictures" / "near.png")
     (own_pictures.folder / "pictures" / "near.txt").write_text("a TOK")
     assert warnings(own_pictures, path) == [
-        "a.toml:6: data.holdout: 1 picture nearly both trained on and held out, so the eval loss would flatter the run; "
+        "a.toml:6: data.holdout: 1 held-out picture has a near copy in the training data, so the eval loss would be too low; "
         f"keep one copy of each in the data\nnear.png and {held.name} (nearly)"
     ]
 

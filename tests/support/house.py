@@ -61,7 +61,7 @@ class Said:
 
 
 class House:
-    """A folder with eight pictures, where specs are written and fluxrun is typed."""
+    """A folder with ten pictures, where specs are written and fluxrun is typed."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
