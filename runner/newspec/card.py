@@ -1,4 +1,4 @@
-"""`fluxrun new --card`: the settings with which the memory plan says that a run fits."""
+"""`fluxrun new --card`: settings with which a run fits a card, by the memory estimate."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ OPTION = "--card"
 
 
 def card_bytes(asked: str) -> int:
-    """Of "24" (GiB; what is sold as 24 GB), or of the smallest GPU that is here: "auto". Raises NewError."""
+    """The memory that the option names: "24" is 24 GiB (sold as 24 GB), "auto" that of the smallest GPU of this machine.
+
+    Raises NewError.
+    """
     if asked != "auto":
         try:
             gib = float(asked.removesuffix("GiB").removesuffix("GB"))
@@ -29,54 +32,54 @@ def card_bytes(asked: str) -> int:
         if not 0 < gib < 10_000:
             raise NewError(OPTION, f"expected a card's memory in GiB, or auto, got {asked!r}; e.g. --card 24")
         return int(gib * 2**30)
-    there = query_gpus() or {}
-    usable = [
-        there[name]
-        for number in range(hardware.visible_gpu_count())
-        if (name := hardware.visible_gpu_id(str(number))) in there
-    ]
+    gpus = query_gpus() or {}
+    visible = (hardware.visible_gpu_id(str(number)) for number in range(hardware.visible_gpu_count()))
+    usable = [gpus[name] for name in visible if name in gpus]
     if not usable:
         raise NewError(OPTION, "nvidia-smi shows no GPU; write how much memory it has in GiB, e.g. --card 24")
     return min(gpu.total for gpu in usable)
 
 
 def fitting_values(text_with: Callable[[Values], str], file: Path, pictures: Pictures | None, card: int) -> Values:
-    """The values, by dotted key, with which the spec fits a card of so many bytes: none, or the first that suffice of those
-    that `fluxrun plan` names. text_with: the spec's text with given values. Raises NewError, SpecError, PlanError."""
+    """The values, by dotted key, with which the spec fits a card of so many bytes.
+
+    {} where it fits as it is, else the first change that suffices, in the order of `fluxrun plan`. text_with: the spec's text
+    with given values. Raises NewError, SpecError, PlanError.
+    """
     spec, plan = _planned(text_with({}), file, pictures)
     shapes = read_base_configs(spec.model.base)
     if shapes is None:
         raise NewError(
             OPTION,
-            f"what {spec.model.base} needs is not known before its configs are on this disk; leave --card out, and see "
-            "`fluxrun plan` when they are",
+            f"the memory that {spec.model.base} needs is not known before its configs are on this disk; leave --card out, and "
+            "see `fluxrun plan` when they are",
         )
-    least, told = _needs(spec, plan), ""
+    least, with_changes = _needed_bytes(spec, plan), ""
     if least <= card:
         return {}
     for change in card_fit.memory_savings(spec, plan, shapes):
         values = dict(change.values)
         if values.get("validate.size") == values.get("data.resolution"):
             values.pop("validate.size", None)  # its default
-        needs = _needs(*_planned(text_with(values), file, pictures))
-        if needs <= card:
+        needed = _needed_bytes(*_planned(text_with(values), file, pictures))
+        if needed <= card:
             return values
-        if needs < least:
-            least, told = needs, f", with {', '.join(change.keys)}"
+        if needed < least:
+            least, with_changes = needed, f", with {', '.join(change.keys)}"
     raise NewError(
         OPTION,
-        f"no setting fits {spec.model.base} into {format_bytes(card)}; the lowest estimate is {format_bytes(least)}{told}",
+        f"no setting fits {spec.model.base} into {format_bytes(card)}; the lowest estimate is {format_bytes(least)}{with_changes}",
     )
 
 
 def _planned(text: str, file: Path, pictures: Pictures | None) -> tuple[Spec, Plan]:
     spec = draft_spec(text, file)
-    if spec.train.steps is None:  # memory does not ask how long it is, and epochs would ask for the pictures
+    if spec.train.steps is None:  # memory does not depend on the number of steps, and epochs would need the pictures
         spec = spec.model_copy(update={"train": spec.train.model_copy(update={"steps": 1000, "epochs": None})})
     return spec, plan_of(spec, pictures)
 
 
-def _needs(spec: Spec, plan: Plan) -> int:
-    found = memory.peak(spec, plan, on_gpu=True)
-    assert found is not None  # its shapes are known
-    return found[0]
+def _needed_bytes(spec: Spec, plan: Plan) -> int:
+    peak = memory.peak(spec, plan, on_gpu=True)
+    assert peak is not None  # the base's configs are there
+    return peak[0]

@@ -29,7 +29,7 @@ def json_schema() -> dict[str, Any]:
     }
     schema["properties"]["extends"] = {
         "type": "string",
-        "description": "A TOML file, relative to this one, whose keys this file's are laid over",
+        "description": "A TOML file, relative to this one, that this file is merged over",
     }
     schema["properties"]["sweep"] = {
         "type": "object",

@@ -120,7 +120,7 @@ def test_every_flag_goes_somewhere(tmp_path: Path) -> None:
     assert found["data"]["interpolation"] == "bicubic"
     assert "hf_secret" not in text
     for said in (
-        "--hub_token: no secret",
+        "--hub_token: a spec must not contain secrets",
         "--lora_blocks",
         "--cache_latents",
         "--validation_epochs",

@@ -154,7 +154,7 @@ def test_the_commands_at_the_top_are_quoted(bare: House) -> None:
     said = bare.fluxrun("new", "my specs/a b.toml", "--short")
     assert said.err == "my specs/a b.toml: `fluxrun plan 'my specs/a b.toml'` checks it\n"
     text = (bare.folder / "my specs" / "a b.toml").read_text()
-    assert "# `fluxrun plan 'my specs/a b.toml'` checks it and says what would happen, " in text
+    assert "# `fluxrun plan 'my specs/a b.toml'` checks it and shows what would happen, " in text
     assert tomllib.loads(text)["name"] == "a-b"  # since a run cannot be called as the file is
     shutil.copytree(bare.folder / "my-pictures", bare.folder / "my specs" / "my-pictures")
     assert bare.fluxrun("plan", "my specs/a b.toml").out.startswith("a-b  (my specs/a b.toml)  new: ")
@@ -235,8 +235,8 @@ def test_the_card_that_is_here(bare: House, monkeypatch: pytest.MonkeyPatch) -> 
         ),
         (
             ("--card", "24", "--from-command", "x_flux.py --dataset_name=y --pretrained_model_name_or_path=some/base"),
-            "--card: what some/base needs is not known before its configs are on this disk; leave --card out, and see "
-            "`fluxrun plan` when they are",
+            "--card: the memory that some/base needs is not known before its configs are on this disk; leave --card out, and "
+            "see `fluxrun plan` when they are",
         ),
     ],
 )
