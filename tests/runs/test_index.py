@@ -103,4 +103,4 @@ def test_without_a_wish_results_come_by_name(night: House) -> None:
     assert [row["name"] for row in json.loads(night.fluxrun("results", "--json").out)] == ["B", "a", "b", "c"]
     said = night.fluxrun("results", "--sort", "speed")
     assert said.code == 2
-    assert "'speed'; there are name, state, spec_digest, " in said.err
+    assert "'speed' is neither a column nor a key of these specs; columns are name, state, spec_digest, " in said.err
