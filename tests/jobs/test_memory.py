@@ -51,18 +51,18 @@ def phases_of(spec: Spec, plan: Plan, *, on_gpu: bool = True) -> dict[str, memor
 # ---- numbers ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_parts_hold_as_many_numbers_as_their_files() -> None:
-    shapes = read_base_configs("builtin:tiny")
-    assert shapes is not None
+def test_parts_have_as_many_parameters_as_their_files() -> None:
+    configs = read_base_configs("builtin:tiny")
+    assert configs is not None
     told, counted = check_base_files(BUILTIN["builtin:tiny"], None)
     assert not told
-    assert {part: sum(numbers) for part, numbers in shapes.parameters.items()} == counted
+    assert {part: sum(numbers) for part, numbers in configs.parameters.items()} == counted
 
 
-def test_flux_holds_as_many_as_its_published_files() -> None:
-    shapes = read_base_configs(DEV)
-    assert shapes is not None
-    found = {part: sum(numbers) for part, numbers in shapes.parameters.items()}
+def test_flux_has_as_many_parameters_as_its_published_files() -> None:
+    configs = read_base_configs(DEV)
+    assert configs is not None
+    found = {part: sum(numbers) for part, numbers in configs.parameters.items()}
     assert found == {**param_counts.FLUX1_PARTS, "transformer": 11_901_408_320}
     assert read_base_configs("some/model") is None
 
@@ -87,44 +87,47 @@ def test_the_transformer_saves_what_the_formula_says(
 ) -> None:
     chosen = lora_layers(linear_layers(config), layers)
     width = ByteWidths(4, 4) if dtype == torch.float32 else ByteWidths(2, 4)
-    ways = (
-        (False, False),
-        (True, False),
-        (True, True),
-    )  # of blocks: diffusers', lean, lean that make projections again
-    for pooled, states, (lean, again) in itertools.product((False, True), (False, True), ways):
-        what = TrainableLayers(chosen, rank, False, pooled, states)
+    kinds_of_blocks = (
+        (False, False),  # diffusers'
+        (True, False),  # recomputing
+        (True, True),  # recomputing their projections as well
+    )
+    for pooled, states, (recompute, selective) in itertools.product((False, True), (False, True), kinds_of_blocks):
+        trained = TrainableLayers(chosen, rank, False, pooled, states)
         batch = BatchShape(images, img, txt)
-        told = activation_memory.transformer_saved(config, batch, width, what, (), recompute=lean, selective=again)
-        real = transformer(
-            config, list(chosen), rank, dtype, images, img, txt, pooled=pooled, states=states, spared=lean, again=again
+        estimated = activation_memory.transformer_saved(
+            config, batch, width, trained, (), recompute=recompute, selective=selective
         )
-        assert told == pytest.approx(real, rel=0.02), (pooled, states, lean, again)
+        real = transformer(
+            config, list(chosen), rank, dtype, images, img, txt, pooled=pooled, states=states, spared=recompute,
+            again=selective,
+        )  # fmt: skip
+        assert estimated == pytest.approx(real, rel=0.02), (pooled, states, recompute, selective)
 
 
-def test_nothing_is_saved_before_the_first_thing_that_learns() -> None:
+def test_nothing_is_saved_before_the_first_trained_layer() -> None:
     last = {"single_transformer_blocks.5.attn.to_q": (512, 512)}
     batch, width = BatchShape(1, 256, 128), ByteWidths(4, 4)
-    told = activation_memory.transformer_saved(
+    estimated = activation_memory.transformer_saved(
         NARROW, batch, width, TrainableLayers(last, 4, False, False, False), (), recompute=False
     )
     real = transformer(NARROW, list(last), 4, torch.float32, 1, 256, 128, pooled=False, states=False)
-    every = activation_memory.transformer_saved(
+    of_all_layers = activation_memory.transformer_saved(
         NARROW, batch, width, TrainableLayers(lora_layers(linear_layers(NARROW), "attention"), 4, False, False, False), (),
         recompute=False,
     )  # fmt: skip
-    assert told == pytest.approx(real, rel=0.05)
-    assert told < every / 5
+    assert estimated == pytest.approx(real, rel=0.05)
+    assert estimated < of_all_layers / 5
 
 
 def test_checkpointing_keeps_the_blocks_inputs_and_one_block() -> None:
     chosen = lora_layers(linear_layers(FLUX1), "attention")
-    what = TrainableLayers(chosen, 16, False, False, False)
+    trained = TrainableLayers(chosen, 16, False, False, False)
     batch, width = BatchShape(1, 4096, 512), ByteWidths(2, 4)
-    whole = activation_memory.transformer_saved(FLUX1, batch, width, what, (), recompute=False)
-    kept = activation_memory.transformer_saved(FLUX1, batch, width, what, range(56), recompute=False)
+    whole = activation_memory.transformer_saved(FLUX1, batch, width, trained, (), recompute=False)
+    checkpointed = activation_memory.transformer_saved(FLUX1, batch, width, trained, range(56), recompute=False)
     inputs = 57 * 4608 * 3072 * 2
-    assert inputs + whole / 60 < kept < inputs + whole / 40
+    assert inputs + whole / 60 < checkpointed < inputs + whole / 40
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -133,10 +136,10 @@ def test_the_encoders_save_what_the_formulas_say(dtype: torch.dtype) -> None:
 
     narrow = 4 if dtype == torch.float32 else 2
     t5 = {**T5, "num_layers": 3}
-    for again in (False, True):
-        own = T5Config(**t5, feed_forward_proj="gated-gelu", dropout_rate=0.1)
-        real = encoder(T5EncoderModel, own, dtype, 2, 256, again=again)
-        assert encoder_memory.t5_saved(t5, 2, 256, narrow, selective=again) == pytest.approx(real, rel=0.05)
+    for selective in (False, True):
+        t5_config = T5Config(**t5, feed_forward_proj="gated-gelu", dropout_rate=0.1)
+        real = encoder(T5EncoderModel, t5_config, dtype, 2, 256, again=selective)
+        assert encoder_memory.t5_saved(t5, 2, 256, narrow, selective=selective) == pytest.approx(real, rel=0.05)
     real = encoder(CLIPTextModel, CLIPTextConfig(**CLIP), dtype, 2, 77)
     assert encoder_memory.clip_saved(CLIP, 2, narrow, 0) == pytest.approx(real, rel=0.1)
 
@@ -337,9 +340,9 @@ def test_too_little_for_the_estimate_is_a_warning_with_a_way_out(house: House, m
 def test_a_change_that_suffices_is_named(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     changes = {"batch_size": "batch_size = 64", "resolution": "resolution = 512"}
     spec, plan = planned(house, "builtin:tiny", **changes)
-    shapes = read_base_configs("builtin:tiny")
-    assert shapes is not None
-    first = next(card_fit.memory_savings(spec, plan, shapes))
+    configs = read_base_configs("builtin:tiny")
+    assert configs is not None
+    first = next(card_fit.memory_savings(spec, plan, configs))
     free = first.needs // 2**20 + 1
     [one] = told(house, monkeypatch, free, card=free + 100, **changes)
     assert (
