@@ -29,11 +29,11 @@ def card_bytes(asked: str) -> int:
         if not 0 < gib < 10_000:
             raise NewError(OPTION, f"expected a card's memory in GiB, or auto, got {asked!r}; e.g. --card 24")
         return int(gib * 2**30)
-    there = query_gpus() or {}
+    gpus = query_gpus() or {}
     usable = [
-        there[name]
+        gpus[name]
         for number in range(hardware.visible_gpu_count())
-        if (name := hardware.visible_gpu_id(str(number))) in there
+        if (name := hardware.visible_gpu_id(str(number))) in gpus
     ]
     if not usable:
         raise NewError(OPTION, "nvidia-smi shows no GPU; write how much memory it has in GiB, e.g. --card 24")
@@ -51,7 +51,7 @@ def fitting_values(text_with: Callable[[Values], str], file: Path, pictures: Pic
             f"what {spec.model.base} needs is not known before its configs are on this disk; leave --card out, and see "
             "`fluxrun plan` when they are",
         )
-    least, told = _needs(spec, plan), ""
+    least, with_keys = _needs(spec, plan), ""
     if least <= card:
         return {}
     for change in card_fit.memory_savings(spec, plan, shapes):
@@ -62,10 +62,10 @@ def fitting_values(text_with: Callable[[Values], str], file: Path, pictures: Pic
         if needs <= card:
             return values
         if needs < least:
-            least, told = needs, f", with {', '.join(change.keys)}"
+            least, with_keys = needs, f", with {', '.join(change.keys)}"
     raise NewError(
         OPTION,
-        f"no setting fits {spec.model.base} into {format_bytes(card)}; the lowest estimate is {format_bytes(least)}{told}",
+        f"no setting fits {spec.model.base} into {format_bytes(card)}; the lowest estimate is {format_bytes(least)}{with_keys}",
     )
 
 

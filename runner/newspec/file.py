@@ -41,49 +41,51 @@ class NewSpec:
     notes: tuple[str, ...]
 
 
-def write_new_spec(wish: NewSpecRequest) -> NewSpec:
+def write_new_spec(request: NewSpecRequest) -> NewSpec:
     """Raises NewError."""
-    if wish.command is not None:
-        return _fitted(wish, _command_text(wish), None, "--from-command")
+    if request.command is not None:
+        return _fitted(request, _command_text(request), None, "--from-command")
     found = None
-    if wish.pictures is not None:
-        found = inspect_folder(wish.pictures, wish.file, TEMPLATES[wish.template].written)
-    return _fitted(wish, _template_text(wish, found), found, "FILE")
+    if request.pictures is not None:
+        found = inspect_folder(request.pictures, request.file, TEMPLATES[request.template].values)
+    return _fitted(request, _template_text(request, found), found, "FILE")
 
 
 def _fitted(
-    wish: NewSpecRequest, text_with: Callable[[Values], str], found: FolderFindings | None, option: str
+    request: NewSpecRequest, text_with: Callable[[Values], str], found: FolderFindings | None, option: str
 ) -> NewSpec:
     """With the settings that --card asks for. option: whose fault a spec is that fluxrun would refuse."""
     pictures: Pictures | None = found.pictures if found else None
-    notes = [found.told] if found else []
+    notes = [found.summary] if found else []
     try:
-        draft_spec(text_with({}), wish.file)
+        draft_spec(text_with({}), request.file)
         values: Values = {}
-        if wish.card is not None:
-            card = card_bytes(wish.card)
-            values = fitting_values(text_with, wish.file, pictures, card)
+        if request.card is not None:
+            card = card_bytes(request.card)
+            values = fitting_values(text_with, request.file, pictures, card)
             chosen = ", ".join(f"{key} = {toml_value(value)}" for key, value in values.items())
             notes.append(f"fits a card of {format_bytes(card)} {f'with {chosen}' if chosen else 'as it is'}")
     except SpecError as error:
-        told = "; ".join(f"{fault.key}: {fault.message}" for fault in error.faults)
-        raise NewError(option, f"fluxrun would refuse that spec: {told}") from error
+        faults = "; ".join(f"{fault.key}: {fault.message}" for fault in error.faults)
+        raise NewError(option, f"fluxrun would refuse that spec: {faults}") from error
     except PlanError as error:
         raise NewError(option, f"fluxrun would refuse that spec: {error}") from error
     return NewSpec(text_with(values), tuple(notes))
 
 
-def _template_text(wish: NewSpecRequest, found: FolderFindings | None) -> Callable[[Values], str]:
-    name = to_run_name(wish.file.stem)
-    own = {**({} if name == wish.file.stem else {"name": name}), **(found.values if found else {})}
-    plan, queue = typed("plan", wish.file), typed("queue", wish.file)
-    return lambda values: new_spec(wish.template, {**own, **values}, short=wish.short, plan=plan, queue=queue)
+def _template_text(request: NewSpecRequest, found: FolderFindings | None) -> Callable[[Values], str]:
+    name = to_run_name(request.file.stem)
+    found_values = {**({} if name == request.file.stem else {"name": name}), **(found.values if found else {})}
+    plan, queue = typed("plan", request.file), typed("queue", request.file)
+    return lambda values: new_spec(
+        request.template, {**found_values, **values}, short=request.short, plan=plan, queue=queue
+    )
 
 
-def _command_text(wish: NewSpecRequest) -> Callable[[Values], str]:
-    assert wish.command is not None
+def _command_text(request: NewSpecRequest) -> Callable[[Values], str]:
+    assert request.command is not None
     try:
-        draft = read_command(wish.command)
+        draft = read_command(request.command)
     except CommandError as error:
         raise NewError("--from-command", str(error)) from None
     return lambda values: FIRST + draft_text(replace(draft, values={**draft.values, **values}))

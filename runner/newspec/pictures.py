@@ -12,7 +12,7 @@ from typing import Any
 from runner.core.command_line import fluxrun_command as typed
 from runner.core.errors import FluxrunError
 from runner.data import images, sources
-from runner.data.buckets import STEP, Size, bucket_sizes, nearest_bucket
+from runner.data.buckets import SIZE_MULTIPLE, Size, bucket_sizes, nearest_bucket
 from runner.data.image_files import metadata_of
 from runner.data.images import DataError, Pictures
 from runner.data.metadata import IMAGE_COLUMN, columns_of
@@ -28,20 +28,20 @@ LONGEST_PROMPT = 300  # characters of a caption that is drawn as a sample
 
 @dataclass(frozen=True)
 class FolderFindings:
-    """values: by dotted key, None for a key that the folder makes needless; pictures: as the spec will read them; told: what
+    """values: by dotted key, None for a key that the folder makes needless; pictures: as the spec will read them; summary: what
     there is, in one line."""
 
     values: dict[str, Any]
     pictures: Pictures
-    told: str
+    summary: str
 
 
-def inspect_folder(folder: Path, file: Path, written: Values) -> FolderFindings:
-    """What a spec in `file` says of the pictures in `folder`. written: the template's values.
+def inspect_folder(folder: Path, file: Path, template_values: Values) -> FolderFindings:
+    """What a spec in `file` says of the pictures in `folder`. template_values: the template's values.
 
     Raises NewError.
     """
-    prompt = written["data.prompt"]
+    prompt = template_values["data.prompt"]
     column, pictures = _read(folder, prompt)
     captions = [one.caption for one in pictures.items if one.caption != prompt]
     values: dict[str, Any] = {"data.source": Path(os.path.relpath(folder.resolve(), file.parent.resolve())).as_posix()}
@@ -52,7 +52,7 @@ def inspect_folder(folder: Path, file: Path, written: Values) -> FolderFindings:
     except FluxrunError as error:
         raise NewError(OPTION, str(error)) from error
     word = None
-    if "tokens.name" in written and captions:
+    if "tokens.name" in template_values and captions:
         words = token_words(captions)
         word = words[0] if len(words) == 1 else None
         if word is None and len(captions) == len(pictures.items):
@@ -60,16 +60,16 @@ def inspect_folder(folder: Path, file: Path, written: Values) -> FolderFindings:
     if word:
         values["tokens.name"] = word
         for key in ("data.prompt", "validate.prompts"):
-            values[key] = _renamed(written[key], written["tokens.name"], word)
+            values[key] = _renamed(template_values[key], template_values["tokens.name"], word)
     if len(captions) == len(pictures.items):
         values["data.prompt"] = None
     if captions and len(captions[0]) <= LONGEST_PROMPT:
         values["validate.prompts"] = [captions[0]]
     count = len(pictures.items)
-    told = f"{count} picture{'' if count == 1 else 's'}, {len(captions)} with a caption of their own"
+    summary = f"{count} picture{'' if count == 1 else 's'}, {len(captions)} with a caption of their own"
     if pictures.folder and (unused := len(pictures.folder.unused) + len(pictures.folder.unread)):
-        told += f"; {unused} file{' is' if unused == 1 else 's are'} not used, `{typed('check', file)}` says why"
-    return FolderFindings(values, pictures, told)
+        summary += f"; {unused} file{' is' if unused == 1 else 's are'} not used, `{typed('check', file)}` says why"
+    return FolderFindings(values, pictures, summary)
 
 
 def _read(folder: Path, prompt: str) -> tuple[str | None, Pictures]:
@@ -88,7 +88,7 @@ def fitting_size(sizes: Sequence[Size]) -> dict[str, Any]:
     buckets = not all(squares)
     lengths = sorted((width * height) ** 0.5 if buckets else min(width, height) for width, height in sizes)
     common = int(lengths[int(ENLARGED * len(lengths))])
-    side = next((side for side in SIDES if side <= common), max(STEP, common // STEP * STEP))
+    side = next((side for side in SIDES if side <= common), max(SIZE_MULTIPLE, common // SIZE_MULTIPLE * SIZE_MULTIPLE))
     return {"data.resolution": side, **({"data.buckets": True} if buckets else {})}
 
 

@@ -74,7 +74,7 @@ PRIOR = Table(
     "[prior]", schema.Prior, "Prior preservation: pictures of the class, made by the base where there are too few.", True,
     {"images": "class-images", "prompt": "a photo of a dog"},
 )  # fmt: skip
-REST = (
+COMMON_TABLES = (
     Table("[schedule]", schema.Schedule, "How the learning rate changes."),
     PRIOR,
     Table("[validate]", schema.Validate, "Pictures, and the loss on held-out ones, while it trains."),
@@ -132,102 +132,102 @@ ABOUT = {  # where the models' own words would not do in a file
 
 @dataclass(frozen=True)
 class Template:
-    """tables: in their order; written: values of the lines that are no comments; short: the keys of --short; sweep: an
+    """tables: in their order; values: values of the lines that are no comments; short: the keys of --short; sweep: an
     example of one; shown: in commented lines, where EXAMPLES would not be this template's defaults."""
 
     what: str
     tables: tuple[Table, ...]
-    written: Values
+    values: Values
     short: tuple[str, ...]
     sweep: Values
     shown: Values = field(default_factory=dict)
 
 
 BASE: Values = {"model.base": DEFAULT_BASE, "data.source": "my-pictures"}
-EVERY: Values = {"train.steps": 1000, "validate.every": 250}
-TOUCHED = ("model.base", "data.source", "data.prompt", "data.resolution")
+COMMON_VALUES: Values = {"train.steps": 1000, "validate.every": 250}
+SHORT_KEYS = ("model.base", "data.source", "data.prompt", "data.resolution")
 TRAINED = ("train.steps", "train.batch_size", "train.lr", "validate.prompts", "validate.every")
 TEMPLATES = {
     "pivotal": Template(
         "pivotal tuning, new words learned beside a LoRA",
-        (MODEL, DATA, TOKENS, INVERSION, LORA, TRAIN, ADAMW, PRODIGY, *REST),
+        (MODEL, DATA, TOKENS, INVERSION, LORA, TRAIN, ADAMW, PRODIGY, *COMMON_TABLES),
         {
             **BASE, "data.prompt": "a photo of TOK", "tokens.name": "TOK",
-            **EVERY, "validate.prompts": ["a photo of TOK on a beach"],
+            **COMMON_VALUES, "validate.prompts": ["a photo of TOK on a beach"],
         },
-        (*TOUCHED, "tokens.name", "inversion.encoders", "lora.rank", *TRAINED),
+        (*SHORT_KEYS, "tokens.name", "inversion.encoders", "lora.rank", *TRAINED),
         {"lora.rank": [8, 16, 32], "train.lr": [1e-4, 4e-4]},
     ),
     "lora": Template(
         "a LoRA alone",
-        (MODEL, DATA, LORA, TEXT_LORA, TRAIN, ADAMW, PRODIGY, *REST),
+        (MODEL, DATA, LORA, TEXT_LORA, TRAIN, ADAMW, PRODIGY, *COMMON_TABLES),
         {
             **BASE, "data.prompt": "a photo of ohwx dog",
-            **EVERY, "validate.prompts": ["a photo of ohwx dog on a beach"],
+            **COMMON_VALUES, "validate.prompts": ["a photo of ohwx dog on a beach"],
         },
-        (*TOUCHED, "lora.rank", "lora.layers", *TRAINED),
+        (*SHORT_KEYS, "lora.rank", "lora.layers", *TRAINED),
         {"lora.rank": [8, 16, 32], "train.lr": [1e-4, 4e-4]},
         {"data.prompt": "a photo of ohwx dog"},
     ),
     "inversion": Template(
         "textual inversion alone, new words and no LoRA",
-        (MODEL, DATA, TOKENS, INVERSION, NO_LORA, TRAIN, ADAMW, *REST),
+        (MODEL, DATA, TOKENS, INVERSION, NO_LORA, TRAIN, ADAMW, *COMMON_TABLES),
         {
             **BASE, "data.prompt": "a photo of TOK", "tokens.name": "TOK",
             "inversion.encoders": ["clip", "t5"], "lora.until": 0.0, "train.lr": 1e-3,
-            **EVERY, "validate.prompts": ["a photo of TOK on a beach"],
+            **COMMON_VALUES, "validate.prompts": ["a photo of TOK on a beach"],
         },
-        (*TOUCHED, "tokens.name", "tokens.vectors", "inversion.encoders", "lora.until", *TRAINED),
+        (*SHORT_KEYS, "tokens.name", "tokens.vectors", "inversion.encoders", "lora.until", *TRAINED),
         {"train.lr": [1e-3, 4e-3], "seed": [0, 1]},
         {"inversion.until": 1.0, "inversion.lr": 1e-3},
     ),
 }  # fmt: skip
 
 
-def new_spec(template: str, values: Values, *, short: bool, plan: str, queue: str) -> str:
-    """TOML text. values: by dotted key, beside or instead of the template's own; None leaves a key to its default.
+def new_spec(template: str, changes: Values, *, short: bool, plan: str, queue: str) -> str:
+    """TOML text. changes: by dotted key, beside or instead of the template's own; None leaves a key to its default.
 
     plan, queue: the commands to type for it.
     """
     chosen = TEMPLATES[template]
-    written = {key: value for key, value in {**chosen.written, **values}.items() if value is not None}
-    shown = {**EXAMPLES, "validate.size": written.get("data.resolution", 512), **chosen.shown}
+    values = {key: value for key, value in {**chosen.values, **changes}.items() if value is not None}
+    shown = {**EXAMPLES, "validate.size": values.get("data.resolution", 512), **chosen.shown}
     head = FIRST + (SHORT_HEAD if short else HEAD).format(what=chosen.what, needed=NEEDED, plan=plan, queue=queue)
     if short:
-        keys = {*chosen.short, *written} - {key for key, value in values.items() if value is None}
+        keys = {*chosen.short, *values} - {key for key, value in changes.items() if value is None}
         on = [table for table in chosen.tables if not table.off]
-        tables = [_top(written, short=True), *(_short_table(table, keys, written, shown) for table in on)]
+        tables = [_top(values, short=True), *(_short_table(table, keys, values, shown) for table in on)]
     else:
-        tables = [_top(written), *(_table(table, written, shown) for table in chosen.tables), _sweep(chosen.sweep)]
+        tables = [_top(values), *(_table(table, values, shown) for table in chosen.tables), _sweep(chosen.sweep)]
     return head + "".join(f"\n{table}" for table in tables if table)
 
 
-def _short_table(table: Table, keys: set[str], written: Values, shown: Values) -> str:
+def _short_table(table: Table, keys: set[str], values: Values, shown: Values) -> str:
     lines = [
-        _line("", name, written.get(key, _default(table, name, shown)), _about(table, name))
+        _line("", name, values.get(key, _default(table, name, shown)), _about(table, name))
         for name in table.model.model_fields
         if (key := f"{table.path}.{name}") in keys
     ]
     return "".join([f"{table.heading}\n", *lines]) if lines else ""
 
 
-def _top(written: Values, *, short: bool = False) -> str:
+def _top(values: Values, *, short: bool = False) -> str:
     about = {key: schema.Spec.model_fields[key].description or "" for key in ("name", "seed")} | {
         "extends": ABOUT["extends"]
     }
     return "".join(
-        _line("" if key in written else "# ", key, written.get(key, EXAMPLES.get(key, 0)), said)
+        _line("" if key in values else "# ", key, values.get(key, EXAMPLES.get(key, 0)), said)
         for key, said in about.items()
-        if key in written or not short
+        if key in values or not short
     )
 
 
-def _table(table: Table, written: Values, shown: Values) -> str:
+def _table(table: Table, values: Values, shown: Values) -> str:
     heading = f"# {table.heading}\n" if table.off else f"{table.heading}\n"
-    return "".join([f"# {table.note}\n" if table.note else "", heading, *_lines(table, written, shown)])
+    return "".join([f"# {table.note}\n" if table.note else "", heading, *_lines(table, values, shown)])
 
 
-def _lines(table: Table, written: Values, shown: Values) -> Iterator[str]:
+def _lines(table: Table, values: Values, shown: Values) -> Iterator[str]:
     instead = {f"{key.partition('.')[0]}.{name}" for key, (_, others) in INSTEAD.items() for name in others}
     names = ["until"] if table is NO_LORA else list(table.model.model_fields)
     for name in sorted(names, key=lambda name: name not in table.chosen):  # what is needed comes first
@@ -237,8 +237,8 @@ def _lines(table: Table, written: Values, shown: Values) -> Iterator[str]:
             yield from (_line("# ", name, value, "") for value in SEVERAL[key])
         elif name in table.chosen:
             yield _line("# ", name, table.chosen[name], f"{NEEDED} {about}".strip())
-        elif key in written and not table.off:
-            yield _line("", name, written[key], about)
+        elif key in values and not table.off:
+            yield _line("", name, values[key], about)
         elif key in INSTEAD or key not in instead:
             yield _line("# ", name, _default(table, name, shown), about)
         if key in INSTEAD:
@@ -253,12 +253,12 @@ def _sweep(example: Values) -> str:
 
 def _line(mark: str, name: str, value: Any, about: str) -> str:
     """`key = value  # about`, continued below where it is too long for a line."""
-    own = f"{mark}{toml_line(name, value)}"
+    text = f"{mark}{toml_line(name, value)}"
     if not about:
-        return f"{own}\n"
-    own = f"{own:<{COLUMN - 2}}  "
-    first, *more = textwrap.wrap(about, WIDTH - 2 - COLUMN, initial_indent=" " * (len(own) - COLUMN))
-    return f"{own}# {first.strip()}\n" + "".join(f"{' ' * COLUMN}# {line}\n" for line in more)
+        return f"{text}\n"
+    text = f"{text:<{COLUMN - 2}}  "
+    first, *more = textwrap.wrap(about, WIDTH - 2 - COLUMN, initial_indent=" " * (len(text) - COLUMN))
+    return f"{text}# {first.strip()}\n" + "".join(f"{' ' * COLUMN}# {line}\n" for line in more)
 
 
 def _about(table: Table, name: str) -> str:
@@ -268,8 +268,8 @@ def _about(table: Table, name: str) -> str:
         return about
     about = found.description or ""
     names = [one for one in _choices(found.annotation) if not one.startswith("_")]
-    told = len(names) < 2 or all(one in about for one in names)
-    return about if told else f"{about} ({', '.join(names)})"
+    all_named = len(names) < 2 or all(one in about for one in names)
+    return about if all_named else f"{about} ({', '.join(names)})"
 
 
 def _choices(annotation: Any) -> list[str]:
