@@ -25,11 +25,11 @@ NOTHING_LEARNED = hashing.sha256([])
 class Entry:
     """One embedding.
 
-    written: the caption, with placeholders expanded. pooling: where CLIP's pooled vector is read, "diffusers" or "eos". length:
+    expanded: the caption, with placeholders expanded. pooling: where CLIP's pooled vector is read, "diffusers" or "eos". length:
     the number of tokens read.
     """
 
-    written: str
+    expanded: str
     pooling: str
     length: int
 
@@ -38,7 +38,7 @@ def captions(spec: Spec, pictures: Pictures) -> tuple[str, ...]:
     """Every caption and prompt that training, validation or a sample may need, as the user wrote it, each once."""
     return tuple(dict.fromkeys([
         *pictures.captions,
-        *(picture.caption for picture in pictures.held),
+        *(picture.caption for picture in pictures.held_out),
         *([""] if spec.data.caption_dropout > 0 else []),
         *([spec.prior.prompt] if spec.prior else []),
         *spec.validation.prompts,
@@ -51,9 +51,9 @@ def poolings(spec: Spec, encoder: TextEncoder) -> tuple[str, ...]:
     return ("diffusers", "eos") if pooling == "both" else tuple(dict.fromkeys(("diffusers", pooling)))
 
 
-def entry(spec: Spec, encoder: TextEncoder, written: str, pooling: str) -> Entry:
-    """written: the text with placeholders expanded."""
-    return Entry(written, pooling, encoder.length or spec.model.max_sequence_length)
+def entry(spec: Spec, encoder: TextEncoder, expanded: str, pooling: str) -> Entry:
+    """expanded: the text with placeholders expanded."""
+    return Entry(expanded, pooling, encoder.length or spec.model.max_sequence_length)
 
 
 def entries(
@@ -69,17 +69,19 @@ def entries(
 
 
 def text_key(
-    encoder: TextEncoder, asked: Entry, prints: Mapping[str, str], dtype: str, learned: str = NOTHING_LEARNED,
-    scale: Sequence[float] = (), held: Sequence[str] = (),
+    encoder: TextEncoder, asked: Entry, fingerprints: Mapping[str, str], dtype: str, learned: str = NOTHING_LEARNED,
+    scale: Sequence[float] = (), quantization: Sequence[str] = (),
 ) -> str:  # fmt: skip
     """The key of a text embedding.
 
-    prints: fingerprints of the base's parts. dtype: as torch writes it. learned: digest of what was trained in the encoder.
-    scale: its LoRA's alpha, if it has a LoRA. held: its quantization, if it is quantized.
+    fingerprints: fingerprints of the base's parts. dtype: as torch writes it. learned: digest of what was trained in the encoder.
+    scale: its LoRA's alpha, if it has a LoRA. quantization: how it is quantized, if it is.
     """
-    parts = [prints[part] for part in encoder.parts]
+    parts = [fingerprints[part] for part in encoder.parts]
     pooling = asked.pooling if encoder.pooled else None
-    return content_key(encoder.name, asked.written, learned, *parts, asked.length, dtype, *scale, pooling, *held)
+    return content_key(
+        encoder.name, asked.expanded, learned, *parts, asked.length, dtype, *scale, pooling, *quantization
+    )
 
 
 def views_key(spec: Spec, data: str, vae: str, dtype: str) -> str | None:

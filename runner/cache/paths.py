@@ -15,7 +15,7 @@ def entry_file(folder: Path, kind: str, key: str) -> Path:
     return folder / kind / key[:2] / f"{key}.safetensors"
 
 
-def note_file(folder: Path, key: str) -> Path:
+def manifest_file(folder: Path, key: str) -> Path:
     """The list of a data set's latents, by its `views_key`."""
     return folder / "views" / key[:2] / f"{key}.json"
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from runner.cache.paths import entry_file, note_file
+from runner.cache.paths import entry_file, manifest_file
 from runner.core import files
 from runner.core.errors import BadFileError
 from runner.core.files import read_json
@@ -29,19 +29,19 @@ class Cache:
     def path(self, kind: str, key: str) -> Path:
         return entry_file(self.folder, kind, key)
 
-    def note(self, key: str) -> dict[str, str]:
-        """What `put_note` wrote; {} if there is nothing, or it is damaged."""
-        facts = read_json(self._note(key))
-        _mark_used(self._note(key))
+    def read_manifest(self, key: str) -> dict[str, str]:
+        """What `write_manifest` wrote; {} if there is nothing, or it is damaged."""
+        facts = read_json(self._manifest(key))
+        _mark_used(self._manifest(key))
         return facts if all(isinstance(value, str) for value in facts.values()) else {}
 
-    def put_note(self, key: str, facts: Mapping[str, str]) -> None:
+    def write_manifest(self, key: str, facts: Mapping[str, str]) -> None:
         """Keep a few strings that depend on the key alone, such as the keys of a data set's latents."""
-        files.make_folder(self._note(key).parent, within=self.folder.parent)
-        files.write_json(self._note(key), dict(facts))
+        files.make_folder(self._manifest(key).parent, within=self.folder.parent)
+        files.write_json(self._manifest(key), dict(facts))
 
-    def _note(self, key: str) -> Path:
-        return note_file(self.folder, key)
+    def _manifest(self, key: str) -> Path:
+        return manifest_file(self.folder, key)
 
     def has(self, kind: str, key: str) -> bool:
         return self.path(kind, key).is_file()

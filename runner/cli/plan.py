@@ -86,7 +86,7 @@ def _print_json(specs: Sequence[Path], runs: Path, *, on_gpu: bool, fresh: bool)
             "state": job.status.state,
             "reason": job.status.reason,
             "cache": cache_hits.as_json(hits),
-            "time": vars(estimate),
+            "time": estimate.as_json(),
         }
         for job, estimate, hits in zip(
             jobs,

@@ -93,10 +93,10 @@ def _table(jobs: Sequence[Job], times: Sequence[TimeEstimate], now: float, width
 
 def _number_cells(job: Job, estimate: TimeEstimate, end: float | None, now: float) -> dict[str, str]:
     """The cells of a row by column title; "?" where no earlier run tells how long it takes."""
-    todo, about = estimate.left > 0, "~" if estimate.about else ""
+    todo, about = estimate.steps_left > 0, "~" if estimate.is_scaled else ""
     steps = job.plan.steps
     return {
-        "steps": f"{estimate.left}" if estimate.left in (0, steps) else f"{estimate.left} of {steps}",
+        "steps": f"{estimate.steps_left}" if estimate.steps_left in (0, steps) else f"{estimate.steps_left} of {steps}",
         "disk": format_bytes(job.plan.disk_bytes) if todo else "",
         "memory": format_bytes(estimate.peak) if estimate.peak and todo else "",
         "s/step": f"{about}{estimate.s_per_step:.3g}" if estimate.s_per_step else "",
@@ -107,8 +107,8 @@ def _number_cells(job: Job, estimate: TimeEstimate, end: float | None, now: floa
 
 def _run_cell(job: Job, estimate: TimeEstimate, name: str) -> Text:
     """The run's name; below it, its state and why."""
-    state, step = job.status.state, job.plan.steps - estimate.left
-    at_step = f" at step {step}" if state == "resume" and estimate.left else ""
+    state, step = job.status.state, job.plan.steps - estimate.steps_left
+    at_step = f" at step {step}" if state == "resume" and estimate.steps_left else ""
     cell = Text(name)
     cell.append(f"\n  {state}{at_step}", style=STATES.get(state, ""))
     return cell.append(f": {job.status.reason}", style="not bold dim")
@@ -116,7 +116,7 @@ def _run_cell(job: Job, estimate: TimeEstimate, name: str) -> Text:
 
 def _phases_cell(job: Job, estimate: TimeEstimate, max_steps: int, max_width: int) -> Group:
     """A bar as long as the run's share of `max_steps`, shaded where it is done; below it, the phases and their steps."""
-    step, bar, words = job.plan.steps - estimate.left, Text(), Text()
+    step, bar, words = job.plan.steps - estimate.steps_left, Text(), Text()
     width = max(len(job.plan.training), round(max_width * job.plan.steps / max_steps))
     for phase in job.plan.training:
         colour = COLOURS[phase.kind]
@@ -170,9 +170,9 @@ def _merged(lines_by_run: Mapping[str, str]) -> Iterator[str]:
 
 def _totals(jobs: Sequence[Job], times: Sequence[TimeEstimate], now: float, on_gpu: bool) -> Iterator[Text]:
     """How much there is to do, and when the queue ends if it starts now."""
-    todo = [job for job, estimate in zip(jobs, times, strict=True) if estimate.left]
+    todo = [job for job, estimate in zip(jobs, times, strict=True) if estimate.steps_left]
     unknown = [job for job, estimate in zip(jobs, times, strict=True) if estimate.seconds is None]
-    steps = sum(estimate.left for estimate in times)
+    steps = sum(estimate.steps_left for estimate in times)
     disk = format_bytes(sum(queue_bytes(todo, on_gpu=on_gpu and hardware.NVIDIA.is_dir())))
     total = f"{pluralize(len(jobs), 'run')}, {len(todo)} to do: {steps} steps, about {disk}"
     if not todo:
@@ -189,7 +189,7 @@ def _totals(jobs: Sequence[Job], times: Sequence[TimeEstimate], now: float, on_g
         seconds = sum(estimate.seconds or 0.0 for estimate in times)
         ends = f"; ends {_clock(now + seconds, now)}, in {format_duration(seconds)}, if started now"
         yield Text(total + ends, style="bold")
-    if any(estimate.about for estimate in times):
+    if any(estimate.is_scaled for estimate in times):
         yield Text("~ from an earlier run with another batch size", style="dim")
 
 

@@ -72,21 +72,21 @@ def queue(
         if faults := notify_faults(jobs, allow_commands):
             raise SpecError(faults)
         try:
-            places = make_slots(gpus, slots, max((job.spec.compute.gpus for job in jobs), default=1), runs)
+            slot_list = make_slots(gpus, slots, max((job.spec.compute.gpus for job in jobs), default=1), runs)
         except ValueError as error:
             raise click.BadParameter(str(error), param_hint="--gpus") from None
         screen = Screen()
         todo = _without_done(jobs, screen)
-        with start_workers(places, len(todo)) as workers:  # the workers import their libraries meanwhile
+        with start_workers(slot_list, len(todo)) as workers:  # the workers import their libraries meanwhile
             if todo and not no_check and not _check_passes(todo, runs, gpus, slots):
                 ctx.exit(2)
             for job in todo:
                 if job.status.state == "changed":
                     screen.message(f"{job.plan.name}: the old run folder is now {job.run.archive()}")
             _make_runs_folder(runs)
-            code = run_queue(todo, runs, places, screen, stop, retries=retries, fail_fast=fail_fast, workers=workers)
+            code = run_queue(todo, runs, slot_list, screen, stop, retries=retries, fail_fast=fail_fast, workers=workers)
         with suppress(OSError):  # the runs folder, which the times are read from, may be gone
-            timing.remember_timing(todo, on_gpu=on_gpus(places))
+            timing.remember_timing(todo, on_gpu=on_gpus(slot_list))
     if as_json:
         _print_records(runs, {job.plan.name for job in jobs})
     ctx.exit(code)

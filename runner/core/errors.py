@@ -4,7 +4,7 @@
     ├── SpecError                2  BAD_SPEC   faults of specs or of the command line; nothing was started
     ├── InterruptedRunError      3  STOPPED    asked to stop (signal, deadline); the same command goes on
     ├── DiskError                3  DISK       the disk is full or failing; the same command goes on once it is not
-    ├── LockHeldError            3  HELD       another process works on the run; the run is not touched
+    ├── LockHeldError            3  LOCKED     another process works on the run; the run is not touched
     ├── UnreachableError         1  UNREACHABLE  the hub does not answer; a later try may succeed
     ├── RunMismatchError         1  FAILED     the run folder holds another run, which is not touched
     ├── NonFiniteError           1  NOT_FINITE the loss or the gradients are NaN or infinite; another try would end the same way
@@ -30,7 +30,7 @@ class ExitCode(IntEnum):
     CRASHED = 1
     UNREACHABLE = 68
     FAILED = 69  # for a known reason; another try would fail the same way
-    HELD = 70
+    LOCKED = 70
     MEMORY = 71
     DISK = 74
     STOPPED = 75
@@ -84,7 +84,7 @@ class DiskError(FluxrunError):
 
 class LockHeldError(FluxrunError):
     exit_code = 3
-    code = ExitCode.HELD
+    code = ExitCode.LOCKED
 
 
 class UnreachableError(FluxrunError):

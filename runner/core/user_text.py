@@ -13,7 +13,7 @@ MARKS = (
     (b"\xfe\xff", "UTF-16"),
 )
 UTF8_MARK = b"\xef\xbb\xbf"
-SAVE = "save the file as UTF-8"
+UTF8_ADVICE = "save the file as UTF-8"
 
 
 class NotUtf8Error(ValueError):
@@ -23,7 +23,7 @@ class NotUtf8Error(ValueError):
     """
 
     def __init__(self, what: str, line: int = 1) -> None:
-        self.what, self.message, self.line = what, f"{what}; {SAVE}", line
+        self.what, self.message, self.line = what, f"{what}; {UTF8_ADVICE}", line
         super().__init__(self.message)
 
 

@@ -14,7 +14,7 @@ from runner.core.seeds import derive
 from runner.data.images import Picture
 
 Size = tuple[int, int]
-STEP = 16  # FLUX's granularity: 8 pixels to a latent, 2 x 2 latents to a token
+SIZE_MULTIPLE = 16  # FLUX's granularity: 8 pixels to a latent, 2 x 2 latents to a token
 
 # Width to height, as in diffusers' `generate_aspect_ratio_buckets` (which costs an import of torch).
 RATIOS = ((1, 1), (4, 5), (5, 4), (2, 3), (3, 2), (3, 4), (4, 3), (9, 16), (16, 9), (1, 2), (2, 1))
@@ -33,7 +33,7 @@ def bucket_sizes(side: int) -> tuple[Size, ...]:
     """Sizes of about side x side pixels, one per aspect ratio, without repetition."""
 
     def rounded(length: float) -> int:
-        return max(STEP, round(length / STEP) * STEP)
+        return max(SIZE_MULTIPLE, round(length / SIZE_MULTIPLE) * SIZE_MULTIPLE)
 
     sizes = []
     for wide, high in RATIOS:

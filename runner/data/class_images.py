@@ -35,18 +35,18 @@ def pictures(folder: Path, count: int, prompt: str) -> tuple[Picture, ...]:
 
 def fingerprint(chosen: Sequence[Picture]) -> str:
     """Of the images themselves: which they are cannot be in a plan's key, since they may not exist yet."""
-    return content_key("class images", *(hashing.sha256_file(Path(picture.where)) for picture in chosen))
+    return content_key("class images", *(hashing.sha256_file(Path(picture.location)) for picture in chosen))
 
 
 def misplaced_folder(folder: Path, count: int, runs: Path) -> str | None:
     """Why no class images can be made there, or None. None too if the folder already holds `count` images."""
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    if not there.is_dir():
-        return f"expected a folder, got {str(folder)!r}, where {there} is a file; name a folder"
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    if not nearest.is_dir():
+        return f"expected a folder, got {str(folder)!r}, where {nearest} is a file; name a folder"
     if not needs_filling(folder, count):
         return None
-    if not os.access(there, os.W_OK | os.X_OK):
-        return f"class images cannot be made in {folder}: {there} is not writable; name another folder"
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        return f"class images cannot be made in {folder}: {nearest} is not writable; name another folder"
     if folder.resolve() == runs.resolve():
         return f"this is the runs folder {runs}; name another folder"
     for path in (folder, *folder.parents):
@@ -58,10 +58,10 @@ def misplaced_folder(folder: Path, count: int, runs: Path) -> str | None:
 def prompt_disagreement(folder: Path, prompt: str, base: BaseIdentity) -> tuple[str, str] | None:
     """(key of the spec, message) where the folder was filled for another prompt, or by another base."""
     note = _note(folder)
-    there = note.get("prompt")
-    if there is not None and there != prompt:
+    recorded = note.get("prompt")
+    if recorded is not None and recorded != prompt:
         return "prior.prompt", (
-            f"{folder} holds images of the prompt {there!r}, got {prompt!r}; use another folder, or the same prompt"
+            f"{folder} holds images of the prompt {recorded!r}, got {prompt!r}; use another folder, or the same prompt"
         )
     maker = _maker(folder, note)
     if maker is None or not base.differs_from(maker):

@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 
 # Endings that are read. Whatever a file is called, only these decoders see it: Pillow's EPS starts Ghostscript.
-READ = {
+FORMAT_BY_ENDING = {
     ".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".jpe": "JPEG", ".jfif": "JPEG", ".webp": "WEBP", ".bmp": "BMP",
     ".tif": "TIFF", ".tiff": "TIFF", ".gif": "GIF", ".avif": "AVIF",
 }  # fmt: skip
-FORMATS = tuple(dict.fromkeys(READ.values()))
+FORMATS = tuple(dict.fromkeys(FORMAT_BY_ENDING.values()))
 HEIC = (".heic", ".heif", ".hif")
 
 CAMERA_RAW = ".3fr .arw .cr2 .cr3 .crw .dng .erf .iiq .kdc .mrw .nef .nrw .orf .pef .raf .raw .rw2 .sr2 .srf .srw .x3f"
@@ -65,16 +65,16 @@ class Unused:
 @dataclass(frozen=True)
 class PictureFolder:
     """`captions`: the file that a picture's is read from, for those that have one; `unused`: what looks like a picture and
-    is none of `pictures`; `unread`: what looks like a caption and is not read; `alone`: captions without a picture;
-    `shared`: pictures that have one caption file between them."""
+    is none of `pictures`; `unread`: what looks like a caption and is not read; `orphan_captions`: captions without a picture;
+    `shared_captions`: pictures that have one caption file between them."""
 
     folder: Path
     pictures: tuple[Path, ...]
     captions: Mapping[Path, Path] = field(default_factory=dict)
     unused: tuple[Unused, ...] = ()
     unread: tuple[Unused, ...] = ()
-    alone: tuple[Path, ...] = ()
-    shared: tuple[tuple[Path, ...], ...] = ()
+    orphan_captions: tuple[Path, ...] = ()
+    shared_captions: tuple[tuple[Path, ...], ...] = ()
 
     def name(self, path: Path) -> str:
         return path.relative_to(self.folder).as_posix().encode(errors="replace").decode()
@@ -129,7 +129,7 @@ def scan_siblings(metadata: Path, named: Iterable[Path]) -> PictureFolder:
     known = {Path(os.path.normpath(path)) for path in pictures}
     others = [Unused(path, f"{metadata.name} does not name it") for path in found.pictures if path not in known]
     stems = {path.with_suffix("") for path in known}
-    texts = [path for path in (*found.captions.values(), *found.alone) if path.with_suffix("") in stems]
+    texts = [path for path in (*found.captions.values(), *found.orphan_captions) if path.with_suffix("") in stems]
     unread = [Unused(path, f"captions come from {metadata.name}") for path in dict.fromkeys(texts)]
     unread += [one for one in found.unread if one.path.name.lower() in LIKE_METADATA]
     unused = [one for one in found.unused if one.path not in known]
@@ -178,7 +178,7 @@ def why_unused(path: Path) -> str | None:
     """Why a file is not read as a picture; None where it is, "" where it does not look like one."""
     ending = path.suffix.lower()
     if path.is_dir():  # a link: folders themselves are not asked about
-        holds = any(one.suffix.lower() in READ for one in path.iterdir())
+        holds = any(one.suffix.lower() in FORMAT_BY_ENDING for one in path.iterdir())
         return "a link to a folder, which is not looked into; put the pictures themselves there" if holds else ""
     why = unreadable_ending(ending)
     if why is None or why:
@@ -194,7 +194,7 @@ def unreadable_ending(ending: str) -> str | None:
         from PIL import features
 
         return None if features.check("avif") else "AVIF, which this Pillow was built without; save it as PNG or JPEG"
-    return None if ending in READ else NOT_READ.get(ending, "")
+    return None if ending in FORMAT_BY_ENDING else NOT_READ.get(ending, "")
 
 
 def _not_a_file(path: Path) -> str | None:
@@ -204,7 +204,7 @@ def _not_a_file(path: Path) -> str | None:
 
 
 def open_picture(source: Path | io.BytesIO, ending: str) -> Image:
-    """A picture undecoded, by the decoders of READ alone. Pillow's warnings about it are nothing a user can act on.
+    """A picture undecoded, by the decoders of FORMAT_BY_ENDING alone. Pillow's warnings about it are nothing a user can act on.
 
     Raises TooManyPixelsError, and what Pillow raises.
     """

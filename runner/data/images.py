@@ -24,11 +24,11 @@ ONE_LARGE = Lock()
 
 @dataclass(frozen=True)
 class Picture:
-    """One training image. `name` is its name inside the data set, `where` names it to a user; `open` gives it undecoded.
+    """One training image. `name` is its name inside the data set, `location` names it to a user; `open` gives it undecoded.
     `digest`: SHA-256 of its file, "" where it has none of its own."""
 
     name: str
-    where: str
+    location: str
     caption: str
     open: Callable[[], Image]
     digest: str = ""
@@ -36,11 +36,11 @@ class Picture:
 
 @dataclass(frozen=True)
 class Pictures:
-    """`held`: kept from training, for the eval loss; `folder`: what else lies where they come from, if that is a folder."""
+    """`held_out`: kept from training, for the eval loss; `folder`: what else lies where they come from, if that is a folder."""
 
     items: tuple[Picture, ...]
     fingerprint: str
-    held: tuple[Picture, ...] = ()
+    held_out: tuple[Picture, ...] = ()
     folder: PictureFolder | None = None
 
     @property
@@ -54,8 +54,8 @@ class Pictures:
             sorted((picture.name for picture in self.items), key=lambda name: derive(0, "holdout", name))[:count]
         )
         items = tuple(picture for picture in self.items if picture.name not in chosen)
-        held = tuple(picture for picture in self.items if picture.name in chosen)
-        return replace(self, items=items, held=held)
+        held_out = tuple(picture for picture in self.items if picture.name in chosen)
+        return replace(self, items=items, held_out=held_out)
 
 
 class DataError(Exception):
@@ -115,7 +115,7 @@ def measure(picture: Picture) -> tuple[int, int]:
 
 def _unreadable(picture: Picture, error: Exception) -> FluxrunError:
     way_out = "scale it down" if isinstance(error, TooManyPixelsError) else "repair it, or remove it from the data"
-    return FluxrunError(f"{picture.where}: not a readable image ({error}); {way_out}")
+    return FluxrunError(f"{picture.location}: not a readable image ({error}); {way_out}")
 
 
 def pixels(

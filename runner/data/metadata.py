@@ -67,7 +67,7 @@ class _RowFaults:
     def add(self, key: str, problem: str, number: int, value: str = "", way_out: str = "") -> None:
         self.found.setdefault((key, problem), []).append((number, value, way_out))
 
-    def told(self) -> Iterator[tuple[str, str]]:
+    def messages(self) -> Iterator[tuple[str, str]]:
         """(key of the spec, message) each."""
         unit, at = ("row", " row ") if self.file.suffix == ".parquet" else ("line", ":")
         for (key, problem), rows in self.found.items():
@@ -110,5 +110,5 @@ def read_captions(file: Path, image_column: str, column: str | None) -> dict[Pat
             wrong.add("data.caption_column", f"{column} is not text", number, repr(caption))
         out[path] = caption if isinstance(caption, str) and caption.strip() else None
     if wrong.found:
-        raise DataError(*wrong.told())
+        raise DataError(*wrong.messages())
     return out

@@ -14,11 +14,11 @@ from runner.core import hub
 from runner.core.errors import UnreachableError
 from runner.core.hashing import content_key, sha256_file
 from runner.core.humanize import list_some
-from runner.core.user_text import SAVE, NotUtf8Error, read_user_text
+from runner.core.user_text import UTF8_ADVICE, NotUtf8Error, read_user_text
 from runner.data.image_files import (
+    FORMAT_BY_ENDING,
     HEIC,
     METADATA,
-    READ,
     PictureFolder,
     Unused,
     metadata_of,
@@ -90,16 +90,20 @@ def read_folder(folder: Path, image_column: str, caption_column: str | None, pro
         found = scan_folder(folder)
         captions = _side_captions(found)
     if not captions:
-        endings = ", ".join(sorted({*READ, *(ending for ending in HEIC if unreadable_ending(ending) is None)}))
-        told = "".join(f"; {line}" for line in reasons(found, found.unused))
-        raise DataError(f"no image in {folder}; expected files that end in {endings}{told}")
+        endings = ", ".join(
+            sorted({*FORMAT_BY_ENDING, *(ending for ending in HEIC if unreadable_ending(ending) is None)})
+        )
+        why_unused_text = "".join(f"; {line}" for line in reasons(found, found.unused))
+        raise DataError(f"no image in {folder}; expected files that end in {endings}{why_unused_text}")
     bare = [path.relative_to(folder).as_posix() for path, caption in captions.items() if not (caption or prompt)]
     if bare:
         how = "set data.prompt, or write a NAME.txt beside each"
         if metadata:
             how = f"set data.prompt, or data.caption_column to one of {metadata.name}'s: {columns_of(metadata)}"
-        told = "".join(f"; {line}" for line in reasons(found, found.unread)) if not metadata else ""
-        raise DataError(f"{len(bare)} of {len(captions)} images have no caption ({list_some(bare)}); {how}{told}")
+        why_unused_text = "".join(f"; {line}" for line in reasons(found, found.unread)) if not metadata else ""
+        raise DataError(
+            f"{len(bare)} of {len(captions)} images have no caption ({list_some(bare)}); {how}{why_unused_text}"
+        )
     items = [
         Picture(
             path.relative_to(folder).as_posix(), str(path), caption or prompt or "", opener(path), sha256_file(path)
@@ -134,7 +138,9 @@ def _side_captions(found: PictureFolder) -> dict[Path, str | None]:
             wrong.append(f"{path}: {error.strerror}")
     if wrong:
         which = wrong[0] if len(wrong) == 1 else f"{len(wrong)} captions cannot be read ({list_some(wrong)})"
-        raise DataError(f"{which}; {SAVE}" if len(wrong) == 1 else f"{which}; {SAVE.replace('the file', 'each')}")
+        raise DataError(
+            f"{which}; {UTF8_ADVICE}" if len(wrong) == 1 else f"{which}; {UTF8_ADVICE.replace('the file', 'each')}"
+        )
     return {path: texts[found.captions[path]] if path in found.captions else None for path in found.pictures}
 
 
@@ -167,9 +173,9 @@ def read_datasets(source: DatasetSource) -> Pictures:
     wanted = {"data.image_column": source.image_column, "data.caption_column": source.caption_column}
     missing = [(key, column) for key, column in wanted.items() if column and column not in rows.column_names]
     if missing:
-        there = ", ".join(rows.column_names)
+        columns = ", ".join(rows.column_names)
         raise DataError(
-            *((key, f"{source.text} has no column {column!r}; the columns are {there}") for key, column in missing)
+            *((key, f"{source.text} has no column {column!r}; the columns are {columns}") for key, column in missing)
         )
     rows = rows.cast_column(source.image_column, ImageFeature(decode=False))  # opened below, in FORMATS only
     captions = list(rows[source.caption_column]) if source.caption_column else [None] * len(rows)

@@ -2,7 +2,7 @@
 
 The worker's exit code (`runner.core.errors.ExitCode`) decides:
 
-- DONE, HELD, DISK, STOPPED, FAILED, NOT_FINITE, BAD_SPEC end the run, as far as this queue goes.
+- DONE, LOCKED, DISK, STOPPED, FAILED, NOT_FINITE, BAD_SPEC end the run, as far as this queue goes.
 - MEMORY is retried once, with the micro-batch cut into parts; then it ends the run.
 - Everything else (a signal, CRASHED, UNREACHABLE, an unknown code) is retried, up to `--retries` times, and only as long as
   attempts save new steps.
@@ -24,7 +24,7 @@ MAX_IDLE_ATTEMPTS = 3  # crashed attempts in a row without a new checkpoint befo
 MAX_SIMILAR_FAILURES = 3
 
 RETRIED = {ExitCode.CRASHED, ExitCode.UNREACHABLE}
-PAUSED = {ExitCode.DISK, ExitCode.STOPPED, ExitCode.HELD}
+PAUSED = {ExitCode.DISK, ExitCode.STOPPED, ExitCode.LOCKED}
 
 # Ends the message of a failed run: what the same command would do.
 ADVICE: dict[int, str] = {
@@ -57,8 +57,8 @@ def _find_cause(run: QueuedRun, code: int) -> int:
     """
     if code != ExitCode.DONE and (gone := run.job.run.missing_message()):
         code, run.reason = ExitCode.DISK, gone
-    elif code not in (ExitCode.DONE, ExitCode.HELD) and (held := run.job.run.lost_lease()):
-        code, run.reason = ExitCode.HELD, str(held)
+    elif code not in (ExitCode.DONE, ExitCode.LOCKED) and (lost_lease := run.job.run.lost_lease()):
+        code, run.reason = ExitCode.LOCKED, str(lost_lease)
     if code in (-signal.SIGTERM, -signal.SIGINT):
         code, run.reason = ExitCode.STOPPED, run.reason or "stopped before it began"
     return code
@@ -106,7 +106,7 @@ def finish_run(queue: Queue, run: QueuedRun, code: int) -> None:
     notify_run_end(queue, run, "done" if code == ExitCode.DONE else "stopped" if paused else "failed")
     if code == ExitCode.DONE:
         queue.similar_failures.clear()
-    elif code == ExitCode.HELD:
+    elif code == ExitCode.LOCKED:
         queue.screen.message(f"not run: {run.reason}", run.name)
     elif paused:
         _pause(queue, run, code)

@@ -78,7 +78,7 @@ class Queue:
     """The queue as a whole.
 
     failed: some run failed. unfinished: some run was stopped, paused or not started. halt_reason: why no further run is
-    started; "" while runs are. similar_failures: signatures of the last failures in a row, all equal. device: st_dev of the
+    started; "" while runs are. similar_failures: signatures of the last failures in a row, all equal. disk_id: st_dev of the
     disk that holds the runs folder. notifier: sends notifications one after the other, outside the queue's thread.
     """
 
@@ -86,7 +86,7 @@ class Queue:
     runs_folder: Path
     max_retries: int
     fail_fast: bool
-    device: int
+    disk_id: int
     waiting: list[QueuedRun] = field(default_factory=list)
     similar_failures: list[str] = field(default_factory=list)
     failed: bool = False
@@ -98,6 +98,6 @@ class Queue:
     def is_runs_folder_gone(self) -> bool:
         """Whether it was removed or renamed, or its disk was unmounted, which leaves an empty folder of another disk."""
         try:
-            return self.runs_folder.stat().st_dev != self.device
+            return self.runs_folder.stat().st_dev != self.disk_id
         except OSError:
             return True

@@ -40,7 +40,7 @@ def run_queue(
     retries: tries after a crash, per run. workers: already started workers by the slot's index (`start_workers`); those
     that are used are taken out.
     """
-    queue = Queue(screen, runs_folder, retries, fail_fast, device=runs_folder.stat().st_dev)
+    queue = Queue(screen, runs_folder, retries, fail_fast, disk_id=runs_folder.stat().st_dev)
     states = [SlotState(slot, workers.pop(index, None) if workers else None) for index, slot in enumerate(slots)]
     for job in jobs:
         add_run(queue, job)

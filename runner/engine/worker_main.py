@@ -141,7 +141,7 @@ def train_run(
         # Every error ends this run alone, and is reported here.
         code, reason = (ExitCode.DISK, gone) if (gone := run.missing_message()) else classify_error(error)
         send({"kind": "run_ended", "reason": reason})
-        if code is not ExitCode.HELD:  # else the folder is another process's to write in
+        if code is not ExitCode.LOCKED:  # else the folder is another process's to write in
             event_log.log(reason if code is ExitCode.STOPPED else f"{traceback.format_exc()}{reason}")
             _record_end(run, attempt, "stopped" if code in (ExitCode.STOPPED, ExitCode.DISK) else "failed", reason)
         return code

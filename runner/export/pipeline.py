@@ -73,5 +73,5 @@ def _read_prompts(
     if exported is not None and exported.lora is not None:
         pipe.load_lora(exported.lora)
     placeholders = exported.placeholders if exported else ()
-    written = [tokens.expand_placeholders(prompt, placeholders) for prompt in prompts]
-    return pipe.read(written, length, scale=scale)
+    expanded = [tokens.expand_placeholders(prompt, placeholders) for prompt in prompts]
+    return pipe.read(expanded, length, scale=scale)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from runner.base.architectures import architecture_of
 from runner.base.files import clip_config, fingerprint, local_folder, transformer_config
 from runner.cache import keys
-from runner.cache.paths import cache_folder, entry_file, note_file
+from runner.cache.paths import cache_folder, entry_file, manifest_file
 from runner.core.files import read_json
 from runner.core.humanize import format_bytes
 from runner.jobs.job import Job
@@ -26,9 +26,9 @@ Fingerprint = Callable[[Path], str]
 
 @dataclass(frozen=True)
 class CacheHits:
-    """The entries of one kind. there, missing: how many the cache has and lacks. bytes: of the missing ones, on the disk."""
+    """The entries of one kind. present, missing: how many the cache has and lacks. bytes: of the missing ones, on the disk."""
 
-    there: int
+    present: int
     missing: int
     bytes: int
 
@@ -54,10 +54,10 @@ def cache_hits_for(
     hits = {"latents": _latent_hits(job, folder, fingerprint_of(base / "vae"), vae_dtype)}
     encoders = architecture_of(transformer_config(spec.model.base, base)).encoders
     for encoder in (encoders[name] for name in first.encoders):
-        prints = {part: fingerprint_of(base / part) for part in encoder.parts}
+        fingerprints = {part: fingerprint_of(base / part) for part in encoder.parts}
         quantization = [spec.model.quantize] if encoder.large and spec.model.quantize != "none" else []
         wanted = {
-            keys.text_key(encoder, entry, prints, TORCH_NAMES[dtype], held=quantization)
+            keys.text_key(encoder, entry, fingerprints, TORCH_NAMES[dtype], quantization=quantization)
             for entry in keys.entries(spec, pictures, job.plan.placeholders, encoder)
         }
         vectors = 1 if encoder.pooled else spec.model.max_sequence_length
@@ -76,19 +76,19 @@ def _latent_hits(job: Job, folder: Path, vae: str, dtype: str) -> CacheHits:
     list of them. vae: fingerprint."""
     assert job.pictures is not None
     key = keys.views_key(job.spec, job.pictures.fingerprint, vae, TORCH_NAMES[dtype])
-    key_by_view = read_json(note_file(folder, key)) if key else {}
+    key_by_view = read_json(manifest_file(folder, key)) if key else {}
     sizes = job.plan.sizes or {}
     entry_bytes = max((latent_bytes(width, height, dtype) for width, height in sizes), default=0)
     if key_by_view:
         return _count_hits(folder, "latents", {str(latent_key) for latent_key in key_by_view.values()}, entry_bytes)
-    views = sum(sizes.values()) * (job.spec.data.variants or 1) + len(job.pictures.held)
+    views = sum(sizes.values()) * (job.spec.data.variants or 1) + len(job.pictures.held_out)
     return CacheHits(0, views, views * entry_bytes)
 
 
 def _count_hits(folder: Path, kind: str, wanted: set[str], entry_bytes: int) -> CacheHits:
-    there = sum(entry_file(folder, kind, key).is_file() for key in wanted)
-    missing = len(wanted) - there
-    return CacheHits(there, missing, missing * entry_bytes)
+    present = sum(entry_file(folder, kind, key).is_file() for key in wanted)
+    missing = len(wanted) - present
+    return CacheHits(present, missing, missing * entry_bytes)
 
 
 def _encoder_width(base: Path, encoder: str) -> int:
@@ -104,7 +104,7 @@ def _encoder_width(base: Path, encoder: str) -> int:
 
 def line(hits: Mapping[str, CacheHits]) -> str:
     """ "latents 10 of 10, t5 12 of 13; 24 KiB to make"."""
-    parts = [f"{kind} {each.there} of {each.there + each.missing}" for kind, each in hits.items()]
+    parts = [f"{kind} {each.present} of {each.present + each.missing}" for kind, each in hits.items()]
     missing = sum(each.bytes for each in hits.values())
     return ", ".join(parts) + (f"; {format_bytes(missing)} to make" if missing else "; nothing to make")
 
@@ -116,4 +116,4 @@ def lines(jobs: Sequence[Job], runs: Path, *, on_gpu: bool) -> dict[str, str]:
 
 
 def as_json(hits: Mapping[str, CacheHits]) -> dict[str, Any]:
-    return {kind: asdict(each) for kind, each in hits.items()}
+    return {kind: {"there": each.present, "missing": each.missing, "bytes": each.bytes} for kind, each in hits.items()}

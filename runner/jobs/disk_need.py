@@ -55,7 +55,7 @@ def _first_encode_bytes(job: Job, runs: Path, *, on_gpu: bool) -> int:
     if job.pictures is None:
         return 0
     spec, dtype = job.spec, base_dtype(job.spec.model.dtype, on_gpu=on_gpu)
-    views = len(job.pictures.items) * (spec.data.variants or 1) + len(job.pictures.held)
+    views = len(job.pictures.items) * (spec.data.variants or 1) + len(job.pictures.held_out)
     latents = sum(views * latent_bytes(side, side, dtype) for side in resolutions(spec))
     text_bytes = spec.model.max_sequence_length * int(T5["d_model"]) * BYTES[dtype]
     return latents + len(keys.captions(spec, job.pictures)) * text_bytes

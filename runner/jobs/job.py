@@ -29,7 +29,7 @@ class Job:
     pictures: None for a hub data set that is not on this disk, and for one that cannot be read.
     planned: None where something is wrong with the spec or what it names.
     doubts: (key, message) of what could not be checked.
-    faulty_keys: dotted keys with a fault. unread_keys: those of them whose values could not be read, so that a default or a
+    faulty_keys: dotted keys with a fault. unreadable_keys: those of them whose values could not be read, so that a default or a
     placeholder stands in `spec`.
     """
 
@@ -40,7 +40,7 @@ class Job:
     planned: Planned | None = None
     doubts: tuple[tuple[str, str], ...] = ()
     faulty_keys: frozenset[str] = frozenset()
-    unread_keys: frozenset[str] = frozenset()
+    unreadable_keys: frozenset[str] = frozenset()
 
     @property
     def file(self) -> Path:
@@ -65,4 +65,4 @@ class Job:
 
     def was_read(self, *keys: str) -> bool:
         """Whether `spec` holds the user's own values of these keys."""
-        return not any(overlaps(key, unread) for key in keys for unread in self.unread_keys)
+        return not any(overlaps(key, unreadable) for key in keys for unreadable in self.unreadable_keys)

@@ -118,25 +118,27 @@ class _Inspector:
         faults += [*_repository_faults(spec), *_nested_folder_faults(spec, self.runs)]
         pictures = data_set.pictures.hold_out(spec.data.holdout) if data_set.pictures else None
         plan, plan_faults = self._plan(spec, pictures, explained=bool(faults))
-        faults = [fault for fault in [*faults, *plan_faults] if not _depends_on(fault[0], loaded.bad)]
-        job = Job(source, spec, Run(self.runs, spec.name), pictures, doubts=doubts, unread_keys=loaded.bad)
+        faults = [fault for fault in [*faults, *plan_faults] if not _depends_on(fault[0], loaded.unreadable_keys)]
+        job = Job(
+            source, spec, Run(self.runs, spec.name), pictures, doubts=doubts, unreadable_keys=loaded.unreadable_keys
+        )
         planned, other_run = None, list[Fault]()
-        if plan and not faults and not loaded.bad:
+        if plan and not faults and not loaded.unreadable_keys:
             planned, other_run = self._compare_with_folder(job, plan)
         prior_faults = list[KeyMessage]()
         # Where the base is faulty, the base that made the class images is not known. A run that is done reads none.
         if all(key != "model.base" for key, _ in faults) and not (planned and planned.status.state == "done"):
             prior_faults = [
-                fault for fault in _prior_faults(spec, self.runs) if not _any_overlap(fault[:1], loaded.bad)
+                fault for fault in _prior_faults(spec, self.runs) if not _any_overlap(fault[:1], loaded.unreadable_keys)
             ]
-        faulty_keys = loaded.bad | {key for key, _ in [*faults, *prior_faults]}
+        faulty_keys = loaded.unreadable_keys | {key for key, _ in [*faults, *prior_faults]}
         job = replace(job, planned=None if prior_faults else planned, faulty_keys=faulty_keys)
-        own, prior = ([source.fault(*fault) for fault in each] for each in (faults, prior_faults))
-        return job, [*own, *other_run, *prior]
+        own_faults, prior = ([source.fault(*fault) for fault in each] for each in (faults, prior_faults))
+        return job, [*own_faults, *other_run, *prior]
 
     def _open_data(self, loaded: LoadedSpec, spec: Spec) -> OpenedDataSet:
         source, folder = data_source(spec), loaded.source.location("data.source")[0].parent
-        if _any_overlap(DATA_KEYS, loaded.bad):
+        if _any_overlap(DATA_KEYS, loaded.unreadable_keys):
             return OpenedDataSet(faults=name_faults(source, folder))
         return self.data_sets.of(source, folder)
 
@@ -209,7 +211,7 @@ def facts_of(spec: Spec, pictures: Pictures | None, base: OpenedBase) -> Facts:
         return Facts(
             None, None, sources.source_fingerprint(data_source(spec)), base.fingerprint, base.config, base.clip
         )
-    count = len(pictures.items) + len(pictures.held)
+    count = len(pictures.items) + len(pictures.held_out)
     sizes = tuple(measure(picture) for picture in pictures.items) if spec.data.buckets else None
     return Facts(pictures.captions, count, pictures.fingerprint, base.fingerprint, base.config, base.clip, sizes)
 

@@ -43,14 +43,24 @@ class StepTime:
 
 @dataclass(frozen=True)
 class TimeEstimate:
-    """What a job will take; these are fields of `plan --json`. left: steps. seconds, peak (bytes): None where no earlier run is
-    comparable. about: the earlier run had another batch, and its time was scaled to this one."""
+    """What a job will take. steps_left: steps. seconds, peak (bytes): None where no earlier run is
+    comparable. is_scaled: the earlier run had another batch, and its time was scaled to this one."""
 
-    left: int
+    steps_left: int
     s_per_step: float | None
     seconds: float | None
     peak: int | None
-    about: bool
+    is_scaled: bool
+
+    def as_json(self) -> dict[str, Any]:
+        """As `plan --json` prints it."""
+        return {
+            "left": self.steps_left,
+            "s_per_step": self.s_per_step,
+            "seconds": self.seconds,
+            "peak": self.peak,
+            "about": self.is_scaled,
+        }
 
 
 def estimate_times(jobs: Sequence[Job], runs: Path, *, on_gpu: bool = True) -> list[TimeEstimate]:

@@ -13,7 +13,7 @@ from runner.core.command_line import fluxrun_command
 from runner.core.errors import FluxrunError
 from runner.core.humanize import pluralize
 from runner.data import images, sources
-from runner.data.buckets import STEP, Size, bucket_sizes, nearest_bucket
+from runner.data.buckets import SIZE_MULTIPLE, Size, bucket_sizes, nearest_bucket
 from runner.data.image_files import metadata_of
 from runner.data.images import DataError, Pictures
 from runner.data.metadata import IMAGE_COLUMN, columns_of

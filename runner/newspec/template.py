@@ -160,20 +160,20 @@ TRAINING = ("train.steps", "train.batch_size", "train.lr", "validate.prompts", "
 TEMPLATES = {
     "pivotal": Template(
         "pivotal tuning, new words learned beside a LoRA",
-        (MODEL, DATA, TOKENS, INVERSION, LORA, TRAIN, ADAMW, PRODIGY, *REST),
+        (MODEL, DATA, TOKENS, INVERSION, LORA, TRAIN, ADAMW, PRODIGY, *COMMON_TABLES),
         {
             **BASE, "data.prompt": "a photo of TOK", "tokens.name": "TOK",
-            **EVERY, "validate.prompts": ["a photo of TOK on a beach"],
+            **COMMON_VALUES, "validate.prompts": ["a photo of TOK on a beach"],
         },
         (*MOST_CHANGED, "tokens.name", "inversion.encoders", "lora.rank", *TRAINING),
         {"lora.rank": [8, 16, 32], "train.lr": [1e-4, 4e-4]},
     ),
     "lora": Template(
         "a LoRA alone",
-        (MODEL, DATA, LORA, TEXT_LORA, TRAIN, ADAMW, PRODIGY, *REST),
+        (MODEL, DATA, LORA, TEXT_LORA, TRAIN, ADAMW, PRODIGY, *COMMON_TABLES),
         {
             **BASE, "data.prompt": "a photo of ohwx dog",
-            **EVERY, "validate.prompts": ["a photo of ohwx dog on a beach"],
+            **COMMON_VALUES, "validate.prompts": ["a photo of ohwx dog on a beach"],
         },
         (*MOST_CHANGED, "lora.rank", "lora.layers", *TRAINING),
         {"lora.rank": [8, 16, 32], "train.lr": [1e-4, 4e-4]},
@@ -181,11 +181,11 @@ TEMPLATES = {
     ),
     "inversion": Template(
         "textual inversion alone, new words and no LoRA",
-        (MODEL, DATA, TOKENS, INVERSION, NO_LORA, TRAIN, ADAMW, *REST),
+        (MODEL, DATA, TOKENS, INVERSION, NO_LORA, TRAIN, ADAMW, *COMMON_TABLES),
         {
             **BASE, "data.prompt": "a photo of TOK", "tokens.name": "TOK",
             "inversion.encoders": ["clip", "t5"], "lora.until": 0.0, "train.lr": 1e-3,
-            **EVERY, "validate.prompts": ["a photo of TOK on a beach"],
+            **COMMON_VALUES, "validate.prompts": ["a photo of TOK on a beach"],
         },
         (*MOST_CHANGED, "tokens.name", "tokens.vectors", "inversion.encoders", "lora.until", *TRAINING),
         {"train.lr": [1e-3, 4e-3], "seed": [0, 1]},
@@ -209,7 +209,7 @@ def new_spec(template: str, values: Values, *, short: bool, plan: str, queue: st
         tables = [_top(written, short=True)]
         tables += [_short_table(table, keys, written, shown) for table in chosen.tables if not table.off]
     else:
-        tables = [_top(written), *(_table(table, written, shown) for table in chosen.tables), _sweep(chosen.sweep)]
+        tables = [_top(values), *(_table(table, values, shown) for table in chosen.tables), _sweep(chosen.sweep)]
     return head + "".join(f"\n{table}" for table in tables if table)
 
 

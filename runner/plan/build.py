@@ -109,11 +109,13 @@ def _phases(
         return key
 
     text, lora = _text_part(spec, facts, tokens), Part("lora", (), _lora_parameters(spec, facts))
-    live, encoders = text.encoders if text else (), architecture_of(facts.transformer).encoders
+    trained_encoders, encoders = text.encoders if text else (), architecture_of(facts.transformer).encoders
     phases: list[Phase] = []
     if spec.prior is not None:
         phases.append(Prior("prior", 0, spec.prior.count, chain("prior")))
-    phases.append(Encode("encode", 0, tuple(name for name in encoders if name not in live), True, chain("encode")))
+    phases.append(
+        Encode("encode", 0, tuple(name for name in encoders if name not in trained_encoders), True, chain("encode"))
+    )
     start = 0
     for stop in sorted({text_stop, lora_stop} - {0}):
         with_lora = stop <= lora_stop
@@ -123,13 +125,13 @@ def _phases(
             trains = (text, lora) if with_lora else (text,)
             phases.append(TrainPhase(kind, name, start, stop, trains, chain(name, start)))
         else:
-            if live:  # the pivot: from here on the text side is fixed, so every caption can be encoded
-                phases.append(Encode("encode-learned", start, live, False, chain("encode", start)))
+            if trained_encoders:  # the pivot: from here on the text side is fixed, so every caption can be encoded
+                phases.append(Encode("encode-learned", start, trained_encoders, False, chain("encode", start)))
             phases.append(TrainPhase("lora", "lora", start, stop, (lora,), chain("lora", start)))
         start = stop
         chain("ends", stop)
     samples = len(spec.validation.prompts) * spec.validation.count
-    read = tuple(name for name, encoder in encoders.items() if name in live or not encoder.large)
+    read = tuple(name for name, encoder in encoders.items() if name in trained_encoders or not encoder.large)
     phases.append(Export("export", start, samples, read, content_key(key, "export", _export_values(spec))))
     return tuple(phases)
 

@@ -26,7 +26,7 @@ def check_captions(job: Job, base: Path | None, reader_of: ReaderOf) -> Iterator
         return
     placeholders = tokens.placeholders(spec.tokens)
     if job.pictures is not None:
-        pictures = (*job.pictures.items, *job.pictures.held)
+        pictures = (*job.pictures.items, *job.pictures.held_out)
         yield from _captions_without_token(job, job.pictures.items, placeholders)
         if base is not None and job.was_read("model.base", "model.max_sequence_length", "inversion.encoders"):
             for encoder, limit in (("clip", CLIP_READS), ("t5", spec.model.max_sequence_length)):

@@ -62,16 +62,18 @@ def _fingerprint(picture: Picture) -> ImageFingerprint:
 
 
 def fingerprint_images(pictures: Iterable[Picture]) -> dict[str, ImageFingerprint | str]:
-    """Fingerprints, or messages, by `Picture.where`. Files are decoded in threads, rows of a data set one after the other."""
-    by_place = {picture.where: picture for picture in pictures}
+    """Fingerprints, or messages, by `Picture.location`. Files are decoded in threads, rows of a data set one after the other."""
+    by_location = {picture.location: picture for picture in pictures}
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="fingerprint") as pool:
         files = {
-            where: pool.submit(fingerprint_image, picture)
-            for where, picture in by_place.items()
-            if Path(where).is_file()
+            location: pool.submit(fingerprint_image, picture)
+            for location, picture in by_location.items()
+            if Path(location).is_file()
         }
-        rows = {where: fingerprint_image(picture) for where, picture in by_place.items() if where not in files}
-        return {where: rows[where] if where in rows else files[where].result() for where in by_place}
+        rows = {
+            location: fingerprint_image(picture) for location, picture in by_location.items() if location not in files
+        }
+        return {location: rows[location] if location in rows else files[location].result() for location in by_location}
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,13 @@ from runner.preflight.fingerprints import ImageFingerprint, find_duplicates
 
 MIN_SHOWN = 0.5  # part of an image that a crop should show
 
-Fingerprints = Mapping[str, ImageFingerprint | str]  # by `Picture.where`; a message where the image cannot be read
+Fingerprints = Mapping[str, ImageFingerprint | str]  # by `Picture.location`; a message where the image cannot be read
 
 
 def pictures_of(job: Job) -> tuple[Picture, ...]:
     """Every image that the run would decode: for training, held out, and class images."""
     pictures = job.pictures
-    return (*pictures.items, *pictures.held, *_class_pictures(job)) if pictures else _class_pictures(job)
+    return (*pictures.items, *pictures.held_out, *_class_pictures(job)) if pictures else _class_pictures(job)
 
 
 def _class_pictures(job: Job) -> tuple[Picture, ...]:
@@ -51,7 +51,7 @@ def _unreadable(job: Job, fingerprints: Fingerprints) -> Iterator[Finding]:
     by_key: dict[str, list[str]] = {}
     for picture in pictures_of(job):
         key = "prior.images" if picture.name.startswith("class/") else "data.source"
-        if isinstance(message := fingerprints[picture.where], str):
+        if isinstance(message := fingerprints[picture.location], str):
             by_key.setdefault(key, []).append(job.source.relative(key, message))
     for key, messages in by_key.items():
         if len(messages) == 1:
@@ -63,15 +63,15 @@ def _unreadable(job: Job, fingerprints: Fingerprints) -> Iterator[Finding]:
 def _duplicates(job: Job, fingerprints: Fingerprints) -> Iterator[Finding]:
     """Copies among the training images, and, worse, between them and the images held out for the eval loss."""
     assert job.pictures is not None
-    held_out = {picture.where for picture in job.pictures.held}
+    held_out = {picture.location for picture in job.pictures.held_out}
     readable = [
         (picture, fingerprint)
-        for picture in (*job.pictures.items, *job.pictures.held)
-        if isinstance(fingerprint := fingerprints[picture.where], ImageFingerprint)
+        for picture in (*job.pictures.items, *job.pictures.held_out)
+        if isinstance(fingerprint := fingerprints[picture.location], ImageFingerprint)
     ]
 
     def on_both_sides(members: Sequence[int]) -> bool:
-        return len({readable[index][0].where in held_out for index in members}) == 2
+        return len({readable[index][0].location in held_out for index in members}) == 2
 
     copies: list[str] = []
     leaks: list[str] = []
@@ -120,7 +120,7 @@ def _sizes(job: Job, fingerprints: Fingerprints) -> Iterator[Finding]:
     readable = [
         (picture, fingerprint.size)
         for picture in job.pictures.items
-        if isinstance(fingerprint := fingerprints[picture.where], ImageFingerprint)
+        if isinstance(fingerprint := fingerprints[picture.location], ImageFingerprint)
     ]
     buckets = group_by_bucket([size for _, size in readable], resolutions(job.spec), data.buckets)
     small: list[str] = []
@@ -189,7 +189,7 @@ def _animated(job: Job, fingerprints: Fingerprints) -> Iterator[Finding]:
     animated = [
         picture.name
         for picture in pictures_of(job)
-        if isinstance(fingerprint := fingerprints[picture.where], ImageFingerprint) and fingerprint.animated
+        if isinstance(fingerprint := fingerprints[picture.location], ImageFingerprint) and fingerprint.animated
     ]
     if animated:
         yield at(
@@ -215,19 +215,20 @@ def _caption_files(job: Job) -> Iterator[Finding]:
             f"{pluralize(len(empty), 'caption file')} empty ({list_some(names)}), so data.prompt is read instead; write the "
             "captions, or delete the files",
         )  # fmt: skip
-    if folder.alone:
+    if folder.orphan_captions:
         yield at(
             job.source, "warning", "data.source",
-            f"{pluralize(len(folder.alone), 'caption file')} without a picture beside it "
-            f"({list_some(folder.names(folder.alone))}); a picture's caption is NAME.txt beside NAME.png",
+            f"{pluralize(len(folder.orphan_captions), 'caption file')} without a picture beside it "
+            f"({list_some(folder.names(folder.orphan_captions))}); a picture's caption is NAME.txt beside NAME.png",
         )  # fmt: skip
-    if folder.shared:
+    if folder.shared_captions:
         sharing = [
-            f"{_join_names(folder.names(paths))}: {folder.name(folder.captions[paths[0]])}" for paths in folder.shared
+            f"{_join_names(folder.names(paths))}: {folder.name(folder.captions[paths[0]])}"
+            for paths in folder.shared_captions
         ]
         yield at(
             job.source, "warning", "data.source",
-            f"{pluralize(len(folder.shared), 'caption file')} shared by pictures of one name, each of which takes its caption "
+            f"{pluralize(len(folder.shared_captions), 'caption file')} shared by pictures of one name, each of which takes its caption "
             "from it; rename the pictures, if that was not meant", sharing,
         )  # fmt: skip
     if uncaptioned and len(uncaptioned) < len(folder.pictures):
@@ -246,7 +247,7 @@ def _class_images(job: Job, fingerprints: Fingerprints) -> Iterator[Finding]:
     yield from _unused_files(job, "prior.images", class_images.contents(Path(prior.images)))
     pictures = _class_pictures(job)
     side = max(resolutions(job.spec))
-    by_name = [(picture.name.removeprefix("class/"), fingerprints[picture.where]) for picture in pictures]
+    by_name = [(picture.name.removeprefix("class/"), fingerprints[picture.location]) for picture in pictures]
     small = [
         f"{name} is {_format_size(fingerprint.size)}"
         for name, fingerprint in by_name

@@ -38,7 +38,7 @@ def _learning_rates(job: Job) -> Iterator[Finding]:
     scaled = f" times {images} images a step, by train.scale_lr" if images > 1 else ""
     prodigy = spec.optimizer.name == "prodigy"
     for key, lr, usual, highest in _trained_rates(spec):
-        if key != "train.lr" and key not in job.source.written and key not in job.source.swept:
+        if key != "train.lr" and key not in job.source.set_keys and key not in job.source.swept:
             continue  # its value is train.lr's, which is checked
         if prodigy and key == "train.lr" and not PRODIGY_LR[0] <= lr * images <= PRODIGY_LR[1]:
             yield at(

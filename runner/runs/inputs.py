@@ -40,7 +40,7 @@ class TrainingInputs:
 def read_inputs(spec: Spec, pictures: Pictures | None) -> TrainingInputs:
     """As they are now. spec: with absolute paths."""
     folder = local_folder(spec.model.base)
-    all_pictures = (*pictures.items, *pictures.held) if pictures else ()
+    all_pictures = (*pictures.items, *pictures.held_out) if pictures else ()
     return TrainingInputs(
         {picture.name: picture.digest for picture in all_pictures},
         {picture.name: picture.caption for picture in all_pictures},

@@ -29,32 +29,32 @@ PLACEHOLDER_VALUES: Mapping[str, Any] = {
 
 @dataclass(frozen=True)
 class LoadedSpec:
-    """One run asked for. bad: its faulty keys; where there are any, `spec` is what is left without them, so that all other
+    """One run asked for. unreadable_keys: its faulty keys; where there are any, `spec` is what is left without them, so that all other
     faults can be reported at once."""
 
     spec: Spec
     source: SpecOrigin
-    bad: frozenset[str] = frozenset()
+    unreadable_keys: frozenset[str] = frozenset()
 
 
 def build_spec(tables: dict[str, Any], source: SpecOrigin, faults: list[Fault]) -> LoadedSpec | None:
     """Adds every fault to `faults`: of single keys, and of keys that do not go together. None where no spec can be made."""
     secrets = [KeyFault(key, message) for key, message in secret_faults(tables)]
     spec, key_faults = _validate(tables, source.swept)
-    bad = frozenset(fault.key for fault in key_faults)
-    unknown = bad | {key for fault in key_faults for key in fault.meant}  # of these no value is known
-    if spec is None and bad:
-        spec, left_out = _validate_rest(tables, bad, source)
-        unknown |= left_out
+    faulty_keys = frozenset(fault.key for fault in key_faults)
+    unreadable_keys = faulty_keys | {key for fault in key_faults for key in fault.meant}  # of these no value is known
+    if spec is None and faulty_keys:
+        spec, left_out = _validate_rest(tables, faulty_keys, source)
+        unreadable_keys |= left_out
     hidden = {fault.key for fault in secrets}  # other faults of these would show the secret
     found = secrets + [fault for fault in key_faults if fault.key not in hidden]
     if spec is not None:
         for rule in broken_rules(spec, tables):
-            if not any(overlaps(key, other) for key in rule.reads for other in unknown):
+            if not any(overlaps(key, other) for key in rule.reads for other in unreadable_keys):
                 found.append(KeyFault(rule.key, rule.message, kind="missing" if rule.missing else ""))
     found = [fault for fault in found if not (fault.kind == "missing" and _is_meant(fault.key, key_faults))]
     faults += [source.fault(fault.key, fault.message) for fault in found]
-    return None if spec is None else LoadedSpec(spec, source, unknown | {fault.key for fault in found})
+    return None if spec is None else LoadedSpec(spec, source, unreadable_keys | {fault.key for fault in found})
 
 
 def _is_meant(key: str, faults: Sequence[KeyFault]) -> bool:
@@ -89,19 +89,19 @@ def _one_per_key(faults: Sequence[KeyFault], written: Mapping[str, Any]) -> list
 
 
 def _validate_rest(
-    tables: dict[str, Any], bad: frozenset[str], source: SpecOrigin
+    tables: dict[str, Any], faulty_keys: frozenset[str], source: SpecOrigin
 ) -> tuple[Spec | None, frozenset[str]]:
     """The spec without its faulty keys, and the other keys that had to go with them: tables that are invalid without them."""
-    rest, left_out = _without(tables, bad), bad
-    if "name" in bad:
+    rest, left_out = _without(tables, faulty_keys), faulty_keys
+    if "name" in faulty_keys:
         rest["name"] = to_run_name(source.file.stem)
     for _ in range(3):
         spec, faults = _validate(rest)
         if spec is not None or not faults:
-            return spec, left_out - bad
+            return spec, left_out - faulty_keys
         more = frozenset(_table_of(fault.key) for fault in faults) - {""}
         rest, left_out = _without(rest, more), left_out | more
-    return None, left_out - bad
+    return None, left_out - faulty_keys
 
 
 def _without(tables: dict[str, Any], keys: frozenset[str]) -> dict[str, Any]:

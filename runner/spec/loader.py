@@ -43,10 +43,10 @@ def load_all(paths: Sequence[Path], runs: Path | None = None) -> tuple[list[Load
         for file in files:  # the other faults are reported at once
             build_spec(file.first(), file.source, faults)
         return [], list(dict.fromkeys([*faults, *too_many]))
-    there = set(names_in(runs)) if runs and any(file.sweep for file in files) else set()
-    variants = [variant for file in files for variant in _variants(file, runs, there)]
+    existing_names = set(names_in(runs)) if runs and any(file.sweep for file in files) else set()
+    variants = [variant for file in files for variant in _variants(file, runs, existing_names)]
     specs = [spec for tables, source in variants if (spec := build_spec(tables, source, faults)) is not None]
-    named = [spec for spec in specs if "name" not in spec.bad]
+    named = [spec for spec in specs if "name" not in spec.unreadable_keys]
     for position, message in name_clashes(
         [(each.spec.name, each.source.file, bool(each.source.swept)) for each in named]
     ):
@@ -137,8 +137,10 @@ def _too_many_runs(files: Sequence[SpecFile]) -> Iterator[Fault]:
         )
 
 
-def _variants(file: SpecFile, runs: Path | None, there: Collection[str]) -> Iterator[tuple[dict[str, Any], SpecOrigin]]:
-    """The tables of each run that a file asks for: one, or the product of the lists of [sweep]. there: names in `runs`."""
+def _variants(
+    file: SpecFile, runs: Path | None, existing_names: Collection[str]
+) -> Iterator[tuple[dict[str, Any], SpecOrigin]]:
+    """The tables of each run that a file asks for: one, or the product of the lists of [sweep]. existing_names: names in `runs`."""
     name, source = file.tables["name"], file.source
     if not file.sweep:
         yield file.tables, source
@@ -151,8 +153,8 @@ def _variants(file: SpecFile, runs: Path | None, there: Collection[str]) -> Iter
         assert runs is not None
         return sweeps.has_values(runs / name / "spec.toml", swept, lambda text, key: path_at(text, source, key))
 
-    for run_name, swept in sweeps.expand(name, file.sweep, there, has_values):
-        origin = SpecOrigin(source.file, source.locations, swept, source.written, source.origins)
+    for run_name, swept in sweeps.expand(name, file.sweep, existing_names, has_values):
+        origin = SpecOrigin(source.file, source.locations, swept, source.set_keys, source.origins)
         yield _with_values(file.tables, run_name, swept), origin
 
 

@@ -19,14 +19,14 @@ from runner.spec.toml_lines import KeyPath
 class SpecOrigin:
     """Where a spec came from, so that later checks can name a line.
 
-    locations: of its keys, in the file itself or in one that it extends; swept: the values that [sweep] set; written: every
+    locations: of its keys, in the file itself or in one that it extends; swept: the values that [sweep] set; set_keys: every
     dotted key that is in one of the files; origins: for the spec of a run folder, where it says that each value came from.
     """
 
     file: Path
     locations: Locations
     swept: Mapping[str, Any] = field(default_factory=dict)
-    written: frozenset[str] = frozenset()
+    set_keys: frozenset[str] = frozenset()
     origins: Mapping[str, str] = field(default_factory=dict)
 
     def location(self, key: str) -> tuple[Path, int]:
@@ -55,7 +55,7 @@ class SpecOrigin:
             return f"sweep in {self.file}"
         if key in self.origins:
             return self.origins[key]
-        if key not in self.written:
+        if key not in self.set_keys:
             return DEFAULT
         file, _ = self.location(key)
         return f"set in {file}" if file == self.file else f"extended from {file}"

@@ -111,11 +111,14 @@ class ValueName:
 
 
 def expand(
-    name: str, sweep: Mapping[str, Sequence[Any]], there: Collection[str], has_values: Callable[[str, Swept], bool]
+    name: str,
+    sweep: Mapping[str, Sequence[Any]],
+    existing_names: Collection[str],
+    has_values: Callable[[str, Swept], bool],
 ) -> Iterator[tuple[str, Swept]]:
     """(name, values) of each run.
 
-    there: names of the runs in the runs folder; has_values: whether the run of that name has these values. A run that is there
+    existing_names: names of the runs in the runs folder; has_values: whether the run of that name has these values. A run that is there
     under another of its possible names keeps that name: an earlier fluxrun gave it, or the list had other values.
     """
     lists = [[*zip(values, _value_names(values), strict=True)] for values in sweep.values()]
@@ -125,8 +128,8 @@ def expand(
         run_name = _joined(name, swept, [texts[0] for texts in options])
         if any(len(texts) > 1 for texts in options):
             possible = (_joined(name, swept, texts) for texts in itertools.product(*options))
-            existing = next((other for other in possible if other in there and has_values(other, swept)), None)
-            if existing is None and run_name in there:  # another run has it
+            existing = next((other for other in possible if other in existing_names and has_values(other, swept)), None)
+            if existing is None and run_name in existing_names:  # another run has it
                 run_name = _joined(name, swept, [each.with_digest for _, each in chosen])
             run_name = existing or run_name
         yield run_name, swept
@@ -142,11 +145,13 @@ def has_values(spec_file: Path, swept: Swept, path_at: Callable[[str, str], Path
     except (OSError, ValueError, RecursionError):
         return True
 
-    def same(there: Any, value: Any, key: str) -> bool:
+    def same(recorded: Any, value: Any, key: str) -> bool:
         if isinstance(value, dict):  # its defaults are written there too
-            return isinstance(there, dict) and all(same(there.get(name), inner, key) for name, inner in value.items())
-        same_path = isinstance(value, str) and isinstance(there, str) and str(path_at(value, key)) == there
-        return bool(there == value) or same_path
+            return isinstance(recorded, dict) and all(
+                same(recorded.get(name), inner, key) for name, inner in value.items()
+            )
+        same_path = isinstance(value, str) and isinstance(recorded, str) and str(path_at(value, key)) == recorded
+        return bool(recorded == value) or same_path
 
     return all(same(value_at(tables, key), value, key) for key, value in swept.items())
 

@@ -118,14 +118,14 @@ class RunContext:
         few steps, and the loss of training pictures says less anyway.
         """
         views = self.eval_views
-        if self.pictures.held:
+        if self.pictures.held_out:
             return tuple((view, EVAL_SIGMAS) for view in views)
         return tuple((view, EVAL_SIGMAS[index :: len(views)]) for index, view in enumerate(views))
 
     @cached_property
     def eval_views(self) -> tuple[CropView, ...]:
         """The centre crops of the held-out pictures, or of some training pictures; each at its first size."""
-        chosen = self.pictures.held or self.pictures.items[: len(EVAL_SIGMAS)]
+        chosen = self.pictures.held_out or self.pictures.items[: len(EVAL_SIGMAS)]
         first_views: dict[str, CropView] = {}
         for size, pictures in self._group_by_size(chosen).items():
             for picture in pictures:
@@ -151,13 +151,13 @@ class RunContext:
         manifest = keys.views_key(
             self.spec, self.pictures.fingerprint, self.part_fingerprint("vae"), str(self.vae_base.dtype)
         )
-        key_of = self.cache.note(manifest) if manifest else {}  # by the view's name
+        key_of = self.cache.read_manifest(manifest) if manifest else {}  # by the view's name
         class_pictures = set(self.class_pictures)
         data_views = [view for view in self.views if view.picture not in class_pictures]
         if any(_name(view) not in key_of for view in data_views):
             key_of = {_name(view): self._latent_key(pixels) for view, pixels in self.pixels(data_views)}
             if manifest:
-                self.cache.put_note(manifest, key_of)
+                self.cache.write_manifest(manifest, key_of)
         class_views = [view for view in self.views if view.picture in class_pictures]
         class_keys = {view: self._latent_key(pixels) for view, pixels in self.pixels(class_views)}
         return {view: class_keys[view] if view in class_keys else key_of[_name(view)] for view in self.views}
@@ -211,8 +211,8 @@ class RunContext:
 
     def text_key(self, encoder: str, caption: str, pooling: str, weights: Weights) -> str:
         """The cache key of one caption, given as the user wrote it. weights: what was learned in the encoder."""
-        written = tokens.expand_placeholders(caption, self.plan.placeholders)
-        return self.text_keys(encoder, weights)(keys.entry(self.spec, self.encoders[encoder], written, pooling))
+        expanded = tokens.expand_placeholders(caption, self.plan.placeholders)
+        return self.text_keys(encoder, weights)(keys.entry(self.spec, self.encoders[encoder], expanded, pooling))
 
     def text_keys(self, encoder: str, weights: Weights) -> Callable[[Entry], str]:
         """The function from an entry to its cache key. The digest of what was learned is computed once."""
@@ -244,12 +244,19 @@ def _name(view: CropView) -> str:
     return f"{view.picture.name}|{width}x{height}|{view.variant}"
 
 
-def open_base(spec: Spec, where: torch.device, cache: Cache) -> Base:
+def open_base(spec: Spec, torch_device: torch.device, cache: Cache) -> Base:
     """The spec's base on a device, in the spec's dtype or the device's usual one. Raises what `runner.model.base.open_base`
     raises."""
-    model, dtype = spec.model, device.resolve_dtype(spec.model.dtype, where)
+    model, dtype = spec.model, device.resolve_dtype(spec.model.dtype, torch_device)
     return bases.open_base(
-        model.base, model.revision, model.variant, where, dtype, model.quantize, cache.folder, model.offload == "blocks"
+        model.base,
+        model.revision,
+        model.variant,
+        torch_device,
+        dtype,
+        model.quantize,
+        cache.folder,
+        model.offload == "blocks",
     )
 
 

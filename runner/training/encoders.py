@@ -114,7 +114,9 @@ def frozen_embeddings(
     fingerprints = {part: fingerprint(base.folder / part) for part in encoder.parts}
     entries = [keys.entry(spec, encoder, text, "diffusers") for text in texts]
     quantization = [base.quantize] if base.quantize != "none" else []
-    wanted = [keys.text_key(encoder, entry, fingerprints, str(base.dtype), held=quantization) for entry in entries]
+    wanted = [
+        keys.text_key(encoder, entry, fingerprints, str(base.dtype), quantization=quantization) for entry in entries
+    ]
 
     def encode_all() -> None:
         model_pool.clear(base)

@@ -61,8 +61,8 @@ class LiveEncoder:
                 parameter.requires_grad_(learn_lora)
         length = context.spec.model.max_sequence_length
         for caption in context.captions:
-            written = tokens.expand_placeholders(caption, context.plan.placeholders)
-            live.ids[caption] = live._token_ids(written, length)
+            expanded = tokens.expand_placeholders(caption, context.plan.placeholders)
+            live.ids[caption] = live._token_ids(expanded, length)
         if learn_rows:
             live.check_tokens(context)
         return live
@@ -136,11 +136,11 @@ class LiveEncoder:
     def embed_entry(self, entry: Entry) -> Tensor:
         """One embedding for the cache, [T, width] or pooled [width]."""
         with torch.no_grad():
-            return self._embed(self._token_ids(entry.written, entry.length)[None], entry.pooling)[0]
+            return self._embed(self._token_ids(entry.expanded, entry.length)[None], entry.pooling)[0]
 
-    def _token_ids(self, written: str, length: int) -> Tensor:
+    def _token_ids(self, expanded: str, length: int) -> Tensor:
         """[T], on the device."""
-        ids = self.family.token_ids(self.encoder, self.tokenizer, written, length)
+        ids = self.family.token_ids(self.encoder, self.tokenizer, expanded, length)
         return ids.to(next(self.model.parameters()).device)
 
     def embed(self, captions: Sequence[str], pooling: str) -> Tensor:

@@ -58,8 +58,8 @@ class ModelPool:
     def bytes(self) -> int:
         """Memory of the pool's transformer on its device; offloaded blocks wait in host memory and do not count."""
         tensors = list(self.transformer.state_dict().values()) if self.transformer is not None else []
-        where = "cuda" if any(tensor.is_cuda for tensor in tensors) else "cpu"
-        return sum(tensor.nbytes for tensor in tensors if tensor.device.type == where)
+        device_type = "cuda" if any(tensor.is_cuda for tensor in tensors) else "cpu"
+        return sum(tensor.nbytes for tensor in tensors if tensor.device.type == device_type)
 
 
 def _key(base: Base) -> str:

@@ -29,7 +29,7 @@ class ParameterGroup:
 
 
 @dataclass(frozen=True)
-class Adam:
+class AdamWParams:
     """The hyperparameters of AdamW."""
 
     beta1: float
@@ -38,7 +38,7 @@ class Adam:
 
 
 @dataclass(frozen=True)
-class Adam8bit:
+class AdamW8bitParams:
     """The hyperparameters of bitsandbytes' AdamW, which keeps its moments in 8 bits. Parameters of fewer than 4,096 values keep
     them in 32."""
 
@@ -48,7 +48,7 @@ class Adam8bit:
 
 
 @dataclass(frozen=True)
-class ProdigyNumbers:
+class ProdigyParams:
     """The hyperparameters of prodigyopt's Prodigy. It estimates one step size d for all groups, so they share one lr."""
 
     beta1: float
@@ -70,20 +70,22 @@ PRODIGY_SCALARS = ("d", "d_max", "d_numerator", "d_denom", "d_hat", "k")
 class Optimizer:
     """A torch optimizer (`.torch`) that knows its parameters by name."""
 
-    def __init__(self, groups: list[ParameterGroup], numbers: Adam | Adam8bit | ProdigyNumbers) -> None:
+    def __init__(
+        self, groups: list[ParameterGroup], hyperparameters: AdamWParams | AdamW8bitParams | ProdigyParams
+    ) -> None:
         self.groups = groups
         self.names = {parameter: name for group in groups for name, parameter in group.parameters.items()}
         torch_groups = [
             {"params": list(group.parameters.values()), "lr": group.lr, "weight_decay": group.weight_decay}
             for group in groups
         ]
-        match numbers:
-            case Adam():
-                self.torch = _adamw(torch_groups, numbers)
-            case Adam8bit():
-                self.torch = _adamw8bit(torch_groups, numbers)
-            case ProdigyNumbers():
-                self.torch = _prodigy(torch_groups, numbers)
+        match hyperparameters:
+            case AdamWParams():
+                self.torch = _adamw(torch_groups, hyperparameters)
+            case AdamW8bitParams():
+                self.torch = _adamw8bit(torch_groups, hyperparameters)
+            case ProdigyParams():
+                self.torch = _prodigy(torch_groups, hyperparameters)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -142,37 +144,41 @@ class Optimizer:
             settings.update(scalars["shared"])
 
 
-def _adamw(groups: list[dict[str, Any]], numbers: Adam) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(groups, betas=(numbers.beta1, numbers.beta2), eps=numbers.eps, foreach=True)
+def _adamw(groups: list[dict[str, Any]], hyperparameters: AdamWParams) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(
+        groups, betas=(hyperparameters.beta1, hyperparameters.beta2), eps=hyperparameters.eps, foreach=True
+    )
 
 
-def _adamw8bit(groups: list[dict[str, Any]], numbers: Adam8bit) -> torch.optim.Optimizer:
+def _adamw8bit(groups: list[dict[str, Any]], hyperparameters: AdamW8bitParams) -> torch.optim.Optimizer:
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
         raise FluxrunError(
             'optimizer.name = "adamw8bit" needs bitsandbytes, which is not installed; pip install "fluxrun[bitsandbytes]"'
         ) from error
-    built: torch.optim.Optimizer = AdamW8bit(groups, betas=(numbers.beta1, numbers.beta2), eps=numbers.eps)
+    built: torch.optim.Optimizer = AdamW8bit(
+        groups, betas=(hyperparameters.beta1, hyperparameters.beta2), eps=hyperparameters.eps
+    )
     return built
 
 
-def _prodigy(groups: list[dict[str, Any]], numbers: ProdigyNumbers) -> torch.optim.Optimizer:
+def _prodigy(groups: list[dict[str, Any]], hyperparameters: ProdigyParams) -> torch.optim.Optimizer:
     from prodigyopt import Prodigy
 
     with contextlib.redirect_stdout(io.StringIO()):  # it prints a line about weight decay
         built: torch.optim.Optimizer = Prodigy(
             groups,
-            betas=(numbers.beta1, numbers.beta2),
-            beta3=numbers.beta3,
-            eps=numbers.eps,
+            betas=(hyperparameters.beta1, hyperparameters.beta2),
+            beta3=hyperparameters.beta3,
+            eps=hyperparameters.eps,
             weight_decay=max(group["weight_decay"] for group in groups),
-            decouple=numbers.decouple,
-            use_bias_correction=numbers.bias_correction,
-            safeguard_warmup=numbers.safeguard_warmup,
-            d_coef=numbers.d_coef,
-            d0=numbers.d0,
-            growth_rate=numbers.growth_rate or float("inf"),
+            decouple=hyperparameters.decouple,
+            use_bias_correction=hyperparameters.bias_correction,
+            safeguard_warmup=hyperparameters.safeguard_warmup,
+            d_coef=hyperparameters.d_coef,
+            d0=hyperparameters.d0,
+            growth_rate=hyperparameters.growth_rate or float("inf"),
         )
     return built
 

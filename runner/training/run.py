@@ -132,8 +132,8 @@ def newest_checkpoint(run: Run, plan: Plan, event_log: EventLog, *, quarantine: 
             checkpoint = storage.read(path)
         except BadFileError as error:
             if quarantine:
-                where = run.quarantine(path, str(error))
-                event_log.message(f"{error}; moved to {where}, trying the checkpoint before it")
+                quarantined = run.quarantine(path, str(error))
+                event_log.message(f"{error}; moved to {quarantined}, trying the checkpoint before it")
             continue
         if checkpoint.step <= stops.get(checkpoint.phase_key, -1):
             event_log.message(f"resuming at step {checkpoint.step} of {plan.steps}")

@@ -44,8 +44,8 @@ PRINTS = {"text_encoder": "a", "tokenizer": "b", "text_encoder_2": "c", "tokeniz
 WRITTEN = Entry("a <s0>", "diffusers", 77)
 
 
-def text_key(encoder: str = "clip", asked: Entry = WRITTEN, prints: dict[str, str] = PRINTS, **more: Any) -> str:
-    return keys.text_key(FLUX1.encoders[encoder], asked, prints, **{"dtype": "torch.float32", **more})
+def text_key(encoder: str = "clip", asked: Entry = WRITTEN, fingerprints: dict[str, str] = PRINTS, **more: Any) -> str:
+    return keys.text_key(FLUX1.encoders[encoder], asked, fingerprints, **{"dtype": "torch.float32", **more})
 
 
 @pytest.mark.parametrize("encoder", ["clip", "t5"])
@@ -53,14 +53,14 @@ def test_every_part_of_a_text_key(encoder: str) -> None:
     own = FLUX1.encoders[encoder].parts
     made = {
         "as it is": text_key(encoder),
-        "another text": text_key(encoder, replace(WRITTEN, written="a <s1>")),
+        "another text": text_key(encoder, replace(WRITTEN, expanded="a <s1>")),
         "another length": text_key(encoder, replace(WRITTEN, length=32)),
         "another dtype": text_key(encoder, dtype="torch.bfloat16"),
         "learned": text_key(encoder, learned="rows"),
         "a LoRA's scale": text_key(encoder, scale=[8.0]),
         "another scale": text_key(encoder, scale=[4.0]),
-        "quantised": text_key(encoder, held=["int8"]),
-        **{f"another {part}": text_key(encoder, prints={**PRINTS, part: "x"}) for part in own},
+        "quantised": text_key(encoder, quantization=["int8"]),
+        **{f"another {part}": text_key(encoder, fingerprints={**PRINTS, part: "x"}) for part in own},
         "the other encoder": text_key("t5" if encoder == "clip" else "clip"),
     }
     pooled = text_key(encoder, replace(WRITTEN, pooling="eos"))
@@ -70,12 +70,12 @@ def test_every_part_of_a_text_key(encoder: str) -> None:
         assert pooled == made["as it is"]  # T5 is not pooled
     distinct(made)
     others = {part: "x" for part in PRINTS if part not in own}
-    assert text_key(encoder, prints={**PRINTS, **others}) == made["as it is"]
+    assert text_key(encoder, fingerprints={**PRINTS, **others}) == made["as it is"]
     # Each parameter and each field is among those above; a new one fails this until it is.
     assert set(inspect.signature(keys.text_key).parameters) == {
-        "encoder", "asked", "prints", "dtype", "learned", "scale", "held",
+        "encoder", "asked", "fingerprints", "dtype", "learned", "scale", "quantization",
     }  # fmt: skip
-    assert {field.name for field in fields(Entry)} == {"written", "pooling", "length"}
+    assert {field.name for field in fields(Entry)} == {"expanded", "pooling", "length"}
 
 
 def tuned(house: House, **more: str) -> RunContext:

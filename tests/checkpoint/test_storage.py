@@ -84,9 +84,9 @@ def test_a_checkpoints_bytes_do_not_depend_on_the_order_of_its_scalars(tmp_path:
 @pytest.mark.parametrize("name", ["adamw", "prodigy"])
 def test_a_checkpoint_at_t5_xxls_size_holds_rows_not_tables(name: str, tmp_path: Path) -> None:
     """Two rows of T5-XXL are 8,192 numbers, its table 131,596,288: what is saved follows the rows."""
-    numbers: optimizers.Adam | optimizers.ProdigyNumbers = optimizers.Adam(0.9, 0.99, 1e-8)
+    numbers: optimizers.AdamWParams | optimizers.ProdigyParams = optimizers.AdamWParams(0.9, 0.99, 1e-8)
     if name == "prodigy":
-        numbers = optimizers.ProdigyNumbers(0.9, 0.99, None, 1e-8, True, True, True, 1.0, 1e-6, None)
+        numbers = optimizers.ProdigyParams(0.9, 0.99, None, 1e-8, True, True, True, 1.0, 1e-6, None)
     table = nn.Embedding(32128, 4096, dtype=torch.bfloat16, _weight=torch.zeros(32128, 4096, dtype=torch.bfloat16))
     table.requires_grad_(False)
     rows = nn.Parameter(torch.randn(2, 4096))

@@ -116,7 +116,7 @@ def test_the_plan_of_a_run_that_is_running(house: House, queue: Process) -> None
     [run] = json.loads(house.fluxrun("plan", spec, "--json").out)["runs"]
     assert (run["state"], run["reason"]) == ("running", reason)
     [job] = prepare_jobs([spec], house.folder / "runs", fetch=False, fresh=False)
-    assert estimate_times([job], house.folder / "runs")[0].left == 3
+    assert estimate_times([job], house.folder / "runs")[0].steps_left == 3
 
 
 def test_the_plan_of_a_run_that_waits_in_a_queue(house: House, queue: Process) -> None:

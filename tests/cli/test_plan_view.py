@@ -105,7 +105,7 @@ def test_another_batch_is_reckoned_with(house: House) -> None:
     [a] = jobs_of(house, house.spec("a"))
     exported(a, s_per_step=10.0, wall_s=60.0, peak_memory_bytes=1 << 30)
     [own] = timing.estimate_times(jobs_of(house, house.spec("b", batch_size="batch_size = 4")), house.folder / "runs")
-    assert (own.s_per_step, own.seconds, own.peak, own.about) == (20.0, 120.0, None, True)
+    assert (own.s_per_step, own.seconds, own.peak, own.is_scaled) == (20.0, 120.0, None, True)
     said = picture(house, jobs_of(house, house.folder / "b.toml"))
     assert "~20" in said[2]
     assert said[-1] == "~ from an earlier run with another batch size"

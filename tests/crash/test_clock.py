@@ -19,7 +19,7 @@ from runner.runs.checkpoint_files import checkpoint_name, checkpoint_steps
 from runner.training import loop
 from runner.training.distributed import Ranks
 from runner.training.loop import LoopConfig, TrainState
-from runner.training.optimizers import Adam, Optimizer, ParameterGroup
+from runner.training.optimizers import AdamWParams, Optimizer, ParameterGroup
 from tests.support.checkpoints import STEPS, made, new_run, newest, writer
 from tests.support.house import House
 from tests.support.runs import export_bytes
@@ -70,7 +70,7 @@ def saved_at(clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> list[in
     """The steps of eight at which a checkpoint is due, at least every minute."""
     monkeypatch.setattr(loop, "time", clock)
     learner = Weight()
-    optimizer = Optimizer([ParameterGroup({"lora/w": learner.weight}, 0.1, 0.0)], Adam(0.9, 0.999, 1e-8))
+    optimizer = Optimizer([ParameterGroup({"lora/w": learner.weight}, 0.1, 0.0)], AdamWParams(0.9, 0.999, 1e-8))
     config, recorded = LoopConfig(0, 8, 8, 1, 1.0, 100, 60.0, None), Recorded()
     loop.train(learner, optimizer, constant, config, TrainState(), Ranks(), recorded)
     return [step for step, _ in recorded.saved]

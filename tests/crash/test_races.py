@@ -205,7 +205,9 @@ def test_an_attempt_that_is_over_before_it_begins(house: House) -> None:
     job.run.next_attempt()
     before = tree(job.run)
     told: list[Any] = []
-    assert train_run(TrainRequest(job.run.folder, 1), "cpu", told.append, StopRequest(), WorkerState()) == ExitCode.HELD
+    assert (
+        train_run(TrainRequest(job.run.folder, 1), "cpu", told.append, StopRequest(), WorkerState()) == ExitCode.LOCKED
+    )
     assert told[-1]["reason"] == f"{job.run.folder}: attempt 2 has begun, this is attempt 1; nothing was written"
     assert tree(job.run) == before
 

@@ -408,9 +408,9 @@ def test_the_largest_picture_that_is_read(pics: Path) -> None:
         assert opened.size == (16384, 16384)
 
 
-@pytest.mark.parametrize("ending", sorted(image_files.READ))
+@pytest.mark.parametrize("ending", sorted(image_files.FORMAT_BY_ENDING))
 def test_every_ending_that_is_read_is_of_a_decoder_that_is_named(pics: Path, ending: str) -> None:
-    path = drawn(pics / f"x{ending}", 3, format=image_files.READ[ending])
+    path = drawn(pics / f"x{ending}", 3, format=image_files.FORMAT_BY_ENDING[ending])
     assert path in scan_folder(pics).pictures
     assert images.decode(images.Picture("x", str(path), "a", sources.opener(path))).size == (96, 96)
 

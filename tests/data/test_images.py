@@ -18,10 +18,10 @@ from tests.support.picture_folders import pairs, read
 def test_a_held_out_picture_is_not_trained_on_whatever_the_seed() -> None:
     whole = read(PICTURES)
     parted = whole.hold_out(3)
-    assert len(parted.held) == 3
-    assert Counter(pairs(whole)) == Counter(pairs(parted) + [(one.name, one.caption) for one in parted.held])
+    assert len(parted.held_out) == 3
+    assert Counter(pairs(whole)) == Counter(pairs(parted) + [(one.name, one.caption) for one in parted.held_out])
     assert parted == whole.hold_out(3)
-    assert {one.name for one in parted.held} < {one.name for one in whole.hold_out(4).held}
+    assert {one.name for one in parted.held_out} < {one.name for one in whole.hold_out(4).held_out}
 
 
 def cut(image: Image.Image, size: tuple[int, int] = (64, 64), **more: object) -> np.ndarray:

@@ -77,7 +77,7 @@ def test_a_run_that_crashed_goes_on_before_the_next_begins(house: House) -> None
         (ExitCode.BAD_SPEC, "failed: why", "failed", 1),
         (ExitCode.DISK, "paused: why\n", "stopped", 3),
         (ExitCode.STOPPED, "why\n", "stopped", 3),
-        (ExitCode.HELD, "not run: why\n", "stopped", 3),
+        (ExitCode.LOCKED, "not run: why\n", "stopped", 3),
         (-signal.SIGTERM, "stopped before it began\n", "stopped", 3),
         (-signal.SIGINT, "stopped before it began\n", "stopped", 3),
     ],

@@ -119,7 +119,7 @@ def test_the_rates_of_groups_and_prodigys_own() -> None:
     import torch
     from torch import nn
 
-    from runner.training.optimizers import Adam, Optimizer, ParameterGroup, ProdigyNumbers
+    from runner.training.optimizers import AdamWParams, Optimizer, ParameterGroup, ProdigyParams
 
     def groups(lr: float, text_lr: float) -> list[ParameterGroup]:
         weights = [nn.Parameter(torch.ones(2)) for _ in range(3)]
@@ -129,12 +129,12 @@ def test_the_rates_of_groups_and_prodigys_own() -> None:
             for name, weight, rate in zip(names, weights, (lr, lr, text_lr), strict=True)
         ]
 
-    plain = Optimizer(groups(1e-3, 5e-4), Adam(0.9, 0.999, 1e-8))
+    plain = Optimizer(groups(1e-3, 5e-4), AdamWParams(0.9, 0.999, 1e-8))
     for weight in plain.parameters:
         weight.grad = torch.ones(2)
     plain.step(0.5)
     assert plain.learning_rates() == {"lora": 5e-4, "rows": 5e-4, "text_lora": 2.5e-4}
-    numbers = ProdigyNumbers(0.9, 0.999, None, 1e-8, True, True, True, 1.0, 1e-6, None)
+    numbers = ProdigyParams(0.9, 0.999, None, 1e-8, True, True, True, 1.0, 1e-6, None)
     prodigy = Optimizer(groups(1.0, 1.0), numbers)
     for weight in prodigy.parameters:
         weight.grad = torch.ones(2)

@@ -355,7 +355,7 @@ def test_enough_is_not_worth_a_word(house: House, monkeypatch: pytest.MonkeyPatc
     assert told(house, monkeypatch, 23000) == []
 
 
-# ---- the machine's book ----------------------------------------------------------------------------------------------
+# ---- the timing store ------------------------------------------------------------------------------------------------
 
 
 def test_a_new_runs_folder_knows_what_this_machine_took(house: House) -> None:

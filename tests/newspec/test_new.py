@@ -27,7 +27,7 @@ def test_a_new_spec_plans(bare: House, template: str) -> None:
     said = bare.fluxrun("new", "a.toml", "--template", template)
     assert (said.code, said.err) == (0, "a.toml: `fluxrun plan a.toml` checks it\n")
     [loaded] = load([bare.folder / "a.toml"])
-    assert not loaded.bad
+    assert not loaded.unreadable_keys
     (bare.folder / "my-pictures" / "a.png").write_bytes((PICTURES / "01.png").read_bytes())
     planned = json.loads(bare.fluxrun("plan", "a.toml", "--json").out)
     assert planned["errors"] == []

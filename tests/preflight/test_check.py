@@ -99,8 +99,8 @@ def held_out_copy(house: House, _: Patch) -> Path:
 
     [job] = prepare_jobs([path], house.folder / "runs", fetch=False, fresh=False)
     assert job.pictures is not None
-    [held] = job.pictures.held
-    shutil.copy(held.where, house.folder / "pictures" / "copy.png")
+    [held] = job.pictures.held_out
+    shutil.copy(held.location, house.folder / "pictures" / "copy.png")
     (house.folder / "pictures" / "copy.txt").write_text("a TOK")
     return path
 
@@ -362,8 +362,8 @@ def test_a_held_out_picture_that_is_nearly_trained_on(own_pictures: House) -> No
 
     [job] = prepare_jobs([path], own_pictures.folder / "runs", fetch=False, fresh=False)
     assert job.pictures is not None
-    [held] = job.pictures.held
-    with Image.open(held.where) as image:
+    [held] = job.pictures.held_out
+    with Image.open(held.location) as image:
         image.resize((120, 120)).save(own_pictures.folder / "pictures" / "near.png")
     (own_pictures.folder / "pictures" / "near.txt").write_text("a TOK")
     assert warnings(own_pictures, path) == [

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from runner.training.distributed import Ranks
 from runner.training.loop import LoopConfig, Step, TrainState, after_validation, train
-from runner.training.optimizers import Adam, Optimizer, ParameterGroup
+from runner.training.optimizers import AdamWParams, Optimizer, ParameterGroup
 
 
 class Line:
@@ -56,7 +56,7 @@ class Recorded:
 
 
 def adam(line: Line) -> Optimizer:
-    return Optimizer([ParameterGroup({"lora/w": line.weight}, 0.1, 0.0)], Adam(0.9, 0.999, 1e-8))
+    return Optimizer([ParameterGroup({"lora/w": line.weight}, 0.1, 0.0)], AdamWParams(0.9, 0.999, 1e-8))
 
 
 def constant(_: int) -> float:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from runner.core.errors import NonFiniteError
 from runner.training.distributed import Ranks
 from runner.training.loop import BAD_STEPS, EarlyStopping, LoopConfig, TrainState, train
-from runner.training.optimizers import Adam, Adam8bit, Optimizer, ParameterGroup
+from runner.training.optimizers import AdamW8bitParams, AdamWParams, Optimizer, ParameterGroup
 from runner.training.prefetch import Prefetcher
 from tests.support.step_loop import Line, Recorded, adam, constant, run
 
@@ -45,7 +45,7 @@ def test_the_count_of_bad_steps_crosses_a_checkpoint() -> None:
 def test_gradients_are_clipped_over_what_is_trained() -> None:
     free, clipped = Line(), Line()
     assert run(free, 1)[0][0].grad_norm == pytest.approx(10.0)
-    optimizer = Optimizer([ParameterGroup({"lora/w": clipped.weight}, 0.1, 0.0)], Adam(0.0, 0.0, 1.0))
+    optimizer = Optimizer([ParameterGroup({"lora/w": clipped.weight}, 0.1, 0.0)], AdamWParams(0.0, 0.0, 1.0))
     seen: list[Tensor] = []
     real = optimizer.step
 
@@ -86,7 +86,7 @@ def test_accumulation_is_the_mean() -> None:
 
 
 def test_eight_bits_follow_thirty_two_closely_and_resume_exactly() -> None:
-    def built(numbers: Adam | Adam8bit) -> tuple[nn.Parameter, Optimizer]:
+    def built(numbers: AdamWParams | AdamW8bitParams) -> tuple[nn.Parameter, Optimizer]:
         weight = nn.Parameter(torch.randn(64, 128, generator=torch.Generator().manual_seed(0)))
         return weight, Optimizer([ParameterGroup({"lora/w": weight}, 1e-2, 0.01)], numbers)
 
@@ -95,14 +95,14 @@ def test_eight_bits_follow_thirty_two_closely_and_resume_exactly() -> None:
             weight.grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(step))
             optimizer.step(1.0)
 
-    full, optimizer = built(Adam(0.9, 0.99, 1e-8))
+    full, optimizer = built(AdamWParams(0.9, 0.99, 1e-8))
     start = full.detach().clone()
     advance(full, optimizer, range(20))
-    small, optimizer = built(Adam8bit(0.9, 0.99, 1e-8))
+    small, optimizer = built(AdamW8bitParams(0.9, 0.99, 1e-8))
     advance(small, optimizer, range(12))
     tensors, numbers = optimizer.state()
     assert tensors["lora/w/state1"].dtype == torch.uint8
-    weight, again = built(Adam8bit(0.9, 0.99, 1e-8))
+    weight, again = built(AdamW8bitParams(0.9, 0.99, 1e-8))
     weight.data.copy_(small.data)
     again.restore(tensors, numbers)
     advance(small, optimizer, range(12, 20))

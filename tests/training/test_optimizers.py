@@ -16,15 +16,15 @@ from runner.training import optimizers
 @pytest.mark.parametrize(
     "numbers",
     [
-        optimizers.Adam(0.9, 0.99, 1e-8),
-        optimizers.ProdigyNumbers(0.9, 0.99, None, 1e-8, True, True, True, 1.0, 1e-6, None),
+        optimizers.AdamWParams(0.9, 0.99, 1e-8),
+        optimizers.ProdigyParams(0.9, 0.99, None, 1e-8, True, True, True, 1.0, 1e-6, None),
     ],
     ids=["adamw", "prodigy"],
 )
 def test_an_optimizer_goes_on_as_if_never_stopped(
-    numbers: optimizers.Adam | optimizers.ProdigyNumbers, tmp_path: Path
+    hyperparameters: optimizers.AdamWParams | optimizers.ProdigyParams, tmp_path: Path
 ) -> None:
-    lr = 1.0 if isinstance(numbers, optimizers.ProdigyNumbers) else 1e-2
+    lr = 1.0 if isinstance(hyperparameters, optimizers.ProdigyParams) else 1e-2
 
     def build() -> tuple[dict[str, nn.Parameter], optimizers.Optimizer]:
         torch.manual_seed(0)
@@ -38,7 +38,7 @@ def test_an_optimizer_goes_on_as_if_never_stopped(
             optimizers.ParameterGroup({name: named[name] for name in ("lora/a", "lora/b")}, lr, 0.01),
             optimizers.ParameterGroup({"rows/t5": named["rows/t5"]}, lr, 0.1),
         ]
-        return named, optimizers.Optimizer(groups, numbers)
+        return named, optimizers.Optimizer(groups, hyperparameters)
 
     def advance(named: dict[str, nn.Parameter], optimizer: optimizers.Optimizer, steps: range) -> None:
         """Gradients that mostly point one way, so that Prodigy's estimate d grows in every step."""
@@ -59,8 +59,8 @@ def test_an_optimizer_goes_on_as_if_never_stopped(
     for name, parameter in resumed.items():
         parameter.data.copy_(named[name].data)
     again.restore(loaded, json.loads(header["scalars"]))
-    if isinstance(numbers, optimizers.ProdigyNumbers):
-        first, then = numbers.d0, scalars["shared"]["d"]
+    if isinstance(hyperparameters, optimizers.ProdigyParams):
+        first, then = hyperparameters.d0, scalars["shared"]["d"]
         assert first < then < unbroken_optimizer.torch.param_groups[0]["d"]
     advance(resumed, again, range(5, 12))
     assert all(torch.equal(resumed[name], unbroken[name]) for name in unbroken)
@@ -74,8 +74,8 @@ def test_a_schedule_is_diffusers_as_a_function_of_the_step(name: str) -> None:
     from diffusers.optimization import get_scheduler
 
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    numbers = {"num_warmup_steps": 3, "num_training_steps": 20, "num_cycles": 2, "power": 2.0}
-    stepped = get_scheduler(name, optimizer, **numbers)
+    hyperparameters = {"num_warmup_steps": 3, "num_training_steps": 20, "num_cycles": 2, "power": 2.0}
+    stepped = get_scheduler(name, optimizer, **hyperparameters)
     factor = optimizers.schedule(name, warmup=3, steps=20, cycles=2, power=2.0)
     for step in range(20):
         assert factor(step) == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-12)

@@ -21,7 +21,7 @@ from runner.training.encoders import CachedEncoder
 from runner.training.live_encoder import LiveEncoder
 from runner.training.loop import EarlyStopping, LoopConfig, Step, TrainState, after_validation, train
 from runner.training.objective import Encoders, FlowObjective
-from runner.training.optimizers import Adam, Adam8bit, Optimizer, ParameterGroup, ProdigyNumbers, schedule
+from runner.training.optimizers import AdamW8bitParams, AdamWParams, Optimizer, ParameterGroup, ProdigyParams, schedule
 from runner.training.recorder import RunRecorder
 from runner.training.validation import validate
 
@@ -213,11 +213,11 @@ def build_optimizer(spec: Spec, kinds: Mapping[str, Mapping[str, nn.Parameter]])
         if parameters:
             assert lr is not None  # the spec resolves it
             groups.append(ParameterGroup(parameters, lr * scale, weight_decay))
-    numbers = settings.model_dump(exclude={"name", "weight_decay"})
-    kinds_of: dict[str, type[optimizers.Adam | optimizers.Adam8bit | optimizers.ProdigyNumbers]] = {
-        "adamw": Adam, "adamw8bit": Adam8bit, "prodigy": ProdigyNumbers,
+    hyperparameters = settings.model_dump(exclude={"name", "weight_decay"})
+    kinds_of: dict[str, type[optimizers.AdamWParams | optimizers.AdamW8bitParams | optimizers.ProdigyParams]] = {
+        "adamw": AdamWParams, "adamw8bit": AdamW8bitParams, "prodigy": ProdigyParams,
     }  # fmt: skip
-    return Optimizer(groups, kinds_of[settings.name](**numbers))
+    return Optimizer(groups, kinds_of[settings.name](**hyperparameters))
 
 
 def build_schedule(context: RunContext) -> Callable[[int], float]:
