@@ -86,7 +86,7 @@ def fitting_size(sizes: Sequence[Size]) -> dict[str, Any]:
     buckets = not all(squares)
     lengths = sorted((width * height) ** 0.5 if buckets else min(width, height) for width, height in sizes)
     common = int(lengths[int(MOST_ENLARGED * len(lengths))])
-    side = next((side for side in SIDES if side <= common), max(STEP, common // STEP * STEP))
+    side = next((side for side in SIDES if side <= common), max(SIZE_MULTIPLE, common // SIZE_MULTIPLE * SIZE_MULTIPLE))
     return {"data.resolution": side, **({"data.buckets": True} if buckets else {})}
 
 

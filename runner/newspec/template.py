@@ -81,7 +81,7 @@ PRIOR = TemplateTable(
     "[prior]", schema.Prior, "Prior preservation: pictures of the class; the base generates those that are missing.", True,
     {"images": "class-images", "prompt": "a photo of a dog"},
 )  # fmt: skip
-REST = (
+COMMON_TABLES = (
     TemplateTable("[schedule]", schema.Schedule, "How the learning rate changes."),
     PRIOR,
     TemplateTable("[validate]", schema.Validate, "Sample pictures, and the loss on held-out pictures, in training."),
@@ -154,7 +154,7 @@ class Template:
 
 
 BASE: Values = {"model.base": DEFAULT_BASE, "data.source": "my-pictures"}
-EVERY: Values = {"train.steps": 1000, "validate.every": 250}
+COMMON_VALUES: Values = {"train.steps": 1000, "validate.every": 250}
 MOST_CHANGED = ("model.base", "data.source", "data.prompt", "data.resolution")
 TRAINING = ("train.steps", "train.batch_size", "train.lr", "validate.prompts", "validate.every")
 TEMPLATES = {
