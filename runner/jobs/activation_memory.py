@@ -128,10 +128,12 @@ def _by_block(layers: LayerShapes) -> dict[str, dict[str, tuple[int, int]]]:
 
 
 def backward_buffers(config: Config, batch: BatchShape, width: ByteWidths) -> int:
+    """Bytes of the largest gradients at a time."""
     return BACKWARD * batch.both * _width(config) * width.wide
 
 
 def forward_buffers(config: Config, batch: BatchShape, width: ByteWidths) -> int:
+    """Bytes in use at the peak of a forward pass without gradients."""
     return FORWARD * batch.both * _width(config) * width.narrow
 
 
@@ -183,6 +185,7 @@ class _Blocks:
         return int(rotary + final + loss)
 
     def double(self, adapted: Collection[str], source: _Source) -> int:
+        """A FluxTransformerBlock of diffusers."""
         d, heads, batch, width = self.d, self.heads, self.batch, self.width
         total = self._attention()
         for tokens, names, has_grad in ((batch.img, DOUBLE_IMG, source.img), (batch.txt, DOUBLE_TXT, source.txt)):
@@ -205,6 +208,7 @@ class _Blocks:
         return total
 
     def single(self, adapted: Collection[str], source: _Source) -> int:
+        """A FluxSingleTransformerBlock of diffusers."""
         d, heads, batch, width = self.d, self.heads, self.batch, self.width
         has_grad = source.img or source.txt
         modulated = source.modulation or "norm.linear" in adapted

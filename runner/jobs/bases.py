@@ -8,6 +8,7 @@ from typing import Any
 
 from runner.base.files import broken_configs, clip_config, fingerprint, local_folder, transformer_config
 from runner.core.hashing import content_key
+from runner.plan.faults import KeyMessage
 from runner.spec.schema import Spec
 
 
@@ -19,7 +20,7 @@ class OpenedBase:
     fingerprint: str
     config: Mapping[str, Any] | None
     clip: Mapping[str, Any] | None
-    faults: list[tuple[str, str]]
+    faults: list[KeyMessage]
 
 
 class BaseRegistry:

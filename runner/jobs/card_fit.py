@@ -84,6 +84,7 @@ class Estimates:
 
 
 def cards_for(bytes_: int) -> tuple[int, ...]:
+    """Those with enough memory, in GB."""
     return tuple(card for card in CARDS if bytes_ <= card * 2**30)
 
 

@@ -13,6 +13,7 @@ from runner.core.errors import UnreachableError
 from runner.data import sources
 from runner.data.images import DataError, Pictures
 from runner.data.sources import COLUMNAR, DatasetSource
+from runner.plan.faults import KeyMessage
 from runner.spec.schema import Spec
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -24,7 +25,7 @@ class OpenedDataSet:
     hub's failure to answer. Without either, only the hub has it, and it was not to be fetched."""
 
     pictures: Pictures | None = None
-    faults: Sequence[tuple[str, str]] = ()
+    faults: Sequence[KeyMessage] = ()
     unreachable: UnreachableError | None = None
 
 
@@ -59,7 +60,7 @@ def data_source(spec: Spec) -> DatasetSource:
     return DatasetSource(data.source, data.config, data.split, data.image_column, data.caption_column, data.prompt)
 
 
-def name_faults(source: DatasetSource, spec_folder: Path) -> list[tuple[str, str]]:
+def name_faults(source: DatasetSource, spec_folder: Path) -> list[KeyMessage]:
     """(key, message) of what is wrong with a data set's name, which must be an existing path or could be a hub id."""
     path = Path(source.text)
     if path.is_absolute() and path.exists():

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runner.data.images import Pictures
+from runner.plan.faults import KeyMessage
 from runner.plan.phases import Plan
 from runner.runs.run import Run
 from runner.runs.status import RunStatus
@@ -38,7 +39,7 @@ class Job:
     run: Run
     pictures: Pictures | None
     planned: Planned | None = None
-    doubts: tuple[tuple[str, str], ...] = ()
+    doubts: tuple[KeyMessage, ...] = ()
     faulty_keys: frozenset[str] = frozenset()
     unreadable_keys: frozenset[str] = frozenset()
 

@@ -20,7 +20,7 @@ from runner.jobs.batch_faults import batch_faults
 from runner.jobs.data_sets import HUB_ID, DataSetRegistry, OpenedDataSet, data_source, name_faults
 from runner.jobs.job import Job, Planned
 from runner.plan.build import make_plan
-from runner.plan.faults import PlanError
+from runner.plan.faults import KeyMessage, PlanError
 from runner.plan.phases import Facts, Plan
 from runner.runs.inputs import read_inputs
 from runner.runs.run import Run
@@ -30,8 +30,6 @@ from runner.spec.loader import load_all, load_text, path_at
 from runner.spec.run_names import ExistingRuns, name_fault
 from runner.spec.schema import Spec
 from runner.spec.tables import overlaps
-
-KeyMessage = tuple[str, str]  # a dotted key, and what is wrong with it
 
 DATA_KEYS = ("data.source", "data.config", "data.split", "data.image_column", "data.caption_column", "data.prompt")
 # The keys that a fault also depends on: where one of them is faulty itself, the fault is not reported.
