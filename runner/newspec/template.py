@@ -209,7 +209,7 @@ def new_spec(template: str, values: Values, *, short: bool, plan: str, queue: st
         tables = [_top(written, short=True)]
         tables += [_short_table(table, keys, written, shown) for table in chosen.tables if not table.off]
     else:
-        tables = [_top(values), *(_table(table, values, shown) for table in chosen.tables), _sweep(chosen.sweep)]
+        tables = [_top(written), *(_table(table, written, shown) for table in chosen.tables), _sweep(chosen.sweep)]
     return head + "".join(f"\n{table}" for table in tables if table)
 
 
