@@ -79,9 +79,9 @@ def architecture_of(config: Config | None) -> Architecture:
     name are FLUX.1's. Raises FluxrunError for a class that no family has."""
     name = (config or {}).get("_class_name", FLUX1.transformer)
     if name not in ARCHITECTURES:
-        known = ", ".join(f"{family.transformer} ({family.name})" for family in ARCHITECTURES.values())
+        supported = ", ".join(f"{family.transformer} ({family.name})" for family in ARCHITECTURES.values())
         raise FluxrunError(
-            f"model.base: fluxrun cannot train this kind of transformer, got {name!r}; use a base with one of: {known}"
+            f"model.base: fluxrun cannot train this kind of transformer, got {name!r}; use a base with one of: {supported}"
         )
     return ARCHITECTURES[name]
 

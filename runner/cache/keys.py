@@ -25,7 +25,7 @@ NOTHING_LEARNED = hashing.sha256([])
 class Entry:
     """One embedding.
 
-    expanded: the caption, with placeholders expanded. pooling: where CLIP's pooled vector is read, "diffusers" or "eos". length:
+    expanded: the caption with its placeholders expanded. pooling: where CLIP's pooled vector is read, "diffusers" or "eos". length:
     the number of tokens read.
     """
 
@@ -74,7 +74,7 @@ def text_key(
 ) -> str:  # fmt: skip
     """The key of a text embedding.
 
-    fingerprints: fingerprints of the base's parts. dtype: as torch writes it. learned: digest of what was trained in the encoder.
+    fingerprints: of the base's parts. dtype: as torch writes it. learned: digest of what was trained in the encoder.
     scale: its LoRA's alpha, if it has a LoRA. quantization: how it is quantized, if it is.
     """
     parts = [fingerprints[part] for part in encoder.parts]

@@ -126,13 +126,13 @@ def scan_folder(folder: Path, *, deep: bool = True) -> PictureFolder:
 def scan_siblings(metadata: Path, named: Iterable[Path]) -> PictureFolder:
     """The same of a folder whose metadata file names the pictures and holds the captions."""
     found, pictures = scan_folder(metadata.parent), tuple(named)
-    known = {Path(os.path.normpath(path)) for path in pictures}
-    others = [Unused(path, f"{metadata.name} does not name it") for path in found.pictures if path not in known]
-    stems = {path.with_suffix("") for path in known}
+    named_paths = {Path(os.path.normpath(path)) for path in pictures}
+    others = [Unused(path, f"{metadata.name} does not name it") for path in found.pictures if path not in named_paths]
+    stems = {path.with_suffix("") for path in named_paths}
     texts = [path for path in (*found.captions.values(), *found.orphan_captions) if path.with_suffix("") in stems]
     unread = [Unused(path, f"captions come from {metadata.name}") for path in dict.fromkeys(texts)]
     unread += [one for one in found.unread if one.path.name.lower() in LIKE_METADATA]
-    unused = [one for one in found.unused if one.path not in known]
+    unused = [one for one in found.unused if one.path not in named_paths]
     return PictureFolder(found.folder, pictures, {}, (*others, *unused), tuple(unread))
 
 
@@ -204,7 +204,7 @@ def _not_a_file(path: Path) -> str | None:
 
 
 def open_picture(source: Path | io.BytesIO, ending: str) -> Image:
-    """A picture undecoded, by the decoders of FORMAT_BY_ENDING alone. Pillow's warnings about it are nothing a user can act on.
+    """A picture undecoded, read by the decoders of FORMAT_BY_ENDING only. Pillow's warnings are dropped: no user can act on them.
 
     Raises TooManyPixelsError, and what Pillow raises.
     """

@@ -36,7 +36,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Pictures:
-    """`held_out`: kept from training, for the eval loss; `folder`: what else lies where they come from, if that is a folder."""
+    """`held_out`: kept from training, for the eval loss; `folder`: the other files of the folder they come from, if any."""
 
     items: tuple[Picture, ...]
     fingerprint: str

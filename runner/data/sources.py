@@ -93,17 +93,15 @@ def read_folder(folder: Path, image_column: str, caption_column: str | None, pro
         endings = ", ".join(
             sorted({*FORMAT_BY_ENDING, *(ending for ending in HEIC if unreadable_ending(ending) is None)})
         )
-        why_unused_text = "".join(f"; {line}" for line in reasons(found, found.unused))
-        raise DataError(f"no image in {folder}; expected files that end in {endings}{why_unused_text}")
+        why_unused = "".join(f"; {line}" for line in reasons(found, found.unused))
+        raise DataError(f"no image in {folder}; expected files that end in {endings}{why_unused}")
     bare = [path.relative_to(folder).as_posix() for path, caption in captions.items() if not (caption or prompt)]
     if bare:
         how = "set data.prompt, or write a NAME.txt beside each"
         if metadata:
             how = f"set data.prompt, or data.caption_column to one of {metadata.name}'s: {columns_of(metadata)}"
-        why_unused_text = "".join(f"; {line}" for line in reasons(found, found.unread)) if not metadata else ""
-        raise DataError(
-            f"{len(bare)} of {len(captions)} images have no caption ({list_some(bare)}); {how}{why_unused_text}"
-        )
+        why_unused = "".join(f"; {line}" for line in reasons(found, found.unread)) if not metadata else ""
+        raise DataError(f"{len(bare)} of {len(captions)} images have no caption ({list_some(bare)}); {how}{why_unused}")
     items = [
         Picture(
             path.relative_to(folder).as_posix(), str(path), caption or prompt or "", opener(path), sha256_file(path)

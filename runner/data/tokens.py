@@ -62,14 +62,14 @@ def _pattern(names: Sequence[str]) -> re.Pattern[str]:
     return re.compile(r"(?<![A-Za-z0-9_])(" + "|".join(map(re.escape, longest_first)) + r")(?![A-Za-z0-9_])")
 
 
-def tokens_in_caption(caption: str, known: Sequence[Placeholder]) -> set[str]:
+def tokens_in_caption(caption: str, placeholders: Sequence[Placeholder]) -> set[str]:
     """The names of the tokens that a caption contains, as whole words: TOK is not in TOK2 or TOKYO."""
-    return set(_pattern([p.name for p in known]).findall(caption)) if known else set()
+    return set(_pattern([p.name for p in placeholders]).findall(caption)) if placeholders else set()
 
 
-def expand_placeholders(caption: str, known: Sequence[Placeholder]) -> str:
+def expand_placeholders(caption: str, placeholders: Sequence[Placeholder]) -> str:
     """Replace every token's name by its vocabulary entries: "a TOK" -> "a <s0><s1>"."""
-    if not known:
+    if not placeholders:
         return caption
-    text = {p.name: p.text for p in known}
+    text = {p.name: p.text for p in placeholders}
     return _pattern(list(text)).sub(lambda match: text[match.group(1)], caption)

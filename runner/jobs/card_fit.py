@@ -188,11 +188,11 @@ def with_memory(document: dict[str, Any], job: Job, estimates: Estimates) -> dic
 
 def lines(job: Job, estimates: Estimates) -> Iterator[str]:
     """The memory of each phase in one line, and on a GPU the cards in another."""
-    known = estimates.of(job)
-    if known is None:
+    estimate = estimates.of(job)
+    if estimate is None:
         yield UNKNOWN
         return
-    by_phase, fit = known
+    by_phase, fit = estimate
     text = ", ".join(f"{name} {format_bytes(each.total)}" for name, each in by_phase.items())
     yield f"memory: about {text}{'' if fit else ' on the CPU'}"
     if fit:

@@ -33,18 +33,18 @@ def _cache_bytes(jobs: Sequence[Job], runs: Path, *, on_gpu: bool) -> int:
     belong to one run."""
     shared: dict[str, int] = {}
     bases: dict[str, int] = {}
-    own = quantized = 0
+    per_run = quantized = 0
     for job in jobs:
         spec = job.spec
         key = spec.data.model_dump_json() + spec.model.model_dump_json()
         shared[key] = max(_first_encode_bytes(job, runs, on_gpu=on_gpu), shared.get(key, 0))
         encode_phases = [phase for phase in job.plan.phases if isinstance(phase, Encode)]
-        own += sum(_later_encode_bytes(job, phase, on_gpu=on_gpu) for phase in encode_phases)
+        per_run += sum(_later_encode_bytes(job, phase, on_gpu=on_gpu) for phase in encode_phases)
         if spec.model.quantize != "none":
             bases[spec.model.model_dump_json()] = _quantized_bytes(spec, on_gpu=on_gpu)
     if bases:
         quantized = max(0, sum(bases.values()) - bytes_in(quantized_folder(cache_folder(runs))))
-    return sum(shared.values()) + own + quantized
+    return sum(shared.values()) + per_run + quantized
 
 
 def _first_encode_bytes(job: Job, runs: Path, *, on_gpu: bool) -> int:

@@ -294,7 +294,7 @@ def _validation(draft: SpecDraft, flags: Mapping[str, str]) -> None:
 def _trackers(draft: SpecDraft, flags: Mapping[str, str]) -> None:
     asked = flags.get("report_to", "tensorboard")
     names = ["tensorboard", "wandb"] if asked == "all" else asked.split(",")
-    known = [name for name in names if name in ("tensorboard", "wandb")]
-    if not known and asked != "none":
+    trackers = [name for name in names if name in ("tensorboard", "wandb")]
+    if not trackers and asked != "none":
         draft.note("--report_to", f"{asked} is not known; TensorBoard and W&B are")
-    draft.values["track.to"] = known
+    draft.values["track.to"] = trackers

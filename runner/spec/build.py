@@ -29,8 +29,8 @@ PLACEHOLDER_VALUES: Mapping[str, Any] = {
 
 @dataclass(frozen=True)
 class LoadedSpec:
-    """One run asked for. unreadable_keys: its faulty keys; where there are any, `spec` is what is left without them, so that all other
-    faults can be reported at once."""
+    """One run asked for. unreadable_keys: keys whose values a fault makes useless; if there are any, `spec` is built without
+    them, so that all other faults can be reported at once."""
 
     spec: Spec
     source: SpecOrigin

@@ -140,7 +140,7 @@ def _too_many_runs(files: Sequence[SpecFile]) -> Iterator[Fault]:
 def _variants(
     file: SpecFile, runs: Path | None, existing_names: Collection[str]
 ) -> Iterator[tuple[dict[str, Any], SpecOrigin]]:
-    """The tables of each run that a file asks for: one, or the product of the lists of [sweep]. existing_names: names in `runs`."""
+    """The tables of each run that a file asks for: one, or the product of the lists of [sweep]. existing_names: of runs."""
     name, source = file.tables["name"], file.source
     if not file.sweep:
         yield file.tables, source

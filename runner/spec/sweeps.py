@@ -118,7 +118,7 @@ def expand(
 ) -> Iterator[tuple[str, Swept]]:
     """(name, values) of each run.
 
-    existing_names: names of the runs in the runs folder; has_values: whether the run of that name has these values. A run that is there
+    existing_names: names of the runs in the runs folder; has_values: whether the run of that name has these values. A run that exists
     under another of its possible names keeps that name: an earlier fluxrun gave it, or the list had other values.
     """
     lists = [[*zip(values, _value_names(values), strict=True)] for values in sweep.values()]

@@ -14,7 +14,7 @@ from runner.training import optimizers
 
 
 @pytest.mark.parametrize(
-    "numbers",
+    "hyperparameters",
     [
         optimizers.AdamWParams(0.9, 0.99, 1e-8),
         optimizers.ProdigyParams(0.9, 0.99, None, 1e-8, True, True, True, 1.0, 1e-6, None),
@@ -74,8 +74,8 @@ def test_a_schedule_is_diffusers_as_a_function_of_the_step(name: str) -> None:
     from diffusers.optimization import get_scheduler
 
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    hyperparameters = {"num_warmup_steps": 3, "num_training_steps": 20, "num_cycles": 2, "power": 2.0}
-    stepped = get_scheduler(name, optimizer, **hyperparameters)
+    options = {"num_warmup_steps": 3, "num_training_steps": 20, "num_cycles": 2, "power": 2.0}
+    stepped = get_scheduler(name, optimizer, **options)
     factor = optimizers.schedule(name, warmup=3, steps=20, cycles=2, power=2.0)
     for step in range(20):
         assert factor(step) == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-12)
