@@ -7,9 +7,9 @@
     frame = pandas.DataFrame(runner.table(records))           # columns "eval_loss", "spec.lora.rank", ...
     frame.to_parquet("results.parquet")
 
-`runner.history("runs", "NAME")` gives one run's curves, {"eval/loss": {step: value}, ...}; `runner.base_folder("builtin:tiny")`
-is where the bundled base lies, for diffusers' `from_pretrained`. Importing this imports nothing else: no torch, not even
-pydantic, before the first call.
+`runner.history("runs", "NAME")` gives one run's curves, {"eval/loss": {step: value}, ...};
+`runner.base_folder("builtin:tiny")` is where the bundled base lies, for diffusers' `from_pretrained`. Importing this
+imports nothing else: no torch, not even pydantic, before the first call.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Fixtures of all tests. Most tests are sessions at the command line, on the bundled base, in this process; only signals and
-kills need another one."""
+"""Fixtures of all tests. Most tests are sessions at the command line, on the bundled base, in this process; only
+signals and kills need another one."""
 
 from __future__ import annotations
 

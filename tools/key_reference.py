@@ -77,7 +77,8 @@ def _models_of(about: Schema, models: Mapping[str, Schema]) -> list[Schema]:
 
 
 def _rows(table: str, found: list[Schema], without: Collection[str] = ()) -> Iterator[str]:
-    """A key of several models (one for each optimizer) is one row, which says whose it is where it is not everyone's."""
+    """A key of several models (one for each optimizer) is one row, which says whose it is where it is not
+    everyone's."""
     yield from ("| key | type | default | meaning |", "|---|---|---|---|")
     keys = dict.fromkeys(key for model in found for key in model["properties"] if key not in without)
     tag = next((key for key in keys if all("const" in model["properties"].get(key, {}) for model in found)), "")

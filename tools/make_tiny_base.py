@@ -47,7 +47,8 @@ def load_model(tokenizers: tuple[Any, Any], file: Path) -> Model:
 
 
 def save(out: Path, vae: Any, model: Model, tokenizers: tuple[Any, Any], shift: float, scaling: float) -> None:
-    """FLUX.1-dev's layout. Transformer and VAE in fp16; encoders in fp32, as loading without a dtype needs one of them."""
+    """FLUX.1-dev's layout. Transformer and VAE in fp16; encoders in fp32, as loading without a dtype needs one of
+    them."""
     from diffusers import FluxPipeline
 
     vae.register_to_config(shift_factor=shift, scaling_factor=scaling)

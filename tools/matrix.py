@@ -1,10 +1,11 @@
-"""One short run per combination of what learns, prior preservation, optimizer and dtype, on the tiny base, in one queue.
+"""One short run per combination of what learns, prior preservation, optimizer and dtype, on the tiny base, in one
+queue.
 
     python tools/matrix.py [--keep DIR]
 
 108 runs of four steps, with fp16 of sixteen: its gradient scaler skips the first few until it has found its scale.
-Schedules, weightings and poolings take turns over them. Exit code 0 only if every run is done, its weights are finite and
-have moved, and its eval loss is a number.
+Schedules, weightings and poolings take turns over them. Exit code 0 only if every run is done, its weights are finite
+and have moved, and its eval loss is a number.
 """
 
 from __future__ import annotations

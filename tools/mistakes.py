@@ -1,11 +1,11 @@
 """Makes small mistakes in a Python file by rules: what `tools/mutants.py --sample` draws from.
 
-The same seed draws the same mistakes from the same text. Annotations, decorators and f-strings are left alone: a change there
-is no mistake, or only one of wording.
+The same seed draws the same mistakes from the same text. Annotations, decorators and f-strings are left alone: a change
+there is no mistake, or only one of wording.
 
-Not by cosmic-ray: three in five of its mistakes swap one binary operator for each of the eleven others, and none drops a
-statement, an argument or a returned value. Not by mutmut: it leaves tables of constants, defaults of fields and decorated
-functions alone.
+Not by cosmic-ray: three in five of its mistakes swap one binary operator for each of the eleven others, and none drops
+a statement, an argument or a returned value. Not by mutmut: it leaves tables of constants, defaults of fields and
+decorated functions alone.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ class Mistake:
 
 
 def draw(text: str, count: int, seed: str) -> list[Mistake]:
-    """At most so many, in the file's order. The kind is drawn first, so that a frequent one does not crowd out the others."""
+    """At most so many, in the file's order. The kind is drawn first, so that a frequent one does not crowd out the
+    others."""
     kinds: dict[str, list[Mistake]] = defaultdict(list)
     for mistake in mistakes(text):
         kinds[mistake.kind].append(mistake)

@@ -3,15 +3,15 @@
     python tools/mutants.py [--ids ID ...] [--jobs 2] [--no-baseline]
     python tools/mutants.py --sample 12 [--seed 1]
 
-The second draws so many mistakes of its own (tools/mistakes.py) for each file under `sample` in the list, and runs the tests
-that stand there: what survives shows what the list forgets, or changes nothing that can be seen.
+The second draws so many mistakes of its own (tools/mistakes.py) for each file under `sample` in the list, and runs the
+tests that stand there: what survives shows what the list forgets, or changes nothing that can be seen.
 
-Prints a line a mistake: killed, SURVIVED, or NOT APPLIED (its text does not stand in the file exactly once). First the named
-tests run without any mistake: a test that fails anyway notices nothing. The exit code is 1 if one survived, was not applied,
-or could not be tried.
+Prints a line a mistake: killed, SURVIVED, or NOT APPLIED (its text does not stand in the file exactly once). First the
+named tests run without any mistake: a test that fails anyway notices nothing. The exit code is 1 if one survived, was
+not applied, or could not be tried.
 
-mutmut and cosmic-ray try each mistake with one command or with all tests that reach it; neither takes a mistake as text, with
-the tests that must notice this one.
+mutmut and cosmic-ray try each mistake with one command or with all tests that reach it; neither takes a mistake as
+text, with the tests that must notice this one.
 """
 
 from __future__ import annotations

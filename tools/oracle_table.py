@@ -1,9 +1,11 @@
-"""How far real runs come apart from the oracle, an independent trainer (tests/support/oracle.py): a Markdown table, spec by spec.
+"""How far real runs come apart from the oracle, an independent trainer (tests/support/oracle.py): a Markdown table,
+spec by spec.
 
     python tools/oracle_table.py [NAME ...] [--seed 7]
 
-Runs what tests/integration/test_oracle.py runs, all 28 specs where none is named (three minutes), and measures with the same code
-(tests/support/oracle_compare.py). Each cell is the largest difference found / the tolerance. Exit code 1 if one is above its tolerance.
+Runs what tests/integration/test_oracle.py runs, all 28 specs where none is named (three minutes), and measures with the
+same code (tests/support/oracle_compare.py). Each cell is the largest difference found / the tolerance. Exit code 1 if
+one is above its tolerance.
 """
 
 from __future__ import annotations

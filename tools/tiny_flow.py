@@ -1,4 +1,5 @@
-"""Stages 2 to 4 of the bundled base: tokenizers and latents, the transformer with both text encoders, guidance distillation."""
+"""Stages 2 to 4 of the bundled base: tokenizers and latents, the transformer with both text encoders, guidance
+distillation."""
 
 from __future__ import annotations
 

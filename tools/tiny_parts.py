@@ -1,4 +1,5 @@
-"""The bundled base's parts, untrained: FLUX.1-dev's classes and layout in miniature; and the optimizer they are trained with."""
+"""The bundled base's parts, untrained: FLUX.1-dev's classes and layout in miniature; and the optimizer they are trained
+with."""
 
 from __future__ import annotations
 

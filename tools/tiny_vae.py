@@ -48,7 +48,8 @@ def psnr(vae: Any, images: Tensor) -> float:
 
 
 def train_vae(work: Path, minutes: float, seed: int) -> Any:
-    """Train for `minutes`; the schedule follows the clock, so a slower machine takes fewer steps. Returns the average."""
+    """Train for `minutes`; the schedule follows the clock, so a slower machine takes fewer steps. Returns the
+    average."""
     torch.manual_seed(seed)
     draw = random.Random(f"vae {seed}")
     vae = make_vae()

@@ -189,7 +189,8 @@ SHELL, BELLY, EYE = (20, 150, 150), (250, 120, 90), (255, 255, 255)
 
 
 def concept(at: tuple[float, float], r: float, background: Sequence[int]) -> Image.Image:
-    """A creature the world has no word for: a teal disc, its lower half coral, with one large white eye and two ears."""
+    """A creature the world has no word for: a teal disc, its lower half coral, with one large white eye and two
+    ears."""
     large = Image.new("RGB", (SIDE * SCALE, SIDE * SCALE), tuple(background))
     pen = ImageDraw.Draw(large)
     cx, cy, r = at[0] * SCALE, at[1] * SCALE, r * SCALE

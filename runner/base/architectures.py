@@ -1,4 +1,5 @@
-"""What a plan must know of a model family without loading it: its text encoders and its linear layers. One entry per family."""
+"""What a plan must know of a model family without loading it: its text encoders and its linear layers. One entry per
+family."""
 
 from __future__ import annotations
 
@@ -20,9 +21,9 @@ class TextEncoder:
     """One text encoder of a family, by the name that specs, the cache and checkpoints call it.
 
     parts: folders of the base that its embeddings depend on. length: how many tokens it reads of a caption; None:
-    `model.max_sequence_length`. pooled: it gives one vector, read at a position that `inversion.pooling` chooses. large: it is
-    quantized and offloaded as the transformer is, and is not loaded for texts that the cache has. lora_layers: what `text_lora`
-    adapts in it, from its config; None: it cannot be adapted.
+    `model.max_sequence_length`. pooled: it gives one vector, read at a position that `inversion.pooling` chooses.
+    large: it is quantized and offloaded as the transformer is, and is not loaded for texts that the cache has.
+    lora_layers: what `text_lora` adapts in it, from its config; None: it cannot be adapted.
     """
 
     name: str
@@ -37,9 +38,10 @@ class TextEncoder:
 class Architecture:
     """A model family by its configs.
 
-    transformer: `_class_name` of the transformer's config, which a base's family is found by. encoders: by name, in the order in
-    which they encode. needed: by part, the integers that its config must give. linear_layers: of the transformer, from its
-    config. presets: values of `lora.layers` -> suffixes of layer names; outside: layers that no preset names.
+    transformer: `_class_name` of the transformer's config, which a base's family is found by. encoders: by name, in the
+    order in which they encode. needed: by part, the integers that its config must give. linear_layers: of the
+    transformer, from its config. presets: values of `lora.layers` -> suffixes of layer names; outside: layers that no
+    preset names.
     """
 
     name: str
@@ -75,8 +77,8 @@ ARCHITECTURES = {FLUX1.transformer: FLUX1}
 
 
 def architecture_of(config: Config | None) -> Architecture:
-    """The family of the base whose transformer has this config. None (a hub base that is not here) and a config without a class
-    name are FLUX.1's. Raises FluxrunError for a class that no family has."""
+    """The family of the base whose transformer has this config. None (a hub base that is not here) and a config without
+    a class name are FLUX.1's. Raises FluxrunError for a class that no family has."""
     name = (config or {}).get("_class_name", FLUX1.transformer)
     if name not in ARCHITECTURES:
         supported = ", ".join(f"{family.transformer} ({family.name})" for family in ARCHITECTURES.values())
@@ -92,7 +94,8 @@ def encoder_part(name: str) -> str:
 
 
 def adapted_layers(config: Config, wanted: str | tuple[str, ...]) -> Mapping[str, tuple[int, int]]:
-    """`Architecture.lora_layers` of a transformer's config. The runs of a sweep ask for the same ones, so they are kept."""
+    """`Architecture.lora_layers` of a transformer's config. The runs of a sweep ask for the same ones, so they are
+    kept."""
     return _adapted_layers(json.dumps(config, sort_keys=True), wanted)
 
 

@@ -31,8 +31,8 @@ LICENCES = {
 
 
 def licence(text: str, folder: Path) -> dict[str, str]:
-    """`license`, `license_name` and `license_link` from the front matter of the base's README; {} where nothing is known. A
-    link relative to the base's repository is made absolute."""
+    """`license`, `license_name` and `license_link` from the front matter of the base's README; {} where nothing is
+    known. A link relative to the base's repository is made absolute."""
     readme = folder / "README.md"
     lines = readme.read_text(encoding="utf-8").splitlines() if readme.is_file() else []
     terms: dict[str, str] = {}
@@ -60,8 +60,8 @@ def local_folder(text: str) -> Path | None:
 def fingerprint(folder: Path) -> str:
     """Which model a folder holds, without reading its gigabytes.
 
-    Hashes every config, and of every weight file its name, its size and 64 KiB at the start, the middle and the end. Another
-    fine-tune of the same shape differs there; a copy on another machine does not.
+    Hashes every config, and of every weight file its name, its size and 64 KiB at the start, the middle and the end.
+    Another fine-tune of the same shape differs there; a copy on another machine does not.
     """
     digest = hashlib.sha256()
     for name, samples in _sampled(folder):
@@ -94,7 +94,8 @@ def _sampled(folder: Path) -> Iterator[tuple[bytes, list[bytes]]]:
 
 
 def cached_base(base: str, revision: str | None) -> Path | None:
-    """The base's folder on this disk: its own, or the one in the hub client's cache, which is named after the commit."""
+    """The base's folder on this disk: its own, or the one in the hub client's cache, which is named after the
+    commit."""
     if (folder := local_folder(base)) is not None:
         return folder
     if base in BUILTIN or "/" not in base:
@@ -112,7 +113,8 @@ def parts_fingerprint(folder: Path) -> str:
 
 @dataclass(frozen=True)
 class BaseIdentity:
-    """Which base it is. revision: the commit, if known. fingerprint: `parts_fingerprint`; None for a base of the hub."""
+    """Which base it is. revision: the commit, if known. fingerprint: `parts_fingerprint`; None for a base of the
+    hub."""
 
     name: str
     revision: str | None

@@ -1,4 +1,5 @@
-"""The linear layers of FLUX.1's transformer and of CLIP-L by name and shape, from their configs, and which a LoRA adapts."""
+"""The linear layers of FLUX.1's transformer and of CLIP-L by name and shape, from their configs, and which a LoRA
+adapts."""
 
 from __future__ import annotations
 
@@ -7,8 +8,8 @@ from typing import Any
 
 
 def checkpointed_blocks(blocks: int, every: int) -> range:
-    """Indices of the blocks that gradient checkpointing of every n-th block (0: of none) recomputes. Never the last one: the
-    backward pass starts with it, so its activations would be in memory anyway."""
+    """Indices of the blocks that gradient checkpointing of every n-th block (0: of none) recomputes. Never the last
+    one: the backward pass starts with it, so its activations would be in memory anyway."""
     return range(0, blocks - 1, every) if every else range(0)
 
 
@@ -103,8 +104,8 @@ def lora_layers(
 ) -> dict[str, tuple[int, int]]:
     """The layers that a preset or a list of suffixes names, in the model's order, with their (out, in) features.
 
-    A suffix matches whole components of a name, as in peft. So a listed `proj_out` also names the model's last layer, which
-    is `outside` the presets.
+    A suffix matches whole components of a name, as in peft. So a listed `proj_out` also names the model's last layer,
+    which is `outside` the presets.
     """
     suffixes = presets[wanted] if isinstance(wanted, str) else wanted
     chosen = {

@@ -14,8 +14,8 @@ from runner.base.layers import CLIP_L, FLUX1, KNOWN_BASES, linear_layers
 
 Config = Mapping[str, Any]
 
-# FLUX.1's other published configs (text_encoder, text_encoder_2, vae of black-forest-labs/FLUX.1-dev). What a local config
-# leaves out is taken from here.
+# FLUX.1's other published configs (text_encoder, text_encoder_2, vae of black-forest-labs/FLUX.1-dev). What a local
+# config leaves out is taken from here.
 CLIP: Config = {
     **CLIP_L, "intermediate_size": 3072, "num_attention_heads": 12, "vocab_size": 49408, "max_position_embeddings": 77,
 }  # fmt: skip
@@ -54,8 +54,8 @@ class BaseConfigs:
         return int(self.transformer["num_layers"] + self.transformer["num_single_layers"])
 
     def offloaded_parameters(self, part: str) -> tuple[int, int]:
-        """`parameters` of what is on the device while a large part is offloaded: two of its largest blocks, and all that is in
-        no block."""
+        """`parameters` of what is on the device while a large part is offloaded: two of its largest blocks, and all
+        that is in no block."""
         matrices, other = self.parameters[part]
         if part == "text_encoder_2":
             return 2 * matrices // self.t5["num_layers"], other
@@ -68,8 +68,8 @@ class BaseConfigs:
 
 
 def read_base_configs(base: str) -> BaseConfigs | None:
-    """None for a hub base whose config is not known, and for a folder whose configs cannot be read, which `broken_configs`
-    reports."""
+    """None for a hub base whose config is not known, and for a folder whose configs cannot be read, which
+    `broken_configs` reports."""
     folder = local_folder(base)
     if folder is None:
         return BaseConfigs({**FLUX1, **KNOWN_BASES[base]}, CLIP, T5, VAE) if base in KNOWN_BASES else None

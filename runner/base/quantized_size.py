@@ -1,7 +1,7 @@
 """How many bytes quantized weights take.
 
-The linear layers inside blocks are quantized, which are nearly all weights of FLUX.1's transformer and T5. Layers before and
-after the blocks, embeddings, norms and biases keep the base's dtype.
+The linear layers inside blocks are quantized, which are nearly all weights of FLUX.1's transformer and T5. Layers
+before and after the blocks, embeddings, norms and biases keep the base's dtype.
 """
 
 from __future__ import annotations

@@ -25,8 +25,8 @@ NOTHING_LEARNED = hashing.sha256([])
 class Entry:
     """One embedding.
 
-    expanded: the caption with its placeholders expanded. pooling: where CLIP's pooled vector is read, "diffusers" or "eos". length:
-    the number of tokens read.
+    expanded: the caption with its placeholders expanded. pooling: where CLIP's pooled vector is read, "diffusers" or
+    "eos". length: the number of tokens read.
     """
 
     expanded: str
@@ -59,8 +59,8 @@ def entry(spec: Spec, encoder: TextEncoder, expanded: str, pooling: str) -> Entr
 def entries(
     spec: Spec, pictures: Pictures, placeholders: Sequence[Placeholder], encoder: TextEncoder
 ) -> Iterator[Entry]:
-    """All embeddings that a run needs from an encoder. From a large one also those of the prompts without expansion, for the
-    samples of the untrained base."""
+    """All embeddings that a run needs from an encoder. From a large one also those of the prompts without expansion,
+    for the samples of the untrained base."""
     for caption in captions(spec, pictures):
         for pooling in poolings(spec, encoder):
             yield entry(spec, encoder, tokens.expand_placeholders(caption, placeholders), pooling)
@@ -87,8 +87,8 @@ def text_key(
 def views_key(spec: Spec, data: str, vae: str, dtype: str) -> str | None:
     """The key of the list of latent keys of a data set, which saves decoding its pictures again.
 
-    data, vae: fingerprints. None if the data's fingerprint does not cover its bytes: a name on the hub may stand for other data
-    tomorrow.
+    data, vae: fingerprints. None if the data's fingerprint does not cover its bytes: a name on the hub may stand for
+    other data tomorrow.
     """
     if not Path(spec.data.source).exists():
         return None

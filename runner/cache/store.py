@@ -1,7 +1,7 @@
 """The content-addressed cache of latents and text embeddings, shared by all runs of a runs folder.
 
-A key is a hash of everything that an entry depends on: the transformed pixels, or the caption as the encoder reads it; the
-encoder's fingerprint; the dtype. A changed picture or caption has another key, so an entry is never stale.
+A key is a hash of everything that an entry depends on: the transformed pixels, or the caption as the encoder reads it;
+the encoder's fingerprint; the dtype. A changed picture or caption has another key, so an entry is never stale.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""The checkpoint format: weights and optimizer state in one safetensors file, whose header names the phase and the step."""
+"""The checkpoint format: weights and optimizer state in one safetensors file, whose header names the phase and the
+step."""
 
 from __future__ import annotations
 
@@ -29,8 +30,8 @@ class Weights:
     """Everything that training learns, in fp32.
 
     lora: "MODULE.lora_A.weight" [rank, in] and "MODULE.lora_B.weight" [out, rank], by diffusers' names of the
-    transformer's modules. text_lora: the same for CLIP's text encoder. rows: the token embeddings of the placeholders, by
-    encoder ("clip", "t5"), [vectors, width].
+    transformer's modules. text_lora: the same for CLIP's text encoder. rows: the token embeddings of the placeholders,
+    by encoder ("clip", "t5"), [vectors, width].
     """
 
     lora: Mapping[str, Tensor] = field(default_factory=dict)
@@ -43,8 +44,8 @@ class Checkpoint:
     """The state of training after a step.
 
     phase, phase_key: the phase that was training; a run resumes only into a phase with the same key. step: optimization
-    steps since the run began. optimizer: state tensors as "PARAMETER/STATE". scalars: JSON values (Prodigy's d, step counts,
-    the loop's TrainState). No generator state is needed: random numbers are functions of the seed and the step.
+    steps since the run began. optimizer: state tensors as "PARAMETER/STATE". scalars: JSON values (Prodigy's d, step
+    counts, the loop's TrainState). No generator state is needed: random numbers are functions of the seed and the step.
     """
 
     phase: str

@@ -17,9 +17,9 @@ from runner.runs.checkpoint_files import checkpoint_name, checkpoint_steps
 class Writer:
     """Writes checkpoints in a thread, one at a time and in order, and removes old ones.
 
-    keep: how many checkpoints to keep, besides those of the steps in `kept_always` and of the best step. check_lease: raises
-    LockHeldError when another attempt owns the run. log: told of each step once its checkpoint was read back from the disk.
-    A failed write is raised by the next `save`, `wait` or `raise_if_failed`.
+    keep: how many checkpoints to keep, besides those of the steps in `kept_always` and of the best step. check_lease:
+    raises LockHeldError when another attempt owns the run. log: told of each step once its checkpoint was read back
+    from the disk. A failed write is raised by the next `save`, `wait` or `raise_if_failed`.
     """
 
     def __init__(
@@ -55,7 +55,8 @@ class Writer:
             pending.result()
 
     def close(self) -> None:
-        """Finish the pending write without raising: by now its failure was raised, or the run ends for another reason."""
+        """Finish the pending write without raising: by now its failure was raised, or the run ends for another
+        reason."""
         self.pool.shutdown()
 
     def write(self, checkpoint: Checkpoint) -> None:

@@ -1,4 +1,5 @@
-"""`fluxrun cache`: what the shared cache of a runs folder holds; `fluxrun cache prune` removes what was not used lately."""
+"""`fluxrun cache`: what the shared cache of a runs folder holds; `fluxrun cache prune` removes what was not used
+lately."""
 
 from __future__ import annotations
 

@@ -26,8 +26,8 @@ DAY = 86400.0  # seconds
 
 @dataclass(frozen=True)
 class CacheKind:
-    """The entries of one kind: latents, text embeddings of one encoder, quantised weights, or views (the list of latents that
-    a data set comes to). bytes: on disk; oldest, newest: days since an entry was last used."""
+    """The entries of one kind: latents, text embeddings of one encoder, quantised weights, or views (the list of
+    latents that a data set comes to). bytes: on disk; oldest, newest: days since an entry was last used."""
 
     kind: str
     entries: int
@@ -88,8 +88,8 @@ def _entries(folder: Path, pattern: str) -> list[Path]:
 
 
 def _cache_files(folder: Path, pattern: str) -> Iterator[Path]:
-    """Files named KIND/12/12ab..., as the cache names its entries. Other files are never listed or removed: earlier versions
-    allowed a run to be named `cache`."""
+    """Files named KIND/12/12ab..., as the cache names its entries. Other files are never listed or removed: earlier
+    versions allowed a run to be named `cache`."""
     for path in folder.glob(pattern):
         key = path.name.lstrip(".").partition(".")[0]
         is_entry = re.fullmatch("[0-9a-f]{64}", key) and path.parent.name == key[:2]

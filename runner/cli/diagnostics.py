@@ -1,4 +1,5 @@
-"""Prints what is wrong: the faults of specs, and the findings of a check. On a terminal, with the line they are about."""
+"""Prints what is wrong: the faults of specs, and the findings of a check. On a terminal, with the line they are
+about."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ SHOWN_ONCE_FROM = 3  # further places with the same fault, from which on it is p
 
 
 def echo_faults(faults: Sequence[Fault]) -> None:
-    """Print faults to stderr. A fault that many specs share is printed once, with a line that lists the other places."""
+    """Print faults to stderr. A fault that many specs share is printed once, with a line that lists the other
+    places."""
     shown = excerpts(faults) if sys.stderr.isatty() else {}
     same: dict[tuple[str, str], list[Fault]] = {}
     for fault in faults:

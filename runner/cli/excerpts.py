@@ -16,8 +16,8 @@ HIDDEN = "(not shown)"  # part of the message of every fault about a secret
 def excerpts(faults: Sequence[Fault]) -> dict[Fault, str]:
     """The excerpt of each fault.
 
-    A fault has none if its file cannot be read, if the line does not have the key (which is missing, or a default), or if
-    the line holds a secret.
+    A fault has none if its file cannot be read, if the line does not have the key (which is missing, or a default), or
+    if the line holds a secret.
     """
     secret_lines = {(fault.file, fault.line) for fault in faults if HIDDEN in fault.message}
     missing_keys = {(fault.file, fault.line, fault.key) for fault in faults if fault.message.startswith("required key")}

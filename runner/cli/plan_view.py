@@ -1,4 +1,5 @@
-"""The plan of a queue on a terminal: a table of runs with their phases as bars, and when each run and the queue will end."""
+"""The plan of a queue on a terminal: a table of runs with their phases as bars, and when each run and the queue will
+end."""
 
 from __future__ import annotations
 
@@ -115,7 +116,8 @@ def _run_cell(job: Job, estimate: TimeEstimate, name: str) -> Text:
 
 
 def _phases_cell(job: Job, estimate: TimeEstimate, max_steps: int, max_width: int) -> Group:
-    """A bar as long as the run's share of `max_steps`, shaded where it is done; below it, the phases and their steps."""
+    """A bar as long as the run's share of `max_steps`, shaded where it is done; below it, the phases and their
+    steps."""
     step, bar, words = job.plan.steps - estimate.steps_left, Text(), Text()
     width = max(len(job.plan.training), round(max_width * job.plan.steps / max_steps))
     for phase in job.plan.training:

@@ -1,4 +1,5 @@
-"""`fluxrun queue`: train a batch of specs; and `fluxrun _train`, the worker process that a queue starts for each slot."""
+"""`fluxrun queue`: train a batch of specs; and `fluxrun _train`, the worker process that a queue starts for each
+slot."""
 
 from __future__ import annotations
 

@@ -41,8 +41,8 @@ def sample_runs(
 ) -> list[Path]:  # fmt: skip
     """Draw and write the pictures, and a contact sheet if there are several. Returns their paths, the sheet's last.
 
-    Prompts, seed, steps and size default to those of the first run, for all runs, so that their pictures compare. Raises
-    FluxrunError if a run has no exports, or if there is no prompt.
+    Prompts, seed, steps and size default to those of the first run, for all runs, so that their pictures compare.
+    Raises FluxrunError if a run has no exports, or if there is no prompt.
     """
     chosen = [_exported_run(Run(runs, name)) for name in dict.fromkeys(names)]
     if out is not None:
@@ -91,7 +91,8 @@ def _draw(run: Run, spec: Spec, request: SampleRequest, target: torch.device) ->
 def _sheet(
     names: Sequence[str], pictures: Sequence[Sequence[Image.Image]], request: SampleRequest, count: int
 ) -> Image.Image:
-    """One run: a row per prompt and a column per seed. Several runs: a row per prompt and seed, and a column per run."""
+    """One run: a row per prompt and a column per seed. Several runs: a row per prompt and seed, and a column per
+    run."""
     if len(names) > 1:
         rows = [
             (f"{prompt} (seed {seed})", [of_run[index] for of_run in pictures])

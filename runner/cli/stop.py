@@ -17,7 +17,8 @@ from runner.core.errors import FluxrunError
 @click.argument("names", nargs=-1, metavar="[RUN]...", shell_complete=complete_run_name)
 @existing_runs_option
 def stop(names: tuple[str, ...], runs: Path) -> None:
-    """Stop the named runs, or every queue on this runs folder. Each run saves at its next step; `queue` continues it."""
+    """Stop the named runs, or every queue on this runs folder. Each run saves at its next step; `queue` continues
+    it."""
     for line in [_stop_run(runs, name) for name in names] if names else _stop_queues(runs):
         click.echo(line)
 
@@ -46,7 +47,8 @@ def _stop_run(runs: Path, name: str) -> str:
 
 
 def _stop_queues(runs: Path) -> list[str]:
-    """Stop every queue of this machine that holds a run in `runs`. Returns a line for each. Raises FluxrunError if there is none."""
+    """Stop every queue of this machine that holds a run in `runs`. Returns a line for each. Raises FluxrunError if
+    there is none."""
     from runner.runs.run import find_runs
 
     holders = {holder.pid: holder for run in find_runs(runs) if (holder := run.holder()) and holder.is_local}

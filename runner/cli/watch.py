@@ -1,4 +1,5 @@
-"""The view of `fluxrun status --watch`: the runs of a folder as they train. It reads only files, so it works from any terminal."""
+"""The view of `fluxrun status --watch`: the runs of a folder as they train. It reads only files, so it works from any
+terminal."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ COLOURS = {"running": "cyan", "failed": "red", "stopped": "yellow", "done": "gre
 
 
 def view(runs: Path, names: Collection[str], width: int) -> Group:
-    """A summary line, a table of the named runs (all if none is named) and why runs stopped. Running ones come first."""
+    """A summary line, a table of the named runs (all if none is named) and why runs stopped. Running ones come
+    first."""
     rows = [(run, run.state()) for run in find_runs(runs) if not names or run.name in names]
     rows.sort(key=lambda row: (_rank(row[1]), row[0].name))
     states = [state for _, state in rows]
@@ -65,8 +67,8 @@ def headline(runs: Path, states: Sequence[RunState]) -> str:
 
 
 def time_left(states: Sequence[RunState]) -> float | None:
-    """Seconds until all running and waiting runs are done, if as many run at a time as now. None while no running run has
-    a time per step."""
+    """Seconds until all running and waiting runs are done, if as many run at a time as now. None while no running run
+    has a time per step."""
     running = [state for state in states if state.state == "running"]
     waiting = [state for state in states if state.state == "waiting"]
     step_times = [state.s_per_step for state in running if state.s_per_step]

@@ -24,7 +24,8 @@ from pathlib import Path
 
 
 class ExitCode(IntEnum):
-    """How a worker process ends; `runner.engine.outcomes` decides what follows. The numbers are from sysexits.h where it has one."""
+    """How a worker process ends; `runner.engine.outcomes` decides what follows. The numbers are from sysexits.h where
+    it has one."""
 
     DONE = 0
     CRASHED = 1

@@ -1,7 +1,7 @@
 """A run's messages and progress: into its log file, and as events for the display (`runner.engine.progress`).
 
-Events are JSON objects. Their `kind`: message, phase_started, progress, step and phase_ended, as the methods of `EventLog` send
-them; and from the worker process itself run_done, and run_ended for every other end, with its reason.
+Events are JSON objects. Their `kind`: message, phase_started, progress, step and phase_ended, as the methods of
+`EventLog` send them; and from the worker process itself run_done, and run_ended for every other end, with its reason.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ class EventLog:
         self.send({"kind": "progress", "done": done, "total": total, "unit": unit})
 
     def step(self, number: int, smoothed: float | None, seconds: float, phase_stop: int, steps: int) -> None:
-        """A training step is done. smoothed: loss; seconds: of this step; phase_stop: the phase's last step; steps: of the run."""
+        """A training step is done. smoothed: loss; seconds: of this step; phase_stop: the phase's last step; steps: of
+        the run."""
         self.send({
             "kind": "step", "number": number, "loss": smoothed, "seconds": seconds, "stop": phase_stop, "steps": steps,
         })  # fmt: skip

@@ -1,6 +1,7 @@
 """Files that are either complete or absent: written under another name, synced, renamed.
 
-Every operation of a durable write goes through a `Disk`, so that a test can record them, let one fail, or die between two.
+Every operation of a durable write goes through a `Disk`, so that a test can record them, let one fail, or die between
+two.
 """
 
 from __future__ import annotations
@@ -63,15 +64,16 @@ DISK = Disk()
 
 
 def partial_path(path: Path) -> Path:
-    """Where this process writes a file before renaming it. The PID keeps processes that write the same cache entry apart."""
+    """Where this process writes a file before renaming it. The PID keeps processes that write the same cache entry
+    apart."""
     return path.with_name(f".{path.name}.{os.getpid()}{PARTIAL_SUFFIX}")
 
 
 def write_bytes(path: Path, chunks: Iterable[bytes | memoryview], *, durable: bool = True, disk: Disk = DISK) -> None:
     """Write `path` so that readers see the old content or the new, never a part.
 
-    durable=False leaves out both fsyncs, for files that are worthless after a power cut, such as heartbeats. A write that
-    fails leaves `path` as it was; after a failed fsync, pages may be lost, so the new file is discarded.
+    durable=False leaves out both fsyncs, for files that are worthless after a power cut, such as heartbeats. A write
+    that fails leaves `path` as it was; after a failed fsync, pages may be lost, so the new file is discarded.
     """
     partial = partial_path(path)
     handle = disk.create(partial)
@@ -121,8 +123,8 @@ def write_png(path: Path, image: Any) -> None:
 def make_folder(path: Path, within: Path | None = None) -> Path:
     """Create `path` and its missing parents, durably.
 
-    within: a parent that must exist already, so that nothing is written below the mount point of a disk that was removed.
-    Raises FileNotFoundError where it does not.
+    within: a parent that must exist already, so that nothing is written below the mount point of a disk that was
+    removed. Raises FileNotFoundError where it does not.
     """
     if within is not None and not within.is_dir():
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(within))
@@ -136,8 +138,8 @@ def make_folder(path: Path, within: Path | None = None) -> Path:
 def output_folder(path: Path) -> Path:
     """The folder of an output file that the user named, created where it is missing.
 
-    Raises FluxrunError where the folder cannot be created, no file can be created in it (tried, since permissions say nothing
-    for root), or `path` exists and is no regular file.
+    Raises FluxrunError where the folder cannot be created, no file can be created in it (tried, since permissions say
+    nothing for root), or `path` exists and is no regular file.
     """
     if path.exists() and not path.is_file():
         raise FluxrunError(f"{path}: cannot be written (it exists and is no regular file); name another")

@@ -62,7 +62,8 @@ def visible_gpu_count() -> int:
 
 
 def memory_available() -> int | None:
-    """Bytes of RAM and swap that this process may still use, within its container's limit; None where the kernel does not say."""
+    """Bytes of RAM and swap that this process may still use, within its container's limit; None where the kernel does
+    not say."""
     try:
         lines = MEMINFO.read_text().splitlines()
     except OSError:

@@ -63,8 +63,8 @@ def repository_name(text: str) -> str:
 def repository(asked: str | None, run: str) -> str:
     """The repository that a run is pushed to; one without an owner belongs to the login.
 
-    asked: hub.repo. Without it, the run's own name where it is valid, else the closest valid name with a digest of the run's
-    name, so that no two runs share a repository.
+    asked: hub.repo. Without it, the run's own name where it is valid, else the closest valid name with a digest of the
+    run's name, so that no two runs share a repository.
     """
     if asked is not None:
         return asked
@@ -142,8 +142,8 @@ def set_up_client(seconds: float) -> None:
 class Login:
     """The hub's login of this machine.
 
-    name: the user's. owners: users and organisations whose repositories it may write; empty where that is not known. fault:
-    why a push would be refused, and what to do. doubt: why it is unknown whether a push would be refused.
+    name: the user's. owners: users and organisations whose repositories it may write; empty where that is not known.
+    fault: why a push would be refused, and what to do. doubt: why it is unknown whether a push would be refused.
     """
 
     name: str = ""

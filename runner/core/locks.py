@@ -17,7 +17,8 @@ from runner.core.files import ignore_disk_errors
 def hold_lock(path: Path, timeout: float = 1.0, on_wait: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Hold an exclusive lock. Raises LockHeldError, with the holder's PID, where another process holds it.
 
-    timeout: seconds to wait for it; some, since `is_locked` takes the lock for an instant, too. on_wait: called while waiting.
+    timeout: seconds to wait for it; some, since `is_locked` takes the lock for an instant, too. on_wait: called while
+    waiting.
     """
     deadline = time.monotonic() + timeout
     while (handle := acquire_lock(path)) is None:
@@ -33,7 +34,8 @@ def hold_lock(path: Path, timeout: float = 1.0, on_wait: Callable[[], None] = la
 
 
 def acquire_lock(path: Path) -> int | None:
-    """A file handle that holds the lock until it is closed or this process dies; None where another process holds the lock."""
+    """A file handle that holds the lock until it is closed or this process dies; None where another process holds the
+    lock."""
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
     if not _try_lock(handle):
         os.close(handle)

@@ -20,7 +20,8 @@ TIMEOUT = 20.0  # seconds for the webhook to answer, or the command to end
 
 @dataclass(frozen=True)
 class Target:
-    """Whom to notify, as in the spec. url: `$NAME` in it is a variable of the environment, since webhook addresses are secret."""
+    """Whom to notify, as in the spec. url: `$NAME` in it is a variable of the environment, since webhook addresses are
+    secret."""
 
     url: str | None
     command: str | None
@@ -123,7 +124,8 @@ def _can_be_posted_to(url: str) -> bool:
 
 
 def _shown(url: str) -> str:
-    """An invalid address for a message, without what may be a secret. A missing http:// makes a secret no less secret."""
+    """An invalid address for a message, without what may be a secret. A missing http:// makes a secret no less
+    secret."""
     try:
         urlsplit(_VARIABLE.sub("", url))
     except ValueError:  # cannot be parsed, so it may be a secret

@@ -1,4 +1,5 @@
-"""Keeps a command going when its output can no longer be written: a closed pipe, a lost terminal, a full disk under a log."""
+"""Keeps a command going when its output can no longer be written: a closed pipe, a lost terminal, a full disk under a
+log."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ CLOSED_PIPE = 141  # 128 + SIGPIPE: the exit code that a shell reports for any p
 
 @contextmanager
 def ignore_lost_output() -> Iterator[None]:
-    """Drop output that cannot be written: to stdout if its reader is gone, to stderr also if its disk is full or failing."""
+    """Drop output that cannot be written: to stdout if its reader is gone, to stderr also if its disk is full or
+    failing."""
     _occupy_standard_files()
     originals = sys.stdout, sys.stderr
     sys.stdout = _tolerant(sys.stdout, LOST_READER_ERRNOS)
@@ -43,8 +45,8 @@ def exit_code_of_closed_pipe() -> int:
 
 
 def _tolerant(stream: Any, ignored: set[int]) -> Any:
-    """The same file, without the errors whose numbers are in `ignored`. A stream that is not a file of the system (a test's, or
-    None for a closed one) is returned as it is."""
+    """The same file, without the errors whose numbers are in `ignored`. A stream that is not a file of the system (a
+    test's, or None for a closed one) is returned as it is."""
     try:
         number = stream.fileno()
     except (AttributeError, OSError, ValueError):
@@ -72,8 +74,8 @@ class _TolerantFile(io.FileIO):
 def _occupy_standard_files() -> None:
     """Open closed standard files on /dev/null.
 
-    Otherwise the next file that is opened gets the number of the closed one, and what a library prints goes into it: for
-    example into a checkpoint.
+    Otherwise the next file that is opened gets the number of the closed one, and what a library prints goes into it:
+    for example into a checkpoint.
     """
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass

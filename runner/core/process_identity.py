@@ -1,4 +1,5 @@
-"""Identities of processes that survive PID reuse and reboots, and ending with the parent process. Reads Linux' /proc."""
+"""Identities of processes that survive PID reuse and reboots, and ending with the parent process. Reads Linux'
+/proc."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Seeds for random draws. Every draw is a function of its arguments, so a resumed run has no generator state to restore."""
+"""Seeds for random draws. Every draw is a function of its arguments, so a resumed run has no generator state to
+restore."""
 
 from __future__ import annotations
 

@@ -12,8 +12,8 @@ class StopRequest:
     """While entered, SIGINT, SIGTERM and SIGHUP (unless ignored, as under nohup) are requests to stop; calling it tells
     whether there was one.
 
-    deadline: counts as one request once it has passed. interrupt_on_second: the second signal raises KeyboardInterrupt in the
-    main thread; otherwise signals are only counted.
+    deadline: counts as one request once it has passed. interrupt_on_second: the second signal raises KeyboardInterrupt
+    in the main thread; otherwise signals are only counted.
     """
 
     def __init__(self, deadline: datetime.datetime | None = None, *, interrupt_on_second: bool = True) -> None:

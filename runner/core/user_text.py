@@ -1,4 +1,5 @@
-"""Text files that people write (specs, captions, metadata). They must be UTF-8; the message names the encoding found."""
+"""Text files that people write (specs, captions, metadata). They must be UTF-8; the message names the encoding
+found."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ UTF8_ADVICE = "save the file as UTF-8"
 
 
 class NotUtf8Error(ValueError):
-    """A file that is not UTF-8. what: what it is instead; message: that and what to do; line: of the first bad byte, from 1.
+    """A file that is not UTF-8. what: what it is instead; message: that and what to do; line: of the first bad byte,
+    from 1.
 
     Neither names the file; the caller does.
     """
@@ -55,7 +57,8 @@ def decode_user_text(raw: bytes) -> str:
 
 
 def _looks_western(raw: bytes) -> bool:
-    """Whether bytes are likely Windows-1252: accented letters stand alone, while Chinese, Japanese or Cyrillic text has runs."""
+    """Whether bytes are likely Windows-1252: accented letters stand alone, while Chinese, Japanese or Cyrillic text has
+    runs."""
     runs = re.findall(rb"[\x80-\xff]+", raw)
     try:
         raw.decode("cp1252")

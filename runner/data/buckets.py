@@ -1,6 +1,7 @@
 """Which part of which picture training sees, and when: sizes, buckets, batches. Pure; no torch.
 
-Sizes are (width, height) in pixels. A view is a picture at a size, cropped one way; only views of one size share a batch.
+Sizes are (width, height) in pixels. A view is a picture at a size, cropped one way; only views of one size share a
+batch.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ def bucket_sizes(side: int) -> tuple[Size, ...]:
 
 
 def nearest_bucket(size: Size, buckets: Sequence[Size]) -> Size:
-    """The bucket whose shape is nearest, by diffusers' measure (`find_nearest_bucket`): |h * bucket_w - w * bucket_h|."""
+    """The bucket whose shape is nearest, by diffusers' measure (`find_nearest_bucket`): |h * bucket_w - w *
+    bucket_h|."""
     width, height = size
     return min(reversed(buckets), key=lambda bucket: abs(height * bucket[0] - width * bucket[1]))
 

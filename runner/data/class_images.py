@@ -92,8 +92,8 @@ def generated_path(folder: Path, number: int) -> Path:
 
 
 def _maker(folder: Path, note: Mapping[str, Any]) -> BaseIdentity | None:
-    """The base of the note, if that can be compared. Notes of earlier versions name it alone, even where a user had made
-    all the images."""
+    """The base of the note, if that can be compared. Notes of earlier versions name it alone, even where a user had
+    made all the images."""
     name, revision, fingerprint = (note.get(key) for key in ("base", "revision", "fingerprint"))
     if not isinstance(name, str):
         return None

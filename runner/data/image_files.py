@@ -64,9 +64,9 @@ class Unused:
 
 @dataclass(frozen=True)
 class PictureFolder:
-    """`captions`: the file that a picture's is read from, for those that have one; `unused`: what looks like a picture and
-    is none of `pictures`; `unread`: what looks like a caption and is not read; `orphan_captions`: captions without a picture;
-    `shared_captions`: pictures that have one caption file between them."""
+    """`captions`: the file that a picture's is read from, for those that have one; `unused`: what looks like a picture
+    and is none of `pictures`; `unread`: what looks like a caption and is not read; `orphan_captions`: captions without
+    a picture; `shared_captions`: pictures that have one caption file between them."""
 
     folder: Path
     pictures: tuple[Path, ...]
@@ -204,7 +204,8 @@ def _not_a_file(path: Path) -> str | None:
 
 
 def open_picture(source: Path | io.BytesIO, ending: str) -> Image:
-    """A picture undecoded, read by the decoders of FORMAT_BY_ENDING only. Pillow's warnings are dropped: no user can act on them.
+    """A picture undecoded, read by the decoders of FORMAT_BY_ENDING only. Pillow's warnings are dropped: no user can
+    act on them.
 
     Raises TooManyPixelsError, and what Pillow raises.
     """

@@ -24,8 +24,8 @@ ONE_LARGE = Lock()
 
 @dataclass(frozen=True)
 class Picture:
-    """One training image. `name` is its name inside the data set, `location` names it to a user; `open` gives it undecoded.
-    `digest`: SHA-256 of its file, "" where it has none of its own."""
+    """One training image. `name` is its name inside the data set, `location` names it to a user; `open` gives it
+    undecoded. `digest`: SHA-256 of its file, "" where it has none of its own."""
 
     name: str
     location: str
@@ -36,7 +36,8 @@ class Picture:
 
 @dataclass(frozen=True)
 class Pictures:
-    """`held_out`: kept from training, for the eval loss; `folder`: the other files of the folder they come from, if any."""
+    """`held_out`: kept from training, for the eval loss; `folder`: the other files of the folder they come from, if
+    any."""
 
     items: tuple[Picture, ...]
     fingerprint: str
@@ -59,7 +60,8 @@ class Pictures:
 
 
 class DataError(Exception):
-    """What is wrong with a data set: a message each, or (key of the spec, message); the caller knows the spec's lines."""
+    """What is wrong with a data set: a message each, or (key of the spec, message); the caller knows the spec's
+    lines."""
 
     def __init__(self, *faults: str | tuple[str, str]) -> None:
         self.faults = tuple(("data.source", fault) if isinstance(fault, str) else fault for fault in faults)

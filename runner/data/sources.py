@@ -51,7 +51,8 @@ class DatasetSource:
 
 
 def read_source(source: DatasetSource) -> Pictures:
-    """Raises DataError with everything that is wrong. A hub id is fetched; raises UnreachableError where the hub does not answer."""
+    """Raises DataError with everything that is wrong. A hub id is fetched; raises UnreachableError where the hub does
+    not answer."""
     path = Path(source.text)
     if path.is_dir() and not _is_columnar(path):
         for key, found, default in (("config", source.config, None), ("split", source.split, "train")):
@@ -225,7 +226,8 @@ def _load(source: DatasetSource) -> Any:
             return datasets.load_from_disk(str(path))
         return datasets.load_dataset(source.text, source.config, split=source.split)
     except Exception as error:
-        # Not there, no access, no such config or split, no network: `datasets` and the hub's client have a kind for each.
+        # Not there, no access, no such config or split, no network: `datasets` and the hub's client have a kind for
+        # each.
         if not path.exists() and not hub.offline() and hub.is_transient(error):
             raise UnreachableError(
                 f"{source.text} cannot be loaded: the hub does not answer ({hub.describe_error(error)})"

@@ -32,8 +32,8 @@ def train_on_ranks(
 ) -> Iterator[Ranks]:
     """The run's ranks, connected; the helpers end with the context.
 
-    key: the plan's key; each helper plans the run itself and compares. Raises FluxrunError where this machine has fewer GPUs
-    than the spec asks for.
+    key: the plan's key; each helper plans the run itself and compares. Raises FluxrunError where this machine has fewer
+    GPUs than the spec asks for.
     """
     count = spec.compute.gpus
     if count == 1:

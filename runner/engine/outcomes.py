@@ -1,4 +1,5 @@
-"""What happens to a run when its worker has ended: it is done, retried, paused or failed; and when the queue halts for it.
+"""What happens to a run when its worker has ended: it is done, retried, paused or failed; and when the queue halts for
+it.
 
 The worker's exit code (`runner.core.errors.ExitCode`) decides:
 
@@ -20,7 +21,8 @@ from runner.engine.run_records import record_state, release_run
 from runner.jobs.card_fit import less_memory
 
 MAX_IDLE_ATTEMPTS = 3  # crashed attempts in a row without a new checkpoint before a run is given up
-# Failures of the same kind in a row that halt the queue: the machine is likely broken, and the other runs would fail too.
+# Failures of the same kind in a row that halt the queue: the machine is likely broken, and the other runs would fail
+# too.
 MAX_SIMILAR_FAILURES = 3
 
 RETRIED = {ExitCode.CRASHED, ExitCode.UNREACHABLE}
@@ -52,8 +54,8 @@ def handle_worker_exit(queue: Queue, run: QueuedRun, exit_code: int) -> None:
 def _find_cause(run: QueuedRun, code: int) -> int:
     """The exit code for what really happened, with the run's reason set to match.
 
-    A folder that is gone, or a run that another process took over, makes workers fail in many ways. A worker that gets a
-    signal before it handles signals dies of it.
+    A folder that is gone, or a run that another process took over, makes workers fail in many ways. A worker that gets
+    a signal before it handles signals dies of it.
     """
     if code != ExitCode.DONE and (gone := run.job.run.missing_message()):
         code, run.reason = ExitCode.DISK, gone
@@ -147,6 +149,7 @@ def _check_circuit_breaker(queue: Queue, run: QueuedRun, code: int) -> None:
 
 
 def _failure_signature(run: QueuedRun) -> str:
-    """The reason without what differs between runs: the folder, the name (as a word, since it may be "a") and numbers."""
+    """The reason without what differs between runs: the folder, the name (as a word, since it may be "a") and
+    numbers."""
     name = rf"(?<!\w){re.escape(run.name)}(?!\w)"
     return re.sub(rf"{re.escape(str(run.job.run.folder))}|{name}|\d+", "#", run.reason)

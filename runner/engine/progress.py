@@ -17,8 +17,8 @@ PLAIN_INTERVAL = 10.0  # seconds between a run's step lines where there is no te
 
 @dataclass
 class RunProgress:
-    """How far a run is. step_seconds: smoothed; None before the phase's first step. printed: time.monotonic() of the last
-    plain line."""
+    """How far a run is. step_seconds: smoothed; None before the phase's first step. printed: time.monotonic() of the
+    last plain line."""
 
     task: TaskID | None = None
     step_seconds: float | None = None
@@ -29,8 +29,8 @@ class RunProgress:
 class Screen:
     """Prints messages, and the progress of all runs.
 
-    later_steps: steps of the runs that have not begun. slots: how many runs train at a time. Both are for the estimate of
-    when the queue ends.
+    later_steps: steps of the runs that have not begun. slots: how many runs train at a time. Both are for the estimate
+    of when the queue ends.
     """
 
     def __init__(self) -> None:
@@ -83,7 +83,8 @@ class Screen:
             self.message(facts, run)
 
     def _queue_seconds(self, step_seconds: float) -> float:
-        """Seconds until the queue ends, if all runs that have not begun take `step_seconds` per step and share the slots."""
+        """Seconds until the queue ends, if all runs that have not begun take `step_seconds` per step and share the
+        slots."""
         running = [run.steps_left * (run.step_seconds or step_seconds) for run in self.runs.values()]
         return max(max(running, default=0.0), (sum(running) + self.later_steps * step_seconds) / self.slots)
 

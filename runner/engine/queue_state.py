@@ -19,9 +19,10 @@ from runner.jobs.job import Job
 class QueuedRun:
     """One run of the queue, and how its current or last attempt went.
 
-    retries: how often this queue tried the run again after a crash. idle_attempts: crashed attempts in a row that saved no
-    new step. first_step: newest checkpoint when the attempt began. last_event: time.monotonic() of the worker's last event.
-    slowest_step: seconds of the slowest step in the current training phase; None outside one. reason: why the attempt ended.
+    retries: how often this queue tried the run again after a crash. idle_attempts: crashed attempts in a row that saved
+    no new step. first_step: newest checkpoint when the attempt began. last_event: time.monotonic() of the worker's last
+    event. slowest_step: seconds of the slowest step in the current training phase; None outside one. reason: why the
+    attempt ended.
     """
 
     job: Job
@@ -78,8 +79,9 @@ class Queue:
     """The queue as a whole.
 
     failed: some run failed. unfinished: some run was stopped, paused or not started. halt_reason: why no further run is
-    started; "" while runs are. similar_failures: signatures of the last failures in a row, all equal. disk_id: st_dev of the
-    disk that holds the runs folder. notifier: sends notifications one after the other, outside the queue's thread.
+    started; "" while runs are. similar_failures: signatures of the last failures in a row, all equal. disk_id: st_dev
+    of the disk that holds the runs folder. notifier: sends notifications one after the other, outside the queue's
+    thread.
     """
 
     screen: Screen
@@ -96,7 +98,8 @@ class Queue:
     notifier: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "notify"))
 
     def is_runs_folder_gone(self) -> bool:
-        """Whether it was removed or renamed, or its disk was unmounted, which leaves an empty folder of another disk."""
+        """Whether it was removed or renamed, or its disk was unmounted, which leaves an empty folder of another
+        disk."""
         try:
             return self.runs_folder.stat().st_dev != self.disk_id
         except OSError:

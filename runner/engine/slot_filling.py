@@ -1,4 +1,5 @@
-"""Starting runs in the slots of a queue: worker processes are started early, kept from run to run, and replaced when lost."""
+"""Starting runs in the slots of a queue: worker processes are started early, kept from run to run, and replaced when
+lost."""
 
 from __future__ import annotations
 
@@ -21,10 +22,11 @@ PREFETCHED_RUNS = 100  # waiting runs whose captions may be encoded along with a
 
 @contextmanager
 def start_workers(slots: Sequence[Slot], count: int) -> Iterator[dict[int, Worker]]:
-    """Workers for the first `count` slots, by the slot's index, so that they import their libraries while runs are checked.
+    """Workers for the first `count` slots, by the slot's index, so that they import their libraries while runs are
+    checked.
 
-    They use no GPU yet, so another queue may still hold the slots. Workers that are left in the dictionary are shut down at
-    the end.
+    They use no GPU yet, so another queue may still hold the slots. Workers that are left in the dictionary are shut
+    down at the end.
     """
     workers: dict[int, Worker] = {}
     try:
@@ -74,7 +76,8 @@ def _take_slot(queue: Queue, state: SlotState) -> bool:
 
 
 def _check_free_space(job: Job) -> None:
-    """Raises DiskError where the disk has no room for what the run will write by its plan, or the run's folder is gone."""
+    """Raises DiskError where the disk has no room for what the run will write by its plan, or the run's folder is
+    gone."""
     if gone := job.run.missing_message():
         raise DiskError(gone)
     folder = job.run.folder

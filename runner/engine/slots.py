@@ -50,8 +50,8 @@ class Slot:
 def make_slots(gpus: str | None, count: int, gpus_per_run: int, runs_folder: Path) -> list[Slot]:
     """One slot per GPU; where a run needs several GPUs, one slot with all of them; on a CPU, `count` slots.
 
-    gpus: as typed. gpus_per_run: the most that any run of the queue asks for. GPUs are locked for the whole machine, a CPU's
-    slots within one runs folder. Raises ValueError with what is wrong with `gpus`.
+    gpus: as typed. gpus_per_run: the most that any run of the queue asks for. GPUs are locked for the whole machine, a
+    CPU's slots within one runs folder. Raises ValueError with what is wrong with `gpus`.
     """
     if gpus is None:
         gpus = ",".join(map(str, range(visible_gpu_count())))

@@ -1,8 +1,8 @@
 """The queue's loop: it keeps the slots filled, follows each worker's events, and ends when no run is left.
 
-Runs train in worker processes (`runner.engine.worker`), so nothing that goes wrong in one reaches the queue or other runs.
-Subjects have their own files: `queue_state` what the queue knows, `slot_filling` how a run starts, `outcomes` what happens
-after it ended, `run_records` what is written down, `notifications` what is sent.
+Runs train in worker processes (`runner.engine.worker`), so nothing that goes wrong in one reaches the queue or other
+runs. Subjects have their own files: `queue_state` what the queue knows, `slot_filling` how a run starts, `outcomes`
+what happens after it ended, `run_records` what is written down, `notifications` what is sent.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ def run_queue(
     jobs: Sequence[Job], runs_folder: Path, slots: Sequence[Slot], screen: Screen, stop: StopRequest, *,
     retries: int, fail_fast: bool, workers: dict[int, Worker] | None = None,
 ) -> int:  # fmt: skip
-    """Run all jobs, in their order, and return the exit code: 0 all done, 1 some failed, 3 some stopped, paused or not started.
+    """Run all jobs, in their order, and return the exit code: 0 all done, 1 some failed, 3 some stopped, paused or not
+    started.
 
     retries: tries after a crash, per run. workers: already started workers by the slot's index (`start_workers`); those
     that are used are taken out.

@@ -17,11 +17,11 @@ from runner.core.hardware import visible_gpu_id
 
 SHUTDOWN_SECONDS = 30.0  # for an idle worker to end by itself
 
-# Environment of a worker that trains on the CPU. glibc's caches of small blocks are off: a tensor is aligned to 64 bytes,
-# which cuts a few bytes off its block; once a small object sits in them, the freed block no longer fits a tensor of the same
-# size, and the heap grows by a quarter. The trim threshold keeps freed memory at the heap's end until `device.release`; given
-# back in every backward pass, it would be requested and cleared again in every forward pass. MKL keeps no buffers between
-# its calls.
+# Environment of a worker that trains on the CPU. glibc's caches of small blocks are off: a tensor is aligned to 64
+# bytes, which cuts a few bytes off its block; once a small object sits in them, the freed block no longer fits a tensor
+# of the same size, and the heap grows by a quarter. The trim threshold keeps freed memory at the heap's end until
+# `device.release`; given back in every backward pass, it would be requested and cleared again in every forward pass.
+# MKL keeps no buffers between its calls.
 CPU_ALLOCATOR_ENV = {
     "GLIBC_TUNABLES": ":".join(
         f"glibc.malloc.{name}"
@@ -34,9 +34,8 @@ CPU_ALLOCATOR_ENV = {
 class Worker:
     """The process. It first imports its libraries, then waits for runs.
 
-    gpus: as --gpus takes them. threads: for the CPU. None leaves either to torch.
-    exit_code: how the last run ended, None while it trains. After `ExitCode.DONE` the process waits for another run; after
-    every other code it has ended.
+    gpus: as --gpus takes them. threads: for the CPU. None leaves either to torch. exit_code: how the last run ended,
+    None while it trains. After `ExitCode.DONE` the process waits for another run; after every other code it has ended.
     """
 
     def __init__(self, gpus: str | None, threads: int | None) -> None:
@@ -73,7 +72,8 @@ class Worker:
         return not self._leaked and self.process.poll() is None
 
     def submit(self, folder: Path, attempt: int, upcoming: Sequence[Path]) -> None:
-        """Give an idle worker a run. `upcoming`: folders of runs that wait, whose captions may be encoded along with its own."""
+        """Give an idle worker a run. `upcoming`: folders of runs that wait, whose captions may be encoded along with
+        its own."""
         self.exit_code, self._log_file = None, folder / "run.log"
         request = {"folder": str(folder), "attempt": attempt, "upcoming": list(map(str, upcoming))}
         assert self.process.stdin is not None

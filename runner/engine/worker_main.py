@@ -1,7 +1,7 @@
 """The worker process: it trains one run after another on one device, each named by its folder on stdin.
 
-Its exit code says how the last run ended (`runner.core.errors.ExitCode`). Events go to the queue as JSON lines on stdout, and
-text into the run's log.
+Its exit code says how the last run ended (`runner.core.errors.ExitCode`). Events go to the queue as JSON lines on
+stdout, and text into the run's log.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ class TrainRequest:
 class WorkerState:
     """What the process keeps from run to run.
 
-    first_bytes: device memory in use after the first run, without the model pool. pictures: data sets of upcoming runs, each
-    read once.
+    first_bytes: device memory in use after the first run, without the model pool. pictures: data sets of upcoming runs,
+    each read once.
     """
 
     model_pool: ModelPool = field(default_factory=ModelPool)
@@ -111,8 +111,8 @@ def main(gpus: str | None, stop: StopRequest) -> ExitCode:
 
 
 def event_sender(pipe: int) -> Callable[[Event], None]:
-    """A function that writes events into a pipe, and drops them while the pipe is full: a reader that is stopped must not
-    stop the training."""
+    """A function that writes events into a pipe, and drops them while the pipe is full: a reader that is stopped must
+    not stop the training."""
 
     def send(event: Event) -> None:
         line = json.dumps(event)
@@ -229,7 +229,8 @@ def classify_error(error: BaseException) -> tuple[ExitCode, str]:
 
 
 def _record_end(run: Run, attempt: int, state: str, reason: str) -> None:
-    """Write the end into the state, if the run still is this attempt's. A disk error is only printed: the end was sent."""
+    """Write the end into the state, if the run still is this attempt's. A disk error is only printed: the end was
+    sent."""
     try:
         with run.locked():
             if run.lease().attempt == attempt:

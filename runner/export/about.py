@@ -23,8 +23,9 @@ class AdapterShapes:
 class ExportInfo:
     """What the files say about their run.
 
-    base: a hub id, or the name of a folder without its path. settings: the spec by dotted key, without paths. day: when the run
-    began, like 2026-01-31 (UTC). guided: whether the base takes a guidance scale. layer_names: the model family's.
+    base: a hub id, or the name of a folder without its path. settings: the spec by dotted key, without paths. day: when
+    the run began, like 2026-01-31 (UTC). guided: whether the base takes a guidance scale. layer_names: the model
+    family's.
     """
 
     name: str

@@ -33,8 +33,8 @@ from runner.model import tensors
 class Converted:
     """The result of a conversion.
 
-    file: the new file. error: the largest absolute difference, over all weights, between what the two files add to a weight.
-    notes: what the old file holds and the new one does not.
+    file: the new file. error: the largest absolute difference, over all weights, between what the two files add to a
+    weight. notes: what the old file holds and the new one does not.
     """
 
     file: Path
@@ -45,9 +45,9 @@ class Converted:
 def convert(file: Path, to: str, out: Path | None, *, leave_out: bool = False) -> Converted:
     """Write the LoRA in `file` in another layout, and read it back before the new file gets its name.
 
-    to: "diffusers" or "kohya". out: the new file, by default `file` with another suffix. leave_out: convert the LoRA even if the
-    file also holds something else. Raises FluxrunError if `out` exists or is no .safetensors; BadFileError if `file` holds no
-    LoRA of FLUX.1, or something else without which it is incomplete.
+    to: "diffusers" or "kohya". out: the new file, by default `file` with another suffix. leave_out: convert the LoRA
+    even if the file also holds something else. Raises FluxrunError if `out` exists or is no .safetensors; BadFileError
+    if `file` holds no LoRA of FLUX.1, or something else without which it is incomplete.
     """
     out = out or file.with_suffix(f".{to}.safetensors")
     _refuse_output(out, file)
@@ -134,9 +134,10 @@ def _kept(header: dict[str, str]) -> dict[str, str]:
 def _described(adapter: Adapter) -> dict[str, Any]:
     """peft's configs, with alpha = rank for every layer.
 
-    Layers whose rank is not the most common one are listed in peft's patterns, because older versions of diffusers otherwise take
-    one alpha for all ranks. A pattern matches the end of a name, and `proj_out` is also the end of a block's layer, so the
-    transformer's patterns begin with ^. CLIP's do not, because `text_model.` may come before them.
+    Layers whose rank is not the most common one are listed in peft's patterns, because older versions of diffusers
+    otherwise take one alpha for all ranks. A pattern matches the end of a name, and `proj_out` is also the end of a
+    block's layer, so the transformer's patterns begin with ^. CLIP's do not, because `text_model.` may come before
+    them.
     """
     out: dict[str, Any] = {}
     for prefix, parts, start in ((TRANSFORMER, adapter.transformer, "^"), (TEXT, adapter.text, "")):

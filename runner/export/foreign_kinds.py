@@ -1,4 +1,5 @@
-"""What a LoRA file can hold that is no LoRA of FLUX.1: other models, other methods, other parts. Tables of key patterns.
+"""What a LoRA file can hold that is no LoRA of FLUX.1: other models, other methods, other parts. Tables of key
+patterns.
 
 `foreign_layouts` lists the programs that the names come from.
 """
@@ -12,8 +13,8 @@ from dataclasses import dataclass
 class Kind:
     """A kind of keys that are no LoRA of FLUX.1's transformer or CLIP.
 
-    pattern: a regular expression for the key. name: what it is, in words. optional: without such keys the rest of the file is
-    still a complete LoRA.
+    pattern: a regular expression for the key. name: what it is, in words. optional: without such keys the rest of the
+    file is still a complete LoRA.
     """
 
     pattern: str

@@ -1,10 +1,11 @@
 """Reads LoRA files of FLUX.1 in the layouts of other trainers, and says what a file holds that is no such LoRA.
 
-A key is PREFIX + MODULE + END. Prefixes and ends are in the tables below. A module is one of the original layout (q, k and v
-in one matrix), one of diffusers', or one of x-flux's processors; its parts are joined by dots or by underscores.
-Sources of the names: ComfyUI comfy/lora.py and lora_convert.py (which prefixes it takes, x-flux's processors, BFL's control LoRAs),
-diffusers loaders/lora_conversion_utils.py (OneTrainer's `lora_transformer_`, fal's `base_model.model.`), sd-scripts
-networks/lora_flux.py (`lora_te3_` is T5), OneTrainer (`lora_te2_` is T5), LyCORIS (`lycoris_`; the ends of its kinds).
+A key is PREFIX + MODULE + END. Prefixes and ends are in the tables below. A module is one of the original layout (q, k
+and v in one matrix), one of diffusers', or one of x-flux's processors; its parts are joined by dots or by underscores.
+Sources of the names: ComfyUI comfy/lora.py and lora_convert.py (which prefixes it takes, x-flux's processors, BFL's
+control LoRAs), diffusers loaders/lora_conversion_utils.py (OneTrainer's `lora_transformer_`, fal's
+`base_model.model.`), sd-scripts networks/lora_flux.py (`lora_te3_` is T5), OneTrainer (`lora_te2_` is T5), LyCORIS
+(`lycoris_`; the ends of its kinds).
 """
 
 from __future__ import annotations
@@ -66,8 +67,8 @@ SHOWN = 3  # how many keys of each kind a message names
 class Contents:
     """What a file holds.
 
-    adapter: its LoRA, without ranks and modules that add nothing. left_out: the other keys, by kind. zeros: keys outside the
-    adapter that add nothing.
+    adapter: its LoRA, without ranks and modules that add nothing. left_out: the other keys, by kind. zeros: keys
+    outside the adapter that add nothing.
     """
 
     adapter: Adapter
@@ -120,8 +121,8 @@ def refuse_not_finite(named: Mapping[str, Tensor]) -> None:
 
 
 def _refuse_alpha_of_zero(stem: str, factors: Factors) -> None:
-    """Programs disagree on alpha 0: sd-scripts (networks/lora_flux.py, LoRAModule) uses the rank instead; by the formula, and in
-    other programs, the adapter then adds nothing."""
+    """Programs disagree on alpha 0: sd-scripts (networks/lora_flux.py, LoRAModule) uses the rank instead; by the
+    formula, and in other programs, the adapter then adds nothing."""
     if factors.alpha == 0 and factors.up.any():
         raise BadFileError(
             f"{stem}: its alpha is 0, which sd-scripts takes as the rank ({factors.down.shape[0]}) and other programs as no "

@@ -49,10 +49,11 @@ def adapter(weights: Weights, shapes: AdapterShapes) -> Adapter:
 
 
 def folded(weights: Weights, shapes: AdapterShapes) -> tuple[Weights, AdapterShapes]:
-    """Equal adapters with alpha = rank: the scale alpha / rank is multiplied into B, in fp32, before anything is rounded.
+    """Equal adapters with alpha = rank: the scale alpha / rank is multiplied into B, in fp32, before anything is
+    rounded.
 
-    ComfyUI and Forge do not read alpha from the metadata of diffusers' layout; they take the scale for 1 (ComfyUI comfy/lora.py
-    looks for alpha among the keys only).
+    ComfyUI and Forge do not read alpha from the metadata of diffusers' layout; they take the scale for 1 (ComfyUI
+    comfy/lora.py looks for alpha among the keys only).
     """
     lora, shape = _folded(weights.lora, shapes.lora)
     text_lora, text_shape = _folded(weights.text_lora, shapes.text_lora)
@@ -68,11 +69,11 @@ def _folded(lora: Mapping[str, Tensor], shape: LoraShape | None) -> tuple[Mappin
 
 
 def write_lora(path: Path, weights: Weights, shapes: AdapterShapes) -> None:
-    """Write diffusers' layout: `transformer.MODULE.lora_A.weight` and `.lora_B.weight`, `text_encoder.text_model.MODULE...`, and
-    the adapters' configs as JSON in the metadata.
+    """Write diffusers' layout: `transformer.MODULE.lora_A.weight` and `.lora_B.weight`,
+    `text_encoder.text_model.MODULE...`, and the adapters' configs as JSON in the metadata.
 
-    weights, shapes: from `folded`, so that a program that reads no alpha is right, too. transformers 5 names CLIP's modules
-    without `text_model`; diffusers reads both names, ComfyUI only the one with it.
+    weights, shapes: from `folded`, so that a program that reads no alpha is right, too. transformers 5 names CLIP's
+    modules without `text_model`; diffusers reads both names, ComfyUI only the one with it.
     """
     named = {f"{TRANSFORMER}.{name}": value for name, value in weights.lora.items()}
     named |= {f"{TEXT}.text_model.{name}": value for name, value in weights.text_lora.items()}
@@ -89,8 +90,8 @@ def write_kohya(path: Path, weights: Weights, shapes: AdapterShapes, about: Expo
 
 
 def write_embeddings(folder: Path, weights: Weights, name: str) -> None:
-    """Write the token embeddings, [vectors, width] per encoder, with the spec's tokens in order. If T5 has some, too, write a
-    second file with CLIP's alone, which is what WebUIs load."""
+    """Write the token embeddings, [vectors, width] per encoder, with the spec's tokens in order. If T5 has some, too,
+    write a second file with CLIP's alone, which is what WebUIs load."""
     named = {key: rows for encoder, rows in weights.rows.items() for key in EMBEDDING_KEYS[encoder]}
     tensors.save(folder / embeddings_file(name), named, {"format": "pt"})
     if len(named) > 1 and "clip" in weights.rows:

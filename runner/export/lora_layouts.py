@@ -1,10 +1,10 @@
-"""The two layouts of LoRA files, diffusers' and the original one (BFL's, which kohya's sd-scripts and ComfyUI use), and how
-one is converted into the other.
+"""The two layouts of LoRA files, diffusers' and the original one (BFL's, which kohya's sd-scripts and ComfyUI use), and
+how one is converted into the other.
 
-The original layout holds q, k and v (in a single block also the MLP's input) as one fused matrix. The adapters of its parts
-become one adapter of the fused matrix without loss: `up` is block-diagonal, `down` is stacked, and alpha keeps the scale.
-`LayerNames` of the model family says which matrix holds which modules. In norm_out the original layout stores shift before
-scale, diffusers scale before shift (ComfyUI, comfy/utils.py, flux_to_diffusers).
+The original layout holds q, k and v (in a single block also the MLP's input) as one fused matrix. The adapters of its
+parts become one adapter of the fused matrix without loss: `up` is block-diagonal, `down` is stacked, and alpha keeps
+the scale. `LayerNames` of the model family says which matrix holds which modules. In norm_out the original layout
+stores shift before scale, diffusers scale before shift (ComfyUI, comfy/utils.py, flux_to_diffusers).
 """
 
 from __future__ import annotations
@@ -45,14 +45,16 @@ class Factors:
 
 @dataclass(frozen=True)
 class Adapter:
-    """LoRA factors by diffusers' module names, for the transformer and for CLIP's text encoder ("encoder.layers.0...")."""
+    """LoRA factors by diffusers' module names, for the transformer and for CLIP's text encoder
+    ("encoder.layers.0...")."""
 
     transformer: Mapping[str, Factors]
     text: Mapping[str, Factors]
 
 
 def adapter_of(lora: Mapping[str, Tensor], alpha: float) -> dict[str, Factors]:
-    """Factors by module, from tensors named "MODULE.lora_A.weight" and "MODULE.lora_B.weight". alpha: that of all modules."""
+    """Factors by module, from tensors named "MODULE.lora_A.weight" and "MODULE.lora_B.weight". alpha: that of all
+    modules."""
     downs = {name.removesuffix(".lora_A.weight"): value for name, value in lora.items() if ".lora_A." in name}
     return {name: Factors(down, lora[f"{name}.lora_B.weight"], alpha) for name, down in downs.items()}
 
@@ -74,8 +76,8 @@ def difference(first: Factors, second: Factors | None) -> float:
 def _rows(modules: tuple[str, ...], width: int, total: int | None) -> list[int]:
     """The output rows of each module in a fused matrix.
 
-    width: the input's; q, k and v have as many rows each. total: rows of the fused matrix; the MLP has the rest, and four
-    times the width if `total` is None.
+    width: the input's; q, k and v have as many rows each. total: rows of the fused matrix; the MLP has the rest, and
+    four times the width if `total` is None.
     """
     if len(modules) == 1:
         assert total is not None
@@ -135,8 +137,8 @@ def split(modules: tuple[str, ...], fused: Factors) -> dict[str, Factors]:
 
 
 def trim(factors: Factors) -> Factors | None:
-    """The adapter without the ranks whose column of `up` is zero, so that the parts of a block-diagonal `up` get back their
-    own ranks. None if all of `up` is zero."""
+    """The adapter without the ranks whose column of `up` is zero, so that the parts of a block-diagonal `up` get back
+    their own ranks. None if all of `up` is zero."""
     used = (factors.up != 0).any(0)
     if not used.any():
         return None
@@ -147,8 +149,8 @@ def trim(factors: Factors) -> Factors | None:
 
 
 def to_kohya(adapter: Adapter, names: LayerNames = FLUX1) -> dict[str, Tensor]:
-    """Tensors in the original layout: `lora_unet_MATRIX.lora_down.weight`, `.lora_up.weight` and `.alpha` (fp32), and for
-    CLIP `lora_te1_text_model_...`. Raises BadFileError for a module that the layout has no name for."""
+    """Tensors in the original layout: `lora_unet_MATRIX.lora_down.weight`, `.lora_up.weight` and `.alpha` (fp32), and
+    for CLIP `lora_te1_text_model_...`. Raises BadFileError for a module that the layout has no name for."""
     groups: dict[str, tuple[str, ...]] = {}
     for module in adapter.transformer:
         if (fused := names.matrix_of(module)) is None:
@@ -167,8 +169,8 @@ def to_kohya(adapter: Adapter, names: LayerNames = FLUX1) -> dict[str, Tensor]:
 
 
 def split_kohya(named: Mapping[str, Tensor], names: LayerNames = FLUX1) -> Adapter:
-    """The adapter in a file of the original layout. Modules that were not trained, but share a matrix with one that was, have
-    an `up` of zeros. Raises BadFileError, with the keys, if some are unknown."""
+    """The adapter in a file of the original layout. Modules that were not trained, but share a matrix with one that
+    was, have an `up` of zeros. Raises BadFileError, with the keys, if some are unknown."""
     transformer: dict[str, Factors] = {}
     text: dict[str, Factors] = {}
     pairs, unknown = gather(named)
@@ -201,8 +203,8 @@ def clip_module(match: re.Match[str]) -> str:
 
 def to_diffusers(adapter: Adapter) -> dict[str, Tensor]:
     """Tensors in diffusers' layout: `transformer.MODULE.lora_A.weight` and `.lora_B.weight`, and for CLIP
-    `text_encoder.text_model.MODULE...`. The scale is multiplied into B, because some programs read no alpha in this layout. B
-    is stored in fp32 if its dtype cannot hold the product exactly."""
+    `text_encoder.text_model.MODULE...`. The scale is multiplied into B, because some programs read no alpha in this
+    layout. B is stored in fp32 if its dtype cannot hold the product exactly."""
     out: dict[str, Tensor] = {}
     for prefix, parts in ((TRANSFORMER, adapter.transformer), (f"{TEXT}.text_model", adapter.text)):
         for name, factors in parts.items():
@@ -214,8 +216,8 @@ def to_diffusers(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def from_diffusers(named: Mapping[str, Tensor], config: Mapping[str, Any], names: LayerNames = FLUX1) -> Adapter:
-    """The adapter in a file of diffusers' layout. config: the file's `lora_adapter_metadata`, or {}. Raises BadFileError, with
-    the keys, if some are unknown."""
+    """The adapter in a file of diffusers' layout. config: the file's `lora_adapter_metadata`, or {}. Raises
+    BadFileError, with the keys, if some are unknown."""
     transformer: dict[str, Factors] = {}
     text: dict[str, Factors] = {}
     pairs, unknown = gather(named)
@@ -239,8 +241,8 @@ def from_diffusers(named: Mapping[str, Tensor], config: Mapping[str, Any], names
 
 
 def stated_alpha(config: Mapping[str, Any], component: str, module: str) -> float | None:
-    """A module's alpha by peft's rule: that of the first pattern which matches the end of its name, else the adapter's. None
-    if the config says nothing. component: "transformer" or "text_encoder"."""
+    """A module's alpha by peft's rule: that of the first pattern which matches the end of its name, else the adapter's.
+    None if the config says nothing. component: "transformer" or "text_encoder"."""
     patterns: Mapping[str, float] = config.get(f"{component}.alpha_pattern") or {}
     for pattern, value in patterns.items():
         if re.fullmatch(rf"(.*\.)?({pattern})", module):
@@ -261,8 +263,8 @@ ENDS = {
 def gather(named: Mapping[str, Tensor], ends: Mapping[str, str] = ENDS) -> tuple[dict[str, Factors], list[str]]:
     """(factors by module, names that belong to no complete pair). Without a stored alpha, alpha is the rank.
 
-    ends: how the keys of a pair end -> "down", "up" or "alpha". A name is a key with an unknown end, or that of a module whose
-    factors are missing or do not fit each other.
+    ends: how the keys of a pair end -> "down", "up" or "alpha". A name is a key with an unknown end, or that of a
+    module whose factors are missing or do not fit each other.
     """
     parts_of: dict[str, dict[str, Tensor]] = {}
     unknown: list[str] = []

@@ -1,4 +1,5 @@
-"""The model card, README.md of an exported folder: what the files are, and how to use them. It contains no local path."""
+"""The model card, README.md of an exported folder: what the files are, and how to use them. It contains no local
+path."""
 
 from __future__ import annotations
 
@@ -31,8 +32,9 @@ def model_card(
 ) -> str:  # fmt: skip
     """The text of the card.
 
-    errors: the largest error of each exported file. pictures: (prompt, file). guidance: the scale of the samples. repo: the hub
-    repository it is pushed to, if any. layers: the layers with LoRA. curve: whether there is a picture of the loss.
+    errors: the largest error of each exported file. pictures: (prompt, file). guidance: the scale of the samples. repo:
+    the hub repository it is pushed to, if any. layers: the layers with LoRA. curve: whether there is a picture of the
+    loss.
     """
     lines = [
         *_front(about, pictures),

@@ -1,7 +1,7 @@
 """Reads exported files back and compares them with the trained weights.
 
-The functions on files return the largest absolute error of any weight, rounding to the file's dtype included. All functions
-raise BadFileError, with the layer, if a difference is larger than rounding explains.
+The functions on files return the largest absolute error of any weight, rounding to the file's dtype included. All
+functions raise BadFileError, with the layer, if a difference is larger than rounding explains.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ TOLERANCE = 1e-5  # relative to the largest value that an adapter adds; allows f
 
 
 def lora_file(path: Path, trained: Adapter, dtype: torch.dtype, names: LayerNames) -> float:
-    """Check a file of diffusers' layout. Some programs read alpha from its metadata, others take every scale for 1; alpha must
-    equal the rank, so that both get the trained weights."""
+    """Check a file of diffusers' layout. Some programs read alpha from its metadata, others take every scale for 1;
+    alpha must equal the rank, so that both get the trained weights."""
     named, header = tensors.load(path)
     stored = from_diffusers(named, json.loads(header["lora_adapter_metadata"]), names)
     for name, factors in (*stored.transformer.items(), *stored.text.items()):
@@ -48,8 +48,9 @@ def kohya_file(path: Path, trained: Adapter, dtype: torch.dtype, names: LayerNam
 def compare(file: str, trained: Adapter, stored: Adapter, dtype: torch.dtype, *, folded: bool = False) -> float:
     """The largest absolute error of what `stored` adds to any weight, compared with `trained`, which is in fp32.
 
-    `stored` must equal `trained` after its factors were rounded to `dtype`; with `folded`, after the scale was multiplied into
-    `up` before that. Modules that are stored but were not trained must add nothing. Raises BadFileError. file: for its messages.
+    `stored` must equal `trained` after its factors were rounded to `dtype`; with `folded`, after the scale was
+    multiplied into `up` before that. Modules that are stored but were not trained must add nothing. Raises
+    BadFileError. file: for its messages.
     """
     largest = 0.0
     pairs = ((trained.transformer, stored.transformer), (trained.text, stored.text))
@@ -65,7 +66,8 @@ def compare(file: str, trained: Adapter, stored: Adapter, dtype: torch.dtype, *,
 
 
 def _error(stored: Factors, trained: Factors | None, dtype: torch.dtype, folded: bool) -> float | None:
-    """The largest absolute difference from the trained adapter. None if `stored` is not the trained adapter, rounded."""
+    """The largest absolute difference from the trained adapter. None if `stored` is not the trained adapter,
+    rounded."""
     actual = trim(stored)
     expected = trim(_rounded(trained, dtype, folded)) if trained else None
     if actual is None or expected is None:

@@ -17,15 +17,15 @@ from runner.spec.export_names import embeddings_file, file_stem, webui_file
 
 
 def hashes(named: Mapping[str, Tensor]) -> dict[str, str]:
-    """Metadata with hashes of the tensors alone, so that equal LoRAs have equal hashes whatever their metadata (as sd-scripts
-    does)."""
+    """Metadata with hashes of the tensors alone, so that equal LoRAs have equal hashes whatever their metadata (as
+    sd-scripts does)."""
     digest = safetensors.data_digest({name: tensors.raw(value) for name, value in named.items()})
     return {"sshs_model_hash": digest, "modelspec.hash_sha256": f"0x{digest}"}
 
 
 def webui_metadata(about: ExportInfo, shapes: AdapterShapes) -> dict[str, str]:
-    """Metadata as sd-scripts writes it (`ss_*`, from its train_network.py) and of ModelSpec 1.0.1. All values are strings; it has
-    no path, and no time but the day of the run."""
+    """Metadata as sd-scripts writes it (`ss_*`, from its train_network.py) and of ModelSpec 1.0.1. All values are
+    strings; it has no path, and no time but the day of the run."""
     settings, shape, words = about.settings, shapes.lora or shapes.text_lora, webui_words(about)
     assert shape is not None  # there is an adapter, or no file
     side, names = f"{about.resolution}x{about.resolution}", about.layer_names
@@ -74,7 +74,8 @@ def webui_metadata(about: ExportInfo, shapes: AdapterShapes) -> dict[str, str]:
 
 
 def webui_words(about: ExportInfo) -> str | None:
-    """The words to write in a WebUI's prompt: the embedding's name, or without one the caption of the training images."""
+    """The words to write in a WebUI's prompt: the embedding's name, or without one the caption of the training
+    images."""
     if not about.placeholders:
         return about.settings.get("data.prompt")
     has_webui_file = "t5" in about.settings["inversion.encoders"]
@@ -89,5 +90,6 @@ def usage_hint(about: ExportInfo) -> str:
 
 
 def day_of(seconds: float | None) -> str | None:
-    """The UTC day of a time in seconds since 1970. Only the day, because exports of equal runs should be equal to the byte."""
+    """The UTC day of a time in seconds since 1970. Only the day, because exports of equal runs should be equal to the
+    byte."""
     return None if seconds is None else datetime.fromtimestamp(seconds, UTC).date().isoformat()

@@ -9,8 +9,9 @@ diffusers 0.42, peft 0.21, transformers 5.23; tests count it):
   LoRA on its linear layer;
 - nothing is saved before the first layer that is trained.
 
-Under autocast to 16 bits on a GPU, norms save fp32 copies of their inputs and every LoRA its own 16-bit copy of its input. A
-recomputing block has no such copies, and recomputes what norms, GELU and the rotation of queries and keys give.
+Under autocast to 16 bits on a GPU, norms save fp32 copies of their inputs and every LoRA its own 16-bit copy of its
+input. A recomputing block has no such copies, and recomputes what norms, GELU and the rotation of queries and keys
+give.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from typing import Any
 Config = Mapping[str, Any]
 LayerShapes = Mapping[str, tuple[int, int]]  # name -> (out, in) features
 
-# Buffers of the backward pass besides what was saved, in numbers per token and width: the gradients of a single block's MLP and
-# of the input of its last layer. Measured.
+# Buffers of the backward pass besides what was saved, in numbers per token and width: the gradients of a single block's
+# MLP and of the input of its last layer. Measured.
 BACKWARD = 12
 # The same of a forward pass that saves nothing: residual, norm, MLP twice, attention, their concatenation.
 FORWARD = 12
@@ -53,8 +54,8 @@ class BatchShape:
 
 @dataclass(frozen=True)
 class TrainableLayers:
-    """What the backward pass must reach. layers: those of the transformer with a LoRA that is trained. pooled, states: whether
-    the pooled vector, or T5's states, come from an encoder that is trained."""
+    """What the backward pass must reach. layers: those of the transformer with a LoRA that is trained. pooled, states:
+    whether the pooled vector, or T5's states, come from an encoder that is trained."""
 
     layers: LayerShapes
     rank: int
@@ -80,11 +81,12 @@ def transformer_saved(
     recompute: bool,
     selective: bool = False,
 ) -> int:
-    """The most bytes that are saved at a time: at the end of the forward pass, or while a checkpointed block is run again.
+    """The most bytes that are saved at a time: at the end of the forward pass, or while a checkpointed block is run
+    again.
 
-    checkpointed: indices of the blocks that gradient checkpointing runs again in the backward pass. recompute: whether the
-    others are `runner.model.flux1.recompute`'s. selective: whether these also recompute their projections; the last block
-    does not.
+    checkpointed: indices of the blocks that gradient checkpointing runs again in the backward pass. recompute: whether
+    the others are `runner.model.flux1.recompute`'s. selective: whether these also recompute their projections; the last
+    block does not.
     """
     blocks = _Blocks(config, batch, width, trained)
     outside = {name.split(".")[0] for name in trained.layers if "blocks." not in name}
@@ -229,7 +231,8 @@ class _Blocks:
         self, kind: str, adapted: Collection[str], source: _Source, is_last: bool, projections: bool
     ) -> int:
         """A block of `runner.model.flux1.recompute`. is_last: of the text it keeps only what image tokens attend to.
-        projections: queries, keys, values and the GELU's input are recomputed too, from an input that is always saved."""
+        projections: queries, keys, values and the GELU's input are recomputed too, from an input that is always
+        saved."""
         if kind == "transformer_blocks":
             return self._recomputing_double(adapted, source, projections)
         return self._recomputing_single(adapted, source, is_last, projections)

@@ -14,8 +14,8 @@ from runner.spec.schema import Spec
 
 @dataclass(frozen=True)
 class OpenedBase:
-    """What the files of a base model tell. faults: (key, message) each; where there are any, nothing else was read. config,
-    clip: of the transformer and the CLIP encoder; None for a hub base that is not known."""
+    """What the files of a base model tell. faults: (key, message) each; where there are any, nothing else was read.
+    config, clip: of the transformer and the CLIP encoder; None for a hub base that is not known."""
 
     fingerprint: str
     config: Mapping[str, Any] | None

@@ -1,4 +1,5 @@
-"""Faults between the jobs of one batch, each of which is fine by itself: one makes what another reads, or both write one place."""
+"""Faults between the jobs of one batch, each of which is fine by itself: one makes what another reads, or both write
+one place."""
 
 from __future__ import annotations
 

@@ -26,7 +26,8 @@ Fingerprint = Callable[[Path], str]
 
 @dataclass(frozen=True)
 class CacheHits:
-    """The entries of one kind. present, missing: how many the cache has and lacks. bytes: of the missing ones, on the disk."""
+    """The entries of one kind. present, missing: how many the cache has and lacks. bytes: of the missing ones, on the
+    disk."""
 
     present: int
     missing: int
@@ -42,8 +43,8 @@ def cache_hits_of(jobs: Sequence[Job], runs: Path, *, on_gpu: bool) -> list[dict
 def cache_hits_for(
     job: Job, runs: Path, *, on_gpu: bool, fingerprint_of: Fingerprint = fingerprint
 ) -> dict[str, CacheHits]:
-    """By kind ("latents", or a text encoder's name): what the first encode phase needs. An encoder that is trained encodes
-    later, and is left out. {} where the base or the data set is not on this disk."""
+    """By kind ("latents", or a text encoder's name): what the first encode phase needs. An encoder that is trained
+    encodes later, and is left out. {} where the base or the data set is not on this disk."""
     base, pictures = local_folder(job.spec.model.base), job.pictures
     if base is None or pictures is None:
         return {}
@@ -72,8 +73,8 @@ def latent_bytes(width: int, height: int, dtype: str) -> int:
 
 
 def _latent_hits(job: Job, folder: Path, vae: str, dtype: str) -> CacheHits:
-    """Keys of latents are hashes of pixels, so they are known only for a data set that was decoded before; the cache keeps a
-    list of them. vae: fingerprint."""
+    """Keys of latents are hashes of pixels, so they are known only for a data set that was decoded before; the cache
+    keeps a list of them. vae: fingerprint."""
     assert job.pictures is not None
     key = keys.views_key(job.spec, job.pictures.fingerprint, vae, TORCH_NAMES[dtype])
     key_by_view = read_json(manifest_file(folder, key)) if key else {}

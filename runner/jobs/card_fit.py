@@ -24,8 +24,8 @@ SpecUpdate = Mapping[str, Mapping[str, Any]]  # values by field of Spec and by k
 
 @dataclass(frozen=True)
 class SettingChange:
-    """Keys of a spec with other values. keys: as lines of TOML; values: by dotted key. needs: bytes that a card must have for
-    the run's largest phase with them."""
+    """Keys of a spec with other values. keys: as lines of TOML; values: by dotted key. needs: bytes that a card must
+    have for the run's largest phase with them."""
 
     keys: tuple[str, ...]
     needs: int
@@ -34,8 +34,8 @@ class SettingChange:
 
 @dataclass(frozen=True)
 class CardFit:
-    """The phase of a run that needs most. needs: bytes that a card must have for it, with a margin. cards: those that have
-    enough, in GB. changes: what to set for smaller cards, each with everything that costs less."""
+    """The phase of a run that needs most. needs: bytes that a card must have for it, with a margin. cards: those that
+    have enough, in GB. changes: what to set for smaller cards, each with everything that costs less."""
 
     phase: str
     needs: int
@@ -55,8 +55,8 @@ class CardFit:
 
 
 class Estimates:
-    """Memory estimates of the jobs of one command. Each base's configs are read once, and jobs that differ in nothing that
-    memory depends on share an estimate."""
+    """Memory estimates of the jobs of one command. Each base's configs are read once, and jobs that differ in nothing
+    that memory depends on share an estimate."""
 
     def __init__(self, *, on_gpu: bool) -> None:
         self.on_gpu = on_gpu
@@ -123,7 +123,8 @@ def _largest_phase(spec: Spec, plan: Plan, configs: BaseConfigs) -> tuple[str, i
 
 
 def _single_changes(spec: Spec) -> Iterator[tuple[str, SpecUpdate]]:
-    """(lines of TOML, the same as values). First what only costs time, then what changes the result, the least first."""
+    """(lines of TOML, the same as values). First what only costs time, then what changes the result, the least
+    first."""
     images = spec.train.batch_size
     if images > 1:
         yield (

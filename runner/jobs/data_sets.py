@@ -21,8 +21,8 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 @dataclass(frozen=True)
 class OpenedDataSet:
-    """What reading a data set came to. pictures: None where it was not read. faults: (key, message) each; unreachable: the
-    hub's failure to answer. Without either, only the hub has it, and it was not to be fetched."""
+    """What reading a data set came to. pictures: None where it was not read. faults: (key, message) each; unreachable:
+    the hub's failure to answer. Without either, only the hub has it, and it was not to be fetched."""
 
     pictures: Pictures | None = None
     faults: Sequence[KeyMessage] = ()

@@ -29,8 +29,8 @@ def queue_bytes(jobs: Sequence[Job], *, on_gpu: bool) -> tuple[int, int]:
 
 
 def _cache_bytes(jobs: Sequence[Job], runs: Path, *, on_gpu: bool) -> int:
-    """Jobs with the same images and base share the entries of the first encode phase. Entries of an encoder that was trained
-    belong to one run."""
+    """Jobs with the same images and base share the entries of the first encode phase. Entries of an encoder that was
+    trained belong to one run."""
     shared: dict[str, int] = {}
     bases: dict[str, int] = {}
     per_run = quantized = 0
@@ -48,8 +48,8 @@ def _cache_bytes(jobs: Sequence[Job], runs: Path, *, on_gpu: bool) -> int:
 
 
 def _first_encode_bytes(job: Job, runs: Path, *, on_gpu: bool) -> int:
-    """Of the entries that the cache lacks. The entries of a hub base cannot be looked up before it is on this disk, so all of
-    them count."""
+    """Of the entries that the cache lacks. The entries of a hub base cannot be looked up before it is on this disk, so
+    all of them count."""
     if hits := cache_hits_for(job, runs, on_gpu=on_gpu):
         return sum(each.bytes + ENTRY_OVERHEAD * each.missing for each in hits.values())
     if job.pictures is None:

@@ -13,8 +13,8 @@ DECODER_MAPS = 4.0  # of the second level's width, which the last upsampling giv
 
 
 def t5_saved(config: Config, captions: int, tokens: int, narrow: int, *, selective: bool = False) -> int:
-    """Where token rows are trained, in the blocks of `runner.model.flux1.recompute_t5`. The encoder runs in its own dtype, of
-    `narrow` bytes, without autocast."""
+    """Where token rows are trained, in the blocks of `runner.model.flux1.recompute_t5`. The encoder runs in its own
+    dtype, of `narrow` bytes, without autocast."""
     count, d, inner = captions * tokens, config["d_model"], config["num_heads"] * config["d_kv"]
     attention = count * (inner * narrow * (1 if selective else 4) + config["num_heads"] * 4)
     gelu = 0 if selective else 2 * config["d_ff"]

@@ -27,10 +27,9 @@ class Planned:
 class Job:
     """One run asked for: where its spec came from, the spec (paths absolute), its folder and its images.
 
-    pictures: None for a hub data set that is not on this disk, and for one that cannot be read.
-    planned: None where something is wrong with the spec or what it names.
-    doubts: (key, message) of what could not be checked.
-    faulty_keys: dotted keys with a fault. unreadable_keys: those of them whose values could not be read, so that a default or a
+    pictures: None for a hub data set that is not on this disk, and for one that cannot be read. planned: None where
+    something is wrong with the spec or what it names. doubts: (key, message) of what could not be checked. faulty_keys:
+    dotted keys with a fault. unreadable_keys: those of them whose values could not be read, so that a default or a
     placeholder stands in `spec`.
     """
 

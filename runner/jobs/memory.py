@@ -1,4 +1,5 @@
-"""How much memory each phase of a plan needs at most, by formula. tools/bench/memory.py compares it with measurements."""
+"""How much memory each phase of a plan needs at most, by formula. tools/bench/memory.py compares it with
+measurements."""
 
 from __future__ import annotations
 
@@ -30,12 +31,14 @@ from runner.spec.schema import Spec
 
 LARGE = ("transformer", "text_encoder_2")  # the parts that model.quantize and model.offload change
 
-# What kernels and libraries allocate for themselves. On a GPU: cuBLAS's workspace, 8 x 4 MiB (device.prepare_device) for each of
-# two threads. On a CPU: code of the libraries, which is loaded at its first use; training loads more of it. Measured.
+# What kernels and libraries allocate for themselves. On a GPU: cuBLAS's workspace, 8 x 4 MiB (device.prepare_device)
+# for each of two threads. On a CPU: code of the libraries, which is loaded at its first use; training loads more of it.
+# Measured.
 GPU_WORKSPACE = 64 << 20
 CPU_WORKSPACE, CPU_WORKSPACE_TRAINED = 26 << 20, 47 << 20
 
-# What a card must have besides: CUDA's context and kernels, and the share that torch's allocator loses to fragmentation.
+# What a card must have besides: CUDA's context and kernels, and the share that torch's allocator loses to
+# fragmentation.
 CONTEXT, FRAGMENTS = 0.75 * 2**30, 0.05
 HEAP_HOLES = 0.6  # on a CPU glibc's heap fragments: up to a half of the activations without checkpointing; measured
 
@@ -85,8 +88,8 @@ def needs(memory: Memory) -> int:
 
 
 def peak(spec: Spec, plan: Plan, *, on_gpu: bool) -> tuple[int, str] | None:
-    """(bytes, phase): what a card, or else this machine, must have, with a margin. None where the base's configs are not
-    known."""
+    """(bytes, phase): what a card, or else this machine, must have, with a margin. None where the base's configs are
+    not known."""
     configs = read_base_configs(spec.model.base)
     if configs is None:
         return None
@@ -220,8 +223,8 @@ class _MemoryModel:
         return self.weights(("vae",)) + max(forward, decoded)
 
     def sample(self, encoding_parts: tuple[str, ...], side: int, count: int, *, trained: int) -> Memory:
-        """Images drawn by stock diffusers: first `encoding_parts` are in memory, then the transformer and the VAE. side: of an
-        image in pixels, 0 where none is drawn. trained: parameters of the adapters in use."""
+        """Images drawn by stock diffusers: first `encoding_parts` are in memory, then the transformer and the VAE.
+        side: of an image in pixels, 0 where none is drawn. trained: parameters of the adapters in use."""
         tokens, narrow, configs = self.spec.model.max_sequence_length, self.narrow, self.configs
         adapters = trained * (narrow if self.on_gpu else narrow + 4)  # on a CPU the checkpoint is in the same memory
         encoding = 0

@@ -1,4 +1,5 @@
-"""From spec files to planned jobs. Reads what each spec names and collects every fault of every spec before anything starts."""
+"""From spec files to planned jobs. Reads what each spec names and collects every fault of every spec before anything
+starts."""
 
 from __future__ import annotations
 
@@ -46,8 +47,8 @@ DEPENDS_ON: dict[str, tuple[str, ...]] = {
 def prepare_jobs(paths: Sequence[Path], runs: Path, *, fetch: bool, fresh: bool) -> list[Job]:
     """Plan every run that the specs ask for.
 
-    fetch: load hub data sets and try the login for a push, so that both can be checked. fresh: a folder that holds another
-    run is no fault, since it will be archived. Raises SpecError with all faults of all specs.
+    fetch: load hub data sets and try the login for a push, so that both can be checked. fresh: a folder that holds
+    another run is no fault, since it will be archived. Raises SpecError with all faults of all specs.
     """
     jobs, faults = inspect_specs(paths, runs, fetch=fetch, fresh=fresh)
     if faults:

@@ -31,8 +31,8 @@ MODEL_KEYS = (
 
 @dataclass(frozen=True)
 class StepTime:
-    """How long a step of an earlier run took. overhead_s: seconds spent outside training steps (encoding, export); 0 where
-    not known. peak: bytes. images: per step. exact: the batch is the one asked for."""
+    """How long a step of an earlier run took. overhead_s: seconds spent outside training steps (encoding, export); 0
+    where not known. peak: bytes. images: per step. exact: the batch is the one asked for."""
 
     s_per_step: float
     overhead_s: float
@@ -64,8 +64,8 @@ class TimeEstimate:
 
 
 def estimate_times(jobs: Sequence[Job], runs: Path, *, on_gpu: bool = True) -> list[TimeEstimate]:
-    """In the jobs' order. Taken from the newest comparable run in the folder (same base, sizes, dtype and trained parts), or
-    else from this machine's stored times on the same kind of device."""
+    """In the jobs' order. Taken from the newest comparable run in the folder (same base, sizes, dtype and trained
+    parts), or else from this machine's stored times on the same kind of device."""
     in_folder, stored = _step_times_in(runs), _StoredTimes(jobs, on_gpu)
     estimates = []
     for job in jobs:
@@ -168,8 +168,8 @@ class _StoredTimes:
         return timing_store.base_names(self.jobs)
 
     def step_times(self, tables: Mapping[str, Any]) -> list[StepTime]:
-        """Of the same resolution. For a spec with several resolutions, which take turns, the mean over single ones, or else
-        the times of the same list."""
+        """Of the same resolution. For a spec with several resolutions, which take turns, the mean over single ones, or
+        else the times of the same list."""
         if not self.entries:
             return []
         resolution = tables["data"]["resolution"]
@@ -194,7 +194,8 @@ class _StoredTimes:
 
 
 def stored_key(device: str, base: str, tables: Mapping[str, Any], resolution: object) -> str:
-    """Of the times of a spec's steps on a device. base: `timing_store.base_name`, which replaces the path in the spec."""
+    """Of the times of a spec's steps on a device. base: `timing_store.base_name`, which replaces the path in the
+    spec."""
     changed = {
         **tables,
         "model": {**tables["model"], "base": None},

@@ -1,6 +1,7 @@
 """Step times measured on this machine, so that plans in a new runs folder have estimates.
 
-One JSON file in the user's cache folder ($XDG_CACHE_HOME/fluxrun/pace.json). Errors while reading or writing it are ignored.
+One JSON file in the user's cache folder ($XDG_CACHE_HOME/fluxrun/pace.json). Errors while reading or writing it are
+ignored.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ def store_path() -> Path:
 
 
 def base_name(base: str) -> str:
-    """A name that bases of one shape share, whatever they are called and wherever they are: their steps take the same time."""
+    """A name that bases of one shape share, whatever they are called and wherever they are: their steps take the same
+    time."""
     configs = read_base_configs(base)
     if configs is None:
         return base

@@ -16,9 +16,9 @@ from runner.core.errors import FluxrunError, UnreachableError, is_disk_error
 class Base:
     """A base model on this disk.
 
-    dtype: of the frozen parts; device: where they are loaded to. quantize: "none", or the scheme that the transformer and the
-    large text encoders are held in; cache: the folder where quantized parts are kept, if anywhere. offload: whether their
-    blocks wait in host memory.
+    dtype: of the frozen parts; device: where they are loaded to. quantize: "none", or the scheme that the transformer
+    and the large text encoders are held in; cache: the folder where quantized parts are kept, if anywhere. offload:
+    whether their blocks wait in host memory.
     """
 
     folder: Path

@@ -24,8 +24,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def choose_device(gpus: str | None) -> torch.device:
-    """gpus: "cpu", the number of a GPU (of several, the first), or None: the first GPU if there is one, else the CPU. Raises
-    FluxrunError where a GPU is asked for and torch sees none."""
+    """gpus: "cpu", the number of a GPU (of several, the first), or None: the first GPU if there is one, else the CPU.
+    Raises FluxrunError where a GPU is asked for and torch sees none."""
     if gpus == "cpu" or (gpus is None and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
@@ -49,8 +49,8 @@ def prepare_device(device: torch.device, *, tf32: bool) -> None:
 
 
 def compiled_folder() -> Path:
-    """Where torch keeps compiled code and Triton's kernels between processes. In the user's cache, not in the runs folder: it holds
-    code and pickles, which must not travel with a folder of runs."""
+    """Where torch keeps compiled code and Triton's kernels between processes. In the user's cache, not in the runs
+    folder: it holds code and pickles, which must not travel with a folder of runs."""
     return user_cache() / "compile"
 
 
@@ -106,8 +106,8 @@ class CopyStream:
     def send(self, hosts: Sequence[torch.Tensor]) -> PendingCopy:
         """Start copying pinned tensors.
 
-        The memory is allocated in the computing stream, which also frees it. So the copy starts after what that stream is computing
-        now, and the result must be kept until `wait`.
+        The memory is allocated in the computing stream, which also frees it. So the copy starts after what that stream
+        is computing now, and the result must be kept until `wait`.
         """
         copies = [torch.empty_like(host, device=self.device) for host in hosts]
         if self.stream is None:
@@ -134,7 +134,8 @@ def copy_out(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def release(device: torch.device) -> None:
-    """Return the memory of dropped modules to the system. glibc keeps freed memory unless asked: half of a phase's peak."""
+    """Return the memory of dropped modules to the system. glibc keeps freed memory unless asked: half of a phase's
+    peak."""
     gc.collect()
     if TRIM is not None:
         TRIM(0)

@@ -1,10 +1,10 @@
 """What a model family is: a small protocol that training and export talk to, whatever model they train.
 
-FLUX.1 (`runner.model.flux1`) is the first family; `runner.model.families` finds the one of a base. What a plan must know of a
-family without torch stands in `runner.base.architectures`.
+FLUX.1 (`runner.model.flux1`) is the first family; `runner.model.families` finds the one of a base. What a plan must
+know of a family without torch stands in `runner.base.architectures`.
 
-Shapes: B batch, T text tokens, H x W picture in pixels, C latent channels, h x w latent height and width, N image tokens of D
-numbers.
+Shapes: B batch, T text tokens, H x W picture in pixels, C latent channels, h x w latent height and width, N image
+tokens of D numbers.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ Predict = Callable[[NoisyBatch, PromptEmbeds, int, int], Tensor]
 class TrainSettings:
     """How a transformer is set up for training, as the spec's `model` table says.
 
-    attention: diffusers' name of a backend. recompute: every so many blocks are run again in the backward pass (0: none), or
-    "selective": parts of all of them. offloaded: the blocks wait in host memory and recompute by themselves. compiled: the
-    blocks will be compiled, so they stay as they are.
+    attention: diffusers' name of a backend. recompute: every so many blocks are run again in the backward pass (0:
+    none), or "selective": parts of all of them. offloaded: the blocks wait in host memory and recompute by themselves.
+    compiled: the blocks will be compiled, so they stay as they are.
     """
 
     attention: str
@@ -58,12 +58,11 @@ class TrainSettings:
 class LayerNames:
     """How other programs name a family and its layers.
 
-    title: the model's name in messages.
-    version, network: sd-scripts' `ss_base_model_version` and `ss_network_module`.
+    title: the model's name in messages. version, network: sd-scripts' `ss_base_model_version` and `ss_network_module`.
     architecture: ModelSpec's name of it, given whether the base takes a guidance. implementation: ModelSpec's.
-    matrix_of: a module of the transformer -> the matrix of the original model that holds it, and all modules in that matrix in
-    the order of its output rows; None for an unknown module. modules_of: a matrix -> its modules; None for an unknown one.
-    around: the modules that are in no block.
+    matrix_of: a module of the transformer -> the matrix of the original model that holds it, and all modules in that
+    matrix in the order of its output rows; None for an unknown module. modules_of: a matrix -> its modules; None for an
+    unknown one. around: the modules that are in no block.
     """
 
     title: str
@@ -99,8 +98,8 @@ class TextPipeline(Protocol):
     ) -> list[PromptEmbeds]:
         """Each prompt's embeddings, [1, T, width] and [1, width], on the CPU.
 
-        length: tokens that an encoder without a length of its own reads; scale: strength of the text encoder's LoRA; cached:
-        of encoders that are not loaded, what they make of each prompt.
+        length: tokens that an encoder without a length of its own reads; scale: strength of the text encoder's LoRA;
+        cached: of encoders that are not loaded, what they make of each prompt.
         """
 
 
@@ -116,17 +115,17 @@ class ImagePipeline(Protocol):
     def draw(
         self, prompt: PromptEmbeds, seeds: Sequence[int], *, steps: int, size: int, guidance: float, scale: float = 1.0
     ) -> list[Image.Image]:
-        """One picture of size x size pixels per seed. The noise comes from the CPU, so a seed means the same on every device.
-        scale: strength of the LoRA."""
+        """One picture of size x size pixels per seed. The noise comes from the CPU, so a seed means the same on every
+        device. scale: strength of the LoRA."""
 
 
 class ModelFamily(Protocol):
     """Everything that is particular to one kind of model. Encoders go by their names in `architecture.encoders`.
 
     The transformer is one of diffusers' models: it has `device`, `add_adapter`, `unload_lora` and, for `model.compile`,
-    `compile_repeated_blocks`. A text encoder that learns token rows is one of transformers': it has `get_input_embeddings` and
-    `set_input_embeddings`. A base's noise schedule is in its folder `scheduler`, as diffusers' FlowMatchEulerDiscreteScheduler
-    reads it.
+    `compile_repeated_blocks`. A text encoder that learns token rows is one of transformers': it has
+    `get_input_embeddings` and `set_input_embeddings`. A base's noise schedule is in its folder `scheduler`, as
+    diffusers' FlowMatchEulerDiscreteScheduler reads it.
     """
 
     @property
@@ -148,11 +147,12 @@ class ModelFamily(Protocol):
     # ---- text
 
     def token_ids(self, encoder: str, tokenizer: Any, caption: str, length: int) -> Tensor:
-        """[T] ids of a caption; longer ones are cut off. length: `model.max_sequence_length`, for encoders without their own."""
+        """[T] ids of a caption; longer ones are cut off. length: `model.max_sequence_length`, for encoders without
+        their own."""
 
     def embed(self, encoder: str, model: nn.Module, tokenizer: Any, ids: Tensor, pooling: str) -> Tensor:
-        """ids [B, T] -> what the encoder gives, [B, T, width] or a pooled [B, width]. pooling: "diffusers" or "eos", where a
-        pooled encoder reads its vector. Differentiable where the model has something to learn."""
+        """ids [B, T] -> what the encoder gives, [B, T, width] or a pooled [B, width]. pooling: "diffusers" or "eos",
+        where a pooled encoder reads its vector. Differentiable where the model has something to learn."""
 
     def prompt_embeds(self, embeddings: Mapping[str, Tensor]) -> PromptEmbeds:
         """What the encoders gave, by name, as the transformer reads it."""
@@ -160,7 +160,8 @@ class ModelFamily(Protocol):
     def recompute_encoder(self, encoder: str, model: nn.Module, *, save_activations: bool, projections: bool) -> None:
         """Let an encoder that learns keep fewer activations for the backward pass, if the family has a way.
 
-        save_activations: keep them all, since the caller checkpoints the encoder; projections: recompute also the products.
+        save_activations: keep them all, since the caller checkpoints the encoder; projections: recompute also the
+        products.
         """
 
     # ---- latents
@@ -176,13 +177,15 @@ class ModelFamily(Protocol):
     # ---- training
 
     def prepare_training(self, transformer: nn.Module, settings: TrainSettings) -> None:
-        """Set up a loaded transformer, before its adapter is attached. Raises FluxrunError where this machine cannot."""
+        """Set up a loaded transformer, before its adapter is attached. Raises FluxrunError where this machine
+        cannot."""
 
     def end_training(self, transformer: nn.Module) -> None:
         """Undo `prepare_training`, and drop what was kept per shape: the transformer is as it was loaded."""
 
     def predictor(self, transformer: nn.Module, guidance: float, device: torch.device, dtype: torch.dtype) -> Predict:
-        """The function that predicts the velocity of noisy images. Bases without a guidance embedding ignore `guidance`."""
+        """The function that predicts the velocity of noisy images. Bases without a guidance embedding ignore
+        `guidance`."""
 
     # ---- drawing, through the stock library
 

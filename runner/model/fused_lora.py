@@ -1,7 +1,8 @@
 """Frozen linear layers that read the same input, with their LoRAs, as one autograd function.
 
-Each low-rank product is added into its layer's output, all input gradients into one buffer, and the layers' lora_A products are one
-matrix product. Same numbers as peft's layers but for rounding; fewer passes over the activations, fewer and larger products.
+Each low-rank product is added into its layer's output, all input gradients into one buffer, and the layers' lora_A
+products are one matrix product. Same numbers as peft's layers but for rounding; fewer passes over the activations,
+fewer and larger products.
 
 Shapes: N rows of the flattened input, `in` and `out` features of a layer, rank r; R is the sum of the layers' ranks.
 """
@@ -85,7 +86,8 @@ def _split(lows: Tensor, lora_as: Sequence[Tensor]) -> Sequence[Tensor]:
 
 
 class FusedLinear(PeftLinear):  # type: ignore[misc]
-    """peft's adapted linear layer. Where it has one active adapter without dropout it is computed here, else peft's way."""
+    """peft's adapted linear layer. Where it has one active adapter without dropout it is computed here, else peft's
+    way."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.fusable and not (args or kwargs):

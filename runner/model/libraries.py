@@ -10,8 +10,8 @@ from contextlib import contextmanager
 
 
 def quiet() -> None:
-    """No progress bars and no warnings of theirs: bars would tear ours apart, and bitsandbytes warns of kernels that are
-    not used."""
+    """No progress bars and no warnings of theirs: bars would tear ours apart, and bitsandbytes warns of kernels that
+    are not used."""
     import diffusers
     import transformers
 
@@ -22,10 +22,12 @@ def quiet() -> None:
 
 
 def preload_libraries() -> None:
-    """Import what a run will import, and freeze the imported objects (gc.freeze): half a million, which every collection between
-    phases would walk through. Call it before any model is loaded, or the model is frozen too and never freed.
+    """Import what a run will import, and freeze the imported objects (gc.freeze): half a million, which every
+    collection between phases would walk through. Call it before any model is loaded, or the model is frozen too and
+    never freed.
     """
-    # The libraries would import bitsandbytes wherever it is installed, and torch's compiler with it, for layers not used here.
+    # The libraries would import bitsandbytes wherever it is installed, and torch's compiler with it, for layers not
+    # used here.
     with _hide_module("bitsandbytes"):
         import diffusers
         import peft
@@ -46,7 +48,8 @@ def preload_libraries() -> None:
 
 @contextmanager
 def _hide_module(name: str) -> Iterator[None]:
-    """Within, the module cannot be imported. Nothing is hidden once it, or a library that looks for it, has been imported."""
+    """Within, the module cannot be imported. Nothing is hidden once it, or a library that looks for it, has been
+    imported."""
     if {name, "diffusers", "transformers", "peft"} & sys.modules.keys():
         yield
         return

@@ -30,9 +30,11 @@ def load_part(kind: Any, base: Base, part: str) -> nn.Module:
 
 
 def load_large_part(kind: Any, empty: Callable[[Path], Any], base: Base, part: str) -> nn.Module:
-    """A transformer or large text encoder: quantized where the base says so, in host memory where its blocks will wait there.
+    """A transformer or large text encoder: quantized where the base says so, in host memory where its blocks will wait
+    there.
 
-    On a CPU its tensors are the file's own pages where they need not be changed. empty: folder -> the model without weights.
+    On a CPU its tensors are the file's own pages where they need not be changed. empty: folder -> the model without
+    weights.
     """
     if base.offload:
         base = replace(base, device=torch.device("cpu"))
@@ -61,8 +63,8 @@ def load_streaming(empty: Callable[[Path], Any], base: Base, part: str) -> nn.Mo
 
 
 def weights_folder(base: Base, part: str) -> Path:
-    """The part's folder. Raises FluxrunError where its weights are no safetensors: the libraries would read a pickle, which can
-    run any code."""
+    """The part's folder. Raises FluxrunError where its weights are no safetensors: the libraries would read a pickle,
+    which can run any code."""
     folder = base.folder / part
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         raise FluxrunError(

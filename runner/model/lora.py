@@ -27,8 +27,9 @@ class LoraShape:
 def attach_lora(model: Any, shape: LoraShape, seed: int) -> dict[str, nn.Parameter]:
     """Add trainable fp32 adapters; returns them by name, e.g. "transformer_blocks.0.attn.to_q.lora_A.weight".
 
-    A is normal with standard deviation 1/rank (peft's "gaussian", which the reference script uses), drawn per layer from the
-    seed and the layer's name; B is zero, so training starts at the base. Raises ValueError where peft adapted other layers.
+    A is normal with standard deviation 1/rank (peft's "gaussian", which the reference script uses), drawn per layer
+    from the seed and the layer's name; B is zero, so training starts at the base. Raises ValueError where peft adapted
+    other layers.
     """
     from peft import LoraConfig
 
@@ -57,8 +58,8 @@ def attach_lora(model: Any, shape: LoraShape, seed: int) -> dict[str, nn.Paramet
 
 
 def skip_dtype_casts(model: nn.Module, dropout: float) -> None:
-    """Let adapters take their input as it is: autocast would undo peft's cast to fp32 at once. With dropout the cast stays, so
-    dropout is drawn in fp32."""
+    """Let adapters take their input as it is: autocast would undo peft's cast to fp32 at once. With dropout the cast
+    stays, so dropout is drawn in fp32."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for module in model.modules():
@@ -74,7 +75,8 @@ def detach_lora(model: Any) -> None:
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The adapter's parameters by the names that diffusers' `save_lora_weights` gives them, without the component's prefix."""
+    """The adapter's parameters by the names that diffusers' `save_lora_weights` gives them, without the component's
+    prefix."""
     return {
         name.replace(f".{ADAPTER}.weight", ".weight"): parameter
         for name, parameter in model.named_parameters()

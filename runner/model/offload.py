@@ -1,9 +1,9 @@
 """Blocks of a frozen model that wait in host memory: the device holds the block at work and the one that comes next.
 
 diffusers' group offloading will not do, since its hooks know the forward pass alone. In a backward pass with gradient
-checkpointing they fetch the block after the recomputed one, and none is taken away again: the recomputation ends early (torch
-stops it at the last tensor it needs), so the whole model is on the device when the step ends. Without checkpointing the backward
-pass finds the weights gone.
+checkpointing they fetch the block after the recomputed one, and none is taken away again: the recomputation ends early
+(torch stops it at the last tensor it needs), so the whole model is on the device when the step ends. Without
+checkpointing the backward pass finds the weights gone.
 """
 
 from __future__ import annotations
@@ -22,15 +22,16 @@ Forward = Callable[..., Any]
 
 
 class BlockOffloader:
-    """Fetches blocks that run one after another. In a pass with gradients each block is checkpointed: the graph then holds the
-    weights on the device only while the block's backward runs.
+    """Fetches blocks that run one after another. In a pass with gradients each block is checkpointed: the graph then
+    holds the weights on the device only while the block's backward runs.
 
-    The device's copies are tensors of their own, put in the place of those in host memory. Exchanging `.data` would not do: the
-    graph may hold the parameter itself, and would compute with whatever its data is by then.
+    The device's copies are tensors of their own, put in the place of those in host memory. Exchanging `.data` would not
+    do: the graph may hold the parameter itself, and would compute with whatever its data is by then.
     """
 
     def __init__(self, blocks: Sequence[nn.Module], device: torch.device) -> None:
-        """Replaces the blocks' `forward`; the blocks then hold this object. Adapters attached later stay on the device."""
+        """Replaces the blocks' `forward`; the blocks then hold this object. Adapters attached later stay on the
+        device."""
         self.stream = CopyStream(device)
         self.slots = [list(_tensor_slots(block)) for block in blocks]
         self.hosts = [[to_pinned(device, table[name]) for table, name in slots] for slots in self.slots]

@@ -1,7 +1,7 @@
 """Frozen linear layers in 8 or 4 bits, dequantized one at a time for each use; and models loaded that way.
 
-Not torchao's tensors: in every layer those leave the dequantized weight in the graph until the backward pass, so training takes
-more memory than without them (torchao 0.18: ten layers of 2 MiB hold 20 MiB).
+Not torchao's tensors: in every layer those leave the dequantized weight in the graph until the backward pass, so
+training takes more memory than without them (torchao 0.18: ten layers of 2 MiB hold 20 MiB).
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ CODES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 def quantize(weight: Tensor, scheme: str) -> tuple[Tensor, Tensor]:
     """weight [out, in] -> (codes, scale). Raises FluxrunError where nf4 lacks bitsandbytes.
 
-    int8, fp8: codes [out, in], a scale per row [out, 1]. nf4 (bitsandbytes' own format): two codes a byte, [out * in / 2, 1],
-    and as scale the largest magnitude of every 64 numbers, in fp32. The scale is rounded to the weight's dtype before the codes
-    are taken against it, so multiplying both in that dtype loses nothing. Rows of zeros have scale 1.
+    int8, fp8: codes [out, in], a scale per row [out, 1]. nf4 (bitsandbytes' own format): two codes a byte, [out * in /
+    2, 1], and as scale the largest magnitude of every 64 numbers, in fp32. The scale is rounded to the weight's dtype
+    before the codes are taken against it, so multiplying both in that dtype loses nothing. Rows of zeros have scale 1.
     """
     if scheme == "nf4":
         codes, state = _bitsandbytes().quantize_4bit(weight.contiguous(), blocksize=NF4_BLOCK, quant_type="nf4")
@@ -48,7 +48,8 @@ def quantize(weight: Tensor, scheme: str) -> tuple[Tensor, Tensor]:
 def dequantize(codes: Tensor, scale: Tensor, scheme: str, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """The weight that the codes stand for, [out, in] in `dtype`. shape: (out, in)."""
     if scheme == "nf4":
-        # As one row: bitsandbytes 0.50's CPU kernel needs whole blocks in every row, and returns two dimensions for one.
+        # As one row: bitsandbytes 0.50's CPU kernel needs whole blocks in every row, and returns two dimensions for
+        # one.
         functional, flat = _bitsandbytes(), torch.Size([1, shape[0] * shape[1]])
         state = functional.QuantState(scale, flat, blocksize=NF4_BLOCK, quant_type="nf4", dtype=dtype)
         weight: Tensor = functional.dequantize_4bit(codes, state)
@@ -79,7 +80,8 @@ def _bitsandbytes() -> Any:
 
 
 class _QuantizedProduct(torch.autograd.Function):
-    """x @ weight.T + bias with frozen weight and bias. The graph holds the codes; the backward pass dequantizes them again."""
+    """x @ weight.T + bias with frozen weight and bias. The graph holds the codes; the backward pass dequantizes them
+    again."""
 
     @staticmethod
     def forward(
@@ -114,7 +116,8 @@ class QuantLinear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """A placeholder with the weight's shape, dtype and device, which peft and T5 ask for; NaN, so accidental use shows."""
+        """A placeholder with the weight's shape, dtype and device, which peft and T5 ask for; NaN, so accidental use
+        shows."""
         placeholder = torch.full((1, 1), torch.nan, dtype=self.dtype, device=self.codes.device)
         return placeholder.expand(self.out_features, self.in_features)
 
@@ -140,9 +143,9 @@ def load_quantized(
 ) -> nn.Module:  # fmt: skip
     """Load a model that is on the meta device, one tensor at a time, so host memory never holds more than one.
 
-    weights: the file of each tensor. scheme: "none", or how the linear layers of its blocks are quantized. quantized_file: the
-    quantized model in the cache; it is written where it is missing, and read instead of `weights` where it is there.
-    Raises BadFileError for a tensor that no file has.
+    weights: the file of each tensor. scheme: "none", or how the linear layers of its blocks are quantized.
+    quantized_file: the quantized model in the cache; it is written where it is missing, and read instead of `weights`
+    where it is there. Raises BadFileError for a tensor that no file has.
     """
     fp32_modules = getattr(model, "_keep_in_fp32_modules", None) or () if dtype == torch.float16 else ()  # T5 overflows
     names = list(model.state_dict())
@@ -171,8 +174,8 @@ def load_quantized(
 
 
 def _allocate(module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-    """Memory for the module's own tensors. All of it is allocated before the first tensor is read; between the unquantized
-    tensors that come and go it would be fragmented."""
+    """Memory for the module's own tensors. All of it is allocated before the first tensor is read; between the
+    unquantized tensors that come and go it would be fragmented."""
     for name, parameter in list(module.named_parameters(recurse=False)):
         module.register_parameter(name, nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device=device), False))
     for name, buffer in list(module.named_buffers(recurse=False)):
@@ -200,7 +203,8 @@ def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _read(path: Path, name: str) -> Tensor:
-    """One tensor of a file. The file is opened for each: while it is open, pages that were read count as this process' memory."""
+    """One tensor of a file. The file is opened for each: while it is open, pages that were read count as this process'
+    memory."""
     try:
         with safe_open(path, framework="pt") as opened:
             tensor: Tensor = opened.get_tensor(name).clone()

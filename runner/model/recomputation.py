@@ -1,7 +1,8 @@
-"""Tensors that are computed again in the backward pass instead of being kept for it (selective activation recomputation).
+"""Tensors that are computed again in the backward pass instead of being kept for it (selective activation
+recomputation).
 
-Three rules decide what is recomputed. Elementwise results of tensors that are kept anyway are cheap, so they always are. Matrix
-products are expensive, so they are only where asked for (`project`). Attention never is.
+Three rules decide what is recomputed. Elementwise results of tensors that are kept anyway are cheap, so they always
+are. Matrix products are expensive, so they are only where asked for (`project`). Attention never is.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ class RecomputeOp:
 
 
 class RecomputedTensor:
-    """An op's output that is computed again in the backward pass, once, and shared by everything that would have kept it."""
+    """An op's output that is computed again in the backward pass, once, and shared by everything that would have kept
+    it."""
 
     def __init__(self, op: RecomputeOp, inputs: Sequence[Tensor | RecomputedTensor | OutputOf]) -> None:
         """inputs: tensors, or others that are recomputed too."""
@@ -109,15 +111,16 @@ class _Recompute(torch.autograd.Function):
 
 
 def recompute(op: RecomputeOp, *inputs: Tensor | Lazy, save: bool) -> Lazy:
-    """The op's output. save: the same numbers, but kept in autograd's usual way, which gradient checkpointing builds upon."""
+    """The op's output. save: the same numbers, but kept in autograd's usual way, which gradient checkpointing builds
+    upon."""
     reads = [read if isinstance(read, tuple) else (read, None) for read in inputs]
     recomputed = None if save else RecomputedTensor(op, [source or tensor for tensor, source in reads])
     return _Recompute.apply(op, recomputed, *(tensor for tensor, _ in reads)), recomputed  # type: ignore[no-untyped-call]
 
 
 class Projections(RecomputeOp):
-    """What frozen layers, with their adapters, compute of x, under the autocast of the forward pass. It has no `gradients`: the
-    layers have autograd's own."""
+    """What frozen layers, with their adapters, compute of x, under the autocast of the forward pass. It has no
+    `gradients`: the layers have autograd's own."""
 
     def __init__(self, layers: Sequence[nn.Module], device_type: str) -> None:
         self.layers, self.device_type = layers, device_type
@@ -186,8 +189,8 @@ def rms_norm_backward(x: Tensor, weight: Tensor, eps: float, grad: Tensor) -> Te
 
 
 def gelu(x: Tensor, out: Tensor | None = None) -> Tensor:
-    """GELU's tanh approximation. In fp32 on a CPU it is computed as x * sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3)), which is equal:
-    torch's kernel takes half as long again there (torch 2.13)."""
+    """GELU's tanh approximation. In fp32 on a CPU it is computed as x * sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3)), which
+    is equal: torch's kernel takes half as long again there (torch 2.13)."""
     out = torch.empty_like(x) if out is None else out
     if x.device.type != "cpu" or x.dtype != torch.float32:
         return torch.ops.aten.gelu.out(x, approximate="tanh", out=out)  # type: ignore[no-any-return]

@@ -43,8 +43,8 @@ def save(
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors, metadata) of a file, verified. Raises BadFileError where any bit differs from what was written; safetensors
-    itself checks the file's structure alone.
+    """(tensors, metadata) of a file, verified. Raises BadFileError where any bit differs from what was written;
+    safetensors itself checks the file's structure alone.
 
     The tensors are copies: safetensors' own are views of the file, and would show later changes of it.
     """
@@ -66,8 +66,8 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _copy(tensor: Tensor) -> Tensor:
-    """Through numpy: torch's copy starts OpenMP workers in the thread it runs in, and those of the writer's thread would spin on
-    the cores that train."""
+    """Through numpy: torch's copy starts OpenMP workers in the thread it runs in, and those of the writer's thread
+    would spin on the cores that train."""
     copy = torch.empty_like(tensor)
     if copy.numel():
         copy.reshape(-1).view(torch.uint8).numpy()[:] = tensor.reshape(-1).view(torch.uint8).numpy()
@@ -75,7 +75,8 @@ def _copy(tensor: Tensor) -> Tensor:
 
 
 def verified(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of a large file, one by one in the order of names, as copies; no more than one is in memory at a time.
+    """(name, tensor) of a large file, one by one in the order of names, as copies; no more than one is in memory at a
+    time.
 
     Raises BadFileError after the last one where the digest does not match: until then the values are not verified.
     """

@@ -15,9 +15,9 @@ from runner.core.seeds import derive
 class TokenRows(nn.Module):
     """A frozen embedding table followed by a few learned rows.
 
-    Ids from `first` on are new tokens; `first` is the tokenizer's length, which may be below the table's (T5-XXL's table has 28
-    unused rows). Only `rows` [count, width] gets a gradient, never the table: two rows of T5-XXL are 8,192 numbers, its table
-    131 million.
+    Ids from `first` on are new tokens; `first` is the tokenizer's length, which may be below the table's (T5-XXL's
+    table has 28 unused rows). Only `rows` [count, width] gets a gradient, never the table: two rows of T5-XXL are 8,192
+    numbers, its table 131 million.
     """
 
     def __init__(self, table: nn.Embedding, first: int, rows: nn.Parameter) -> None:
@@ -61,11 +61,11 @@ def table_std(encoder: Any) -> float:
 def initial_rows(
     encoder: Any, tokenizer: Any, counts: Sequence[tuple[int, str | None]], seed: int, name: str
 ) -> Tensor:
-    """The rows before training, [sum of vectors, width] fp32. counts: (vectors, initializer phrase or None) of each token; name: the
-    encoder's, which the random rows depend on.
+    """The rows before training, [sum of vectors, width] fp32. counts: (vectors, initializer phrase or None) of each
+    token; name: the encoder's, which the random rows depend on.
 
-    Random rows have the table's standard deviation. The embeddings of a phrase's vocabulary entries become the first rows; if
-    it has fewer entries than vectors, the others are random.
+    Random rows have the table's standard deviation. The embeddings of a phrase's vocabulary entries become the first
+    rows; if it has fewer entries than vectors, the others are random.
     """
     weight = encoder.get_input_embeddings().weight
     std = table_std(encoder)

@@ -20,7 +20,8 @@ OPTION = "--card"
 
 
 def card_bytes(asked: str) -> int:
-    """The memory that the option names: "24" is 24 GiB (sold as 24 GB), "auto" that of the smallest GPU of this machine.
+    """The memory that the option names: "24" is 24 GiB (sold as 24 GB), "auto" that of the smallest GPU of this
+    machine.
 
     Raises NewError.
     """
@@ -43,8 +44,8 @@ def card_bytes(asked: str) -> int:
 def fitting_values(text_with: Callable[[Values], str], file: Path, pictures: Pictures | None, card: int) -> Values:
     """The values, by dotted key, with which the spec fits a card of so many bytes.
 
-    {} where it fits as it is, else the first change that suffices, in the order of `fluxrun plan`. text_with: the spec's text
-    with given values. Raises NewError, SpecError, PlanError.
+    {} where it fits as it is, else the first change that suffices, in the order of `fluxrun plan`. text_with: the
+    spec's text with given values. Raises NewError, SpecError, PlanError.
     """
     spec, plan = _planned(text_with({}), file, pictures)
     shapes = read_base_configs(spec.model.base)

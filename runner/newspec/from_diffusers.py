@@ -1,7 +1,7 @@
 """`fluxrun new --from-command`: a command line of train_dreambooth_lora_flux_advanced.py as a spec.
 
-The script's flags and defaults are those of diffusers' examples/advanced_diffusion_training of August 2026. Where its defaults
-are not ours they are written out, so that the spec trains what the command would have trained.
+The script's flags and defaults are those of diffusers' examples/advanced_diffusion_training of August 2026. Where its
+defaults are not ours they are written out, so that the spec trains what the command would have trained.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from runner.spec.toml_text import toml_line
 
 @dataclass
 class SpecDraft:
-    """The spec that a command of `script` becomes. values: by dotted key; notes: (flag, reason) for what could not be carried
-    over."""
+    """The spec that a command of `script` becomes. values: by dotted key; notes: (flag, reason) for what could not be
+    carried over."""
 
     script: str
     values: dict[str, Any] = field(default_factory=dict)

@@ -1,4 +1,5 @@
-"""`fluxrun new --pictures`: what a folder of pictures says about the keys of [data] and about the words to be learned."""
+"""`fluxrun new --pictures`: what a folder of pictures says about the keys of [data] and about the words to be
+learned."""
 
 from __future__ import annotations
 
@@ -29,8 +30,8 @@ LONGEST_PROMPT = 300  # characters of a caption that is used as a sample prompt
 
 @dataclass(frozen=True)
 class FolderFindings:
-    """values: by dotted key, None for a key that this folder makes needless; pictures: as the spec will read them; summary: the
-    folder in one line."""
+    """values: by dotted key, None for a key that this folder makes needless; pictures: as the spec will read them;
+    summary: the folder in one line."""
 
     values: dict[str, Any]
     pictures: Pictures
@@ -38,7 +39,8 @@ class FolderFindings:
 
 
 def inspect_folder(folder: Path, file: Path, written: Values) -> FolderFindings:
-    """What a spec in `file` should say about the pictures in `folder`. written: the template's values. Raises NewError."""
+    """What a spec in `file` should say about the pictures in `folder`. written: the template's values. Raises
+    NewError."""
     prompt = written["data.prompt"]
     column, pictures = _read(folder, prompt)
     captions = [picture.caption for picture in pictures.items if picture.caption != prompt]
@@ -81,7 +83,8 @@ def _summary(pictures: Pictures, captions: int, file: Path) -> str:
 
 
 def fitting_size(sizes: Sequence[Size]) -> dict[str, Any]:
-    """data.resolution, and data.buckets where not all pictures are square, so that few are enlarged. sizes: (width, height)."""
+    """data.resolution, and data.buckets where not all pictures are square, so that few are enlarged. sizes: (width,
+    height)."""
     squares = [bucket_sizes(SIDES[0])[0] == nearest_bucket(size, bucket_sizes(SIDES[0])) for size in sizes]
     buckets = not all(squares)
     lengths = sorted((width * height) ** 0.5 if buckets else min(width, height) for width, height in sizes)
@@ -91,7 +94,8 @@ def fitting_size(sizes: Sequence[Size]) -> dict[str, Any]:
 
 
 def token_words(captions: Sequence[str]) -> list[str]:
-    """Candidates for the word to be learned: in every caption, and in capitals or one of RARE_WORDS; in the first one's order."""
+    """Candidates for the word to be learned: in every caption, and in capitals or one of RARE_WORDS; in the first one's
+    order."""
     words = [dict.fromkeys(re.findall(r"\b[A-Za-z_]\w+", caption, re.ASCII)) for caption in captions]
     candidates = [word for word in words[0] if word.isupper() or word in RARE_WORDS]
     return [word for word in candidates if all(word in others for others in words)]

@@ -1,4 +1,5 @@
-"""A command line of train_dreambooth_lora_flux_advanced.py, taken apart: the launcher's words, the script, its flags."""
+"""A command line of train_dreambooth_lora_flux_advanced.py, taken apart: the launcher's words, the script, its
+flags."""
 
 from __future__ import annotations
 

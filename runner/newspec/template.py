@@ -46,7 +46,8 @@ class NewError(Exception):
 class TemplateTable:
     """One table of the file.
 
-    note: a comment above it; off: the whole table is commented out; chosen: values of the keys that it needs when it is on.
+    note: a comment above it; off: the whole table is commented out; chosen: values of the keys that it needs when it is
+    on.
     """
 
     heading: str
@@ -141,8 +142,9 @@ MEANINGS = {  # instead of the models', where those do not suit a file
 class Template:
     """What `fluxrun new --template` writes.
 
-    tables: in their order; written: values of the lines that are not commented out, by dotted key; short: the keys of --short;
-    sweep: an example; shown: values of commented lines, where those of EXAMPLES are not this template's defaults.
+    tables: in their order; written: values of the lines that are not commented out, by dotted key; short: the keys of
+    --short; sweep: an example; shown: values of commented lines, where those of EXAMPLES are not this template's
+    defaults.
     """
 
     what: str
@@ -197,8 +199,8 @@ TEMPLATES = {
 def new_spec(template: str, values: Values, *, short: bool, plan: str, queue: str) -> str:
     """TOML text.
 
-    values: by dotted key, laid over the template's own; None leaves a key to its default. plan, queue: the commands that the
-    heading shows.
+    values: by dotted key, laid over the template's own; None leaves a key to its default. plan, queue: the commands
+    that the heading shows.
     """
     chosen = TEMPLATES[template]
     written = {key: value for key, value in {**chosen.written, **values}.items() if value is not None}
@@ -263,7 +265,8 @@ def _sweep(example: Values) -> str:
 
 
 def _line(mark: str, name: str, value: Any, meaning: str) -> str:
-    """`key = value  # meaning`; a meaning that is too long for the line goes on below. mark: "# " for a commented line."""
+    """`key = value  # meaning`; a meaning that is too long for the line goes on below. mark: "# " for a commented
+    line."""
     assignment = f"{mark}{toml_line(name, value)}"
     if not meaning:
         return f"{assignment}\n"

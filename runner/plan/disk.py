@@ -17,14 +17,15 @@ BYTES_PER_STEP = 1 << 10  # in the history, TensorBoard's events and the log
 # Numbers that an optimizer keeps per trained number, in units of fp32. Prodigy: two moments, its sum and its start.
 MOMENTS = {"adamw": 2.0, "adamw8bit": 0.5, "prodigy": 4.0}
 
-# NAME.safetensors joins q, k and v (and the MLP's input) of a block into one block-diagonal adapter. In a single block with
-# attention alone that is 7d x 3r + 3r x d numbers instead of 3 (d x r + r x d), four times as many. No layer needs more.
+# NAME.safetensors joins q, k and v (and the MLP's input) of a block into one block-diagonal adapter. In a single block
+# with attention alone that is 7d x 3r + 3r x d numbers instead of 3 (d x r + r x d), four times as many. No layer needs
+# more.
 FUSED = 4
 
 
 def run_bytes(spec: Spec, trained: int, train_phases: int, steps: int) -> int:
-    """What a run folder holds at most: checkpoints (one more while it is written), exports, sample images, logs. trained:
-    number of trained parameters. The last checkpoint of each training phase is kept."""
+    """What a run folder holds at most: checkpoints (one more while it is written), exports, sample images, logs.
+    trained: number of trained parameters. The last checkpoint of each training phase is kept."""
     checkpoint = int(4 * trained * (1 + MOMENTS[spec.optimizer.name]))
     kept = spec.checkpoint.keep + train_phases + 1
     kept += int(spec.export.best or spec.stop.no_better_for is not None)  # the best step's
@@ -33,8 +34,8 @@ def run_bytes(spec: Spec, trained: int, train_phases: int, steps: int) -> int:
 
 
 def _sample_bytes(spec: Spec, steps: int) -> int:
-    """Of PNG files that do not compress. Those of each validation are in TensorBoard's events as well, the last ones also in
-    the grid of before and after (twice) and in the export."""
+    """Of PNG files that do not compress. Those of each validation are in TensorBoard's events as well, the last ones
+    also in the grid of before and after (twice) and in the export."""
     validation = spec.validation
     times = steps // validation.every if validation.every else 0
     side = validation.size or 512

@@ -6,9 +6,9 @@ from typing import Any
 
 from runner.spec.schema import Spec
 
-# Raise it when a default or the arithmetic changes, so that the same spec trains to other weights than before. Runs of a
-# lower number are then refused instead of continued differently. A new spec key does not change the resume keys of specs
-# that leave it at its default.
+# Raise it when a default or the arithmetic changes, so that the same spec trains to other weights than before. Runs of
+# a lower number are then refused instead of continued differently. A new spec key does not change the resume keys of
+# specs that leave it at its default.
 RESULT_FORMAT = 1
 
 # Values that do not change the trained weights; all others are in every training phase's key. `data.source` and
@@ -32,8 +32,8 @@ NOT_IN_KEY = (
 # Recomputed activations are the same to the bit, except in compiled code, which then rounds differently.
 RECOMPUTING = ("model.gradient_checkpointing", "inversion.gradient_checkpointing")
 
-# Values that only set where phases end. A phase's key has its start and the ends of the phases before it, not its own end,
-# so a run can be made longer, unless its schedule depends on the total number of steps.
+# Values that only set where phases end. A phase's key has its start and the ends of the phases before it, not its own
+# end, so a run can be made longer, unless its schedule depends on the total number of steps.
 SPAN_KEYS = ("train.steps", "train.epochs", "inversion.until", "lora.until", "text_lora.until")
 OPEN_ENDED = ("constant", "constant_with_warmup")
 

@@ -16,8 +16,8 @@ from runner.spec.schema import Spec
 class Facts:
     """What a plan must know besides the spec. None: only the hub can tell.
 
-    captions: the distinct ones of the training images. image_count: of all images, held-out ones included. sizes: of the
-    training images, measured only where buckets need them. transformer, clip: configs of the base's parts.
+    captions: the distinct ones of the training images. image_count: of all images, held-out ones included. sizes: of
+    the training images, measured only where buckets need them. transformer, clip: configs of the base's parts.
     """
 
     captions: tuple[str, ...] | None
@@ -52,7 +52,8 @@ class Encode:
 
 @dataclass(frozen=True)
 class Part:
-    """Parameters that are trained together. encoders: the text encoders they belong to. parameters: how many, if known."""
+    """Parameters that are trained together. encoders: the text encoders they belong to. parameters: how many, if
+    known."""
 
     what: Literal["token rows", "text lora", "lora"]
     encoders: tuple[str, ...]
@@ -63,9 +64,9 @@ class Part:
 class TrainPhase:
     """Training of the parts in `trains` from step `start` to step `stop`.
 
-    kind: "joint" is the transformer's LoRA together with token rows or with the CLIP encoder's LoRA. "inversion" is token
-    rows alone; a LoRA that is no longer trained stays in place. "lora" is one LoRA alone: the transformer's, with every
-    caption encoded beforehand, or the CLIP encoder's.
+    kind: "joint" is the transformer's LoRA together with token rows or with the CLIP encoder's LoRA. "inversion" is
+    token rows alone; a LoRA that is no longer trained stays in place. "lora" is one LoRA alone: the transformer's, with
+    every caption encoded beforehand, or the CLIP encoder's.
     """
 
     kind: Literal["joint", "inversion", "lora"]
@@ -78,8 +79,8 @@ class TrainPhase:
 
 @dataclass(frozen=True)
 class Export:
-    """The exports are written and the sample images drawn. encoders: those that are loaded for the samples; the embeddings
-    of T5 without learned tokens come from the cache."""
+    """The exports are written and the sample images drawn. encoders: those that are loaded for the samples; the
+    embeddings of T5 without learned tokens come from the cache."""
 
     name: str
     at: int
@@ -103,8 +104,8 @@ def trains_lora(phase: Phase) -> bool:
 
 
 def gradient_checkpointing(spec: Spec, *, token_rows: bool) -> int | Literal["selective"]:
-    """n: the activations of every n-th block are recomputed in the backward pass (0: of none). "selective": some activations
-    of every block. token_rows: whether the phase trains them, for which the spec may say otherwise."""
+    """n: the activations of every n-th block are recomputed in the backward pass (0: of none). "selective": some
+    activations of every block. token_rows: whether the phase trains them, for which the spec may say otherwise."""
     chosen = spec.inversion.gradient_checkpointing if token_rows else None
     chosen = spec.model.gradient_checkpointing if chosen is None else chosen
     return chosen if chosen == "selective" else int(chosen)
@@ -114,10 +115,10 @@ def gradient_checkpointing(spec: Spec, *, token_rows: bool) -> int | Literal["se
 class Plan:
     """What a run will do.
 
-    steps: where the run ends, which is before `train.steps` if nothing is left to train; `notes` say so. sizes: how many
-    views (an image at one of the resolutions) are trained at each size. distinct_texts: how many different captions and
-    prompts a batch can hold. Both are None until a hub data set is on this disk. disk_bytes: what the run folder will hold
-    at most.
+    steps: where the run ends, which is before `train.steps` if nothing is left to train; `notes` say so. sizes: how
+    many views (an image at one of the resolutions) are trained at each size. distinct_texts: how many different
+    captions and prompts a batch can hold. Both are None until a hub data set is on this disk. disk_bytes: what the run
+    folder will hold at most.
     """
 
     name: str

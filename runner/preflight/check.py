@@ -32,8 +32,8 @@ BaseKey = tuple[str, str | None, str | None]  # model.base, model.revision, mode
 class BaseReport:
     """What is known of the bases that the jobs use.
 
-    findings: what is wrong with them, once for each job that uses them. folders: of the bases whose files are complete on
-    this disk. parameters: how many each part has, by model.base. download_bytes: to fetch before the runs start.
+    findings: what is wrong with them, once for each job that uses them. folders: of the bases whose files are complete
+    on this disk. parameters: how many each part has, by model.base. download_bytes: to fetch before the runs start.
     """
 
     findings: list[Finding] = field(default_factory=list)

@@ -17,10 +17,11 @@ LEVELS: tuple[Level, ...] = ("error", "warning", "note")
 
 @dataclass(frozen=True)
 class Finding:
-    """One finding. error: the run would fail or be wrong. warning: it runs, but likely not as meant. note: good to know.
+    """One finding. error: the run would fail or be wrong. warning: it runs, but likely not as meant. note: good to
+    know.
 
-    file, line, key: where in a spec; None and "" where it is about the machine. more: details, a line each. also: other places
-    with the same finding, as (file, line).
+    file, line, key: where in a spec; None and "" where it is about the machine. more: details, a line each. also: other
+    places with the same finding, as (file, line).
     """
 
     level: Level

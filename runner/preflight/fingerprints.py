@@ -1,4 +1,5 @@
-"""Fingerprints of images, by which a check finds unreadable, duplicate and animated ones. Each image is decoded once."""
+"""Fingerprints of images, by which a check finds unreadable, duplicate and animated ones. Each image is decoded
+once."""
 
 from __future__ import annotations
 
@@ -26,8 +27,9 @@ THUMB_SIDE = 16
 
 @dataclass(frozen=True)
 class ImageFingerprint:
-    """size: (width, height), upright. pixels: digest of all pixels. hash: difference hash, 64 bits of "darker than its right
-    neighbour" in a 9x8 grey image. thumb: int16 (THUMB_SIDE, THUMB_SIDE, 3). animated: it has more than one frame."""
+    """size: (width, height), upright. pixels: digest of all pixels. hash: difference hash, 64 bits of "darker than its
+    right neighbour" in a 9x8 grey image. thumb: int16 (THUMB_SIDE, THUMB_SIDE, 3). animated: it has more than one
+    frame."""
 
     size: tuple[int, int]
     pixels: str
@@ -62,7 +64,8 @@ def _fingerprint(picture: Picture) -> ImageFingerprint:
 
 
 def fingerprint_images(pictures: Iterable[Picture]) -> dict[str, ImageFingerprint | str]:
-    """Fingerprints, or messages, by `Picture.location`. Files are decoded in threads, rows of a data set one after the other."""
+    """Fingerprints, or messages, by `Picture.location`. Files are decoded in threads, rows of a data set one after the
+    other."""
     by_location = {picture.location: picture for picture in pictures}
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="fingerprint") as pool:
         files = {

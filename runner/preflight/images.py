@@ -1,4 +1,5 @@
-"""Images: unreadable, duplicate, too small or badly shaped, animated or unused ones; and what is wrong with caption files."""
+"""Images: unreadable, duplicate, too small or badly shaped, animated or unused ones; and what is wrong with caption
+files."""
 
 from __future__ import annotations
 

@@ -18,8 +18,8 @@ from runner.spec.schema import Spec
 class MemoryFloor:
     """Bytes of the phase that needs most.
 
-    least: weights, and trained parameters with their gradients and optimizer state. likely: with activations and a margin, as
-    `runner.jobs.memory` estimates; None where the base's configs are not known.
+    least: weights, and trained parameters with their gradients and optimizer state. likely: with activations and a
+    margin, as `runner.jobs.memory` estimates; None where the base's configs are not known.
     """
 
     least: int

@@ -1,7 +1,7 @@
 """`fluxrun check --step`: a few real steps of every image shape that will be trained, in a temporary folder.
 
-They run in the queue's own worker, so they measure what the run will do: loading, encoding, every training phase, the export
-read back, and one picture.
+They run in the queue's own worker, so they measure what the run will do: loading, encoding, every training phase, the
+export read back, and one picture.
 """
 
 from __future__ import annotations

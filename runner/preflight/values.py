@@ -12,11 +12,11 @@ from runner.jobs.job import Job
 from runner.preflight.finding import Finding, at
 from runner.spec.schema import Spec
 
-# An Adam step changes a weight by about the learning rate. A LoRA's first matrix is drawn from +-1/sqrt(width), which is 0.018
-# at FLUX's 3072, so above 0.01 two steps replace it. Usual rates are 1e-5 to 1e-3.
+# An Adam step changes a weight by about the learning rate. A LoRA's first matrix is drawn from +-1/sqrt(width), which
+# is 0.018 at FLUX's 3072, so above 0.01 two steps replace it. Usual rates are 1e-5 to 1e-3.
 MAX_LORA_LR = 1e-2
-# The values of a token's embedding are as large as CLIP's own, 0.01 to 0.04. diffusers' textual inversion uses rates up to
-# 5e-3. A step of several times the embedding's size learns nothing.
+# The values of a token's embedding are as large as CLIP's own, 0.01 to 0.04. diffusers' textual inversion uses rates up
+# to 5e-3. A step of several times the embedding's size learns nothing.
 MAX_EMBEDDING_LR = 0.1
 # Prodigy estimates the step size and multiplies it by the rate, which its authors keep at 1 (github.com/konstmish/prodigy).
 # 0.1 or 10 may be meant; 1e-4 is a rate for Adam.

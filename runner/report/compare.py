@@ -115,7 +115,8 @@ def as_tables(comparison: Comparison, width: int) -> Iterator[RenderableType]:
 def _tables(
     title: str, runs: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]], width: int
 ) -> Iterator[RenderableType]:
-    """`rows`: (key, a cell per run). A column per run if there is room for that, else a row per run. Numbers are never cut."""
+    """`rows`: (key, a cell per run). A column per run if there is room for that, else a row per run. Numbers are never
+    cut."""
     from rich import box
     from rich.table import Table
     from rich.text import Text

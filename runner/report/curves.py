@@ -40,8 +40,8 @@ def curves(page_run: PageRun) -> dict[str, Any]:
 
 
 def thinned(series: Series) -> list[list[float]]:
-    """At most MAX_POINTS points, each the mean of an equal span of steps, at the last of them: the loss of a single step is
-    mostly noise."""
+    """At most MAX_POINTS points, each the mean of an equal span of steps, at the last of them: the loss of a single
+    step is mostly noise."""
     steps, values = list(series), list(series.values())
     span = -(-len(steps) // MAX_POINTS) or 1
     starts = range(0, len(steps), span)

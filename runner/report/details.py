@@ -1,4 +1,5 @@
-"""The details of a run on the results page: facts, links, commands, and the end of the log of a run that is not done."""
+"""The details of a run on the results page: facts, links, commands, and the end of the log of a run that is not
+done."""
 
 from __future__ import annotations
 

@@ -104,7 +104,8 @@ def _is_number(value: Any) -> bool:
 
 
 def _summary(page_runs: Sequence[PageRun]) -> dict[str, Any]:
-    """The line at the top: how many runs are in which state, their training time, and the run with the lowest eval loss."""
+    """The line at the top: how many runs are in which state, their training time, and the run with the lowest eval
+    loss."""
     records = [page_run.record for page_run in page_runs]
     states: dict[str, int] = {}
     for record in records:

@@ -17,7 +17,8 @@ MAX_NAME = 34  # characters of a run's name in the table
 
 @dataclass(frozen=True)
 class PageRun:
-    """label: the run's name without what all runs share; short_label: the same, cut to MAX_NAME; series: its history."""
+    """label: the run's name without what all runs share; short_label: the same, cut to MAX_NAME; series: its
+    history."""
 
     run: Run
     record: Record
@@ -44,5 +45,6 @@ def read_page_runs(runs: Path) -> list[PageRun]:
 
 
 def link(path: Path, runs: Path) -> str:
-    """A link from the page, which lies in `runs`. The leading "./" keeps a name like `javascript:x` from being a scheme."""
+    """A link from the page, which lies in `runs`. The leading "./" keeps a name like `javascript:x` from being a
+    scheme."""
     return "./" + quote(path.relative_to(runs).as_posix(), errors="surrogateescape")

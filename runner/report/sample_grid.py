@@ -17,7 +17,8 @@ MAX_BYTES = 8_000_000  # of all thumbnails; pictures beyond it are links only
 
 
 def sample_grid(runs: Path, page_runs: Sequence[PageRun]) -> list[dict[str, Any]]:
-    """For each prompt and seed, the cells of all runs that drew it: [index of the run, step, WebP in base64 or None, link]."""
+    """For each prompt and seed, the cells of all runs that drew it: [index of the run, step, WebP in base64 or None,
+    link]."""
     pictures: dict[tuple[str, int], dict[int, dict[int, Path]]] = {}  # by prompt and seed, then run, then step
     for index, page_run in enumerate(page_runs):
         for step, files in page_run.run.sample_files().items():
@@ -40,7 +41,8 @@ def sample_grid(runs: Path, page_runs: Sequence[PageRun]) -> list[dict[str, Any]
 
 
 def _samples(spec: Mapping[str, Any]) -> list[tuple[str, int]]:
-    """(prompt, seed) of a run's sample pictures, by their number. The spec was read from a file that people may edit."""
+    """(prompt, seed) of a run's sample pictures, by their number. The spec was read from a file that people may
+    edit."""
     prompts, count, seed = spec.get("validate.prompts", []), spec.get("validate.count", 1), spec.get("seed", 0)
     if not isinstance(prompts, list) or type(count) is not int or type(seed) is not int:
         return []

@@ -1,4 +1,5 @@
-"""Tables that fit the terminal. Where there is no room for all columns, the least important are left out; numbers are never cut."""
+"""Tables that fit the terminal. Where there is no room for all columns, the least important are left out; numbers are
+never cut."""
 
 from __future__ import annotations
 
@@ -45,8 +46,8 @@ def print_parts(screen: Console, parts: Iterable[RenderableType]) -> None:
 
 @dataclass(frozen=True)
 class Column:
-    """cells: one per row. width: of the widest cell. drop_order: columns with the highest number are left out first where
-    room is short, those with 0 never."""
+    """cells: one per row. width: of the widest cell. drop_order: columns with the highest number are left out first
+    where room is short, those with 0 never."""
 
     title: str
     cells: Sequence[RenderableType]
@@ -66,8 +67,8 @@ def column(
 
 
 def fitted(names: Sequence[str], columns: Iterable[Column], width: int) -> Iterator[RenderableType]:
-    """One table of `names` and as many of the columns as fit `width`, and a line that names the others. Titles are broken
-    into lines only if that makes room. Columns without any text are left out silently."""
+    """One table of `names` and as many of the columns as fit `width`, and a line that names the others. Titles are
+    broken into lines only if that makes room. Columns without any text are left out silently."""
     columns = [column for column in columns if column.width]
     for break_titles in (False, True):
         widths = [_column_width(column, break_titles) for column in columns]

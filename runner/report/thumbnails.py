@@ -50,7 +50,8 @@ class Thumbnails:
 
 
 def spread_evenly(steps: Collection[int], count: int) -> list[int]:
-    """At most `count` of the steps, evenly spread. The last one is always among them; the first one if `count` is above 1."""
+    """At most `count` of the steps, evenly spread. The last one is always among them; the first one if `count` is above
+    1."""
     ordered = sorted(steps)
     if len(ordered) <= count:
         return ordered

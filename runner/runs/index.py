@@ -23,11 +23,12 @@ from runner.spec.tables import flatten
 class Record:
     """One run. Times are seconds since 1970, durations seconds, sizes bytes; losses are smoothed.
 
-    wall_s: of all attempts together. step: how far training came. steps: the planned ones, or those that were trained if the run
-    is done. exported_step: the step whose weights the exports hold. export_error: the largest of any exported file; state.json
-    has each. warning: what went wrong and cost nothing. ended: the rule by which training ended early. split: parts that a
-    micro-batch was cut into because it did not fit into memory. spec: all of its keys, dotted. origins: where those that are no
-    defaults came from: "sweep in FILE", "set in FILE", "extended from FILE", or "unknown" where the folder does not say.
+    wall_s: of all attempts together. step: how far training came. steps: the planned ones, or those that were trained
+    if the run is done. exported_step: the step whose weights the exports hold. export_error: the largest of any
+    exported file; state.json has each. warning: what went wrong and cost nothing. ended: the rule by which training
+    ended early. split: parts that a micro-batch was cut into because it did not fit into memory. spec: all of its keys,
+    dotted. origins: where those that are no defaults came from: "sweep in FILE", "set in FILE", "extended from FILE",
+    or "unknown" where the folder does not say.
     """
 
     name: str
@@ -72,8 +73,8 @@ def record_of(run: Run, *, with_spec: bool = True) -> Record:
 
 
 def _read_spec(run: Run) -> tuple[dict[str, Any], dict[str, str]]:
-    """(spec, origins) of a record; ({}, {}) where the file cannot be read. Without the name, which is the run's, and without
-    secrets in addresses, because reports are passed on."""
+    """(spec, origins) of a record; ({}, {}) where the file cannot be read. Without the name, which is the run's, and
+    without secrets in addresses, because reports are passed on."""
     try:
         text = run.spec_file.read_text(encoding="utf-8")
         tables = tomllib.loads(text)
@@ -117,8 +118,8 @@ def write_index(runs: Path) -> None:
 def table(records: Iterable[Record]) -> list[dict[str, Any]]:
     """Flat rows with the same columns each ("eval_loss", "spec.lora.rank", ...), None where a run has no such value.
 
-    Every column holds values of one kind, as data frames and Parquet need it: numbers, booleans or text. Lists, and columns that
-    would mix kinds, become JSON text.
+    Every column holds values of one kind, as data frames and Parquet need it: numbers, booleans or text. Lists, and
+    columns that would mix kinds, become JSON text.
     """
     rows = [_flat_row(record) for record in records]
     columns = list(dict.fromkeys(key for row in rows for key in row))

@@ -16,8 +16,8 @@ Digests = Mapping[str, str]
 
 @dataclass(frozen=True)
 class TrainingInputs:
-    """By file name inside the data set or the base. pictures: digests, "" where only that of the whole set is known. captions:
-    their text. base: digests. Empty for what only the hub has."""
+    """By file name inside the data set or the base. pictures: digests, "" where only that of the whole set is known.
+    captions: their text. base: digests. Empty for what only the hub has."""
 
     pictures: Digests = field(default_factory=dict)
     captions: Digests = field(default_factory=dict)
@@ -53,8 +53,8 @@ def describe_changes(
 ) -> list[str]:
     """What differs, in words. Nothing is said of what is not known on both sides.
 
-    old_spec, new_spec: values by dotted key, to name the folder or the hub id where it differs as well; it is not part of a
-    run's key.
+    old_spec, new_spec: values by dotted key, to name the folder or the hub id where it differs as well; it is not part
+    of a run's key.
     """
     data: list[str] = []
     base: list[str] = []

@@ -16,8 +16,8 @@ REMOTE_TIMEOUT = 600.0  # seconds without a change of state after which another 
 
 @dataclass(frozen=True)
 class Lease:
-    """holder: the process that has the run, if any. attempt: counts up with every new attempt, so that the process of an
-    earlier one can tell that its lease is over."""
+    """holder: the process that has the run, if any. attempt: counts up with every new attempt, so that the process of
+    an earlier one can tell that its lease is over."""
 
     attempt: int
     holder: Process | None

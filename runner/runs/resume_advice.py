@@ -12,7 +12,8 @@ from runner.spec.schema import Spec
 
 
 class PhaseEnds(NamedTuple):
-    """The steps after which the text side (token rows or a text LoRA) and the LoRA are no longer trained; 0: never trained."""
+    """The steps after which the text side (token rows or a text LoRA) and the LoRA are no longer trained; 0: never
+    trained."""
 
     text: int
     lora: int
@@ -94,7 +95,8 @@ def _text_until(spec: Spec) -> tuple[str, float]:
 
 
 def _share(stop: int, steps: int) -> float | None:
-    """The decimal with the fewest digits from which a plan computes this stop; an exact one where four digits suffice."""
+    """The decimal with the fewest digits from which a plan computes this stop; an exact one where four digits
+    suffice."""
     for digits in range(1, 5):
         share = round(stop / steps, digits)
         if share <= 1 and math.isclose(share * steps, stop) and math.ceil(share * steps) == stop:

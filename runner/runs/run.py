@@ -46,8 +46,8 @@ class Run:
 
     @classmethod
     def at(cls, folder: Path) -> Run:
-        """The run in a folder. Its spec has the name, which may include the folder of a sweep. Raises RunMismatchError where
-        the folder is named otherwise."""
+        """The run in a folder. Its spec has the name, which may include the folder of a sweep. Raises RunMismatchError
+        where the folder is named otherwise."""
         name = str(read_spec_tables(folder / "spec.toml").get("name", folder.name))
         depth = len(Path(name).parts)
         if folder.parts[-depth:] != Path(name).parts:
@@ -211,8 +211,8 @@ class Run:
         return key if isinstance(key, str) else None
 
     def assert_unchanged(self, what: str, value: str, remedy: str) -> None:
-        """Compare a value that no resume key covers with what the run was begun with, and keep it the first time. Raises
-        RunMismatchError where it differs, LockHeldError where the lease is lost."""
+        """Compare a value that no resume key covers with what the run was begun with, and keep it the first time.
+        Raises RunMismatchError where it differs, LockHeldError where the lease is lost."""
         self.check_lease()
         pinned = {name: text for name, text in read_json(self.pins_file).items() if is_text(text)}
         if pinned.setdefault(what, value) != value:
@@ -249,7 +249,8 @@ class Run:
     # ---- moving files aside ------------------------------------------------------------------------------------------
 
     def archive(self) -> Path:
-        """Rename the whole folder, for --fresh; nothing trained is deleted. Returns the new path. Raises LockHeldError."""
+        """Rename the whole folder, for --fresh; nothing trained is deleted. Returns the new path. Raises
+        LockHeldError."""
         with self.locked():
             self.refuse_if_locked()
             target = _free_name(self.folder.with_name(f"{self.folder.name}.old"))
@@ -265,8 +266,8 @@ class Run:
             return False
 
     def quarantine(self, damaged: Path, reason: str) -> Path:
-        """Move a damaged file to quarantine/ with the reason beside it. It is never deleted. Returns the new path. Raises
-        LockHeldError where the lease is lost."""
+        """Move a damaged file to quarantine/ with the reason beside it. It is never deleted. Returns the new path.
+        Raises LockHeldError where the lease is lost."""
         self.check_lease()
         files.make_folder(self.quarantine_folder)
         target = _free_name(self.quarantine_folder / damaged.name)

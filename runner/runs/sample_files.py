@@ -17,7 +17,8 @@ def samples_of(prompts: Sequence[str], count: int, first_seed: int) -> list[tupl
 def sample_tag(prompt: str, seed: int) -> str:
     """A sample's tag in trackers. Two runs have the same tag if and only if prompt and seed are the same.
 
-    "a TOK on snow", 3 -> "samples/a-TOK-on-snow/3". A digest of the prompt is added where the words alone are ambiguous.
+    "a TOK on snow", 3 -> "samples/a-TOK-on-snow/3". A digest of the prompt is added where the words alone are
+    ambiguous.
     """
     slug = re.sub(r"[^A-Za-z0-9]+", "-", prompt).strip("-")[:MAX_SLUG]
     if slug.replace("-", " ") != prompt:

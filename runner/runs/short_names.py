@@ -9,8 +9,8 @@ from rich.cells import cell_len
 
 
 def short_labels(names: Sequence[str]) -> list[str]:
-    """The values that a sweep varies: "SWEEP/lora.rank=4,train.lr=0.001" -> "rank=4, lr=0.001", with "SWEEP: " before them if
-    there are several sweeps. The names as they are, if two labels would be equal."""
+    """The values that a sweep varies: "SWEEP/lora.rank=4,train.lr=0.001" -> "rank=4, lr=0.001", with "SWEEP: " before
+    them if there are several sweeps. The names as they are, if two labels would be equal."""
     sweeps = {name.partition("/")[0] for name in names if "/" in name}
     labels = []
     for name in without_tables(names):
@@ -21,13 +21,15 @@ def short_labels(names: Sequence[str]) -> list[str]:
 
 
 def without_tables(names: Sequence[str]) -> list[str]:
-    """ "SWEEP/lora.rank=4,train.lr=0.001" -> "SWEEP/rank=4,lr=0.001". The names as they are, if two would become equal."""
+    """ "SWEEP/lora.rank=4,train.lr=0.001" -> "SWEEP/rank=4,lr=0.001". The names as they are, if two would become
+    equal."""
     short = [re.sub(r"(?<=[/,])(?:[a-z_0-9]+\.)+(?=[a-z_0-9]+=)", "", name) for name in names]
     return short if len(set(short)) == len(set(names)) else list(names)
 
 
 def shortened(texts: Sequence[str], width: int) -> list[str]:
-    """Each text cut in the middle to at most `width` columns; the name of a sweep is kept. Different texts stay different."""
+    """Each text cut in the middle to at most `width` columns; the name of a sweep is kept. Different texts stay
+    different."""
     forms = zip(texts, without_tables(texts), map(_without_keys, texts), strict=True)
     form = {each[0]: next((text for text in each if _has_room(text, width)), each[-1]) for each in forms}
     short = {text: _cut(form[text], width) for text in texts}

@@ -1,4 +1,5 @@
-"""`state.json`: what a run is doing, how far it came and what it made. A foreign or damaged file is read as far as it fits."""
+"""`state.json`: what a run is doing, how far it came and what it made. A foreign or damaged file is read as far as it
+fits."""
 
 from __future__ import annotations
 
@@ -49,13 +50,14 @@ def _progress(check: Check) -> Any:
 
 @dataclass(frozen=True)
 class RunState:
-    """The fields of state.json; None where the file does not say. Times are seconds since 1970, durations seconds, sizes bytes.
+    """The fields of state.json; None where the file does not say. Times are seconds since 1970, durations seconds,
+    sizes bytes.
 
-    state: "waiting", "running", "done", "stopped" or "failed". error: why it stopped or failed. warning: what went wrong and
-    cost nothing. split: parts that a micro-batch is cut into because it did not fit into memory. ended: the rule by which
-    training ended early. exported_step: the step whose weights the exports hold. export_error: the largest of
-    `export_errors`, which are by file. phases: by name, their "seconds" and "peak_memory_bytes". versions: of libraries.
-    memory_before_models: bytes in use before any model was loaded.
+    state: "waiting", "running", "done", "stopped" or "failed". error: why it stopped or failed. warning: what went
+    wrong and cost nothing. split: parts that a micro-batch is cut into because it did not fit into memory. ended: the
+    rule by which training ended early. exported_step: the step whose weights the exports hold. export_error: the
+    largest of `export_errors`, which are by file. phases: by name, their "seconds" and "peak_memory_bytes". versions:
+    of libraries. memory_before_models: bytes in use before any model was loaded.
     """
 
     state: str = field(metadata={"check": is_text})

@@ -30,8 +30,8 @@ MISMATCH_REMEDIES = (
 
 @dataclass(frozen=True)
 class RunStatus:
-    """state: "new"; "done": nothing is left to do; "resume": the same training, to be started or continued; "changed": the
-    folder holds another run; "running" and "waiting": a queue has it now."""
+    """state: "new"; "done": nothing is left to do; "resume": the same training, to be started or continued; "changed":
+    the folder holds another run; "running" and "waiting": a queue has it now."""
 
     state: Literal["new", "done", "resume", "changed", "running", "waiting"]
     reason: str

@@ -1,7 +1,7 @@
 """The attention backends of diffusers that can train FLUX.1 on a CPU or an NVIDIA GPU, by diffusers' names.
 
-Left out are sage and _flash_3 (no backward pass), the *_hub ones (they run code from the hub), flex (slow unless compiled by
-itself), the varlen ones (for masks, of which FLUX has none), and those for other devices.
+Left out are sage and _flash_3 (no backward pass), the *_hub ones (they run code from the hub), flex (slow unless
+compiled by itself), the varlen ones (for masks, of which FLUX has none), and those for other devices.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""A Spec from TOML tables, with every fault of its keys; what is not faulty is kept, so that later checks can still look at it."""
+"""A Spec from TOML tables, with every fault of its keys; what is not faulty is kept, so that later checks can still
+look at it."""
 
 from __future__ import annotations
 
@@ -29,8 +30,8 @@ PLACEHOLDER_VALUES: Mapping[str, Any] = {
 
 @dataclass(frozen=True)
 class LoadedSpec:
-    """One run asked for. unreadable_keys: keys whose values a fault makes useless; if there are any, `spec` is built without
-    them, so that all other faults can be reported at once."""
+    """One run asked for. unreadable_keys: keys whose values a fault makes useless; if there are any, `spec` is built
+    without them, so that all other faults can be reported at once."""
 
     spec: Spec
     source: SpecOrigin
@@ -38,7 +39,8 @@ class LoadedSpec:
 
 
 def build_spec(tables: dict[str, Any], source: SpecOrigin, faults: list[Fault]) -> LoadedSpec | None:
-    """Adds every fault to `faults`: of single keys, and of keys that do not go together. None where no spec can be made."""
+    """Adds every fault to `faults`: of single keys, and of keys that do not go together. None where no spec can be
+    made."""
     secrets = [KeyFault(key, message) for key, message in secret_faults(tables)]
     spec, key_faults = _validate(tables, source.swept)
     faulty_keys = frozenset(fault.key for fault in key_faults)
@@ -76,8 +78,8 @@ def _validate(tables: dict[str, Any], swept: Collection[str] = ()) -> tuple[Spec
 def _one_per_key(faults: Sequence[KeyFault], written: Mapping[str, Any]) -> list[KeyFault]:
     """One fault for each key.
 
-    A union gives one for each of its branches: the one that names the choices is kept, else the first. Of a list and its
-    entries, the entries' are kept. None are kept for derived defaults: the key that they derive from has its own.
+    A union gives one for each of its branches: the one that names the choices is kept, else the first. Of a list and
+    its entries, the entries' are kept. None are kept for derived defaults: the key that they derive from has its own.
     """
     best: dict[str, KeyFault] = {}
     for fault in faults:
@@ -91,7 +93,8 @@ def _one_per_key(faults: Sequence[KeyFault], written: Mapping[str, Any]) -> list
 def _validate_rest(
     tables: dict[str, Any], faulty_keys: frozenset[str], source: SpecOrigin
 ) -> tuple[Spec | None, frozenset[str]]:
-    """The spec without its faulty keys, and the other keys that had to go with them: tables that are invalid without them."""
+    """The spec without its faulty keys, and the other keys that had to go with them: tables that are invalid without
+    them."""
     rest, left_out = _without(tables, faulty_keys), faulty_keys
     if "name" in faulty_keys:
         rest["name"] = to_run_name(source.file.stem)

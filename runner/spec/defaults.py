@@ -87,7 +87,8 @@ def is_default(key: str, tables: Mapping[str, Any]) -> bool:
 
 
 def copied_from(key: str, values: Mapping[str, Any]) -> str | None:
-    """The key whose value is the default of `key`, if `key` has that value. values: a resolved spec's, by dotted key."""
+    """The key whose value is the default of `key`, if `key` has that value. values: a resolved spec's, by dotted
+    key."""
     default = DERIVED_DEFAULTS.get(key)
     if default is None or not default.is_copy:
         return None
@@ -98,8 +99,8 @@ def copied_from(key: str, values: Mapping[str, Any]) -> str | None:
 def drop_unused_inversion(tables: dict[str, Any]) -> None:
     """Remove [inversion] from a spec that fluxrun wrote for a run without tokens.
 
-    A resolved spec states every default, also of what does not apply. What a user set there stays, to be refused; `lr` and
-    `until` were derived.
+    A resolved spec states every default, also of what does not apply. What a user set there stays, to be refused; `lr`
+    and `until` were derived.
     """
     inversion = tables.get("inversion")
     if tables.get("tokens") or not isinstance(inversion, dict):

@@ -11,6 +11,6 @@ TORCH_NAMES: Mapping[str, str] = {"bf16": "torch.bfloat16", "fp16": "torch.float
 
 
 def base_dtype(chosen: Dtype | None, *, on_gpu: bool) -> Dtype:
-    """The frozen base's: model.dtype where it is set. bf16 halves a GPU's memory; on a CPU it is several times slower than
-    fp32."""
+    """The frozen base's: model.dtype where it is set. bf16 halves a GPU's memory; on a CPU it is several times slower
+    than fp32."""
     return chosen or ("bf16" if on_gpu else "fp32")

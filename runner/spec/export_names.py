@@ -17,9 +17,10 @@ DIGITS = 6  # hexadecimal digits of a name's digest
 def file_stem(name: str) -> str:
     """A run's name as a file name and as a word in a prompt: letters, digits, - and _ alone.
 
-    In A1111's `<lora:NAME:1>` a `=` or `,` ends the name; a `.` ends it in programs that cut off file endings; `+` is a weight
-    or a space in some. A name without such characters stays as it is, with - for /. "one/lora.rank=4,train.lr=0.01" becomes
-    "one-lora-rank-4-train-lr-0_01". A name that another could become too ends with a few digits of its digest.
+    In A1111's `<lora:NAME:1>` a `=` or `,` ends the name; a `.` ends it in programs that cut off file endings; `+` is a
+    weight or a space in some. A name without such characters stays as it is, with - for /.
+    "one/lora.rank=4,train.lr=0.01" becomes "one-lora-rank-4-train-lr-0_01". A name that another could become too ends
+    with a few digits of its digest.
     """
     if SAFE.fullmatch(name):
         return name.replace("/", "-")

@@ -31,8 +31,8 @@ def read_merged(
 ) -> tuple[dict[str, Any], Locations]:
     """The tables of a spec file, merged over those of the file that it extends, and the location of each key.
 
-    extended_by: the chain of files that led here; read: how to read one file, so that a caller can cache those that several
-    extend. Raises SpecError.
+    extended_by: the chain of files that led here; read: how to read one file, so that a caller can cache those that
+    several extend. Raises SpecError.
     """
     found, lines = read(file)
     tables = dict(found)

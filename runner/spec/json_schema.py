@@ -17,7 +17,8 @@ def models_schema() -> dict[str, Any]:
 
 
 def json_schema() -> dict[str, Any]:
-    """For a spec file, which also has `extends` and [sweep], and whose required keys may be in the file that it extends."""
+    """For a spec file, which also has `extends` and [sweep], and whose required keys may be in the file that it
+    extends."""
     schema = copy.deepcopy(models_schema())
     for table in ("Model", "Data"):
         schema["$defs"][table].pop("required")

@@ -104,7 +104,8 @@ def union_tags() -> frozenset[str]:
 
 
 def keys_allowed(path: KeyPath, tables: Mapping[str, Any]) -> set[str]:
-    """The keys of the table at `path` of a spec; of a union's tables, those of the one that the spec chose by its name."""
+    """The keys of the table at `path` of a spec; of a union's tables, those of the one that the spec chose by its
+    name."""
     models: list[Schema] = [models_schema()]
     table: Any = tables
     for part in path:

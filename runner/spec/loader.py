@@ -34,8 +34,8 @@ def load(paths: Sequence[Path]) -> list[LoadedSpec]:
 
 
 def load_all(paths: Sequence[Path], runs: Path | None = None) -> tuple[list[LoadedSpec], list[Fault]]:
-    """The same, but returns the faults beside what could be read. runs: the runs folder, where runs of a sweep may already
-    have their names."""
+    """The same, but returns the faults beside what could be read. runs: the runs folder, where runs of a sweep may
+    already have their names."""
     faults: list[Fault] = []
     read = functools.cache(read_with_lines)  # a file that several extend is read once
     files = [file for path in _files(paths, faults, read) if (file := _read_file(path, faults, read)) is not None]
@@ -140,7 +140,8 @@ def _too_many_runs(files: Sequence[SpecFile]) -> Iterator[Fault]:
 def _variants(
     file: SpecFile, runs: Path | None, existing_names: Collection[str]
 ) -> Iterator[tuple[dict[str, Any], SpecOrigin]]:
-    """The tables of each run that a file asks for: one, or the product of the lists of [sweep]. existing_names: of runs."""
+    """The tables of each run that a file asks for: one, or the product of the lists of [sweep]. existing_names: of
+    runs."""
     name, source = file.tables["name"], file.source
     if not file.sweep:
         yield file.tables, source

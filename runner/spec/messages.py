@@ -1,4 +1,5 @@
-"""What is wrong with one key, in words: the value found, what is allowed, what to write instead, and what the key means."""
+"""What is wrong with one key, in words: the value found, what is allowed, what to write instead, and what the key
+means."""
 
 from __future__ import annotations
 
@@ -56,8 +57,8 @@ EXAMPLES = {  # of required keys
 class KeyFault:
     """What is wrong with a dotted key.
 
-    meant: the keys that an unknown one was probably meant for, about which nothing else is reported; kind: pydantic's type
-    of the error.
+    meant: the keys that an unknown one was probably meant for, about which nothing else is reported; kind: pydantic's
+    type of the error.
     """
 
     key: str

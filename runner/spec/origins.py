@@ -35,8 +35,8 @@ def annotated(tables: Mapping[str, Any], origin: Callable[[str], str]) -> str:
 def origins_in(text: str) -> dict[str, str]:
     """The comment of each dotted key: "default", "set in FILE", "extended from FILE" or "sweep in FILE".
 
-    {} where no key is a default. The file is then not fluxrun's, or was written by a version that lost the comments of the run
-    folder's spec that it was queued from; what its comments say is of no use.
+    {} where no key is a default. The file is then not fluxrun's, or was written by a version that lost the comments of
+    the run folder's spec that it was queued from; what its comments say is of no use.
     """
     lines, origins = text.split("\n"), {}
     for path, number in key_lines(text).items():

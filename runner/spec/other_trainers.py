@@ -1,10 +1,10 @@
 """What other trainers call the keys of a spec, for users who come from them.
 
 The names are those of each program's own options and example files: diffusers'
-examples/advanced_diffusion_training/train_dreambooth_lora_flux_advanced.py, kohya-ss/sd-scripts (library/config_util.py,
-docs/train_network.md, docs/flux_train_network.md), ostris/ai-toolkit (config/examples/train_lora_flux_24gb.yaml),
-Nerogar/OneTrainer (modules/util/config/TrainConfig.py), bghira/SimpleTuner (config/examples/flux.peft-lora) and
-huggingface/peft (src/peft/tuners/lora/config.py).
+examples/advanced_diffusion_training/train_dreambooth_lora_flux_advanced.py, kohya-ss/sd-scripts
+(library/config_util.py, docs/train_network.md, docs/flux_train_network.md), ostris/ai-toolkit
+(config/examples/train_lora_flux_24gb.yaml), Nerogar/OneTrainer (modules/util/config/TrainConfig.py), bghira/SimpleTuner
+(config/examples/flux.peft-lora) and huggingface/peft (src/peft/tuners/lora/config.py).
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ from runner.spec.unknown_keys import show_value
 class BrokenRule:
     """Keys that do not go together.
 
-    key: the one at which it is reported; reads: all keys that the rule looks at: where one of them is faulty itself, the rule is
-    not reported; missing: `key` is required and not there.
+    key: the one at which it is reported; reads: all keys that the rule looks at: where one of them is faulty itself,
+    the rule is not reported; missing: `key` is required and not there.
     """
 
     key: str

@@ -1,7 +1,7 @@
 """Which names runs may have.
 
-A run's name is its folder below the runs folder: NAME, or NAME/VALUES for a run of a sweep. No run's folder may hold another
-run's, or be one of the runs folder's own files.
+A run's name is its folder below the runs folder: NAME, or NAME/VALUES for a run of a sweep. No run's folder may hold
+another run's, or be one of the runs folder's own files.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ def to_run_name(text: str) -> str:
 class ExistingRuns:
     """The runs in a runs folder.
 
-    names: of all, by the same in lower case; nested: one of those inside another folder, by that folder's name in lower case;
-    around: the folder of a run that the runs folder itself is in; file_name_limit: bytes that the disk allows.
+    names: of all, by the same in lower case; nested: one of those inside another folder, by that folder's name in lower
+    case; around: the folder of a run that the runs folder itself is in; file_name_limit: bytes that the disk allows.
     """
 
     names: Mapping[str, str]

@@ -1,7 +1,7 @@
 """The spec: what a user writes, as one frozen model for each TOML table.
 
-The models state every key's type, limits, default and meaning. Messages, docs/keys.md, `fluxrun new` and `fluxrun schema` are
-made from them. Defaults that depend on other keys are in `runner.spec.defaults`, rules over several keys in
+The models state every key's type, limits, default and meaning. Messages, docs/keys.md, `fluxrun new` and `fluxrun
+schema` are made from them. Defaults that depend on other keys are in `runner.spec.defaults`, rules over several keys in
 `runner.spec.rules`. Reading files is in `runner.spec.loader`.
 """
 
@@ -361,5 +361,6 @@ class Spec(Table):
 
 
 def dump(spec: Spec) -> dict[str, Any]:
-    """All keys with their values, defaults included, as plain tables for TOML or JSON. Keys that are not set are left out."""
+    """All keys with their values, defaults included, as plain tables for TOML or JSON. Keys that are not set are left
+    out."""
     return spec.model_dump(mode="json", by_alias=True, exclude_none=True)

@@ -19,8 +19,9 @@ from runner.spec.toml_lines import KeyPath
 class SpecOrigin:
     """Where a spec came from, so that later checks can name a line.
 
-    locations: of its keys, in the file itself or in one that it extends; swept: the values that [sweep] set; set_keys: every
-    dotted key that is in one of the files; origins: for the spec of a run folder, where it says that each value came from.
+    locations: of its keys, in the file itself or in one that it extends; swept: the values that [sweep] set; set_keys:
+    every dotted key that is in one of the files; origins: for the spec of a run folder, where it says that each value
+    came from.
     """
 
     file: Path

@@ -1,8 +1,8 @@
 """[sweep]: one run for each combination of its lists, named so that the same values have the same name every time.
 
-A run is named NAME/KEY=VALUE,KEY=VALUE. Numbers, true and false, and short ASCII text are written as they are, with `-` for
-characters that a name may not have. Other values (long ones, other letters, two that would read the same) are shortened and get
-a short digest, so that a run's name never depends on the other values of the list.
+A run is named NAME/KEY=VALUE,KEY=VALUE. Numbers, true and false, and short ASCII text are written as they are, with `-`
+for characters that a name may not have. Other values (long ones, other letters, two that would read the same) are
+shortened and get a short digest, so that a run's name never depends on the other values of the list.
 """
 
 from __future__ import annotations
@@ -118,8 +118,9 @@ def expand(
 ) -> Iterator[tuple[str, Swept]]:
     """(name, values) of each run.
 
-    existing_names: names of the runs in the runs folder; has_values: whether the run of that name has these values. A run that exists
-    under another of its possible names keeps that name: an earlier fluxrun gave it, or the list had other values.
+    existing_names: names of the runs in the runs folder; has_values: whether the run of that name has these values. A
+    run that exists under another of its possible names keeps that name: an earlier fluxrun gave it, or the list had
+    other values.
     """
     lists = [[*zip(values, _value_names(values), strict=True)] for values in sweep.values()]
     for chosen in itertools.product(*lists):
@@ -173,7 +174,8 @@ def _value_names(values: Sequence[Any]) -> list[ValueName]:
 
 
 def _is_readable(value: Any, text: str) -> bool:
-    """Whether a value can be told from its text: it is short, no letter is lost, and Windows takes it as a folder's name."""
+    """Whether a value can be told from its text: it is short, no letter is lost, and Windows takes it as a folder's
+    name."""
     return len(text) <= LONGEST_VALUE and str(value).isascii() and any(map(str.isalnum, text)) and text[-1] != "."
 
 

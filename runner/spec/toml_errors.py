@@ -1,4 +1,5 @@
-"""What is wrong with a text that is not TOML, and what to write instead: tomllib says neither, and often names another line."""
+"""What is wrong with a text that is not TOML, and what to write instead: tomllib says neither, and often names another
+line."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ FORM = "write tables as [lora], keys as rank = 16, and text in quotes"
 
 
 def toml_faults(text: str) -> list[tuple[int, str]]:
-    """(line, message) for what is not TOML; [] where all of it is. After a faulty line the following ones are read too."""
+    """(line, message) for what is not TOML; [] where all of it is. After a faulty line the following ones are read
+    too."""
     lines = text.split("\n")
     faults: list[tuple[int, str]] = []
     while len(faults) < (MOST_FAULTS if len(text) < LARGE else 1) and (error := parse_error(lines)):

@@ -21,7 +21,8 @@ _ASSIGNMENT = re.compile(rf"[ \t]*(?P<key>{_DOTTED})[ \t]*=")
 
 
 def key_lines(text: str) -> dict[KeyPath, int]:
-    """Key path -> line, counted from 1: ("tokens", 0, "name") -> 12. Keys inside inline tables get their table's line from `line_of`."""
+    """Key path -> line, counted from 1: ("tokens", 0, "name") -> 12. Keys inside inline tables get their table's line
+    from `line_of`."""
     text = text.replace("\r\n", "\n")
     lines: dict[KeyPath, int] = {}
     counts: dict[KeyPath, int] = {}
@@ -77,8 +78,8 @@ def _parts(dotted: str) -> KeyPath:
 
 
 def _in_arrays(path: KeyPath, counts: dict[KeyPath, int], *, new: bool) -> KeyPath:
-    """The path with the current index after each part that is an array of tables. new: the last part begins a table of its
-    array."""
+    """The path with the current index after each part that is an array of tables. new: the last part begins a table of
+    its array."""
     indexed: KeyPath = ()
     for position, part in enumerate(path):
         indexed += (part,)

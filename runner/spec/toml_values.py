@@ -150,7 +150,8 @@ def _is_number(text: str) -> bool:
 
 
 def _number(word: str) -> str:
-    """The number that was meant, as TOML has it: 1,000 -> 1000, 0,5 -> 0.5, 50% -> 0.5, 04 -> 4. "" where it is none."""
+    """The number that was meant, as TOML has it: 1,000 -> 1000, 0,5 -> 0.5, 50% -> 0.5, 04 -> 4. "" where it is
+    none."""
     if len(word) > LONGEST_NUMBER:
         return ""
     if re.fullmatch(r"[+-]?\d{1,3}(,\d{3})+", word) and not word.lstrip("+-").startswith("0"):

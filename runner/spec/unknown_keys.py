@@ -22,9 +22,9 @@ def unknown_key_faults(
 ) -> tuple[str, tuple[str, ...]]:
     """(message, the keys that were probably meant) for a key that is not allowed where it is.
 
-    tables: the spec with its defaults; written: as the user wrote it; swept: the keys that [sweep] sets. For those no value is
-    shown, so that all runs of a sweep have the same message; and the key that was meant may be set already, as a sweep
-    overrides it.
+    tables: the spec with its defaults; written: as the user wrote it; swept: the keys that [sweep] sets. For those no
+    value is shown, so that all runs of a sweep have the same message; and the key that was meant may be set already, as
+    a sweep overrides it.
     """
     allowed = sorted(keys_allowed(path[:-1], tables))
     is_table = isinstance(value, Mapping) or (isinstance(value, list) and value and isinstance(value[0], Mapping))

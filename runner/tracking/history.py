@@ -1,9 +1,9 @@
 """A run's numbers by step: the file `history.jsonl`, from which the results page and `compare` draw curves.
 
 Each line is a JSON object: "step", and numbers under the names that TensorBoard shows. The file is kept in addition to
-TensorBoard's event files because it is read much faster, without TensorBoard, and because it stays correct when a run is
-interrupted: a line torn by a kill is dropped, lines past the checkpoint that a run resumes from are cut off, and of two
-lines with the same step and name the later one counts.
+TensorBoard's event files because it is read much faster, without TensorBoard, and because it stays correct when a run
+is interrupted: a line torn by a kill is dropped, lines past the checkpoint that a run resumes from are cut off, and of
+two lines with the same step and name the later one counts.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """What TensorBoard shows of a run besides its curves: HParams, the layout of custom scalars, and the spec as text.
 
-It is written to one small event file per run, `events.out.tfevents.0.fluxrun`. The file is derived from the run folders and
-always rewritten whole, so a resumed run appears once, and a run that failed and was continued appears as done. Its name
-sorts before those of the event files with curves: TensorBoard watches only the last file of a folder for new events.
+It is written to one small event file per run, `events.out.tfevents.0.fluxrun`. The file is derived from the run folders
+and always rewritten whole, so a resumed run appears once, and a run that failed and was continued appears as done. Its
+name sorts before those of the event files with curves: TensorBoard watches only the last file of a folder for new
+events.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ def write_sessions(runs: Path) -> None:
 
 
 def write_session(run: Run) -> None:
-    """Write the event file of one run, when it starts. Its hyperparameters are the keys in which the runs of the folder differ."""
+    """Write the event file of one run, when it starts. Its hyperparameters are the keys in which the runs of the folder
+    differ."""
     records = _records(run.runs)
     _write(run, records, distinguishing_keys(records.values()))
 

@@ -1,4 +1,5 @@
-"""Where a run logs numbers and pictures while it trains: TensorBoard event files in the run folder, and Weights & Biases."""
+"""Where a run logs numbers and pictures while it trains: TensorBoard event files in the run folder, and Weights &
+Biases."""
 
 from __future__ import annotations
 
@@ -26,8 +27,8 @@ class Tracker(Protocol):
 
 
 def trackers(folder: Path, name: str, wanted: Sequence[str], start: int, settings: Mapping[str, Any]) -> list[Tracker]:
-    """The trackers of a run. wanted: names as in track.to; start: the step that training continues after; settings: the spec by
-    dotted key, for W&B. Raises FluxrunError if wandb is wanted and not installed."""
+    """The trackers of a run. wanted: names as in track.to; start: the step that training continues after; settings: the
+    spec by dotted key, for W&B. Raises FluxrunError if wandb is wanted and not installed."""
     opened: list[Tracker] = []
     if "tensorboard" in wanted:
         opened.append(TensorBoard(folder, start))
@@ -60,8 +61,8 @@ class TensorBoard:
 def _put_earlier_files_first(folder: Path) -> None:
     """Rename earlier event files so that they sort before one created now.
 
-    TensorBoard reads a folder's files in the order of their names, which hold the time of creation. If the clock was set
-    back since, the times of earlier files are replaced by 0, 1, 2, ...
+    TensorBoard reads a folder's files in the order of their names, which hold the time of creation. If the clock was
+    set back since, the times of earlier files are replaced by 0, 1, 2, ...
     """
     earlier = sorted(path for path in folder.glob("events.out.tfevents.*") if path.name != EVENT_FILE)
     if earlier and earlier[-1].name.split(".")[3] >= f"{int(time.time()):010d}":
@@ -71,7 +72,8 @@ def _put_earlier_files_first(folder: Path) -> None:
 
 
 class Wandb:
-    """One W&B run per run folder, continued by its name. wandb's own settings give project and login (WANDB_PROJECT, ...)."""
+    """One W&B run per run folder, continued by its name. wandb's own settings give project and login (WANDB_PROJECT,
+    ...)."""
 
     def __init__(self, folder: Path, name: str, start: int, settings: Mapping[str, Any]) -> None:
         try:
@@ -93,8 +95,8 @@ class Wandb:
         self.run.log(dict(values), step=self.newest)
 
     def picture(self, name: str, image: Image.Image, step: int) -> None:
-        """Log a picture at the newest step, with its own step as caption: W&B drops what is logged for an earlier step, and the
-        pictures of `export.best` may be of one."""
+        """Log a picture at the newest step, with its own step as caption: W&B drops what is logged for an earlier step,
+        and the pictures of `export.best` may be of one."""
         self.newest = max(self.newest, step)
         self.run.log({name: self.wandb.Image(image, caption=f"step {step}")}, step=self.newest)
 

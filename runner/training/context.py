@@ -46,8 +46,8 @@ EVAL_SIGMAS = tuple(k / 10 for k in range(1, 10))
 class RunContext:
     """One run as its phases see it. What is computed from the fields is computed once.
 
-    micro_batch_parts: parts that a micro-batch is cut into, where memory was too small for a whole one. fingerprints: of the
-    base's parts, each computed once per run.
+    micro_batch_parts: parts that a micro-batch is cut into, where memory was too small for a whole one. fingerprints:
+    of the base's parts, each computed once per run.
     """
 
     spec: Spec
@@ -91,7 +91,8 @@ class RunContext:
 
     @cached_property
     def pictures_by_size(self) -> dict[Size, tuple[Picture, ...]]:
-        """The training pictures by the size they are trained at; at several resolutions a picture is in several groups."""
+        """The training pictures by the size they are trained at; at several resolutions a picture is in several
+        groups."""
         return self._group_by_size(self.pictures.items)
 
     def _group_by_size(self, pictures: Sequence[Picture]) -> dict[Size, tuple[Picture, ...]]:
@@ -114,8 +115,8 @@ class RunContext:
     def eval_points(self) -> tuple[tuple[CropView, tuple[float, ...]], ...]:
         """What the eval loss is averaged over, (view, sigmas) each: every held-out picture at every sigma.
 
-        Where none is held out: every sigma once, spread over some training pictures. A validation should take no longer than a
-        few steps, and the loss of training pictures says less anyway.
+        Where none is held out: every sigma once, spread over some training pictures. A validation should take no longer
+        than a few steps, and the loss of training pictures says less anyway.
         """
         views = self.eval_views
         if self.pictures.held_out:
@@ -146,8 +147,8 @@ class RunContext:
 
     @cached_property
     def latent_keys(self) -> dict[CropView, str]:
-        """The cache key of each view. A key depends on the pixels, so it needs every picture decoded; the cache keeps a manifest of
-        the keys, so a data set is decoded for them only once."""
+        """The cache key of each view. A key depends on the pixels, so it needs every picture decoded; the cache keeps a
+        manifest of the keys, so a data set is decoded for them only once."""
         manifest = keys.views_key(
             self.spec, self.pictures.fingerprint, self.part_fingerprint("vae"), str(self.vae_base.dtype)
         )
@@ -189,8 +190,8 @@ class RunContext:
 
     @property
     def vae_base(self) -> Base:
-        """The base as its VAE encodes: in fp32 instead of fp16, in which FLUX's overflows on some pictures (its config says
-        `force_upcast`)."""
+        """The base as its VAE encodes: in fp32 instead of fp16, in which FLUX's overflows on some pictures (its config
+        says `force_upcast`)."""
         return replace(self.base, dtype=torch.float32) if self.base.dtype == torch.float16 else self.base
 
     def _latent_key(self, pixels: Any) -> str:
@@ -205,7 +206,8 @@ class RunContext:
         return keys.captions(self.spec, self.pictures)
 
     def entries(self, encoder: str, weights: Weights) -> dict[str, Entry]:
-        """All embeddings that the run needs from an encoder, by their cache keys. weights: what was learned in the encoder."""
+        """All embeddings that the run needs from an encoder, by their cache keys. weights: what was learned in the
+        encoder."""
         key, asked = self.text_keys(encoder, weights), self.encoders[encoder]
         return {key(entry): entry for entry in keys.entries(self.spec, self.pictures, self.plan.placeholders, asked)}
 
@@ -245,8 +247,8 @@ def _name(view: CropView) -> str:
 
 
 def open_base(spec: Spec, torch_device: torch.device, cache: Cache) -> Base:
-    """The spec's base on a device, in the spec's dtype or the device's usual one. Raises what `runner.model.base.open_base`
-    raises."""
+    """The spec's base on a device, in the spec's dtype or the device's usual one. Raises what
+    `runner.model.base.open_base` raises."""
     model, dtype = spec.model, device.resolve_dtype(spec.model.dtype, torch_device)
     return bases.open_base(
         model.base,

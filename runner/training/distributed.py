@@ -26,8 +26,8 @@ class Ranks:
         return self.rank == 0
 
     def meet(self) -> Any:
-        """Open the store (torch.distributed.TCPStore) where the other ranks find rank 0, which calls this. The system chooses its
-        `.port`, which is free on this machine and stays taken from then on."""
+        """Open the store (torch.distributed.TCPStore) where the other ranks find rank 0, which calls this. The system
+        chooses its `.port`, which is free on this machine and stays taken from then on."""
         return TCPStore("127.0.0.1", 0, self.count, is_master=True, timeout=TIMEOUT, wait_for_workers=False)
 
     def find(self, port: int) -> Any:
@@ -61,7 +61,8 @@ class Ranks:
         return bool(highest.item())
 
     def average(self, parameters: Sequence[nn.Parameter], loss: Tensor) -> Tensor:
-        """Average the gradients over the ranks, in place, and return the average of the loss (a scalar). One all-reduce."""
+        """Average the gradients over the ranks, in place, and return the average of the loss (a scalar). One
+        all-reduce."""
         if self.count == 1:
             return loss
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]

@@ -27,7 +27,8 @@ from runner.training.model_pool import ModelPool
 
 
 def encode_latents(context: RunContext) -> None:
-    """Encode the pictures that the cache lacks. Raises InterruptedRunError between two pictures if a stop was requested."""
+    """Encode the pictures that the cache lacks. Raises InterruptedRunError between two pictures if a stop was
+    requested."""
     missing = [view for view, key in context.latent_keys.items() if not context.cache.has("latents", key)]
     views = {context.latent_keys[view]: view for view in missing}  # equal pixels are encoded once
     context.event_log.message(
@@ -56,8 +57,9 @@ def encode_texts(
 ) -> None:
     """Encode the texts that the cache lacks.
 
-    weights: what was learned in the encoder. entries: what this run needs, by cache key. upcoming: later runs of the queue,
-    which need the encoder as the base has it. Raises InterruptedRunError between two texts if a stop was requested.
+    weights: what was learned in the encoder. entries: what this run needs, by cache key. upcoming: later runs of the
+    queue, which need the encoder as the base has it. Raises InterruptedRunError between two texts if a stop was
+    requested.
     """
     later: dict[str, Entry] = {}
     for run in upcoming:
@@ -106,7 +108,8 @@ def reads_untrained(plan: Plan, encoder: str) -> bool:
 def frozen_embeddings(
     encoder: TextEncoder, base: Base, cache: Cache, model_pool: ModelPool, spec: Spec, texts: Sequence[str]
 ) -> list[Tensor]:
-    """The embedding of each text by one of the base's large encoders, as the base has it: [T, width] each, from the cache.
+    """The embedding of each text by one of the base's large encoders, as the base has it: [T, width] each, from the
+    cache.
 
     texts: with placeholders expanded. The encoder is loaded only if the cache lacks one of them.
     """

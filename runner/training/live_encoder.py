@@ -23,9 +23,10 @@ from runner.training.context import RunContext
 class LiveEncoder:
     """A text encoder on the device, with what was learned in it.
 
-    rows: learned token rows [count, width], None where it has none; first_rows: their values before training. adapter: its
-    LoRA by name, {} where it has none. Both are trainable parameters, frozen unless it was loaded to learn. ids: each caption's
-    token ids [T]. checkpointed: whether it runs again in the backward pass instead of keeping its activations.
+    rows: learned token rows [count, width], None where it has none; first_rows: their values before training. adapter:
+    its LoRA by name, {} where it has none. Both are trainable parameters, frozen unless it was loaded to learn. ids:
+    each caption's token ids [T]. checkpointed: whether it runs again in the backward pass instead of keeping its
+    activations.
     """
 
     def __init__(self, family: ModelFamily, encoder: str, model: nn.Module, tokenizer: Any, table_std: float) -> None:
@@ -42,7 +43,8 @@ class LiveEncoder:
     def load(
         cls, context: RunContext, encoder: str, weights: Weights, *, learn_rows: bool = False, learn_lora: bool = False
     ) -> LiveEncoder:
-        """Load it with copies of what `weights` holds for it. What is to be learned and is not in `weights` yet is initialized.
+        """Load it with copies of what `weights` holds for it. What is to be learned and is not in `weights` yet is
+        initialized.
 
         Raises FluxrunError for a token that the encoder reads in no caption.
         """
@@ -100,7 +102,8 @@ class LiveEncoder:
                 )
 
     def check_tokens(self, context: RunContext) -> None:
-        """Check that the encoder reads each token in some caption: it reads only so many tokens, and unread rows learn nothing.
+        """Check that the encoder reads each token in some caption: it reads only so many tokens, and unread rows learn
+        nothing.
 
         Raises FluxrunError for a token that is cut off in all captions that name it; logs one that is in some of them.
         """
@@ -146,7 +149,8 @@ class LiveEncoder:
     def embed(self, captions: Sequence[str], pooling: str) -> Tensor:
         """Embeddings of B captions, [B, T, width] or pooled [B, width]. Equal captions are encoded once.
 
-        Where it is checkpointed it runs again late in the backward pass, when the transformer's activations have been freed.
+        Where it is checkpointed it runs again late in the backward pass, when the transformer's activations have been
+        freed.
         """
         distinct = list(dict.fromkeys(captions))
         ids = torch.stack([self.ids[caption] for caption in distinct])

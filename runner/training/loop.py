@@ -37,7 +37,8 @@ class Callbacks(Protocol):
         """Report a step. state: after it."""
 
     def on_validate(self, step: int, state: TrainState) -> TrainState:
-        """Validate, and return the state with the result (`after_validation`). Ranks that do not lead return `state`."""
+        """Validate, and return the state with the result (`after_validation`). Ranks that do not lead return
+        `state`."""
 
     def on_checkpoint(self, step: int, state: TrainState) -> None:
         """Save a checkpoint."""
@@ -50,9 +51,9 @@ class Callbacks(Protocol):
 class Step:
     """The facts about one optimization step.
 
-    number: from 1, over the whole run. lr: by kind of parameter ("lora", "rows", "text_lora"), only the kinds that learn.
-    skipped: loss or gradient was not finite, so nothing was updated. rows: norm and drift of the learned token rows under
-    TensorBoard's tags; empty in steps where they were not measured.
+    number: from 1, over the whole run. lr: by kind of parameter ("lora", "rows", "text_lora"), only the kinds that
+    learn. skipped: loss or gradient was not finite, so nothing was updated. rows: norm and drift of the learned token
+    rows under TensorBoard's tags; empty in steps where they were not measured.
     """
 
     number: int
@@ -68,10 +69,10 @@ class Step:
 class TrainState:
     """What a checkpoint keeps besides weights and optimizer, as JSON values ("meters" in its header).
 
-    smoothed: the training loss, as an exponential moving average. skipped: number of skipped steps. in_row: consecutive skipped
-    steps just before now, without those in which the gradient scaler was still calibrating. best, best_step: the lowest eval
-    loss and its step. ended: the rule that ended training early. scaler: the gradient scaler's state. curve: [step, smoothed
-    loss], evenly spaced.
+    smoothed: the training loss, as an exponential moving average. skipped: number of skipped steps. in_row: consecutive
+    skipped steps just before now, without those in which the gradient scaler was still calibrating. best, best_step:
+    the lowest eval loss and its step. ended: the rule that ended training early. scaler: the gradient scaler's state.
+    curve: [step, smoothed loss], evenly spaced.
     """
 
     smoothed: float | None = None
@@ -148,8 +149,8 @@ def train(
 ) -> None:  # fmt: skip
     """Train from `config.start`, where training is in `state`, to `config.stop`, or to an earlier end.
 
-    schedule: step, from 0 -> factor of the learning rates. A checkpoint is saved after the last step, too.
-    Raises InterruptedRunError if a stop was requested, after a checkpoint; NonFiniteError after BAD_STEPS bad steps in a row.
+    schedule: step, from 0 -> factor of the learning rates. A checkpoint is saved after the last step, too. Raises
+    InterruptedRunError if a stop was requested, after a checkpoint; NonFiniteError after BAD_STEPS bad steps in a row.
     """
     device = optimizer.parameters[0].device
     scaler = torch.amp.GradScaler(device.type, enabled=config.scale_gradients)

@@ -1,7 +1,7 @@
 """Models that a worker process keeps on the device from phase to phase and from run to run.
 
-The frozen transformer, without adapters: reading FLUX.1's 24 GB again at every pivot, export and next run would cost a queue
-more time than its shortest runs take. And the text encoders that have just learned.
+The frozen transformer, without adapters: reading FLUX.1's 24 GB again at every pivot, export and next run would cost a
+queue more time than its shortest runs take. And the text encoders that have just learned.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from runner.spec.schema import Model
 class ModelPool:
     """Holds one transformer at most.
 
-    `acquire` passes ownership: a transformer that is not released, after an error, is dropped. live_encoders: those that have
-    just learned, kept for the pass that encodes the captions with what they learned.
+    `acquire` passes ownership: a transformer that is not released, after an error, is dropped. live_encoders: those
+    that have just learned, kept for the pass that encodes the captions with what they learned.
     """
 
     key: str = ""
@@ -32,7 +32,8 @@ class ModelPool:
     live_encoders: dict[str, Any] = field(default_factory=dict)
 
     def acquire(self, base: Base) -> nn.Module:
-        """The base's transformer without adapters, in eval mode: the one in the pool if it is the same, else a loaded one."""
+        """The base's transformer without adapters, in eval mode: the one in the pool if it is the same, else a loaded
+        one."""
         if self.transformer is None or self.key != _key(base):
             self.clear(base)
             return family_of(base).load_transformer(base)
@@ -40,8 +41,8 @@ class ModelPool:
         return transformer
 
     def release(self, base: Base, model: Model, transformer: nn.Module) -> None:
-        """Put an acquired transformer back, without adapters. A compiled one is dropped: its code contains the adapters. model: the
-        spec's table."""
+        """Put an acquired transformer back, without adapters. A compiled one is dropped: its code contains the
+        adapters. model: the spec's table."""
         if model.compile:
             return
         lora.detach_lora(transformer)

@@ -32,8 +32,8 @@ Encoders = Mapping[str, LiveEncoder | CachedEncoder]
 class PreparedBatch:
     """A part of a micro-batch, in pinned host memory: pictures first, then the class images.
 
-    texts: embeddings of the captions by encoder, from the cached ones. pooling: where pooled encoders read their vector. h, w:
-    of the latents. images: how many are not class images. dropout: the seed of the adapters' dropout.
+    texts: embeddings of the captions by encoder, from the cached ones. pooling: where pooled encoders read their
+    vector. h, w: of the latents. images: how many are not class images. dropout: the seed of the adapters' dropout.
     """
 
     noised: flow_matching.NoisyBatch
@@ -73,7 +73,8 @@ class FlowObjective:
     # ---- training --------------------------------------------------------------------------------------------------
 
     def batch(self, step: int, micro: int) -> list[tuple[CropView, str]]:
-        """(view, caption) of each picture of a micro-batch; with prior preservation followed by as many class images."""
+        """(view, caption) of each picture of a micro-batch; with prior preservation followed by as many class
+        images."""
         spec, context = self.context.spec, self.context
         count, accumulate = spec.train.batch_size, spec.train.accumulate * context.ranks.count
         size, drawn = buckets.draw_batch(

@@ -1,4 +1,5 @@
-"""Optimizers over named parameters, with state that fits a checkpoint, and learning-rate schedules as functions of the step."""
+"""Optimizers over named parameters, with state that fits a checkpoint, and learning-rate schedules as functions of the
+step."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ from runner.core.errors import FluxrunError
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Parameters that share a learning rate, by their names in checkpoints ("lora/...", "rows/...", "text_lora/...")."""
+    """Parameters that share a learning rate, by their names in checkpoints ("lora/...", "rows/...",
+    "text_lora/...")."""
 
     parameters: Mapping[str, nn.Parameter]
     lr: float
@@ -39,8 +41,8 @@ class AdamWParams:
 
 @dataclass(frozen=True)
 class AdamW8bitParams:
-    """The hyperparameters of bitsandbytes' AdamW, which keeps its moments in 8 bits. Parameters of fewer than 4,096 values keep
-    them in 32."""
+    """The hyperparameters of bitsandbytes' AdamW, which keeps its moments in 8 bits. Parameters of fewer than 4,096
+    values keep them in 32."""
 
     beta1: float
     beta2: float
@@ -49,7 +51,8 @@ class AdamW8bitParams:
 
 @dataclass(frozen=True)
 class ProdigyParams:
-    """The hyperparameters of prodigyopt's Prodigy. It estimates one step size d for all groups, so they share one lr."""
+    """The hyperparameters of prodigyopt's Prodigy. It estimates one step size d for all groups, so they share one
+    lr."""
 
     beta1: float
     beta2: float
@@ -111,8 +114,8 @@ class Optimizer:
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The state for a checkpoint: (tensors as "PARAMETER/STATE", numbers).
 
-        numbers: {"parameters": {PARAMETER: {STATE: number}}, "shared": Prodigy's scalars}. The tensors are the optimizer's own, in
-        its dtypes, not copies.
+        numbers: {"parameters": {PARAMETER: {STATE: number}}, "shared": Prodigy's scalars}. The tensors are the
+        optimizer's own, in its dtypes, not copies.
         """
         tensors: dict[str, Tensor] = {}
         numbers: dict[str, dict[str, Any]] = {}
@@ -127,8 +130,8 @@ class Optimizer:
         return tensors, {"parameters": numbers, "shared": shared}
 
     def restore(self, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
-        """Load what `state` returned. The state of parameters that this optimizer does not have is ignored: an earlier phase
-        trained them."""
+        """Load what `state` returned. The state of parameters that this optimizer does not have is ignored: an earlier
+        phase trained them."""
         by_name: dict[str, dict[str, Tensor]] = {}
         for key, value in tensors.items():
             owner, _, field = key.rpartition("/")
@@ -188,8 +191,8 @@ def schedule(
 ) -> Callable[[int], float]:
     """A schedule of diffusers as a function: optimization step, from 0 -> factor of the learning rate.
 
-    It has no state, so a resumed run continues on the same curve. warmup, steps: in optimization steps. cycles, power: for the
-    schedules that have them.
+    It has no state, so a resumed run continues on the same curve. warmup, steps: in optimization steps. cycles, power:
+    for the schedules that have them.
     """
     from diffusers.optimization import get_scheduler
 

@@ -1,4 +1,5 @@
-"""Prepares the next batch while the device computes, as torch's DataLoader does, but with one thread and exact indices."""
+"""Prepares the next batch while the device computes, as torch's DataLoader does, but with one thread and exact
+indices."""
 
 from __future__ import annotations
 
@@ -13,9 +14,9 @@ StepIndex = tuple[int, int]  # (step, micro)
 class Prefetcher(Generic[Batch]):
     """Calls `make(step, micro)` in a thread for the batch that is probably needed next.
 
-    `make` must depend on its arguments alone, so that it does not matter when and where it runs. in_thread: False when training
-    computes on the CPU itself. A second thread brings its own OpenMP workers, which wait by spinning and so take cores from the
-    first one's; a step on two cores took a third longer.
+    `make` must depend on its arguments alone, so that it does not matter when and where it runs. in_thread: False when
+    training computes on the CPU itself. A second thread brings its own OpenMP workers, which wait by spinning and so
+    take cores from the first one's; a step on two cores took a third longer.
     """
 
     def __init__(self, make: Callable[[int, int], Batch], *, in_thread: bool) -> None:

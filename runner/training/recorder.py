@@ -97,7 +97,8 @@ class RunRecorder:
             self.event_log.message(f"{phase.name}: started")
 
     def end_phase(self) -> None:
-        """Count the time and memory of the phase, whether it is complete or was interrupted. Nothing if none is running."""
+        """Count the time and memory of the phase, whether it is complete or was interrupted. Nothing if none is
+        running."""
         if self.phase_started_at is None:
             return
         before = self.spent.get(self.phase.name, TimeSpent(0.0, 0))

@@ -25,8 +25,8 @@ from runner.training.recorder import RunRecorder
 def execute_run(run: Run, context: RunContext, *, attempt: int, upcoming: Callable[[], list[RunContext]]) -> None:
     """Execute the phases of the run's plan in order, and skip those that are done.
 
-    upcoming: contexts of later runs in this queue, whose texts the encode phase encodes, too, while it has the encoders.
-    Raises whatever ends the run early; the caller writes that into state.json.
+    upcoming: contexts of later runs in this queue, whose texts the encode phase encodes, too, while it has the
+    encoders. Raises whatever ends the run early; the caller writes that into state.json.
     """
     spec, plan, event_log = context.spec, context.plan, context.event_log
     with run.locked():
@@ -124,8 +124,8 @@ def skip_reason(phase: Phase, plan: Plan, progress: Checkpoint | None) -> str | 
 
 
 def newest_checkpoint(run: Run, plan: Plan, event_log: EventLog, *, quarantine: bool = True) -> Checkpoint | None:
-    """The newest checkpoint that verifies and belongs to this plan. quarantine: move those that do not verify aside, and
-    log it."""
+    """The newest checkpoint that verifies and belongs to this plan. quarantine: move those that do not verify aside,
+    and log it."""
     stops = {phase.key: phase.stop for phase in plan.training}
     for step, path in run.checkpoint_files():
         try:

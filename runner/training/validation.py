@@ -16,8 +16,8 @@ from runner.training.objective import FlowObjective
 
 @dataclass(frozen=True)
 class ValidationResult:
-    """eval_loss: the mean over sigmas, or None if the spec wants none. by_sigma: the loss at each sigma. pictures: one for
-    each prompt and seed of the spec, or none."""
+    """eval_loss: the mean over sigmas, or None if the spec wants none. by_sigma: the loss at each sigma. pictures: one
+    for each prompt and seed of the spec, or none."""
 
     eval_loss: float | None
     by_sigma: dict[float, float]

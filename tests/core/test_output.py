@@ -1,4 +1,5 @@
-"""Output that nobody reads: what trains goes on, what only prints ends as other programs do. In processes of their own."""
+"""Output that nobody reads: what trains goes on, what only prints ends as other programs do. In processes of their
+own."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""A disk that is full or failing: a tmpfs without bytes or inodes, a file system on a thin image where only fsync tells,
-a limit on the size of files, and each error at each operation of a save.
+"""A disk that is full or failing: a tmpfs without bytes or inodes, a file system on a thin image where only fsync
+tells, a limit on the size of files, and each error at each operation of a save.
 
 The attempt leaves no trace, the checkpoint before it stands, the end is classified as the disk's, and once there is
 room the same save works.

@@ -1,4 +1,5 @@
-"""TensorBoard after a resume: each step once, in one line, whatever the attempts before had logged and the clock said."""
+"""TensorBoard after a resume: each step once, in one line, whatever the attempts before had logged and the clock
+said."""
 
 from __future__ import annotations
 

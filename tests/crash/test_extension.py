@@ -1,4 +1,5 @@
-"""A longer run goes on from the shorter one where that gives the same bytes, and is refused, with the reason, where not."""
+"""A longer run goes on from the shorter one where that gives the same bytes, and is refused, with the reason, where
+not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Files from elsewhere: a run folder, a spec, a picture, a base or a header can be refused, and that is all they can do."""
+"""Files from elsewhere: a run folder, a spec, a picture, a base or a header can be refused, and that is all they can
+do."""
 
 from __future__ import annotations
 

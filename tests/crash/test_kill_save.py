@@ -1,9 +1,10 @@
 """kill -9 at every operation of every save.
 
-A forked child saves five steps with pruning, on a disk that kills its process before its N-th operation, with half of it
-done (a write), or after the last one, for every N; so the child dies at the first, the middle and the last save alike. Then the real loader
-must find the last acknowledged step (the writer's log said so) or a later whole one, what was left aside is swept, and
-the next save works. The slow half does the same from outside, by strace at every system call, in a real process.
+A forked child saves five steps with pruning, on a disk that kills its process before its N-th operation, with half of
+it done (a write), or after the last one, for every N; so the child dies at the first, the middle and the last save
+alike. Then the real loader must find the last acknowledged step (the writer's log said so) or a later whole one, what
+was left aside is swept, and the next save works. The slow half does the same from outside, by strace at every system
+call, in a real process.
 """
 
 from __future__ import annotations

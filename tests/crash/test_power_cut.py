@@ -1,5 +1,5 @@
-"""A real power cut: ext4 in a loop image, shut down by EXT4_IOC_SHUTDOWN without flushing its journal, so that only what
-was synced is there after the next mount; then the real loader. Needs root and loop devices.
+"""A real power cut: ext4 in a loop image, shut down by EXT4_IOC_SHUTDOWN without flushing its journal, so that only
+what was synced is there after the next mount; then the real loader. Needs root and loop devices.
 
 Journal commits by themselves are put off, and ext4's own help for careless writers (auto_da_alloc) is off: what
 survives survives by the writer's syncs alone.

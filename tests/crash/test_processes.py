@@ -154,7 +154,8 @@ def test_a_worker_that_hangs_is_replaced(house: House, spec: Path, long_night: P
 
 @pytest.mark.slow
 def test_asked_once_and_asked_twice(house: House, spec: Path, long_night: Path) -> None:
-    """SIGTERM: saved at the next step. A second one: at once. During the start: before a run has begun. Then to the end."""
+    """SIGTERM: saved at the next step. A second one: at once. During the start: before a run has begun. Then to the
+    end."""
     once = Night(house)
     once.until_step(4)
     once.queue.send_signal(signal.SIGTERM)

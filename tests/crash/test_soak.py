@@ -1,4 +1,5 @@
-"""Nights full of accidents: random kills and signals over a queue of four runs; the same command is typed until it is done."""
+"""Nights full of accidents: random kills and signals over a queue of four runs; the same command is typed until it is
+done."""
 
 from __future__ import annotations
 
@@ -34,8 +35,8 @@ def specs_of(house: House) -> list[Path]:
 
 
 class Soak:
-    """SOAK_SEED, SOAK_KILLS, SOAK_SECONDS (stop sooner), SOAK_LONGEST (from a command or an accident to the next one: twice
-    what a worker needs to start, so that half of them hit the training)."""
+    """SOAK_SEED, SOAK_KILLS, SOAK_SECONDS (stop sooner), SOAK_LONGEST (from a command or an accident to the next one:
+    twice what a worker needs to start, so that half of them hit the training)."""
 
     def __init__(self, house: House) -> None:
         self.house, self.specs = house, specs_of(house)
@@ -86,8 +87,8 @@ class Soak:
                 time.sleep(0.02)
 
     def look(self) -> bool:
-        """Nothing that was saved is lost, nothing has failed but what was killed three times in a row before it could save
-        (the queue then gives it up, and the same command tries again). Whether all is done."""
+        """Nothing that was saved is lost, nothing has failed but what was killed three times in a row before it could
+        save (the queue then gives it up, and the same command tries again). Whether all is done."""
         for folder in (self.house.folder / "runs").glob("*/checkpoints"):
             step = max((int(path.stem[5:]) for path in folder.glob("step-*.safetensors")), default=0)
             assert step >= self.newest.get(folder.parent.name, 0), f"{folder}: lost a saved step"

@@ -1,4 +1,5 @@
-"""What the queue makes of a run that fails: which kinds are tried again, from where, how often, and what the others notice."""
+"""What the queue makes of a run that fails: which kinds are tried again, from where, how often, and what the others
+notice."""
 
 from __future__ import annotations
 

@@ -41,8 +41,8 @@ SIZES = st.tuples(st.integers(64, 4000), st.integers(64, 4000))
     st.lists(st.integers(2, 64).map(lambda n: 16 * n), min_size=1, max_size=3, unique=True),
 )
 def test_every_picture_is_in_the_bucket_of_its_shape(sizes: list[tuple[int, int]], sides: list[int]) -> None:
-    """Once per resolution; sides are multiples of 16 and the area about that of the square; a picture twice as large is in the
-    same bucket."""
+    """Once per resolution; sides are multiples of 16 and the area about that of the square; a picture twice as large is
+    in the same bucket."""
     found = buckets.group_by_bucket(sizes, tuple(sides), buckets=True)
     assert Counter(index for chosen in found.values() for index in chosen) == dict.fromkeys(
         range(len(sizes)), len(sides)

@@ -1,4 +1,5 @@
-"""Folders of class images that several runs share: each run gets images of its own prompt by its own base, or is refused."""
+"""Folders of class images that several runs share: each run gets images of its own prompt by its own base, or is
+refused."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """What README and docs tell people to type, typed; the specs they show, planned; the keys, options and files they name.
 
 In a ```sh block every `fluxrun` command is run on the tiny base, in order, in a folder as the docs have it (`world`); a
-comment `exit code N` says how it ends. A ```console block needs what a test has not (a GPU, the hub, a second terminal), so
-its commands are only parsed. A ```toml block is laid over a whole spec where it is a part of one, and planned.
+comment `exit code N` says how it ends. A ```console block needs what a test has not (a GPU, the hub, a second
+terminal), so its commands are only parsed. A ```toml block is laid over a whole spec where it is a part of one, and
+planned.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""What a queue makes of workers that fail: each number of its rules, by sessions whose workers only pretend to train."""
+"""What a queue makes of workers that fail: each number of its rules, by sessions whose workers only pretend to
+train."""
 
 from __future__ import annotations
 
@@ -234,8 +235,8 @@ def test_before_its_first_step_a_worker_may_take_as_long_as_it_likes(
 
 
 def test_a_run_that_the_disk_has_no_room_for_is_not_begun(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A byte short of what the plan says it will write, less what is there, and 16 MiB; with that byte the same command goes
-    on."""
+    """A byte short of what the plan says it will write, less what is there, and 16 MiB; with that byte the same command
+    goes on."""
     house.spec("a")
     need = json.loads(house.fluxrun("plan", "a.toml", "--json").out)["runs"][0]["disk_bytes"]
     there: list[int] = []

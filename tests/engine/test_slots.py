@@ -233,7 +233,8 @@ def test_stop_reaches_a_worker_and_the_queue_goes_on(house: House) -> None:
 
 
 def test_four_slots_make_the_same_bytes_as_one(house: House) -> None:
-    """Each spec goes to the first free slot; what a run becomes does not depend on which, nor on what trained there before."""
+    """Each spec goes to the first free slot; what a run becomes does not depend on which, nor on what trained there
+    before."""
     names = [f"run{number}" for number in range(5)]
     for number, name in enumerate(names):
         path = house.spec(name, rank=f"rank = {number + 2}")

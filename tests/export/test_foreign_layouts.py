@@ -1,4 +1,5 @@
-"""LoRA files as other trainers write them: what can be carried over is, exactly; what cannot is named for what it is."""
+"""LoRA files as other trainers write them: what can be carried over is, exactly; what cannot is named for what it
+is."""
 
 from __future__ import annotations
 

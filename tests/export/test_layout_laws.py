@@ -81,8 +81,8 @@ def test_diffusers_layout_gives_back_the_changes(adapter: Adapter) -> None:
 @examples(20)
 @given(st.integers(1, 5), st.floats(0.25, 16), st.floats(0.25, 16))
 def test_alpha_is_what_the_metadata_says(rank: int, own: float, other: float) -> None:
-    """Of a diffusers file: the adapter's own, but for layers that a pattern names; the rank where nothing is said. By the
-    reader of our files and by that of others'."""
+    """Of a diffusers file: the adapter's own, but for layers that a pattern names; the rank where nothing is said. By
+    the reader of our files and by that of others'."""
     q, k = (f"transformer_blocks.0.attn.to_{letter}" for letter in "qk")
     made = {name: factors(LINEAR[name], rank, 1.0, torch.float32, seed) for seed, name in enumerate((q, k))}
     named = {f"transformer.{name}.lora_A.weight": one.down for name, one in made.items()}

@@ -1,4 +1,5 @@
-"""LoRA between diffusers' layout and the original one: every subset of layers, every scale, FLUX.1-dev's real shapes."""
+"""LoRA between diffusers' layout and the original one: every subset of layers, every scale, FLUX.1-dev's real
+shapes."""
 
 from __future__ import annotations
 
@@ -111,7 +112,8 @@ def test_what_diffusers_does_not_read_in_the_original_layout(
 
 
 def test_names_and_sizes_at_flux_devs_shapes() -> None:
-    """On the meta device: what the model library calls the layers, and how sd-scripts' notes give the original's sizes."""
+    """On the meta device: what the model library calls the layers, and how sd-scripts' notes give the original's
+    sizes."""
     from diffusers import FluxTransformer2DModel
 
     with torch.device("meta"):

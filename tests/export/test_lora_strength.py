@@ -77,7 +77,8 @@ def test_a_file_that_needs_its_alpha_is_no_export(tmp_path: Path) -> None:
 
 
 def test_a_run_whose_alphas_are_not_the_ranks(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The transformer's and CLIP's, from the command line; and what an older fluxrun exported is kept until asked for."""
+    """The transformer's and CLIP's, from the command line; and what an older fluxrun exported is kept until asked
+    for."""
     spec = house.spec(rank="rank = 4\nalpha = 1.5", drop="[[tokens]]", steps="steps = 2", prompts="prompts = []")
     lines = spec.read_text().splitlines()
     at = lines.index("[inversion]")

@@ -1,4 +1,5 @@
-"""kill -9 at ten random moments, in every phase; then the same command. The exports are byte-equal to an unbroken run's."""
+"""kill -9 at ten random moments, in every phase; then the same command. The exports are byte-equal to an unbroken
+run's."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Real runs, held step by step against a second trainer that shares no code with the first (tests/support/oracle.py).
 
-`tests/support/oracle_compare.py` has the specs, the comparison and the tolerances; `just oracle` prints what is measured.
+`tests/support/oracle_compare.py` has the specs, the comparison and the tolerances; `just oracle` prints what is
+measured.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Where a run ends early, or exports an earlier step: everything names the step that was reached, and the one exported."""
+"""Where a run ends early, or exports an earlier step: everything names the step that was reached, and the one
+exported."""
 
 from __future__ import annotations
 

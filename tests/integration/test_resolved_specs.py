@@ -144,7 +144,8 @@ def test_a_run_folder_of_an_earlier_format(tmp_path: Path) -> None:
 
 
 def test_a_copy_of_a_resolved_spec_is_a_spec(night: House) -> None:
-    """As a beginning of the next one: a LoRA alone has an [inversion] there, filled in, which stands in nobody's way."""
+    """As a beginning of the next one: a LoRA alone has an [inversion] there, filled in, which stands in nobody's
+    way."""
     text = (night.folder / "runs" / "lora" / "spec.toml").read_text()
     assert tomllib.loads(text)["inversion"] == {
         "encoders": ["clip"], "until": 0.5, "lr": 1e-4, "weight_decay": 1e-3, "pooling": "diffusers",

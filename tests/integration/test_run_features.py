@@ -91,8 +91,8 @@ def test_only_the_newest_checkpoints_are_kept(house: House) -> None:
 
 
 def test_two_processes_train_one_run(house: House) -> None:
-    """As good as one process with twice the accumulation: the same loss and gradient in every step, its size included, with
-    pictures held out. Here where a `runner` of the user's own lies, which is none of fluxrun's business."""
+    """As good as one process with twice the accumulation: the same loss and gradient in every step, its size included,
+    with pictures held out. Here where a `runner` of the user's own lies, which is none of fluxrun's business."""
     (house.folder / "runner").mkdir()
     house.write("runner/__init__.py", 'raise SystemExit("another program\'s runner")\n')
     held = "center_crop = true\nholdout = 4"

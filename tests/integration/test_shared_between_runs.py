@@ -1,4 +1,5 @@
-"""What the runs of one queue share: the transformer that stays, one pass of encoding, the cache; and that none of it shows."""
+"""What the runs of one queue share: the transformer that stays, one pass of encoding, the cache; and that none of it
+shows."""
 
 from __future__ import annotations
 
@@ -201,7 +202,8 @@ def test_t5_and_vae_stay_away_where_nothing_is_missing(house: House, monkeypatch
 
 
 def test_a_kept_transformer_makes_room_for_an_encoder(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing that a phase does not need is in memory: T5 and VAE are not loaded beside a transformer kept for later."""
+    """Nothing that a phase does not need is in memory: T5 and VAE are not loaded beside a transformer kept for
+    later."""
     held: list[int] = []
     shelves = pools(monkeypatch)
 
@@ -319,7 +321,8 @@ def test_rotary_tables_are_kept_only_while_the_shape_is_told(house: House) -> No
 def test_encoders_that_learned_to_the_end_are_gone_when_the_export_loads_its_own(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where the rows learn to the last step, no encode phase comes between; two T5s would not fit beside the transformer."""
+    """Where the rows learn to the last step, no encode phase comes between; two T5s would not fit beside the
+    transformer."""
     shelves = pools(monkeypatch)
     held: list[int] = []
     load_t5 = loading.load_t5

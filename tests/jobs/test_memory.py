@@ -1,4 +1,5 @@
-"""The formulas of memory against what autograd really saves, real bases and the public's figures; what is told of them."""
+"""The formulas of memory against what autograd really saves, real bases and the public's figures; what is told of
+them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The fused layer against peft's own: the same numbers forward and backward, and peft's way where it is asked for more."""
+"""The fused layer against peft's own: the same numbers forward and backward, and peft's way where it is asked for
+more."""
 
 from __future__ import annotations
 

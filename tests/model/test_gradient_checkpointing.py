@@ -58,8 +58,8 @@ def test_recomputing_some_blocks_changes_no_bit_and_keeps_less(house: House) -> 
 def test_blocks_are_recomputed_by_inversions_key_while_rows_learn(
     house: House, model: str, inversion: str | None, joint: int, alone: int
 ) -> None:
-    """joint, alone: so many blocks with and without rows that learn; below zero: so many make their projections again. T5,
-    which learns beside the transformer, goes with it."""
+    """joint, alone: so many blocks with and without rows that learn; below zero: so many make their projections again.
+    T5, which learns beside the transformer, goes with it."""
     lines, own = (f"gradient_checkpointing = {value}" if value else "" for value in (model, inversion))
     context = context_of(with_model(house, lines, encoders=f'encoders = ["clip", "t5"]\n{own}'))
     for phase, count in zip(context.plan.training, (joint, alone), strict=True):

@@ -25,7 +25,8 @@ from tests.support.runs import context_of
 
 
 class Sent(CopyStream):
-    """A lane whose host memory holds nothing but NaN: whatever is computed with must have been sent. It counts what is there."""
+    """A lane whose host memory holds nothing but NaN: whatever is computed with must have been sent. It counts what is
+    there."""
 
     def __init__(self, where: torch.device) -> None:
         super().__init__(where)
@@ -43,8 +44,8 @@ class Sent(CopyStream):
 
 @pytest.mark.parametrize("scheme", ["none", "int8", "nf4"])
 def test_offloaded_blocks_train_to_the_same_bits(house: House, monkeypatch: pytest.MonkeyPatch, scheme: str) -> None:
-    """LoRA with dropout, and rows through T5's blocks. At most two blocks of each model are there at a time, and the backward
-    pass brings them from the last to the first."""
+    """LoRA with dropout, and rows through T5's blocks. At most two blocks of each model are there at a time, and the
+    backward pass brings them from the last to the first."""
     lines, changes = f'quantize = "{scheme}"', {"rank": "rank = 4\ndropout = 0.3"}
     wanted = gradients(with_model(house, lines, **changes))
     chains: list[offload.BlockOffloader] = []

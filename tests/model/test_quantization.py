@@ -69,7 +69,8 @@ def test_a_quantised_base_trains_close_to_the_plain_one(house: House, plain_loss
 @pytest.mark.parametrize("scheme", NEAR)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_loss_and_gradients_are_those_of_the_weights_the_codes_stand_for(house: House, scheme: str, dtype: str) -> None:
-    """LoRA, and rows through T5: the same, bit for bit, as on a plain base with these weights; what the graph holds is codes."""
+    """LoRA, and rows through T5: the same, bit for bit, as on a plain base with these weights; what the graph holds is
+    codes."""
     spec = quantised(house, scheme, max_sequence_length=f'max_sequence_length = 32\ndtype = "{dtype}"')
     objective, kinds = objective_of(context_of(spec))
     jolt(kinds)

@@ -97,8 +97,8 @@ def test_lean_blocks_are_diffusers_but_for_rounding(images: int, learns: bool, l
 
 
 def test_adapted_layers_that_read_the_same_are_one_step() -> None:
-    """A double block has two times three, and six lone ones; a single block three, of which the last one's keys and values read
-    more tokens than its queries."""
+    """A double block has two times three, and six lone ones; a single block three, of which the last one's keys and
+    values read more tokens than its queries."""
     from tests.support.saved_tensors import graph
 
     model = made(spared=True)

@@ -1,4 +1,5 @@
-"""The file that `fluxrun new` writes: every commented line is one that can be taken, and the options fill in what they say."""
+"""The file that `fluxrun new` writes: every commented line is one that can be taken, and the options fill in what they
+say."""
 
 from __future__ import annotations
 
@@ -42,8 +43,8 @@ def new(house: House, *options: str, file: str = "a.toml") -> str:
 
 
 def taken(text: str) -> Iterator[tuple[str, str]]:
-    """(dotted key, the file) for each commented line, the # taken away from it alone, with its heading's and those of the
-    lines that are needed with it."""
+    """(dotted key, the file) for each commented line, the # taken away from it alone, with its heading's and those of
+    the lines that are needed with it."""
     lines = text.splitlines()
     for number, line in enumerate(lines):
         if not (match := COMMENTED.match(line)):

@@ -1,4 +1,5 @@
-"""Every key of a spec changes what a run is known by, or is named here as one that does not; in both cases a run folder says so."""
+"""Every key of a spec changes what a run is known by, or is named here as one that does not; in both cases a run folder
+says so."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ from tests.support.spec_examples import EXAMPLES, FACTS, LEAST, laid_over
 # What is shown and exported, of the same training.
 SHOWN = {"name", "export.dtype", "export.best",
          *(f"validate.{key}" for key in ("prompts", "every", "loss", "count", "steps", "size"))}  # fmt: skip
-# What leaves the run as it is: how it is kept, told and computed; and paths, since what they point at counts (see below).
+# What leaves the run as it is: how it is kept, told and computed; and paths, since what they point at counts (see
+# below).
 NOTHING = {
     "checkpoint.every", "checkpoint.minutes", "checkpoint.keep", "track.to", "hub.push", "hub.repo", "hub.private",
     "notify.url", "notify.command", "data.workers", "data.source", "model.base", "model.offload", "prior.images",
@@ -136,7 +138,8 @@ def test_what_the_paths_point_at_counts(tmp_path: Path) -> None:
 
 
 def test_a_changed_value_is_refused_before_anything_starts(house: House) -> None:
-    """As a session: interrupted, changed, refused with the key, both values and the ways out; changed back, it would go on."""
+    """As a session: interrupted, changed, refused with the key, both values and the ways out; changed back, it would go
+    on."""
     spec = house.spec("a")
     text = spec.read_text()
     plan = json.loads(house.fluxrun("plan", spec, "--json").out)["runs"][0]
@@ -158,7 +161,8 @@ def test_a_changed_value_is_refused_before_anything_starts(house: House) -> None
 
 
 def test_an_old_runs_values_are_read_as_todays(tmp_path: Path) -> None:
-    """A spec of which every key stands in the file, as a run folder's own does, is the same run as the one that was typed."""
+    """A spec of which every key stands in the file, as a run folder's own does, is the same run as the one that was
+    typed."""
     for key in ("seed", "inversion.until", "tokens.initializer", "text_lora.rank", "optimizer.d_coef"):
         _, spec = both(tmp_path, key)
         again = spec_of(tmp_path, {**dump(spec), "fluxrun": {"version": "0"}})

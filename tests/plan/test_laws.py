@@ -30,8 +30,8 @@ def plan_at(tables: dict[str, Any], steps: int, **train: Any) -> Plan:
 @examples(40)
 @given(lengths(), st.sampled_from(["constant", "constant_with_warmup", "linear", "cosine", "polynomial"]))
 def test_a_longer_run_begins_as_the_shorter_one(drawn: tuple[dict[str, Any], int, int], schedule: str) -> None:
-    """Phases lie end to end from 0 to the last step. Where the schedule does not ask for the length, a step of the short run
-    belongs to the long one as long as no phase ended otherwise before it; else no step does."""
+    """Phases lie end to end from 0 to the last step. Where the schedule does not ask for the length, a step of the
+    short run belongs to the long one as long as no phase ended otherwise before it; else no step does."""
     tables, short, long = drawn
     tables = laid_over(tables, {"schedule": {"name": schedule}})
     one, other = plan_at(tables, short), plan_at(tables, long)

@@ -561,7 +561,8 @@ def test_what_a_step_is_tried_with_and_told(own_pictures: House, monkeypatch: Pa
 
 
 def test_captions_are_counted_as_the_encoders_read_them(tmp_path: Path) -> None:
-    """CLIP's vocabulary and merges alone, as FLUX.1-dev has them, and both tokenizer.json, against transformers' own."""
+    """CLIP's vocabulary and merges alone, as FLUX.1-dev has them, and both tokenizer.json, against transformers'
+    own."""
     from transformers import AutoTokenizer
 
     from runner.preflight.tokenizers import FOLDERS, CaptionReader

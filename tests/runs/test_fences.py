@@ -100,8 +100,8 @@ class Recorded:
 
 
 def test_every_write_of_a_worker_comes_right_after_a_fence(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A whole run: class images, looks with pictures, checkpoints, retention, export. So whatever takes the run over between
-    two writes is noticed before the second."""
+    """A whole run: class images, looks with pictures, checkpoints, retention, export. So whatever takes the run over
+    between two writes is noticed before the second."""
     prior = '[prior]\nimages = "classes"\nprompt = "a thing"\ncount = 1\n'
     spec = house.write("a.toml", SPEC + prior)
     run = Run(house.folder / "runs", "a")
@@ -262,8 +262,8 @@ def test_a_run_that_waits_and_is_taken_by_another_is_left_alone(house: House) ->
 
 
 def test_a_backup_by_hard_links_keeps_what_it_was(done: House, tmp_path: Path) -> None:
-    """`cp -al runs backup`, then new prompts: state, plan, spec, lease, index, page, exports and pictures are all written
-    again, and none of them in place."""
+    """`cp -al runs backup`, then new prompts: state, plan, spec, lease, index, page, exports and pictures are all
+    written again, and none of them in place."""
     house = House(tmp_path / "house")
     shutil.copytree(done.folder / "runs", house.folder / "runs")
     runs, backup = house.folder / "runs", house.folder / "backup"

@@ -14,7 +14,8 @@ from runner.runs.index import Record, write_index
 from tests.support.house import House
 from tests.support.run_folders import write_run
 
-# Every column: its value in three runs, smallest first. `state` and `name` are their folders' own, `spec` is not sorted by.
+# Every column: its value in three runs, smallest first. `state` and `name` are their folders' own, `spec` is not sorted
+# by.
 COLUMNS: dict[str, tuple[Any, Any, Any]] = {
     "name": ("a", "b", "c"),
     "state": ("done", "failed", "stopped"),

@@ -179,7 +179,8 @@ def test_a_run_of_other_phases_goes_on_with_the_keys_that_are_named(copied: Hous
 
 
 def test_advice_on_phases_is_right_wherever_it_is_given(house: House) -> None:
-    """For many pairs of specs: what is advised keeps every step trained so far, which is asked of the plans' own keys."""
+    """For many pairs of specs: what is advised keeps every step trained so far, which is asked of the plans' own
+    keys."""
     [job] = prepare_jobs([house.spec()], house.folder / "runs", fetch=True, fresh=False)
     from runner.jobs.bases import BaseRegistry
     from runner.jobs.prepare import facts_of

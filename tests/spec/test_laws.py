@@ -44,8 +44,8 @@ def _goes_together(tables: dict[str, Any]) -> bool:
 @examples(60)
 @given(specs())
 def test_a_resolved_spec_is_the_spec(tables: dict[str, Any]) -> None:
-    """What a run folder holds, every key and the comments that say where it came from, reads back as the same spec; so does
-    that one's own. It is the same run, too."""
+    """What a run folder holds, every key and the comments that say where it came from, reads back as the same spec; so
+    does that one's own. It is the same run, too."""
     first = loaded(tables)[0]
     text = annotated({**dump(first.spec), "fluxrun": {"version": "0"}}, first.source.origin)
     again = loaded(text)[0].spec

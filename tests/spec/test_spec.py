@@ -285,7 +285,8 @@ def test_light_commands_import_nothing_heavy(tmp_path: Path) -> None:
 
 
 def test_help_and_plan_cost_next_to_nothing() -> None:
-    """In seconds of the processor, which a busy machine does not stretch: 0.3 for `--help`, 1 for all shipped specs' plan."""
+    """In seconds of the processor, which a busy machine does not stretch: 0.3 for `--help`, 1 for all shipped specs'
+    plan."""
     for arguments, most in ((["--help"], 0.3), (["plan", *map(str, sorted((PROJECT / "specs").glob("*.toml")))], 1.0)):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         command = [sys.executable, "-m", "runner", *arguments]

@@ -1,4 +1,5 @@
-"""What [sweep] asks for: a name of its own for each value, the same in every night; how many runs; how much work that is."""
+"""What [sweep] asks for: a name of its own for each value, the same in every night; how many runs; how much work that
+is."""
 
 from __future__ import annotations
 

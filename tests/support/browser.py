@@ -1,4 +1,5 @@
-"""A real Chromium without a window, for pages that people will open; tests that want it skip loudly where there is none."""
+"""A real Chromium without a window, for pages that people will open; tests that want it skip loudly where there is
+none."""
 
 from __future__ import annotations
 

@@ -12,7 +12,8 @@ from runner.cli import main
 
 
 def refusal(words: list[str], folder: Path) -> str | None:
-    """Why click does not take a command line; None where it does, or where only the command is named (`fluxrun plan`)."""
+    """Why click does not take a command line; None where it does, or where only the command is named (`fluxrun
+    plan`)."""
     group: click.Command = main
     context = click.Context(main, info_name="fluxrun")
     rest = list(words)

@@ -48,8 +48,8 @@ steps = 2
 
 @cache
 def _keep_libraries() -> None:
-    """Take the libraries' half a million objects, all there after the first command, out of the garbage collector's way:
-    a run collects seven times, and each pass over them takes longer than its training here."""
+    """Take the libraries' half a million objects, all there after the first command, out of the garbage collector's
+    way: a run collects seven times, and each pass over them takes longer than its training here."""
     gc.freeze()
 
 

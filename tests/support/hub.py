@@ -16,10 +16,11 @@ from typing import Any
 class Hub:
     """What was asked of it: repositories as created, files by repository and path, the tokens that came.
 
-    And how it behaves: `login`: the status it answers to who-am-I; `role`: the token's; `down`: how many commits it still
-    answers with 412, which the client does not try again by itself; `refusals`: what it answers to a GET whose path ends
-    so, as (status, the hub's error code). `page`: sent with status 200 instead of any answer, as a proxy does; `asleep`: it
-    takes questions and never answers. `commit_status`: what it answers to every commit, of which it counts `commits`.
+    And how it behaves: `login`: the status it answers to who-am-I; `role`: the token's; `down`: how many commits it
+    still answers with 412, which the client does not try again by itself; `refusals`: what it answers to a GET whose
+    path ends so, as (status, the hub's error code). `page`: sent with status 200 instead of any answer, as a proxy
+    does; `asleep`: it takes questions and never answers. `commit_status`: what it answers to every commit, of which it
+    counts `commits`.
     """
 
     address: str = ""

@@ -1,8 +1,9 @@
 """A second trainer, to hold the first one against: plain, slow and obvious, and without a line of fluxrun in it.
 
-It reads a spec, the pictures and captions, and a base in diffusers' layout, and trains in one process on the CPU with stock
-torch, diffusers, transformers and peft. Nothing is cached, fused, recomputed or resumed. Every formula is written out here
-from its source, every random draw from `docs/randomness.md`. The linter forbids an import of `runner` in this file.
+It reads a spec, the pictures and captions, and a base in diffusers' layout, and trains in one process on the CPU with
+stock torch, diffusers, transformers and peft. Nothing is cached, fused, recomputed or resumed. Every formula is written
+out here from its source, every random draw from `docs/randomness.md`. The linter forbids an import of `runner` in this
+file.
 
 Shapes: B pictures of a batch, C = 16 latent channels, h x w latent height and width, T tokens that T5 reads.
 """
@@ -39,8 +40,8 @@ EVAL_SIGMAS = [tenth / 10 for tenth in range(1, 10)]
 
 @dataclass
 class Step:
-    """What one optimisation step did. pictures: names, in the order of the step's batches; sigmas: one per picture, class
-    images behind each batch's own; lr: by kind of parameter."""
+    """What one optimisation step did. pictures: names, in the order of the step's batches; sigmas: one per picture,
+    class images behind each batch's own; lr: by kind of parameter."""
 
     pictures: list[str]
     captions: list[str]
@@ -237,8 +238,8 @@ def resolved(tables: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class PictureDropout(nn.Module):
-    """Dropout that draws for the picture's tokens alone, which stand behind `text` tokens: of the last block's text tokens
-    nothing is used but keys and values."""
+    """Dropout that draws for the picture's tokens alone, which stand behind `text` tokens: of the last block's text
+    tokens nothing is used but keys and values."""
 
     def __init__(self, p: float, text: int) -> None:
         super().__init__()
@@ -321,7 +322,8 @@ class Oracle:
         return weight
 
     def initial_rows(self, name: str) -> Tensor:
-        """Normal, with the table's standard deviation; an initializer's own embeddings come first where there is one."""
+        """Normal, with the table's standard deviation; an initializer's own embeddings come first where there is
+        one."""
         table, out = self.table(name).float(), []
         for index, token in enumerate(self.spec["tokens"]):
             vectors = token.get("vectors", 2)
@@ -418,7 +420,8 @@ class Oracle:
         return scaled
 
     def sigma_at(self, index: int) -> float:
-        """Of the scheduler's 1000, from 1 down; FLUX.1-dev's are even (its shift is dynamic, and for sampling alone)."""
+        """Of the scheduler's 1000, from 1 down; FLUX.1-dev's are even (its shift is dynamic, and for sampling
+        alone)."""
         config = json.loads((self.base / "scheduler" / "scheduler_config.json").read_text())
         sigma, shift = (1000 - index) / 1000, 1.0 if config["use_dynamic_shifting"] else config["shift"]
         return shift * sigma / (1 + (shift - 1) * sigma)
@@ -591,7 +594,8 @@ class Oracle:
         return out
 
     def tensors(self) -> dict[str, Tensor]:
-        """A copy of everything that learns, as it is now: "lora/MODULE.lora_A.weight", "rows/clip", "text_lora/MODULE..."."""
+        """A copy of everything that learns, as it is now: "lora/MODULE.lora_A.weight", "rows/clip",
+        "text_lora/MODULE..."."""
         named: dict[str, Mapping[str, Tensor]] = {"lora": self.lora, "rows": self.rows, "text_lora": self.text_lora}
         return {f"{kind}/{name}": value.detach().clone() for kind in named for name, value in named[kind].items()}
 

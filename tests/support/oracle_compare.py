@@ -1,7 +1,7 @@
 """The specs whose runs are held against the oracle (tests/support/oracle.py), and how far the two come apart.
 
-`tests/integration/test_oracle.py` tests what `tools/oracle_table.py` prints: both measure here. `docs/randomness.md` explains the
-tolerances.
+`tests/integration/test_oracle.py` tests what `tools/oracle_table.py` prints: both measure here. `docs/randomness.md`
+explains the tolerances.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ BOTH = {**TOKEN, "inversion.encoders": ["clip", "t5"], "inversion.lr": 1e-2}
 
 @dataclass(frozen=True)
 class Near:
-    """How near two runs come: the largest relative difference of any step's loss (the eval loss, too), learning rate and
-    gradient norm; and the mean difference of one kind's weights, as a part of how far they moved on average."""
+    """How near two runs come: the largest relative difference of any step's loss (the eval loss, too), learning rate
+    and gradient norm; and the mean difference of one kind's weights, as a part of how far they moved on average."""
 
     loss: float
     lr: float
@@ -104,8 +104,8 @@ def photos(folder: Path, count: int, *, captions: bool) -> None:
 
 
 def dev_base(folder: Path) -> Path:
-    """The bundled base with FLUX.1-dev's `eos_token_id` of 2, by which transformers pools at the highest id: the first new
-    token. The bundled base's own config names its real end token, where both ways of pooling are one."""
+    """The bundled base with FLUX.1-dev's `eos_token_id` of 2, by which transformers pools at the highest id: the first
+    new token. The bundled base's own config names its real end token, where both ways of pooling are one."""
     shutil.copytree(TINY, folder)
     config = folder / "text_encoder" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "eos_token_id": 2}))

@@ -1,9 +1,11 @@
-"""How other programs read our files, written down from what their sources do. Independent of `runner.export.lora_layouts`.
+"""How other programs read our files, written down from what their sources do. Independent of
+`runner.export.lora_layouts`.
 
-ComfyUI: comfy/lora.py (alpha / rows of lora_down; every weight of the original layout by its name, dots as underscores),
-comfy/utils.py flux_to_diffusers (which rows of which matrix a module of diffusers is), comfy/sd1_clip.py load_embed and
-process_tokens, comfy/text_encoders/flux.py (the keys asked for). Forge: backend/text_processing/textual_inversion.py.
-diffusers: its own reader, with nothing but its built-in width of FLUX.1-dev replaced by the miniature's.
+ComfyUI: comfy/lora.py (alpha / rows of lora_down; every weight of the original layout by its name, dots as
+underscores), comfy/utils.py flux_to_diffusers (which rows of which matrix a module of diffusers is), comfy/sd1_clip.py
+load_embed and process_tokens, comfy/text_encoders/flux.py (the keys asked for). Forge:
+backend/text_processing/textual_inversion.py. diffusers: its own reader, with nothing but its built-in width of
+FLUX.1-dev replaced by the miniature's.
 """
 
 from __future__ import annotations
@@ -89,7 +91,8 @@ def _change(left: dict[str, Tensor], key: str) -> Tensor:
 
 
 def comfyui_direct_changes(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Of diffusers' layout: it looks for `MODULE.alpha`, never into the metadata, and takes the scale for 1 without one."""
+    """Of diffusers' layout: it looks for `MODULE.alpha`, never into the metadata, and takes the scale for 1 without
+    one."""
     out = {}
     for key, up in named.items():
         if key.endswith(".lora_B.weight"):

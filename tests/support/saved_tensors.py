@@ -1,4 +1,5 @@
-"""What autograd saves in one forward pass, counted in bytes of distinct storages; nothing is computed (fake tensors)."""
+"""What autograd saves in one forward pass, counted in bytes of distinct storages; nothing is computed (fake
+tensors)."""
 
 from __future__ import annotations
 
@@ -60,7 +61,8 @@ def counted(modules: list[Any], forward: Callable[[], Tensor]) -> int:
 
 @contextlib.contextmanager
 def as_on_a_gpu(dtype: torch.dtype) -> Iterator[None]:
-    """Autocast to 16 bits as CUDA has it: norms in fp32 (torch's AT_FORALL_FP32), which a CPU's autocast leaves alone."""
+    """Autocast to 16 bits as CUDA has it: norms in fp32 (torch's AT_FORALL_FP32), which a CPU's autocast leaves
+    alone."""
     if dtype == torch.float32:
         yield
         return

@@ -1,4 +1,5 @@
-"""Workers that do what a test says, in no time: for the rules by which a queue goes on, which are not about training."""
+"""Workers that do what a test says, in no time: for the rules by which a queue goes on, which are not about
+training."""
 
 from __future__ import annotations
 
@@ -27,8 +28,8 @@ def nothing() -> None:
 
 @dataclass(frozen=True)
 class Attempt:
-    """One attempt at a run: a checkpoint at step `saves` is written, `then` is called, `steps` (seconds each) are reported,
-    and the worker ends with `code` and `reason`. None: it trains on until it is asked or killed."""
+    """One attempt at a run: a checkpoint at step `saves` is written, `then` is called, `steps` (seconds each) are
+    reported, and the worker ends with `code` and `reason`. None: it trains on until it is asked or killed."""
 
     code: int | None = ExitCode.DONE
     reason: str = ""

@@ -14,7 +14,8 @@ from runner.training.optimizers import AdamWParams, Optimizer, ParameterGroup
 
 
 class Line:
-    """Two numbers pulled to a target; `bad` names the steps whose loss is no number, `huge` those that overflow fp16."""
+    """Two numbers pulled to a target; `bad` names the steps whose loss is no number, `huge` those that overflow
+    fp16."""
 
     def __init__(self, bad: tuple[int, ...] = (), huge: float = 1.0) -> None:
         self.weight = nn.Parameter(torch.tensor([3.0, -4.0]))

@@ -1,6 +1,6 @@
-"""The writer's operations in a process without torch, which starts in a moment, for strace. `tests/crash/test_kill_save.py` holds
-that they are the same. Arguments: the folder of the checkpoints, then "tell" to print each operation, or "speak first"
-to do it wrongly."""
+"""The writer's operations in a process without torch, which starts in a moment, for strace.
+`tests/crash/test_kill_save.py` holds that they are the same. Arguments: the folder of the checkpoints, then "tell" to
+print each operation, or "speak first" to do it wrongly."""
 
 from __future__ import annotations
 

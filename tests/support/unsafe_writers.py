@@ -1,6 +1,6 @@
-"""The negative controls: writers and a loader that do what must not be done, each in one respect. A method that does not
-catch them proves nothing of the real ones. Disks go around another one (which logs, fails or dies); writers prune or
-speak at the wrong time."""
+"""The negative controls: writers and a loader that do what must not be done, each in one respect. A method that does
+not catch them proves nothing of the real ones. Disks go around another one (which logs, fails or dies); writers prune
+or speak at the wrong time."""
 
 from __future__ import annotations
 

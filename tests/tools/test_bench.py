@@ -1,4 +1,5 @@
-"""That each benchmark's command runs, on the bundled base and as short as can be; what it measures is no test's business."""
+"""That each benchmark's command runs, on the bundled base and as short as can be; what it measures is no test's
+business."""
 
 from __future__ import annotations
 

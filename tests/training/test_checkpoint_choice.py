@@ -96,7 +96,8 @@ def test_a_damaged_one_is_set_apart_by_the_leader_alone(run: Run, plan: Plan) ->
 
 
 def test_why_a_phase_is_skipped(plan: Plan) -> None:
-    """Training by its steps, the caches once all of it is done, an export never; all of it where training ended early."""
+    """Training by its steps, the caches once all of it is done, an export never; all of it where training ended
+    early."""
     joint, lora = plan.training
     encode, export = plan.phases[0], plan.phases[-1]
     assert skip_reason(joint, plan, None) is None

@@ -171,7 +171,8 @@ def test_the_best_step_is_saved_when_it_is_found() -> None:
 
 
 def test_what_is_made_ahead_is_what_is_asked_for() -> None:
-    """In order or not, each place is what its own arguments make of it; a failure is told to whoever asks for that place."""
+    """In order or not, each place is what its own arguments make of it; a failure is told to whoever asks for that
+    place."""
 
     def make(step: int, micro: int) -> tuple[int, int]:
         made.append((step, micro))

@@ -38,7 +38,8 @@ KINDS = {
 
 
 def draws(context: RunContext, micro: int, place: int, moments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(latents, sigma, noise) of one picture, drawn as the design says: posterior, timestep, noise, from one generator."""
+    """(latents, sigma, noise) of one picture, drawn as the design says: posterior, timestep, noise, from one
+    generator."""
     generator = torch.Generator().manual_seed(derive(context.spec.seed, "noise", 3, micro * 2 + place))
     mean, logvar = moments.chunk(2)
     posterior = torch.randn((1, *mean.shape), generator=generator)
@@ -159,7 +160,8 @@ def test_two_micro_batches_are_one_large_batch(house: House) -> None:
 
 
 def test_picture_and_caption_never_part(house: House) -> None:
-    """Whatever is drawn in any order, at any size and crop: its latents are those of the picture the caption is beside."""
+    """Whatever is drawn in any order, at any size and crop: its latents are those of the picture the caption is
+    beside."""
     for index, side in ((2, (96, 64)), (5, (64, 96))):
         from PIL import Image
 

@@ -245,8 +245,8 @@ to = []
 
 
 def test_the_best_step_outlives_the_newest_ones(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    """checkpoint.keep = 1, the best eval loss at step 1 and the export of the best: its checkpoint is still there, and the
-    exports are its own."""
+    """checkpoint.keep = 1, the best eval loss at step 1 and the export of the best: its checkpoint is still there, and
+    the exports are its own."""
     from safetensors.torch import load_file
 
     from runner.checkpoint import storage
@@ -281,7 +281,8 @@ def reported(line: Line, steps: int) -> Recorded:
 
 
 def test_the_smoothed_loss_is_mostly_what_it_was() -> None:
-    """The first loss as it is, then 98 parts of what it was and 2 of the new one; a step without a number changes nothing."""
+    """The first loss as it is, then 98 parts of what it was and 2 of the new one; a step without a number changes
+    nothing."""
     assert SMOOTHING == 0.98
     recorded = reported(Line(bad=(2,)), 6)
     expected = recorded.steps[0].loss

@@ -1,11 +1,12 @@
-"""Whole processes, interleaved: diffusers' `train_dreambooth_lora_flux_advanced.py` and `fluxrun queue`, doing the same.
+"""Whole processes, interleaved: diffusers' `train_dreambooth_lora_flux_advanced.py` and `fluxrun queue`, doing the
+same.
 
     python tools/bench/against_reference.py --script SCRIPT [--model DIR] [--rounds 3] [--cases ...] [--slots 1 2]
         [--checkpointing selective]
 
 SCRIPT lies in diffusers' repository under examples/advanced_diffusion_training; it runs as it stands, through
-`reference.py`. Cases, all at batch 1, 256 px, 128 text tokens, rank 8 on the same layers, Prodigy, fp32, centre crops of
-the same ten pictures:
+`reference.py`. Cases, all at batch 1, 256 px, 128 text tokens, rank 8 on the same layers, Prodigy, fp32, centre crops
+of the same ten pictures:
 
 pivotal-clip, pivotal-t5  40 steps, rows learned in CLIP, or in CLIP and T5, for the first half
 captions                  40 steps, encoders frozen, a caption for each picture
@@ -13,12 +14,12 @@ four, four-short, twelve  a queue of pivotal-clip specs that differ in their see
                           four at 10, twelve at 10
 
 With `--slots 1 2` fluxrun's side of a queue is measured with either in every round, against the same shell loop; with
-`--checkpointing selective`, or a number, it makes activations again while rows learn (`inversion.gradient_checkpointing`); the
-reference goes on as ever.
+`--checkpointing selective`, or a number, it makes activations again while rows learn
+(`inversion.gradient_checkpointing`); the reference goes on as ever.
 
-Every run starts from nothing: its own output or runs folder, an empty cache. Per side: wall and CPU seconds, and the peak
-of the largest process above what importing its libraries takes (all polled from outside, see watch.py). Quoted are medians
-and the ratios round by round; below 1 is fluxrun's favour. Which side goes first changes with the round.
+Every run starts from nothing: its own output or runs folder, an empty cache. Per side: wall and CPU seconds, and the
+peak of the largest process above what importing its libraries takes (all polled from outside, see watch.py). Quoted are
+medians and the ratios round by round; below 1 is fluxrun's favour. Which side goes first changes with the round.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ PROMPT = "a photo of TOK"
 
 @dataclass(frozen=True)
 class Bench:
-    """What all cases share. captioned: the pictures with a metadata.jsonl, as `datasets` reads them, and NAME.txt apart."""
+    """What all cases share. captioned: the pictures with a metadata.jsonl, as `datasets` reads them, and NAME.txt
+    apart."""
 
     reference: list[str]
     model: Path

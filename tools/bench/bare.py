@@ -5,7 +5,8 @@
 It imports nothing of fluxrun: diffusers' and transformers' own classes, peft's adapter on the layers of the preset
 "attention+mlp" (which are the reference script's too), torch's or prodigyopt's optimizer, and tensors drawn once. With
 encoders named, each runs forward and backward too, for two learned rows behind its frozen table; the others' outputs
-stand there as noise. By itself it prints the seconds of a step; `step.py` takes turns with it, `lora_memory.py` watches it.
+stand there as noise. By itself it prints the seconds of a step; `step.py` takes turns with it, `lora_memory.py` watches
+it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-"""What the benchmarks share: the spec they train, a run in this process that stops for another's turn, how figures are told.
+"""What the benchmarks share: the spec they train, a run in this process that stops for another's turn, how figures are
+told.
 
-The one place that knows fluxrun from inside: it writes spec files, has them planned, and trains with the function that the
-trainer process calls (`runner.engine.worker_main.train_run`), with everything around a step that a night has around it.
+The one place that knows fluxrun from inside: it writes spec files, has them planned, and trains with the function that
+the trainer process calls (`runner.engine.worker_main.train_run`), with everything around a step that a night has around
+it.
 """
 
 from __future__ import annotations
@@ -44,8 +46,8 @@ SIZES = {"tiny": Size(64, 32, 4, 16, 20), "model": Size(256, 128, 1, 8, 4)}
 
 @dataclass(frozen=True)
 class Asked:
-    """A spec of the benchmarks. encoders: which learn rows, until this part of the steps. prompt: None where every picture
-    has its caption."""
+    """A spec of the benchmarks. encoders: which learn rows, until this part of the steps. prompt: None where every
+    picture has its caption."""
 
     base: Path
     pictures: Path
@@ -156,8 +158,8 @@ def train_here(asked: Asked, folder: Path, heard: Callable[[int], bool]) -> Path
 
 
 def take_turns(asked: Asked, folder: Path, steps: int, rounds: int, other: Callable[[int], None]) -> Turns:
-    """A run, and `other(steps)` after every `steps` steps of it; a warm-up, then `rounds` rounds. A turn of ours is all that
-    passes between two of the other's; loading comes before the warm-up."""
+    """A run, and `other(steps)` after every `steps` steps of it; a warm-up, then `rounds` rounds. A turn of ours is all
+    that passes between two of the other's; loading comes before the warm-up."""
     turns, began = Turns(), Clock()
 
     def heard(step: int) -> bool:

@@ -2,9 +2,10 @@
 
     python tools/bench/growth.py [--model DIR] [--rounds 1] [--vary steps images captions resolution specs] [--few]
 
-Whole processes, `fluxrun queue` on frozen encoders with an empty cache. At the middle of all: 20 steps, 40 images with one
-caption, 128 px, one spec; 128 text tokens, batch 1, rank 8, Prodigy. Every picture differs, so each is encoded. Quoted are
-seconds, and the seconds that each unit more costs since the row before. `--few`: the least two values of each.
+Whole processes, `fluxrun queue` on frozen encoders with an empty cache. At the middle of all: 20 steps, 40 images with
+one caption, 128 px, one spec; 128 text tokens, batch 1, rank 8, Prodigy. Every picture differs, so each is encoded.
+Quoted are seconds, and the seconds that each unit more costs since the row before. `--few`: the least two values of
+each.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python tools/bench/memory.py [--model FOLDER] [--only WORD] [--steps 4]
 
-Each spec runs in a fresh process on the CPU, where a phase's peak is the most that the process had resident, less what it
-held before any model was loaded (`memory_before_models` in state.json). The model is made by make_model.py.
+Each spec runs in a fresh process on the CPU, where a phase's peak is the most that the process had resident, less what
+it held before any model was loaded (`memory_before_models` in state.json). The model is made by make_model.py.
 
 glibc is told to give freed memory back at once (its mmap threshold stays at its least), else its heap keeps holes: what
 a run needs is then told from what the heap wastes. `--heap` leaves glibc as the trainer has it, and shows the waste.

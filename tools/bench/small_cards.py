@@ -1,5 +1,5 @@
-"""What the keys for small cards do to a model: bytes of its transformer, seconds to load it the first time and from the cache,
-the most memory that took, seconds per step, and what the graph of a step holds.
+"""What the keys for small cards do to a model: bytes of its transformer, seconds to load it the first time and from the
+cache, the most memory that took, seconds per step, and what the graph of a step holds.
 
     python tools/bench/make_model.py MODEL
     python tools/bench/small_cards.py MODEL [--steps 5]

@@ -1,4 +1,5 @@
-"""What is no step: fluxrun's start, the start of a run, of the next one and of one that goes on, a checkpoint, the export.
+"""What is no step: fluxrun's start, the start of a run, of the next one and of one that goes on, a checkpoint, the
+export.
 
     python tools/bench/startup.py [--model DIR] [--rounds 3] [--steps 4] [--bases tiny model]
                                   [--parts commands queue resume checkpoint]

@@ -4,11 +4,11 @@
                                [--optimizers adamw prodigy]
 
 Phases: lora, with frozen encoders; clip, the joint phase with rows learned in CLIP (the bare loop runs CLIP forward and
-backward too); clip+t5, the same with both encoders. Ours is a run as a trainer process trains it, with all that it writes
-down at a step (checkpoints and looks are left out, see startup.py); the bare loop (`bare.py`) imports nothing of fluxrun.
-Both take turns in this process, `--steps` steps each (0: 20 on the tiny base, 4 on the model), at equal shapes: 256 px,
-128 text tokens, batch 1, rank 8 on the model; 64 px, 32, 4, 16 on the tiny base. Quoted are medians, and the ratios turn by
-turn, since a shared machine's speed drifts.
+backward too); clip+t5, the same with both encoders. Ours is a run as a trainer process trains it, with all that it
+writes down at a step (checkpoints and looks are left out, see startup.py); the bare loop (`bare.py`) imports nothing of
+fluxrun. Both take turns in this process, `--steps` steps each (0: 20 on the tiny base, 4 on the model), at equal
+shapes: 256 px, 128 text tokens, batch 1, rank 8 on the model; 64 px, 32, 4, 16 on the tiny base. Quoted are medians,
+and the ratios turn by turn, since a shared machine's speed drifts.
 """
 
 from __future__ import annotations

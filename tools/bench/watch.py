@@ -1,4 +1,5 @@
-"""Watch a command from outside: its wall and CPU seconds, and the memory of its processes, looked at every 20 ms in /proc.
+"""Watch a command from outside: its wall and CPU seconds, and the memory of its processes, looked at every 20 ms in
+/proc.
 
 From outside and for both sides of a comparison alike: a process that counts its own peak counts it its own way (fluxrun
 begins anew in every phase, the kernel's `ru_maxrss` with it).
@@ -20,7 +21,8 @@ OWN = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes resident: all of it, what is the process's own, and what maps a file (libraries, and weights read by mmap)."""
+    """Bytes resident: all of it, what is the process's own, and what maps a file (libraries, and weights read by
+    mmap)."""
 
     rss: int
     anon: int
@@ -49,7 +51,8 @@ def watch(
     command: Sequence[str], folder: Path, log: Path, label: Callable[[], str] = lambda: "", *,
     then: Callable[[int], bool] = lambda _: False,
 ) -> Watched:  # fmt: skip
-    """Run `command` in `folder`, what it says into `log`. `then` is called with its pid at every look; True asks it to stop.
+    """Run `command` in `folder`, what it says into `log`. `then` is called with its pid at every look; True asks it to
+    stop.
 
     Raises SystemExit with the end of the log where it fails by itself.
     """

@@ -19,7 +19,8 @@ from runner.model.latents import LatentScale
 
 
 class Flux1Family:
-    """FLUX.1-dev, -schnell, -Krea-dev and their fine-tunes. Encoders: "clip" (CLIP-L, pooled) and "t5" (T5-XXL, by token)."""
+    """FLUX.1-dev, -schnell, -Krea-dev and their fine-tunes. Encoders: "clip" (CLIP-L, pooled) and "t5" (T5-XXL, by
+    token)."""
 
     architecture = architectures.FLUX1
     layer_names = layer_names.FLUX1

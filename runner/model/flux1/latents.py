@@ -1,7 +1,7 @@
 """FLUX.1's latents: encoding by the VAE, scale and shift, packing into patches, position ids.
 
-Shapes: B batch, C = 16 latent channels, h x w latent height and width (an eighth of the picture's). Packed image tokens are
-2 x 2 latent patches: [B, h*w/4, 4*C].
+Shapes: B batch, C = 16 latent channels, h x w latent height and width (an eighth of the picture's). Packed image tokens
+are 2 x 2 latent patches: [B, h*w/4, 4*C].
 """
 
 from __future__ import annotations

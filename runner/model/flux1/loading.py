@@ -1,5 +1,5 @@
-"""FLUX.1's parts through diffusers and transformers, frozen. Every loader raises FluxrunError where the weights are missing or no
-safetensors, and BadFileError where a file is damaged."""
+"""FLUX.1's parts through diffusers and transformers, frozen. Every loader raises FluxrunError where the weights are
+missing or no safetensors, and BadFileError where a file is damaged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""FLUX.1 through stock diffusers, which is what a user of the exports has: FluxPipeline in two halves, text and images."""
+"""FLUX.1 through stock diffusers, which is what a user of the exports has: FluxPipeline in two halves, text and
+images."""
 
 from __future__ import annotations
 

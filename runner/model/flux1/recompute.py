@@ -1,7 +1,7 @@
 """FLUX.1's blocks with half as much kept for the backward pass, named as in BFL's flux/modules/layers.py.
 
-Norm with modulation, GELU, and the rotated queries and keys are computed again there (`runner.model.recomputation`). Same numbers
-as diffusers' blocks but for rounding.
+Norm with modulation, GELU, and the rotated queries and keys are computed again there (`runner.model.recomputation`).
+Same numbers as diffusers' blocks but for rounding.
 
 Shapes: B batch, T text tokens, I image tokens, N = T + I, d width, heads of D numbers (d = heads * D).
 """
@@ -166,8 +166,8 @@ def enable_recompute(
     """Let the transformer's blocks keep less for the backward pass; without gradients they run as diffusers' own.
 
     checkpointed: blocks that save their activations in the usual way, since gradient checkpointing drops them anyway.
-    recompute_projections: keep still less, for more time. Not in the last block: when its turn comes in the backward pass,
-    all that it kept would be there anyway.
+    recompute_projections: keep still less, for more time. Not in the last block: when its turn comes in the backward
+    pass, all that it kept would be there anyway.
     """
     block: Any
     saving = {id(block) for block in checkpointed}

@@ -46,7 +46,8 @@ class Modulate(RecomputeOp):
 
 
 class RotaryNorm(RecomputeOp):
-    """For each norm an x [B, N_i, heads * D] -> their RMS norms over D, joined along the tokens and rotated: [B, N, heads, D].
+    """For each norm an x [B, N_i, heads * D] -> their RMS norms over D, joined along the tokens and rotated: [B, N,
+    heads, D].
 
     pe: cosines + i sines [N, 1, D / 2].
     """
@@ -90,7 +91,8 @@ class Gelu(RecomputeOp):
 
 
 class ConcatGelu(RecomputeOp):
-    """attn [B, N, d] and mlp [B, N, 4 * d] -> [attn, GELU(mlp)], [B, N, 5 * d]: what a single block's last layer reads."""
+    """attn [B, N, d] and mlp [B, N, 4 * d] -> [attn, GELU(mlp)], [B, N, 5 * d]: what a single block's last layer
+    reads."""
 
     def compute(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         attn, mlp = inputs

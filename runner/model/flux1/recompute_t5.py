@@ -1,7 +1,7 @@
 """T5's blocks with half as much kept for the backward pass, where only their input learns (token rows).
 
-Norms and the gated GELU are computed again there (`runner.model.recomputation`), and the position biases are kept once for all
-blocks. Same numbers as transformers' blocks but for rounding; without gradients they run as transformers' own.
+Norms and the gated GELU are computed again there (`runner.model.recomputation`), and the position biases are kept once
+for all blocks. Same numbers as transformers' blocks but for rounding; without gradients they run as transformers' own.
 
 Shapes: B batch, T text tokens, d width, heads of D numbers, F width of the feed-forward layer.
 """
@@ -117,8 +117,8 @@ def clamp_fp16(x: Tensor) -> Tensor:
 
 
 def enable_recompute(encoder: Any, *, save_activations: bool, recompute_projections: bool = False) -> None:
-    """Let a T5EncoderModel's blocks keep less for the backward pass; see `RecomputeT5Block`. Nothing changes in a T5 whose
-    feed-forward layers are of another kind than FLUX.1's."""
+    """Let a T5EncoderModel's blocks keep less for the backward pass; see `RecomputeT5Block`. Nothing changes in a T5
+    whose feed-forward layers are of another kind than FLUX.1's."""
     if not encoder.config.is_gated_act or encoder.config.dense_act_fn != "gelu_new":
         return
     for block in encoder.encoder.block:

@@ -46,9 +46,9 @@ def embed(encoder: str, model: Any, tokenizer: Any, ids: Tensor, pooling: str) -
 def clip_pooled(encoder: Any, ids: Tensor, eos: int | None) -> Tensor:
     """[B, 77] -> [B, width]: the state at one position of each caption.
 
-    eos None: where the model's config says, as stock diffusers reads it. FLUX.1-dev's config says 2, which transformers takes as
-    "the highest id", so that is the first new token wherever there is one. A number: the first position with that id, the
-    caption's real end, as ComfyUI reads it.
+    eos None: where the model's config says, as stock diffusers reads it. FLUX.1-dev's config says 2, which transformers
+    takes as "the highest id", so that is the first new token wherever there is one. A number: the first position with
+    that id, the caption's real end, as ComfyUI reads it.
     """
     out = encoder(ids, output_hidden_states=False)
     if eos is None:

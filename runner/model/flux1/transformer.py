@@ -25,8 +25,8 @@ def blocks_of(transformer: Any) -> list[nn.Module]:
 
 
 def prepare_training(transformer: Any, settings: TrainSettings) -> None:
-    """Choose the attention, and what is computed again in the backward pass. Raises FluxrunError where this machine has no such
-    attention."""
+    """Choose the attention, and what is computed again in the backward pass. Raises FluxrunError where this machine has
+    no such attention."""
     set_attention(transformer, settings.attention)
     recompute = settings.recompute
     checkpointed = [] if recompute == "selective" else checkpointed_blocks(transformer, recompute)
@@ -51,7 +51,8 @@ def end_training(transformer: Any) -> None:
 
 
 def set_attention(transformer: Any, backend: str) -> None:
-    """Choose the transformer's attention, by diffusers' name of the backend. Raises FluxrunError where this machine lacks it."""
+    """Choose the transformer's attention, by diffusers' name of the backend. Raises FluxrunError where this machine
+    lacks it."""
     from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 
     if backend in GPU_ONLY and transformer.device.type != "cuda":
@@ -83,7 +84,8 @@ def enable_gradient_checkpointing(transformer: Any, blocks: Collection[nn.Module
 def predictor(transformer: nn.Module, guidance: float, device: torch.device, dtype: torch.dtype) -> Predict:
     """The transformer's velocity prediction: (noisy images, prompts, latent height, latent width) -> [B, N, 4*C].
 
-    Bases without a guidance embedding (FLUX.1-schnell) get no guidance. Tensors that depend on the shape alone are kept.
+    Bases without a guidance embedding (FLUX.1-schnell) get no guidance. Tensors that depend on the shape alone are
+    kept.
     """
     guided = bool(transformer.config.guidance_embeds)  # type: ignore[union-attr]
 

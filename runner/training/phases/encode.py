@@ -14,8 +14,9 @@ from runner.training.encoders import encode_latents, encode_texts, reads_untrain
 def encode_phase(context: RunContext, phase: Encode, weights: Weights, upcoming: Sequence[RunContext] = ()) -> None:
     """Fill the cache with what training will read. A model is loaded only if the cache lacks something of it.
 
-    weights: what was learned so far. upcoming: later runs of the queue with the same base; their texts are encoded in the same
-    pass, so a large encoder is loaded once for the whole queue. Raises InterruptedRunError if a stop was requested.
+    weights: what was learned so far. upcoming: later runs of the queue with the same base; their texts are encoded in
+    the same pass, so a large encoder is loaded once for the whole queue. Raises InterruptedRunError if a stop was
+    requested.
     """
     if phase.latents:
         encode_latents(context)

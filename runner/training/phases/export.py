@@ -69,7 +69,8 @@ class ExportRequest:
 
 @dataclass(frozen=True)
 class ExportResult:
-    """step: of the exported checkpoint. errors: largest absolute error of any weight, by file. pictures: (prompt, picture)."""
+    """step: of the exported checkpoint. errors: largest absolute error of any weight, by file. pictures: (prompt,
+    picture)."""
 
     step: int
     errors: Mapping[str, float]
@@ -77,7 +78,8 @@ class ExportResult:
 
 
 def export_phase(request: ExportRequest, checkpoint: Checkpoint | None) -> ExportResult:
-    """Make `export/` and `samples/` from a checkpoint. `export/` is replaced as a whole, so old and new files never mix.
+    """Make `export/` and `samples/` from a checkpoint. `export/` is replaced as a whole, so old and new files never
+    mix.
 
     Raises BadFileError if a file does not give back what was trained; the run is then not done.
     """
@@ -207,8 +209,8 @@ def _verified_pictures(
 def _read_prompts(
     request: ExportRequest, stored: Weights, shapes: AdapterShapes, exported: ExportedFiles, prompts: Sequence[str]
 ) -> tuple[list[PromptEmbeds], list[PromptEmbeds]]:
-    """The prompts' embeddings from the base, and from the text encoders with what was learned. Compares the encoders with what
-    was trained. Raises BadFileError."""
+    """The prompts' embeddings from the base, and from the text encoders with what was learned. Compares the encoders
+    with what was trained. Raises BadFileError."""
     length, architecture = request.spec.model.max_sequence_length, request.family.architecture
     expanded = [expand_placeholders(prompt, request.placeholders) for prompt in prompts]
     # If no large encoder learned anything, its embeddings are those from before the training, which are in the cache.
