@@ -1,1 +1,1 @@
-"""Images, captions, placeholders and aspect-ratio buckets. Needs no torch."""
+"""Images, captions, placeholders and aspect-ratio buckets."""

@@ -1,6 +1,6 @@
-"""Which part of which picture training sees, and when: sizes, buckets, batches. Pure; no torch.
+"""Which part of which picture training sees, and when: sizes, aspect-ratio buckets, batches.
 
-Sizes are (width, height) in pixels. A view is a picture at a size, cropped one way; only views of one size share a
+Sizes are (width, height) in pixels. A view is a picture at a size, cropped in one way. Only views of one size share a
 batch.
 """
 
@@ -15,15 +15,15 @@ from runner.core.seeds import derive
 from runner.data.images import Picture
 
 Size = tuple[int, int]
-SIZE_MULTIPLE = 16  # FLUX's granularity: 8 pixels to a latent, 2 x 2 latents to a token
+SIZE_MULTIPLE = 16  # pixels, FLUX's granularity: 8 to a latent, 2 x 2 latents to a token
 
-# Width to height, as in diffusers' `generate_aspect_ratio_buckets` (which costs an import of torch).
+# Width to height, as in diffusers' `generate_aspect_ratio_buckets`, whose import would load torch.
 RATIOS = ((1, 1), (4, 5), (5, 4), (2, 3), (3, 2), (3, 4), (4, 3), (9, 16), (16, 9), (1, 2), (2, 1))
 
 
 @dataclass(frozen=True)
 class CropView:
-    """`variant` numbers the seeded crops and mirrorings of a picture; None is its middle, never mirrored."""
+    """variant: number of a random crop and flip of the picture; None for its center, not flipped."""
 
     picture: Picture
     size: Size
@@ -31,7 +31,7 @@ class CropView:
 
 
 def bucket_sizes(side: int) -> tuple[Size, ...]:
-    """Sizes of about side x side pixels, one per aspect ratio, without repetition."""
+    """Different sizes of about side x side pixels in area, one for each aspect ratio."""
 
     def rounded(length: float) -> int:
         return max(SIZE_MULTIPLE, round(length / SIZE_MULTIPLE) * SIZE_MULTIPLE)
@@ -44,20 +44,21 @@ def bucket_sizes(side: int) -> tuple[Size, ...]:
 
 
 def nearest_bucket(size: Size, buckets: Sequence[Size]) -> Size:
-    """The bucket whose shape is nearest, by diffusers' measure (`find_nearest_bucket`): |h * bucket_w - w *
+    """The bucket of the most similar shape, by diffusers' measure (`find_nearest_bucket`): |h * bucket_w - w *
     bucket_h|."""
     width, height = size
     return min(reversed(buckets), key=lambda bucket: abs(height * bucket[0] - width * bucket[1]))
 
 
 def group_by_bucket(sizes: Sequence[Size], resolutions: Sequence[int], buckets: bool) -> dict[Size, tuple[int, ...]]:
-    """Which pictures (by index) are trained at which size. Every picture is there once per resolution."""
-    found: dict[Size, list[int]] = {}
+    """The size at which each picture is trained -> the positions of the pictures. Every picture is in it once for each
+    resolution. sizes: of the pictures; buckets: False for squares alone."""
+    groups: dict[Size, list[int]] = {}
     for side in resolutions:
-        ladder = bucket_sizes(side) if buckets else ((side, side),)
+        candidates = bucket_sizes(side) if buckets else ((side, side),)
         for index, size in enumerate(sizes):
-            found.setdefault(nearest_bucket(size, ladder), []).append(index)
-    return {size: tuple(found[size]) for size in sorted(found)}
+            groups.setdefault(nearest_bucket(size, candidates), []).append(index)
+    return {size: tuple(groups[size]) for size in sorted(groups)}
 
 
 @lru_cache(maxsize=64)
@@ -71,11 +72,12 @@ def _shuffled(seed: int, what: str, epoch: int, counts: tuple[int, ...]) -> tupl
 def draw_batch(
     seed: int, step: int, micro: int, *, images: int, accumulate: int, counts: Mapping[Size, int], what: str = "order"
 ) -> tuple[Size, list[tuple[int, int]]]:
-    """(size, [(index within that size's group, how often it was shown before)]) of one micro-batch of `images`.
+    """(size, [(position in that size's group, how often it was shown before)]) for one micro-batch of `images` views.
 
-    Sizes take turns in a seeded order, each as often per cycle as it has views; each size's own views come in shuffled
-    epochs laid end to end. So no batch mixes sizes, nothing is dropped, and every view is shown equally often. `what`
-    names the stream: training pictures and class pictures are drawn independently.
+    Sizes alternate in a seeded order; in each cycle a size is drawn once for each of its views. The views of one size
+    are shown in shuffled epochs, one after the other. So a batch has one size, nothing is dropped, and every view is
+    shown equally often. counts: the number of views of each size; what: name of the random stream: training images and
+    class images have their own.
     """
     sizes, shares = tuple(counts), tuple(counts.values())
     cycle, place = divmod(step * accumulate + micro, sum(shares))
@@ -83,13 +85,13 @@ def draw_batch(
     chosen = turns[place]
     before = cycle * shares[chosen] + turns[:place].count(chosen)
     count = shares[chosen]
-    shown = []
+    batch = []
     for k in range(before * images, (before + 1) * images):
         epoch, at = divmod(k, count)
-        shown.append((_shuffled(seed, f"{what}/{chosen}", epoch, (1,) * count)[at], epoch))
-    return sizes[chosen], shown
+        batch.append((_shuffled(seed, f"{what}/{chosen}", epoch, (1,) * count)[at], epoch))
+    return sizes[chosen], batch
 
 
 def variant(seed: int, name: str, shown: int, variants: int) -> int:
-    """The variant at a picture's `shown`-th showing: all in turn, beginning at a seeded one."""
+    """The variant of a picture that was shown `shown` times before: all in turn, beginning with a seeded one."""
     return (derive(seed, "variant", name) + shown) % variants

@@ -1,4 +1,8 @@
-"""A folder of class images for prior preservation: shared by runs, filled up by the base, its prompt remembered."""
+"""A folder of class images for prior preservation.
+
+Several runs may share it. The base generates the images that are missing; a note in the folder says of which prompt and
+by which base they are.
+"""
 
 from __future__ import annotations
 
@@ -18,35 +22,35 @@ from runner.data.sources import opener
 NOTE = "fluxrun-prior.json"
 
 
-def contents(folder: Path) -> PictureFolder:
-    """Its images, by name, a user's own as well as made ones; and what else lies there."""
+def scan(folder: Path) -> PictureFolder:
+    """Its images by name, a user's own as well as generated ones, and what else is there."""
     return scan_folder(folder, deep=False) if folder.is_dir() else PictureFolder(folder, ())
 
 
-def paths(folder: Path) -> list[Path]:
-    return list(contents(folder).pictures)
+def image_paths(folder: Path) -> list[Path]:
+    return list(scan(folder).pictures)
 
 
-def pictures(folder: Path, count: int, prompt: str) -> tuple[Picture, ...]:
-    """The first `count` images, all with the class prompt."""
-
-    return tuple(Picture(f"class/{path.name}", str(path), prompt, opener(path)) for path in paths(folder)[:count])
-
-
-def fingerprint(chosen: Sequence[Picture]) -> str:
-    """Of the images themselves: which they are cannot be in a plan's key, since they may not exist yet."""
-    return content_key("class images", *(hashing.sha256_file(Path(picture.location)) for picture in chosen))
+def class_pictures(folder: Path, count: int, prompt: str) -> tuple[Picture, ...]:
+    """The first `count` images, all with the class prompt as caption."""
+    chosen = image_paths(folder)[:count]
+    return tuple(Picture(f"class/{path.name}", str(path), prompt, opener(path)) for path in chosen)
 
 
-def misplaced_folder(folder: Path, count: int, runs: Path) -> str | None:
-    """Why no class images can be made there, or None. None too if the folder already holds `count` images."""
-    nearest = next(path for path in (folder, *folder.parents) if path.exists())
-    if not nearest.is_dir():
-        return f"expected a folder, got {str(folder)!r}, where {nearest} is a file; name a folder"
+def fingerprint(pictures: Sequence[Picture]) -> str:
+    """Of the images' contents. It is in no phase key, since the images may not exist when a run is planned."""
+    return content_key("class images", *(hashing.sha256_file(Path(picture.location)) for picture in pictures))
+
+
+def folder_fault(folder: Path, count: int, runs: Path) -> str | None:
+    """Why no class images can be generated there, or None. None too if the folder already holds `count` images."""
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not existing.is_dir():
+        return f"expected a folder, got {str(folder)!r}, where {existing} is a file; name a folder"
     if not needs_filling(folder, count):
         return None
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        return f"class images cannot be made in {folder}: {nearest} is not writable; name another folder"
+    if not os.access(existing, os.W_OK | os.X_OK):
+        return f"class images cannot be made in {folder}: {existing} is not writable; name another folder"
     if folder.resolve() == runs.resolve():
         return f"this is the runs folder {runs}; name another folder"
     for path in (folder, *folder.parents):
@@ -55,15 +59,15 @@ def misplaced_folder(folder: Path, count: int, runs: Path) -> str | None:
     return None
 
 
-def prompt_disagreement(folder: Path, prompt: str, base: BaseIdentity) -> tuple[str, str] | None:
-    """(key of the spec, message) where the folder was filled for another prompt, or by another base."""
-    note = _note(folder)
-    recorded = note.get("prompt")
-    if recorded is not None and recorded != prompt:
+def note_fault(folder: Path, prompt: str, base: BaseIdentity) -> tuple[str, str] | None:
+    """(key of the spec, message) if the folder was filled for another prompt, or by another base."""
+    note = _read_note(folder)
+    noted_prompt = note.get("prompt")
+    if noted_prompt is not None and noted_prompt != prompt:
         return "prior.prompt", (
-            f"{folder} holds images of the prompt {recorded!r}, got {prompt!r}; use another folder, or the same prompt"
+            f"{folder} holds images of the prompt {noted_prompt!r}, got {prompt!r}; use another folder, or the same prompt"
         )
-    maker = _maker(folder, note)
+    maker = _noted_base(folder, note)
     if maker is None or not base.differs_from(maker):
         return None
     changed = f", got {base}" if str(base) != str(maker) else ", whose files have changed since then"
@@ -71,29 +75,31 @@ def prompt_disagreement(folder: Path, prompt: str, base: BaseIdentity) -> tuple[
 
 
 def write_note(folder: Path, prompt: str, base: BaseIdentity) -> None:
-    """Whose images are about to be made there; an older note is kept."""
-    if not _note(folder):
+    """Before images are generated there. An older note is kept."""
+    if not _read_note(folder):
         made_by = {"base": base.name, "revision": base.revision, "fingerprint": base.fingerprint}
         files.write_json(folder / NOTE, {"prompt": prompt, **made_by})
 
 
 def needs_filling(folder: Path, count: int) -> bool:
-    """Whether the base has yet to make images there."""
-    return len(paths(folder)) < count
+    """Whether the base still has to generate images there."""
+    return len(image_paths(folder)) < count
 
 
-def is_users_own(folder: Path) -> bool:
-    """Whether fluxrun has no record of the prompt of its images."""
-    return not _note(folder)
+def has_no_note(folder: Path) -> bool:
+    """Whether fluxrun has no record of the prompt of its images: they are the user's own."""
+    return not _read_note(folder)
 
 
 def generated_path(folder: Path, number: int) -> Path:
     return folder / f"class-{number:05d}.png"
 
 
-def _maker(folder: Path, note: Mapping[str, Any]) -> BaseIdentity | None:
-    """The base of the note, if that can be compared. Notes of earlier versions name it alone, even where a user had
-    made all the images."""
+def _noted_base(folder: Path, note: Mapping[str, Any]) -> BaseIdentity | None:
+    """The base of the note, if it can be compared.
+
+    Notes of earlier versions have only its name, and were written even where a user had made all the images.
+    """
     name, revision, fingerprint = (note.get(key) for key in ("base", "revision", "fingerprint"))
     if not isinstance(name, str):
         return None
@@ -104,12 +110,12 @@ def _maker(folder: Path, note: Mapping[str, Any]) -> BaseIdentity | None:
     return identity_of(name, None)
 
 
-def _note(folder: Path) -> dict[str, Any]:
+def _read_note(folder: Path) -> dict[str, Any]:
     path = folder / NOTE
     if not path.is_file():
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        note = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         return {}
-    return found if isinstance(found, dict) else {}
+    return note if isinstance(note, dict) else {}

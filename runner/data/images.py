@@ -1,4 +1,4 @@
-"""Pictures and their captions: one value each, so they cannot part; decoding and cropping."""
+"""Pictures with their captions; decoding and cropping them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from runner.core.errors import FluxrunError
 from runner.core.seeds import derive
-from runner.data.image_files import PictureFolder, TooManyPixelsError
+from runner.data.image_files import PictureFolder
+from runner.data.image_formats import TooManyPixelsError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,13 +20,16 @@ if TYPE_CHECKING:
 
 
 LARGE = 1 << 25  # pixels
-ONE_LARGE = Lock()
+_LARGE_LOCK = Lock()
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One training image. `name` is its name inside the data set, `location` names it to a user; `open` gives it
-    undecoded. `digest`: SHA-256 of its file, "" where it has none of its own."""
+    """One training image.
+
+    name: inside the data set; location: as messages name it; open: gives the image undecoded; digest: SHA-256 of its
+    file, "" if it has no file of its own.
+    """
 
     name: str
     location: str
@@ -36,8 +40,8 @@ class Picture:
 
 @dataclass(frozen=True)
 class Pictures:
-    """`held_out`: kept from training, for the eval loss; `folder`: the other files of the folder they come from, if
-    any."""
+    """A data set. held_out: not trained on, for the eval loss; folder: what else is in the folder, if they come from
+    one."""
 
     items: tuple[Picture, ...]
     fingerprint: str
@@ -46,22 +50,21 @@ class Pictures:
 
     @property
     def captions(self) -> tuple[str, ...]:
-        """Distinct captions of the training pictures, in order of first use."""
+        """Distinct captions of the training images, in order of first use."""
         return tuple(dict.fromkeys(picture.caption for picture in self.items))
 
     def hold_out(self, count: int) -> Pictures:
-        """Keep `count` pictures from training, chosen by name: the same ones for every seed, so that runs compare."""
-        chosen = set(
-            sorted((picture.name for picture in self.items), key=lambda name: derive(0, "holdout", name))[:count]
-        )
+        """With `count` images held out, chosen by their names: the same for every seed, so that runs compare."""
+        shuffled = sorted((picture.name for picture in self.items), key=lambda name: derive(0, "holdout", name))
+        chosen = set(shuffled[:count])
         items = tuple(picture for picture in self.items if picture.name not in chosen)
         held_out = tuple(picture for picture in self.items if picture.name in chosen)
         return replace(self, items=items, held_out=held_out)
 
 
 class DataError(Exception):
-    """What is wrong with a data set: a message each, or (key of the spec, message); the caller knows the spec's
-    lines."""
+    """What is wrong with a data set: messages, or (key of the spec, message). The caller knows the lines of the
+    spec."""
 
     def __init__(self, *faults: str | tuple[str, str]) -> None:
         self.faults = tuple(("data.source", fault) if isinstance(fault, str) else fault for fault in faults)
@@ -69,7 +72,7 @@ class DataError(Exception):
 
 
 def decode(picture: Picture) -> Image:
-    """Upright, in RGB, transparency on white, 16 bits reduced to 8. Raises FluxrunError where it cannot be read."""
+    """The image upright and in RGB, with white for transparency, and 16 bits reduced to 8. Raises FluxrunError."""
     from PIL import ImageOps
 
     try:
@@ -80,12 +83,12 @@ def decode(picture: Picture) -> Image:
 
 
 @contextmanager
-def in_turn(picture: Picture) -> Iterator[None]:
-    """Large pictures are decoded and looked at one at a time, for their memory: one of 2**28 pixels takes 2 GB."""
+def one_large_at_a_time(picture: Picture) -> Iterator[None]:
+    """For decoding in threads: large images take turns, since one of 2**28 pixels takes 2 GB of memory."""
     pixels = 0
-    with suppress(OSError, SyntaxError, ValueError), picture.open() as opened:  # told by who decodes it
+    with suppress(OSError, SyntaxError, ValueError), picture.open() as opened:  # reported by `decode`
         pixels = opened.width * opened.height
-    with ONE_LARGE if pixels > LARGE else nullcontext():
+    with _LARGE_LOCK if pixels > LARGE else nullcontext():
         yield
 
 
@@ -103,7 +106,7 @@ def _in_rgb(upright: Image) -> Image:
 
 
 def measure(picture: Picture) -> tuple[int, int]:
-    """Upright (width, height), from the header alone. Raises FluxrunError."""
+    """(width, height) of the upright image, from its header alone. Raises FluxrunError."""
     from PIL import ExifTags
 
     try:
@@ -120,14 +123,14 @@ def _unreadable(picture: Picture, error: Exception) -> FluxrunError:
     return FluxrunError(f"{picture.location}: not a readable image ({error}); {way_out}")
 
 
-def pixels(
+def cropped_pixels(
     upright: Image, name: str, size: tuple[int, int], *,
     variant: int | None, variants: int, center: bool, flip: bool, interpolation: str, seed: int,
 ) -> np.ndarray[Any, Any]:  # fmt: skip
-    """[height, width, 3] uint8: resized to cover `size` (width, height), cropped, perhaps mirrored.
+    """[height, width, 3] uint8: resized to cover `size` (width, height), cropped, perhaps flipped.
 
-    `variant` None is the middle as it is. Otherwise the crop is drawn from the seed, the name and the variant; with
-    `flip` every other variant is mirrored, beginning with a seeded one.
+    variant: None for the center, not flipped. Else the crop is drawn from the seed, the name and the variant, and with
+    `flip` every other variant is flipped, beginning with a seeded one.
     """
     import numpy as np
     from PIL import Image, ImageOps

@@ -1,4 +1,4 @@
-"""New tokens in captions: which placeholder stands for which learned vectors."""
+"""Learned tokens in captions: each token's name stands for entries of the text encoders' vocabularies."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+DEFAULT_WORD = "s"
+
 
 @dataclass(frozen=True)
 class Placeholder:
-    """One concept: the word written in captions, and the vocabulary entries that stand for it ("<s0>", "<s1>")."""
+    """One concept. name: the word in captions ("TOK"); entries: the vocabulary entries that replace it ("<s0>",
+    "<s1>"), one for each learned vector; initializer: a phrase whose embeddings they start from."""
 
     name: str
     entries: tuple[str, ...]
@@ -19,9 +22,6 @@ class Placeholder:
     @property
     def text(self) -> str:
         return "".join(self.entries)
-
-
-PLACEHOLDER = "s"
 
 
 class Token(Protocol):
@@ -38,18 +38,20 @@ class Token(Protocol):
 
 
 def placeholders(tokens: Sequence[Token]) -> tuple[Placeholder, ...]:
-    """The vocabulary entries of each token, in the order given: its placeholder with a number, <bird0><bird1>. Tokens
-    without a placeholder of their own share `s`, and count on: <s0><s1>, <s2><s3>."""
-    out: list[Placeholder] = []
+    """One for each token, in the same order.
+
+    The vocabulary entries are the token's `placeholder` with a number: <bird0><bird1>. Tokens without one share `s` and
+    are numbered together: <s0><s1> for the first, <s2><s3> for the second.
+    """
+    result: list[Placeholder] = []
     used: dict[str, int] = {}
     for token in tokens:
-        word = token.placeholder or PLACEHOLDER
-        start = used.get(word, 0)
-        used[word] = start + token.vectors
-        out.append(
-            Placeholder(token.name, tuple(f"<{word}{start + i}>" for i in range(token.vectors)), token.initializer)
-        )
-    return tuple(out)
+        word = token.placeholder or DEFAULT_WORD
+        first = used.get(word, 0)
+        used[word] = first + token.vectors
+        entries = tuple(f"<{word}{number}>" for number in range(first, first + token.vectors))
+        result.append(Placeholder(token.name, entries, token.initializer))
+    return tuple(result)
 
 
 def vocabulary_entries(placeholders: Iterable[Placeholder]) -> list[str]:
@@ -57,19 +59,19 @@ def vocabulary_entries(placeholders: Iterable[Placeholder]) -> list[str]:
     return [entry for placeholder in placeholders for entry in placeholder.entries]
 
 
-def _pattern(names: Sequence[str]) -> re.Pattern[str]:
-    longest_first = sorted(names, key=len, reverse=True)
-    return re.compile(r"(?<![A-Za-z0-9_])(" + "|".join(map(re.escape, longest_first)) + r")(?![A-Za-z0-9_])")
-
-
 def tokens_in_caption(caption: str, placeholders: Sequence[Placeholder]) -> set[str]:
-    """The names of the tokens that a caption contains, as whole words: TOK is not in TOK2 or TOKYO."""
+    """The names of the tokens in a caption, as whole words: TOK is not in TOK2 or TOKYO."""
     return set(_pattern([p.name for p in placeholders]).findall(caption)) if placeholders else set()
 
 
 def expand_placeholders(caption: str, placeholders: Sequence[Placeholder]) -> str:
-    """Replace every token's name by its vocabulary entries: "a TOK" -> "a <s0><s1>"."""
+    """The caption with vocabulary entries in place of each token's name: "a TOK" -> "a <s0><s1>"."""
     if not placeholders:
         return caption
-    text = {p.name: p.text for p in placeholders}
-    return _pattern(list(text)).sub(lambda match: text[match.group(1)], caption)
+    texts = {p.name: p.text for p in placeholders}
+    return _pattern(list(texts)).sub(lambda match: texts[match.group(1)], caption)
+
+
+def _pattern(names: Sequence[str]) -> re.Pattern[str]:
+    longest_first = sorted(names, key=len, reverse=True)
+    return re.compile(r"(?<![A-Za-z0-9_])(" + "|".join(map(re.escape, longest_first)) + r")(?![A-Za-z0-9_])")

@@ -35,7 +35,7 @@ def _class_image_faults(waiting: Sequence[Job]) -> Iterator[Fault]:
         folder = Path(prior.images)
         other, other_prior = first_job.setdefault(folder, (job, prior))
         count = max(prior.count, other_prior.count)
-        if class_images.is_users_own(folder) and not class_images.needs_filling(folder, count):
+        if class_images.has_no_note(folder) and not class_images.needs_filling(folder, count):
             continue  # none is made, and whether they suit both prompts is for the user to decide
         if prior.prompt != other_prior.prompt:
             yield job.source.fault(

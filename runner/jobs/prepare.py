@@ -248,10 +248,10 @@ def _prior_faults(spec: Spec, runs: Path) -> list[KeyMessage]:
     if prior is None:
         return []
     folder = Path(prior.images)
-    if wrong_place := class_images.misplaced_folder(folder, prior.count, runs):
+    if wrong_place := class_images.folder_fault(folder, prior.count, runs):
         return [("prior.images", wrong_place)]
     base = identity_of(spec.model.base, spec.model.revision)
-    fault = class_images.prompt_disagreement(folder, prior.prompt, base)
+    fault = class_images.note_fault(folder, prior.prompt, base)
     return [fault] if fault else []
 
 

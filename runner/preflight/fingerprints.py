@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from runner.core.errors import FluxrunError
 from runner.data import images
-from runner.data.image_files import is_animated
+from runner.data.image_formats import is_animated
 from runner.data.images import Picture
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class ImageFingerprint:
 def fingerprint_image(picture: Picture) -> ImageFingerprint | str:
     """The fingerprint, after decoding the whole image as training would; or a message why it cannot be read."""
     try:
-        with images.in_turn(picture):
+        with images.one_large_at_a_time(picture):
             return _fingerprint(picture)
     except FluxrunError as error:
         return str(error)

@@ -31,7 +31,9 @@ def pictures_of(job: Job) -> tuple[Picture, ...]:
 def _class_pictures(job: Job) -> tuple[Picture, ...]:
     prior = job.spec.prior
     return (
-        class_images.pictures(Path(prior.images), prior.count, prior.prompt) if prior and job.was_read("prior") else ()
+        class_images.class_pictures(Path(prior.images), prior.count, prior.prompt)
+        if prior and job.was_read("prior")
+        else ()
     )
 
 
@@ -245,7 +247,7 @@ def _class_images(job: Job, fingerprints: Fingerprints) -> Iterator[Finding]:
     prior = job.spec.prior
     if prior is None or not job.was_read("prior"):
         return
-    yield from _unused_files(job, "prior.images", class_images.contents(Path(prior.images)))
+    yield from _unused_files(job, "prior.images", class_images.scan(Path(prior.images)))
     pictures = _class_pictures(job)
     side = max(resolutions(job.spec))
     by_name = [(picture.name.removeprefix("class/"), fingerprints[picture.location]) for picture in pictures]

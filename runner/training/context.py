@@ -109,7 +109,7 @@ class RunContext:
     @cached_property
     def class_pictures(self) -> tuple[Picture, ...]:
         prior = self.spec.prior
-        return class_images.pictures(Path(prior.images), prior.count, prior.prompt) if prior else ()
+        return class_images.class_pictures(Path(prior.images), prior.count, prior.prompt) if prior else ()
 
     @property
     def eval_points(self) -> tuple[tuple[CropView, tuple[float, ...]], ...]:
@@ -172,10 +172,10 @@ class RunContext:
             by_picture.setdefault(view.picture, []).append(view)
 
         def crops_of(picture: Picture) -> list[tuple[CropView, Any]]:
-            with images.in_turn(picture):
+            with images.one_large_at_a_time(picture):
                 upright = images.decode(picture)
                 return [
-                    (view, images.pixels(
+                    (view, images.cropped_pixels(
                         upright, picture.name, view.size, variant=view.variant, variants=self.variants,
                         center=data.center_crop, flip=data.random_flip, interpolation=data.interpolation, seed=seed,
                     ))

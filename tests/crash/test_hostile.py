@@ -304,7 +304,7 @@ def test_class_images_and_columns_are_opened_as_narrowly(tmp_path: Path) -> None
     from runner.data import class_images, images, sources
 
     (tmp_path / "1.png").write_bytes(picture("EPS"))
-    [one] = class_images.pictures(tmp_path, 1, "a thing")
+    [one] = class_images.class_pictures(tmp_path, 1, "a thing")
     (tmp_path / "rows").mkdir()
     rows = {"image": [{"bytes": picture("EPS"), "path": "1.png"}], "text": ["a thing"]}
     Dataset.from_dict(rows).to_parquet(tmp_path / "rows" / "0.parquet")

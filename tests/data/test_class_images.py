@@ -238,7 +238,7 @@ def test_class_images_exchanged_before_they_are_read_are_noticed(house: House, m
         0,
         "a: skipped, done (same spec, data and base; its exports are there)",
     )
-    assert class_images.prompt_disagreement(folder, "a dog", identity_of("builtin:tiny", None)) is not None
+    assert class_images.note_fault(folder, "a dog", identity_of("builtin:tiny", None)) is not None
 
 
 def test_a_place_where_no_class_images_can_be_made_is_told(house: House) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from runner.data import image_files, images, sources
+from runner.data import image_formats, images, sources
 from runner.data.image_files import scan_folder
 from tests.support.house import House
 from tests.support.paths import PICTURES, PROJECT
@@ -48,7 +48,7 @@ def check(house: House, code: int = 0) -> list[str]:
 
 
 def without_heif(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(image_files, "find_spec", lambda name: None)
+    monkeypatch.setattr(image_formats, "find_spec", lambda name: None)
 
 
 SHOWN = "note: a.toml:5: data.source: training pictures: {} at 64x64; 6 steps show each {} times"
@@ -73,7 +73,7 @@ def test_what_looks_like_a_picture_and_is_not_used_is_told_with_why(
         "warning: a.toml:5: data.source: 9 files look like pictures and are not used",
         "    dangling.png: a link to a file that is not there",
         "    drawing.svg, layers.psd: a drawing program's own file; save it as PNG",
-        "    linked: a link to a folder, which is not looked into; put the pictures themselves there",
+        "    linked: a link to a folder, which is not searched; put the pictures themselves there",
         "    new.jxl: of a format that is not read; save it as PNG or JPEG",
         '    photo.heic, two.HEIC: HEIC, which needs pillow-heif; pip install "fluxrun[heic]"',
         "    pipe.png: not a regular file",
@@ -408,9 +408,9 @@ def test_the_largest_picture_that_is_read(pics: Path) -> None:
         assert opened.size == (16384, 16384)
 
 
-@pytest.mark.parametrize("ending", sorted(image_files.FORMAT_BY_ENDING))
+@pytest.mark.parametrize("ending", sorted(image_formats.FORMAT_BY_ENDING))
 def test_every_ending_that_is_read_is_of_a_decoder_that_is_named(pics: Path, ending: str) -> None:
-    path = drawn(pics / f"x{ending}", 3, format=image_files.FORMAT_BY_ENDING[ending])
+    path = drawn(pics / f"x{ending}", 3, format=image_formats.FORMAT_BY_ENDING[ending])
     assert path in scan_folder(pics).pictures
     assert images.decode(images.Picture("x", str(path), "a", sources.opener(path))).size == (96, 96)
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from runner.core.errors import FluxrunError
-from runner.data.images import Picture, decode, measure, pixels
+from runner.data.images import Picture, cropped_pixels, decode, measure
 from tests.support.paths import PICTURES
 from tests.support.picture_folders import pairs, read
 
@@ -26,7 +26,7 @@ def test_a_held_out_picture_is_not_trained_on_whatever_the_seed() -> None:
 
 def cut(image: Image.Image, size: tuple[int, int] = (64, 64), **more: object) -> np.ndarray:
     settings = {"variant": 0, "variants": 1, "center": False, "flip": False, "interpolation": "lanczos", "seed": 0}
-    return pixels(image, "x", size, **{**settings, **more})  # type: ignore[arg-type]
+    return cropped_pixels(image, "x", size, **{**settings, **more})  # type: ignore[arg-type]
 
 
 RAMP = Image.fromarray(np.tile(np.arange(200, dtype=np.uint8)[None, :, None], (100, 1, 3)))

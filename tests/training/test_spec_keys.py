@@ -403,7 +403,7 @@ def test_workers_decode(stocked: House, workers: int, monkeypatch: pytest.Monkey
     assert [view for view, _ in made] == by_picture  # each is decoded once, for all its views
     for view, cut in made:
         upright = images.decode(view.picture)
-        wanted = images.pixels(
+        wanted = images.cropped_pixels(
             upright, view.picture.name, view.size, variant=view.variant, variants=found.variants, center=True, flip=False,
             interpolation="lanczos", seed=0,
         )  # fmt: skip

@@ -30,9 +30,9 @@ def prior_phase(context: RunContext) -> None:
     with locks.hold_lock(lock, timeout=math.inf, on_wait=context.check_stop):
         base_model = context.base_identity
         # checked again here, because the other run may have filled it since the queue began
-        if disagreement := class_images.prompt_disagreement(folder, prior.prompt, base_model):
+        if disagreement := class_images.note_fault(folder, prior.prompt, base_model):
             raise FluxrunError(f"{disagreement[0]}: {disagreement[1]}")
-        existing = len(class_images.paths(folder))
+        existing = len(class_images.image_paths(folder))
         context.event_log.message(
             f"prior: {existing} class images in {folder}, {max(0, prior.count - existing)} to make"
         )
@@ -50,7 +50,7 @@ def prior_phase(context: RunContext) -> None:
         pipe = context.family.image_pipeline(base, transformer)
         context.event_log.begin_phase("class images", existing, prior.count, "images")
         number = 0
-        while (existing := len(class_images.paths(folder))) < prior.count:
+        while (existing := len(class_images.image_paths(folder))) < prior.count:
             numbers: list[int] = []
             while len(numbers) < min(prior.batch_size, prior.count - existing):
                 if not class_images.generated_path(folder, number).exists():
