@@ -42,7 +42,7 @@ def test_a_halved_micro_batch_is_the_same_batch(house: House, monkeypatch: pytes
     )
     other = oracle.Oracle(spec, TINY)
     start = other.tensors()
-    monkeypatch.setattr(Run, "split", lambda self, batch_size: 2)
+    monkeypatch.setattr(Run, "micro_batch_parts", lambda self, batch_size: 2)
     said = house.fluxrun("queue", spec)
     assert said.code == 0, said.err
     far = too_far(differences(house.folder / "runs" / "a", other.train(), start), FP32)

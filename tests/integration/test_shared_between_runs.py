@@ -287,7 +287,7 @@ def test_what_has_just_learned_encodes_the_captions(house: House, monkeypatch: p
     assert len(seen) == 2  # to learn, and to read the exported rows back
     together = exports(house, "a")
     (house.folder / "runs").rename(house.folder / "runs-before")
-    monkeypatch.setattr(LiveEncoder, "holds", lambda self, weights: False)
+    monkeypatch.setattr(LiveEncoder, "matches", lambda self, weights: False)
     assert house.fluxrun("queue", "a.toml").code == 0
     assert len(seen) == 2 + 3
     assert exports(house, "a") == together
