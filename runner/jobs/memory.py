@@ -1,5 +1,4 @@
-"""How much memory each phase of a plan needs at most, by formula. tools/bench/memory.py compares it with
-measurements."""
+"""How much memory each phase of a plan needs at most, by formula; tools/bench/memory.py compares it with reality."""
 
 from __future__ import annotations
 
@@ -32,13 +31,11 @@ from runner.spec.schema import Spec
 LARGE = ("transformer", "text_encoder_2")  # the parts that model.quantize and model.offload change
 
 # What kernels and libraries allocate for themselves. On a GPU: cuBLAS's workspace, 8 x 4 MiB (device.prepare_device)
-# for each of two threads. On a CPU: code of the libraries, which is loaded at its first use; training loads more of it.
-# Measured.
+# for each of two threads. On a CPU: code of the libraries, loaded at its first use, more of it in training. Measured.
 GPU_WORKSPACE = 64 << 20
 CPU_WORKSPACE, CPU_WORKSPACE_TRAINED = 26 << 20, 47 << 20
 
-# What a card must have besides: CUDA's context and kernels, and the share that torch's allocator loses to
-# fragmentation.
+# What a card must have besides: CUDA's context and kernels, and what torch's allocator loses to fragmentation.
 CONTEXT, FRAGMENTS = 0.75 * 2**30, 0.05
 HEAP_HOLES = 0.6  # on a CPU glibc's heap fragments: up to a half of the activations without checkpointing; measured
 

@@ -143,8 +143,7 @@ class Template:
     """What `fluxrun new --template` writes.
 
     tables: in their order; written: values of the lines that are not commented out, by dotted key; short: the keys of
-    --short; sweep: an example; shown: values of commented lines, where those of EXAMPLES are not this template's
-    defaults.
+    --short; sweep: an example; shown: values of commented lines that differ from EXAMPLES.
     """
 
     what: str
