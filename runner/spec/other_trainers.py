@@ -223,7 +223,7 @@ NO_KEY: Mapping[str, str] = {
     "sample_every_n_epochs": f"{IN_STEPS}, by validate.every",
     "save_last_n_steps": "checkpoint.keep is the number of checkpoints kept",
     "save_model_as": "exports are safetensors",
-    "device": "choose devices with `fluxrun queue --gpus`",
+    "device": "choose devices with --gpus of `fluxrun queue`",
     "local_rank": "compute.gpus is the number of GPUs of a run",
     "upcast_before_saving": "trained weights are kept in fp32",
 }  # fmt: skip
