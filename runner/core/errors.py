@@ -74,34 +74,44 @@ class SpecError(FluxrunError):
 
 
 class InterruptedRunError(FluxrunError):
+    """A run was asked to stop, and has saved."""
+
     exit_code = 3
     code = ExitCode.STOPPED
 
 
 class DiskError(FluxrunError):
+    """The disk is full, failing or gone."""
+
     exit_code = 3
     code = ExitCode.DISK
 
 
 class LockHeldError(FluxrunError):
+    """Another process holds the lock or the lease."""
+
     exit_code = 3
     code = ExitCode.LOCKED
 
 
 class UnreachableError(FluxrunError):
+    """The hub does not answer."""
+
     code = ExitCode.UNREACHABLE
 
 
 class RunMismatchError(FluxrunError):
-    pass
+    """A run folder does not hold the run that is asked for."""
 
 
 class NonFiniteError(FluxrunError):
+    """The loss or the gradients are NaN or infinite."""
+
     code = ExitCode.NOT_FINITE
 
 
 class BadFileError(FluxrunError):
-    pass
+    """A file that cannot be read, or does not verify."""
 
 
 DISK_ERRNOS = {

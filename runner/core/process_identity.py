@@ -53,6 +53,7 @@ class Process:
 
     @property
     def is_alive(self) -> bool:
+        """Whether this very process still runs, and not another one with its PID."""
         return self.boot == _boot() and _exists(self.pid) and _started(self.pid) == self.started
 
 

@@ -48,12 +48,8 @@ def train_on_ranks(
         for rank in range(1, count):
             request = {"spec": dump(spec), "runs": str(runs.resolve()), "rank": rank, "count": count, "port": store.port,
                        "device": torch_device.type, "key": key, "micro_batch_parts": micro_batch_parts, "parent": os.getpid()}  # fmt: skip
-            command = [
-                sys.executable,
-                "-P",
-                "-m",
-                "runner.engine.multi_gpu",
-            ]  # -P: import nothing from the user's folder
+            # -P: import nothing from the user's folder
+            command = [sys.executable, "-P", "-m", "runner.engine.multi_gpu"]
             helper = subprocess.Popen(command, stdin=subprocess.PIPE, text=True)
             helpers.append(helper)
             assert helper.stdin is not None

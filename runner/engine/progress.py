@@ -89,6 +89,7 @@ class Screen:
         return max(max(running, default=0.0), (sum(running) + self.later_steps * step_seconds) / self.slots)
 
     def end_bar(self, run: str) -> None:
+        """Remove the run's bar, and the live display with the last bar."""
         progress = self.runs.get(run)
         if progress is not None and progress.task is not None:
             self.live.remove_task(progress.task)
@@ -97,6 +98,7 @@ class Screen:
                 self.live.stop()
 
     def end_run(self, run: str) -> None:
+        """Remove the run from the display and from the queue's estimate."""
         self.end_bar(run)
         self.runs.pop(run, None)
 

@@ -42,6 +42,7 @@ class QueuedRun:
         return self.job.plan.name
 
     def begin_attempt(self, *, on_gpu: bool) -> None:
+        """Forget what is known of the attempt before."""
         self.first_step, self.reason = self.newest_checkpoint(), ""
         self.last_event, self.slowest_step, self.hung = time.monotonic(), None, False
         self.on_gpu = on_gpu

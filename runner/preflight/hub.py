@@ -101,6 +101,7 @@ def check_push(job: Job, login: hub.Login) -> Iterator[Finding]:
 
 
 def check_wandb(job: Job) -> Iterator[Finding]:
+    """Whether W&B has a login, where the spec tracks to it."""
     if "wandb" not in job.spec.track.to or os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
         return
     if not (os.environ.get("WANDB_API_KEY") or _in_netrc()):
