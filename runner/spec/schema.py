@@ -34,6 +34,7 @@ VERSION_TABLE = "fluxrun"  # only in the specs that fluxrun writes into run fold
 
 
 def key(default: Any, description: str) -> Any:
+    """A key with a default, and its meaning."""
     return Field(default=default, description=description)
 
 

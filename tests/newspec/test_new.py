@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from runner.newspec.from_diffusers import read_command
-from runner.newspec.template import TEMPLATES
+from runner.newspec.template_tables import TEMPLATES
 from runner.spec.loader import load
 from tests.support.house import House
 from tests.support.paths import PICTURES

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from runner.newspec.template import INSTEAD, NEEDED, TEMPLATES
+from runner.newspec.template import NEEDED
+from runner.newspec.template_tables import INSTEAD, TEMPLATES
 from runner.spec.keys import spec_keys
 from runner.spec.loader import load
 from runner.spec.schema import dump
