@@ -50,7 +50,7 @@ def folder_fault(folder: Path, count: int, runs: Path) -> str | None:
     if not needs_filling(folder, count):
         return None
     if not os.access(existing, os.W_OK | os.X_OK):
-        return f"class images cannot be made in {folder}: {existing} is not writable; name another folder"
+        return f"class images cannot be generated in {folder}: {existing} is not writable; name another folder"
     if folder.resolve() == runs.resolve():
         return f"this is the runs folder {runs}; name another folder"
     for path in (folder, *folder.parents):

@@ -12,7 +12,8 @@ from runner.core.humanize import format_bytes
 from runner.data.images import Pictures
 from runner.jobs import card_fit, memory
 from runner.jobs.prepare import draft_spec, plan_of
-from runner.newspec.template import NewError, Values
+from runner.newspec.template import NewError
+from runner.newspec.template_tables import Values
 from runner.plan.phases import Plan
 from runner.spec.schema import Spec
 

@@ -14,7 +14,8 @@ from runner.newspec.card import card_bytes, fitting_values
 from runner.newspec.from_diffusers import draft_text, read_command
 from runner.newspec.pictures import FolderFindings, inspect_folder
 from runner.newspec.shell_command import CommandError
-from runner.newspec.template import SCHEMA_LINE, TEMPLATES, NewError, Values, new_spec
+from runner.newspec.template import SCHEMA_LINE, NewError, new_spec
+from runner.newspec.template_tables import TEMPLATES, Values
 from runner.plan.faults import PlanError
 from runner.spec.run_names import to_run_name
 from runner.spec.toml_text import toml_value

@@ -23,7 +23,7 @@ from runner.newspec.diffusers_flags import (
     Number,
 )
 from runner.newspec.shell_command import CommandError, parse_command
-from runner.newspec.template import DEFAULT_BASE
+from runner.newspec.template_tables import DEFAULT_BASE
 from runner.spec.run_names import to_run_name
 from runner.spec.toml_text import toml_line
 

@@ -18,7 +18,8 @@ from runner.data.buckets import SIZE_MULTIPLE, Size, bucket_sizes, nearest_bucke
 from runner.data.image_files import metadata_of
 from runner.data.images import DataError, Pictures
 from runner.data.metadata import IMAGE_COLUMN, columns_of
-from runner.newspec.template import NewError, Values
+from runner.newspec.template import NewError
+from runner.newspec.template_tables import Values
 
 OPTION = "--pictures"
 SIDES = (1024, 768, 512)  # usual sizes to train FLUX.1 at; smaller pictures get a size of their own

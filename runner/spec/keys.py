@@ -86,6 +86,7 @@ def dotted_key(path: KeyPath) -> str:
 
 
 def key_at(path: KeyPath) -> SpecKey | None:
+    """None for a key that no spec has."""
     return spec_keys().get(dotted_key(path))
 
 

@@ -93,6 +93,7 @@ class ExistingRuns:
 
     @classmethod
     def below(cls, runs: Path) -> ExistingRuns:
+        """Reads the runs folder, which need not exist."""
         names = names_in(runs)
         nested = {name.partition("/")[0].lower(): name for name in reversed(names) if "/" in name}
         above = (runs.absolute(), *runs.absolute().parents)

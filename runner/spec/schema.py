@@ -34,6 +34,7 @@ VERSION_TABLE = "fluxrun"  # only in the specs that fluxrun writes into run fold
 
 
 def key(default: Any, description: str) -> Any:
+    """A key with a default, and its meaning."""
     return Field(default=default, description=description)
 
 
@@ -113,8 +114,8 @@ class Token(Table):
     initializer: Line | None = key(None, "Phrase whose embeddings the vectors start from; random if not set")
     placeholder: Annotated[str, Field(pattern=r"^[a-z]([a-z0-9-]*[a-z])?$", max_length=32)] | None = key(
         None,
-        'Word that names its vocabulary entries, of a-z, 0-9 and -, with a letter at both ends: "bird" gives <bird0><bird1>; '
-        "default s, counted over all tokens",
+        'Base name of the vocabulary entries, of a-z, 0-9 and -, with a letter first and last: "bird" gives <bird0><bird1>; '
+        "default s, numbered across all tokens",
     )
 
 
@@ -263,7 +264,8 @@ class Checkpoint(Table):
     every: Natural = key(100, "Number of steps between checkpoints")
     minutes: Positive | None = key(None, "Minutes between checkpoints, in addition to checkpoint.every")
     keep: Natural = key(
-        2, "Number of checkpoints kept, in addition to those of the ends of phases and of the best step evaluated"
+        2,
+        "Number of newest checkpoints to keep; the last one of each phase and the one with the lowest eval loss are kept too",
     )
 
 
@@ -276,7 +278,7 @@ class Validate(Table):
     every: Natural | None = key(None, "Number of steps between sample pictures")
     loss: bool = key(
         True,
-        "Measure the eval loss at the end, and every `every` steps: nine forward passes, or nine for each held-out image",
+        "Compute the eval loss at the end and every validate.every steps; costs nine forward passes, or nine per held-out image",
     )
     count: Natural = key(1, "Number of pictures per prompt")
     steps: Natural = key(28, "Number of sampling steps per picture")

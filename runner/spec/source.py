@@ -39,6 +39,7 @@ class SpecOrigin:
         return location_of(self.locations, path) or (self.file, 1)
 
     def fault(self, key: str, message: str) -> Fault:
+        """At the line of a dotted key."""
         return Fault(*self.location(key), key, self.relative(key, message))
 
     def relative(self, key: str, message: str) -> str:

@@ -38,10 +38,12 @@ def parse_error(lines: Sequence[str]) -> ParseError | None:
 
 
 def is_value(text: str) -> bool:
+    """Whether the text is one TOML value."""
     return parse_error([f"a = {text}"]) is None
 
 
 def without_comment(text: str) -> str:
+    """The text before a # that is outside of quotes."""
     before = re.match(r"""(?:"(?:\\.|[^"\\])*"|'[^']*'|[^"'#])*""", text)
     return before[0].rstrip() if before and before[0].strip() else text.rstrip()
 

@@ -24,7 +24,7 @@ def test_buckets_are_those_of_diffusers(side: int) -> None:
         assert buckets.nearest_bucket((width, height), ours) == ours[at]
 
 
-def test_groups_hold_every_picture_once_per_resolution() -> None:
+def test_every_picture_is_in_one_group_per_resolution() -> None:
     sizes = [(640, 480), (480, 640), (500, 500), (1000, 100)]
     assert buckets.group_by_bucket(sizes, (64,), buckets=False) == {(64, 64): (0, 1, 2, 3)}
     assert buckets.group_by_bucket(sizes, (64, 32), buckets=False) == {(32, 32): (0, 1, 2, 3), (64, 64): (0, 1, 2, 3)}
@@ -51,7 +51,7 @@ def test_batches_show_every_view_equally_often_and_never_mix_sizes() -> None:
     assert all(found == sorted(set(found)) for found in epochs.values())  # the n-th showing is told as the n-th
 
 
-def test_one_size_is_shuffled_epochs_laid_end_to_end() -> None:
+def test_views_of_one_size_are_shown_in_shuffled_epochs() -> None:
     counts = {(64, 64): 9}
     drawn = [
         buckets.draw_batch(0, step, micro, images=3, accumulate=2, counts=counts)

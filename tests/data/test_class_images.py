@@ -62,7 +62,7 @@ def faults(house: House, *specs: Path | str, command: str = "plan") -> list[str]
 
 
 @pytest.mark.parametrize("command", ["plan", "queue"])
-def test_two_prompts_for_one_folder(house: House, command: str) -> None:
+def test_two_prompts_for_one_folder_are_refused(house: House, command: str) -> None:
     spec(house, "a", "a green circle")
     spec(house, "b", "a blue square")
     spec(house, "c", "a green circle")
@@ -74,7 +74,7 @@ def test_two_prompts_for_one_folder(house: House, command: str) -> None:
     assert not (house.folder / "runs").exists()
 
 
-def test_check_says_the_same(house: House) -> None:
+def test_check_refuses_two_prompts_for_one_folder(house: House) -> None:
     spec(house, "a", "a green circle")
     spec(house, "b", "a blue square")
     said = house.fluxrun("check", "a.toml", "b.toml")
@@ -95,7 +95,7 @@ def test_a_sweep_of_prompts_cannot_share_a_folder(house: House) -> None:
     ]
 
 
-def test_two_bases_for_one_folder(house: House) -> None:
+def test_two_bases_for_one_folder_are_refused(house: House) -> None:
     """A copy of a base is the same base; one with another file is not."""
     spec(house, "a", "a circle")
     copy = house.folder / "base"
@@ -127,7 +127,7 @@ def test_a_folder_that_the_user_filled_serves_every_prompt(house: House) -> None
     assert house.fluxrun("plan", *specs).code == 2
 
 
-def test_pictures_that_another_run_makes_are_not_trained_on(house: House) -> None:
+def test_class_images_of_another_run_are_not_training_images(house: House) -> None:
     (house.folder / "mine").mkdir()
     shutil.copy(PICTURES / "01.png", house.folder / "mine" / "1.png")
     spec(house, "a", "a circle", images="mine/classes")
@@ -160,7 +160,7 @@ def test_a_note_of_another_base_is_refused(house: House) -> None:
     assert "made by builtin:tiny, whose files have changed since then" in house.fluxrun("plan", path).err
 
 
-def test_notes_that_name_the_base_alone(house: House) -> None:
+def test_old_notes_name_only_the_base(house: House) -> None:
     """Earlier versions wrote them, even into folders in which they had made nothing."""
     path, folder = spec(house, "a", "a circle"), house.folder / "classes"
     for base in ("builtin:tiny", "/gone/since", str(BUILTIN["builtin:tiny"])):
@@ -199,7 +199,7 @@ def test_a_run_that_finds_the_folder_filled_for_another_prompt_fails(
     assert sorted(one.name for one in folder.iterdir()) == [".lock", "class-00000.png", "fluxrun-prior.json"]
 
 
-def test_the_first_to_lock_the_folder_has_it(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_filled_for_another_prompt_is_left_unchanged(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("runner.training.phases.prior.STEPS", 2)
     first, second = (context_of(spec(house, name, prompt)) for name, prompt in (("a", "a circle"), ("b", "a star")))
     prior_phase(first)
@@ -214,7 +214,7 @@ def test_the_first_to_lock_the_folder_has_it(house: House, monkeypatch: pytest.M
     assert {path.name: path.read_bytes() for path in (house.folder / "classes").iterdir()} == before
 
 
-def test_class_images_exchanged_before_they_are_read_are_noticed(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_class_images_replaced_before_training_are_noticed(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     """And a run that is done no longer minds what becomes of the folder."""
     from runner.training import run as training_run
     from runner.training.phases.encode import encode_phase
@@ -241,7 +241,7 @@ def test_class_images_exchanged_before_they_are_read_are_noticed(house: House, m
     assert class_images.note_fault(folder, "a dog", identity_of("builtin:tiny", None)) is not None
 
 
-def test_a_place_where_no_class_images_can_be_made_is_told(house: House) -> None:
+def test_a_folder_where_class_images_cannot_be_generated(house: House) -> None:
     house.write("a-file", "")
     run = house.folder / "runs" / "old"
     run.mkdir(parents=True)

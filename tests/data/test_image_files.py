@@ -57,7 +57,7 @@ SHOWN = "note: a.toml:5: data.source: training pictures: {} at 64x64; 6 steps sh
 # ---- pictures ------------------------------------------------------------------------------------------------------
 
 
-def test_what_looks_like_a_picture_and_is_not_used_is_told_with_why(
+def test_unused_picture_files_are_reported_with_the_reason(
     house: House, pics: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     without_heif(monkeypatch)
@@ -82,7 +82,7 @@ def test_what_looks_like_a_picture_and_is_not_used_is_told_with_why(
     ]
 
 
-def test_what_is_hidden_is_nobodys_picture(house: House, pics: Path) -> None:
+def test_hidden_files_are_skipped(house: House, pics: Path) -> None:
     """AppleDouble files, a notebook's copies, an Explorer's thumbnails: neither used nor counted nor told."""
     (pics / "._p0.png").write_bytes(b"\0\x05\x16\x07")
     (pics / "._p0.txt").write_bytes(b"\0\x05\x16\x07")
@@ -96,7 +96,7 @@ def test_what_is_hidden_is_nobodys_picture(house: House, pics: Path) -> None:
     ]
 
 
-def test_formats_that_are_read(house: House, pics: Path) -> None:
+def test_formats_read(house: House, pics: Path) -> None:
     """An animation's first frame; whatever the case of an ending."""
     drawn(pics / "still.gif", 3)
     drawn(pics / "modern.avif", 4)
@@ -114,7 +114,7 @@ def test_formats_that_are_read(house: House, pics: Path) -> None:
         assert np.array_equal(np.asarray(found["still.gif"]), np.asarray(still.convert("RGB")))
 
 
-def test_heic_with_the_extra(house: House, pics: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_heic_is_read_with_pillow_heif(house: House, pics: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And a telephone's picture that is JPEG by its name alone."""
     pillow_heif = pytest.importorskip("pillow_heif", reason='needs pip install "fluxrun[heic]"')
     pillow_heif.from_pillow(Image.new("RGB", (64, 64), (200, 40, 40))).save(pics / "photo.heic")
@@ -132,7 +132,7 @@ def test_heic_with_the_extra(house: House, pics: Path, monkeypatch: pytest.Monke
     )
 
 
-def test_a_folder_with_nothing_that_is_read_says_what_lies_there(
+def test_a_folder_without_readable_pictures_lists_its_files(
     house: House, pics: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     without_heif(monkeypatch)
@@ -144,7 +144,7 @@ def test_a_folder_with_nothing_that_is_read_says_what_lies_there(
     )
 
 
-def test_pictures_that_the_metadata_does_not_name(house: House, pics: Path) -> None:
+def test_pictures_not_named_in_the_metadata_are_reported(house: House, pics: Path) -> None:
     (pics / "metadata.jsonl").write_text('{"file_name": "./p0.png", "text": "a TOK"}\n')
     (pics / "p0.txt").write_text("not read")
     assert check(house) == [
@@ -156,7 +156,7 @@ def test_pictures_that_the_metadata_does_not_name(house: House, pics: Path) -> N
     ]
 
 
-def test_metadata_files_that_are_not_read(house: House, pics: Path) -> None:
+def test_unused_metadata_files_are_reported(house: House, pics: Path) -> None:
     (pics / "below").mkdir()
     for name in ("metadata.json", "below/metadata.jsonl"):
         (pics / name).write_text("{}")
@@ -174,9 +174,7 @@ def test_metadata_files_that_are_not_read(house: House, pics: Path) -> None:
     ]
 
 
-def test_a_preview_beside_parquet_files_does_not_hide_them(
-    house: House, pics: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_previews_beside_parquet_files_are_ignored(house: House, pics: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from datasets import Dataset, config
 
     monkeypatch.setattr(config, "HF_DATASETS_CACHE", house.folder / "datasets")
@@ -193,7 +191,7 @@ def test_a_preview_beside_parquet_files_does_not_hide_them(
     assert [one.name for one in sources.read_source(source).items] == ["p0.png", "preview.gif"]
 
 
-def test_class_images_are_chosen_alike(house: House, pics: Path) -> None:
+def test_class_images_are_scanned_like_training_images(house: House, pics: Path) -> None:
     folder = house.folder / "classes"
     folder.mkdir()
     (folder / "._a.png").write_bytes(b"\0")
@@ -213,7 +211,7 @@ def test_class_images_are_chosen_alike(house: House, pics: Path) -> None:
     ]
 
 
-def test_a_folder_without_such_files_keeps_its_fingerprint(tmp_path: Path) -> None:
+def test_the_fingerprint_depends_only_on_what_is_read(tmp_path: Path) -> None:
     """By the formula of the first versions: names, captions and bytes of what is read, whatever else lies there."""
     from runner.core.hashing import content_key, sha256_file
 
@@ -233,7 +231,7 @@ def test_a_folder_without_such_files_keeps_its_fingerprint(tmp_path: Path) -> No
 # ---- captions ------------------------------------------------------------------------------------------------------
 
 
-def test_captions_whatever_the_case_of_their_ending(house: House, pics: Path) -> None:
+def test_caption_endings_in_any_case(house: House, pics: Path) -> None:
     for index in range(2):
         (pics / f"p{index}.TXT").write_text(f"own words {index} of TOK")
     assert check(house) == [SHOWN.format(2, 3)]
@@ -245,7 +243,7 @@ def test_captions_whatever_the_case_of_their_ending(house: House, pics: Path) ->
     ]
 
 
-def test_what_looks_like_a_caption_and_is_not_read(house: House, pics: Path) -> None:
+def test_unread_caption_files_are_reported(house: House, pics: Path) -> None:
     (pics / "p0.caption").write_text("a TOK on a hill")
     (pics / "p1.json").write_text("{}")
     (pics / "p1.txt").symlink_to("nowhere.txt")
@@ -264,7 +262,7 @@ def test_what_looks_like_a_caption_and_is_not_read(house: House, pics: Path) -> 
     )
 
 
-def test_two_pictures_of_one_caption(house: House, pics: Path) -> None:
+def test_two_pictures_that_share_a_caption_file(house: House, pics: Path) -> None:
     drawn(pics / "p0.jpg", 8)
     (pics / "p0.txt").write_text("words of TOK")
     assert check(house) == [
@@ -331,7 +329,7 @@ def test_one_wrong_column_is_one_fault(house: House, pics: Path) -> None:
     ]
 
 
-def test_copies_are_a_line_a_group(house: House, pics: Path) -> None:
+def test_copies_of_a_picture_are_one_line_per_group(house: House, pics: Path) -> None:
     for index in range(2, 9):
         shutil.copy(pics / "p0.png", pics / f"p{index}.png")
     with Image.open(pics / "p1.png") as image:
@@ -347,7 +345,7 @@ def test_copies_are_a_line_a_group(house: House, pics: Path) -> None:
     ]
 
 
-def test_a_thousand_copies_take_no_time() -> None:
+def test_a_thousand_copies_are_compared_quickly() -> None:
     from time import process_time
 
     from runner.preflight.fingerprints import ImageFingerprint, find_duplicates
@@ -376,7 +374,7 @@ def blank(path: Path, width: int, height: int, *, whole: bool = True) -> Path:
     return path
 
 
-def test_a_large_scan_is_read_without_a_word(house: House, pics: Path) -> None:
+def test_a_large_scan_is_read_without_warnings(house: House, pics: Path) -> None:
     """Of more pixels than Pillow warns of; and no warning of Pillow's reaches the terminal, of broken EXIF neither."""
     blank(pics / "scan.png", 9500, 9500)
     drawn(pics / "p2.jpg", 2, exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x05\x01\x12")
@@ -391,7 +389,7 @@ def test_a_large_scan_is_read_without_a_word(house: House, pics: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [(30000, 20000), (16385, 16384)])
-def test_a_picture_that_is_too_large(house: House, pics: Path, size: tuple[int, int]) -> None:
+def test_a_picture_with_too_many_pixels_is_refused(house: House, pics: Path, size: tuple[int, int]) -> None:
     blank(pics / "scan.png", *size, whole=False)
     assert check(house, 2)[0] == (
         f"error: a.toml:5: data.source: pics/scan.png: not a readable image (expected at most 268,435,456 pixels "
@@ -409,13 +407,13 @@ def test_the_largest_picture_that_is_read(pics: Path) -> None:
 
 
 @pytest.mark.parametrize("ending", sorted(image_formats.FORMAT_BY_ENDING))
-def test_every_ending_that_is_read_is_of_a_decoder_that_is_named(pics: Path, ending: str) -> None:
+def test_every_ending_read_has_an_allowed_decoder(pics: Path, ending: str) -> None:
     path = drawn(pics / f"x{ending}", 3, format=image_formats.FORMAT_BY_ENDING[ending])
     assert path in scan_folder(pics).pictures
     assert images.decode(images.Picture("x", str(path), "a", sources.opener(path))).size == (96, 96)
 
 
-def test_a_name_that_is_no_text_is_told(house: House) -> None:
+def test_a_file_name_that_is_not_utf8_is_reported(house: House) -> None:
     """As a disk from another system has them, whose names are in another encoding."""
     odd = os.fsencode(house.folder / "pictures") + b"/gr\xfcn"
     for ending in (b".png", b".txt"):

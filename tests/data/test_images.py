@@ -58,7 +58,7 @@ def picture(path: Path) -> Picture:
     return found
 
 
-def test_a_picture_is_upright_and_rgb_whatever_it_was(tmp_path: Path) -> None:
+def test_pictures_are_decoded_upright_and_in_rgb(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was held on its side
     Image.new("RGB", (64, 128), "white").save(tmp_path / "turned.jpg", exif=exif)
@@ -87,7 +87,7 @@ def test_a_picture_is_upright_and_rgb_whatever_it_was(tmp_path: Path) -> None:
         assert (found.mode, found.getpixel((5, 5))) == ("RGB", colour), name
 
 
-def test_a_truncated_image_is_named(tmp_path: Path) -> None:
+def test_a_truncated_image_is_refused_by_name(tmp_path: Path) -> None:
     whole = (PICTURES / "01.png").read_bytes()
     (tmp_path / "1.png").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(FluxrunError, match=r"1.png: not a readable image \(.*\); repair it, or remove it"):

@@ -18,7 +18,7 @@ from tests.support.picture_folders import folder, pairs, read
 # ---- folders -------------------------------------------------------------------------------------------------------
 
 
-def test_captions_beside_images_and_the_prompt_for_the_rest(tmp_path: Path) -> None:
+def test_captions_come_from_text_files_else_the_prompt(tmp_path: Path) -> None:
     folder(tmp_path)
     (tmp_path / "0.txt").write_text("  a TOK\n on a hill ")
     (tmp_path / "notes.md").write_text("not an image")
@@ -72,13 +72,13 @@ def test_an_imagefolders_metadata(tmp_path: Path, kind: str) -> None:
         read(tmp_path, caption_column="txt", prompt="a TOK")
 
 
-def test_a_column_that_nothing_has_is_refused(tmp_path: Path) -> None:
+def test_a_missing_column_is_refused(tmp_path: Path) -> None:
     """Else every image would silently get the prompt."""
     with pytest.raises(DataError, match=r"has no metadata.jsonl, .*, so no column 'text'; add one of them, or remove"):
         read(folder(tmp_path), caption_column="text", prompt="a TOK")
 
 
-def test_a_key_that_a_folder_cannot_honour_is_refused(tmp_path: Path) -> None:
+def test_keys_that_do_not_apply_to_a_folder_are_refused(tmp_path: Path) -> None:
     folder(tmp_path)
     with pytest.raises(DataError, match=r"is a folder of images, which has no data.split, got 'test'"):
         read(tmp_path, split="test", prompt="a TOK")
@@ -91,7 +91,7 @@ def test_a_key_that_a_folder_cannot_honour_is_refused(tmp_path: Path) -> None:
         read(tmp_path, image_column="img", prompt="a TOK")
 
 
-def test_text_as_other_systems_write_it(tmp_path: Path) -> None:
+def test_line_ends_and_byte_order_marks_of_other_systems(tmp_path: Path) -> None:
     """A byte-order mark, and a line separator inside a JSON text."""
     folder(tmp_path)
     (tmp_path / "0.txt").write_text("\ufeffa TOK", encoding="utf-8")
@@ -110,7 +110,7 @@ def test_an_image_listed_twice_is_refused(tmp_path: Path) -> None:
         read(tmp_path, caption_column="text", prompt="a TOK")
 
 
-def test_more_pictures_than_open_files_are_allowed(tmp_path: Path) -> None:
+def test_a_folder_may_hold_more_pictures_than_open_files_are_allowed(tmp_path: Path) -> None:
     import resource
 
     for index in range(80):
@@ -134,7 +134,7 @@ def test_metadata_cannot_name_files_outside(tmp_path: Path, escape: str) -> None
         read(tmp_path / "in", prompt="a")
 
 
-def test_the_fingerprint_follows_content_not_place(tmp_path: Path) -> None:
+def test_the_fingerprint_depends_on_content_not_location(tmp_path: Path) -> None:
     for name in ("a", "b"):
         shutil.copytree(PICTURES, tmp_path / name)
     prints = [read(tmp_path / name).fingerprint for name in ("a", "b")]
@@ -192,7 +192,7 @@ def test_a_columnar_data_set_with_images_inside(tmp_path: Path, kind: str, rows:
         read(path, image_column="img", caption_column="number", prompt="a")
 
 
-def test_a_configuration_and_a_split_choose_their_rows(tmp_path: Path, rows: object) -> None:
+def test_configuration_and_split_select_rows(tmp_path: Path, rows: object) -> None:
     import datasets
 
     assert isinstance(rows, datasets.Dataset)
@@ -214,7 +214,7 @@ def test_a_configuration_and_a_split_choose_their_rows(tmp_path: Path, rows: obj
         read(tmp_path, config="small", split="none", **columns)
 
 
-def test_a_hub_data_set_that_cannot_be_had_is_named() -> None:
+def test_a_hub_data_set_that_cannot_be_loaded_is_named() -> None:
     with pytest.raises(DataError, match="nobody/nothing cannot be loaded"):
         read(Path("nobody/nothing"), prompt="a")
 

@@ -54,7 +54,7 @@ ICONS = {  # of the seed document: what its three examples differ in
 
 
 @pytest.mark.parametrize("name", ICONS)
-def test_the_seed_documents_examples_convert_plan_and_are_the_shipped_specs(house: House, name: str) -> None:
+def test_the_example_commands_become_the_shipped_specs(house: House, name: str) -> None:
     command = EXAMPLE.replace("  @@\n", f"  {ICONS[name]}\n" if ICONS[name] else "")
     (house.folder / "3d_icon").mkdir()
     for path in (house.folder / "pictures").glob("*.png"):
@@ -94,7 +94,7 @@ FULL = """accelerate launch --num_processes 2 --dynamo_backend inductor --config
  --cache_latents --report_to all --mixed_precision no --upcast_before_saving --image_interpolation_mode bicubic"""
 
 
-def test_every_flag_goes_somewhere(tmp_path: Path) -> None:
+def test_every_flag_becomes_a_key_or_a_note(tmp_path: Path) -> None:
     text = draft_text(read_command(FULL.replace("\n", " \\\n"), {}))
     (tmp_path / "a.toml").write_text(text)
     spec = load([tmp_path / "a.toml"])[0].spec
@@ -176,6 +176,6 @@ def test_all_flags_of_the_script_are_known() -> None:
         ("python train_flux.py 'oops", "not a shell command"),
     ],
 )
-def test_what_cannot_be_read_is_said(command: str, message: str) -> None:
+def test_commands_that_cannot_be_read_are_refused(command: str, message: str) -> None:
     with pytest.raises(CommandError, match=message):
         read_command(command, {})

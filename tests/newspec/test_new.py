@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from runner.newspec.from_diffusers import read_command
-from runner.newspec.template import TEMPLATES
+from runner.newspec.template_tables import TEMPLATES
 from runner.spec.loader import load
 from tests.support.house import House
 from tests.support.paths import PICTURES
@@ -42,7 +42,7 @@ def test_a_new_spec_plans(bare: House, template: str) -> None:
     assert "a.toml exists; name another file" in again.err
 
 
-def test_an_editor_finds_the_schema_beside_a_new_spec(bare: House) -> None:
+def test_the_schema_is_written_beside_a_new_spec(bare: House) -> None:
     """Even Better TOML and Taplo read the first line's `#:schema`, a path beside the spec: it works without a net."""
     bare.fluxrun("new", "sub/a.toml")
     first = (bare.folder / "sub" / "a.toml").read_text().splitlines()[0]

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from runner.newspec.template import INSTEAD, NEEDED, TEMPLATES
+from runner.newspec.template import NEEDED
+from runner.newspec.template_tables import INSTEAD, TEMPLATES
 from runner.spec.keys import spec_keys
 from runner.spec.loader import load
 from runner.spec.schema import dump
@@ -79,7 +80,7 @@ def planned(house: House, texts: dict[str, str]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_every_commented_line_can_be_taken(bare: House, template: str) -> None:
+def test_every_commented_line_can_be_uncommented(bare: House, template: str) -> None:
     text = new(bare, "--template", template)
     cases = [*taken(text), *alternatives(text)]
     assert len(cases) > 70
@@ -139,7 +140,7 @@ def keys_of(tables: dict[str, Any], before: str = "") -> Iterator[str]:
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_short_has_the_dozen_keys_that_people_touch(bare: House, template: str) -> None:
+def test_short_has_about_a_dozen_keys(bare: House, template: str) -> None:
     """And means what the long file means."""
     text = new(bare, "--template", template, "--short")
     whole = new(bare, "--template", template, file="whole.toml")
@@ -176,7 +177,7 @@ def fits(house: House, file: str = "a.toml") -> dict[str, Any]:
     ("template", "card"),
     [("pivotal", 8), ("pivotal", 16), ("pivotal", 24), ("pivotal", 40), ("lora", 12), ("lora", 24), ("inversion", 24)],
 )
-def test_what_is_set_for_a_card_fits_it(bare: House, template: str, card: int) -> None:
+def test_settings_chosen_for_a_card_fit_it(bare: House, template: str, card: int) -> None:
     text = new(bare, "--template", template, "--card", str(card), "--short")
     assert card in fits(bare)["cards"]
     if card < 40:
@@ -186,7 +187,7 @@ def test_what_is_set_for_a_card_fits_it(bare: House, template: str, card: int) -
         assert "quantize" not in re.sub("^# .*", "", plain, flags=re.M)
 
 
-def test_what_was_set_is_said(bare: House) -> None:
+def test_chosen_settings_are_reported(bare: House) -> None:
     said = bare.fluxrun("new", "a.toml", "--card", "24")
     assert said.err == (
         'a.toml: fits a card of 24.0 GiB with model.gradient_checkpointing = true, model.quantize = "int8"\n'
@@ -208,7 +209,7 @@ def smi(house: House, monkeypatch: pytest.MonkeyPatch, *mebibytes: int) -> None:
     monkeypatch.setenv("PATH", f"{house.folder}:/usr/bin:/bin")
 
 
-def test_the_card_that_is_here(bare: House, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_takes_the_smallest_gpu(bare: House, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of several the smallest that may be used: a run can come to any of them."""
     smi(bare, monkeypatch, 81559, 24564, 16376)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
@@ -241,7 +242,7 @@ def test_the_card_that_is_here(bare: House, monkeypatch: pytest.MonkeyPatch) -> 
         ),
     ],
 )
-def test_what_a_card_cannot_be_asked(
+def test_impossible_cards_are_refused(
     bare: House, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], message: str
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
@@ -266,7 +267,7 @@ def test_a_command_line_for_a_card(bare: House, card: int) -> None:
     assert tables["train"]["batch_size"] * tables["train"]["accumulate"] == 4  # the same steps, in smaller parts
 
 
-def test_what_the_script_takes_and_fluxrun_does_not_is_said_before_anything_is_written(bare: House) -> None:
+def test_a_command_that_fluxrun_would_refuse_writes_nothing(bare: House) -> None:
     said = bare.fluxrun("new", "a.toml", "--from-command", COMMAND.replace("1024", "1000"))
     assert said.code == 2
     assert "Invalid value for --from-command: fluxrun would refuse that spec: data.resolution: " in said.err
@@ -282,7 +283,7 @@ def test_what_the_script_takes_and_fluxrun_does_not_is_said_before_anything_is_w
 
 
 @pytest.mark.parametrize("option", [("--template", "lora"), ("--short",), ("--pictures", "my-pictures")])
-def test_a_command_line_says_already_what_it_trains(bare: House, option: tuple[str, ...]) -> None:
+def test_from_command_excludes_the_template_options(bare: House, option: tuple[str, ...]) -> None:
     said = bare.fluxrun("new", "a.toml", "--from-command", COMMAND, *option)
     assert said.code == 2
     assert said.err.endswith(f"Error: --from-command does not go with {option[0]}: the command says what it trains\n")
@@ -316,7 +317,7 @@ def test_pictures_without_captions(bare: House) -> None:
     assert tables["tokens"] == [{"name": "TOK"}]
 
 
-def test_pictures_with_captions_need_no_prompt_and_say_the_word(bare: House) -> None:
+def test_captions_make_the_prompt_needless_and_name_the_token(bare: House) -> None:
     pictures(bare.folder / "dogs", (700, 520), (520, 700), captions=("a photo of ANNA", "ANNA, in Rome"))
     tables = data_of(bare, "--pictures", "dogs", file="a.toml")
     assert tables["data"] == {"source": "dogs", "resolution": 512, "buckets": True}
@@ -328,7 +329,7 @@ def test_pictures_with_captions_need_no_prompt_and_say_the_word(bare: House) -> 
     assert "tokens" not in tables
 
 
-def test_some_captions(bare: House) -> None:
+def test_pictures_of_which_only_some_have_captions(bare: House) -> None:
     pictures(bare.folder / "dogs", (2000, 2000), (1500, 1500), captions=("a photo of BOB", None))
     said = bare.fluxrun("new", "a.toml", "--pictures", "dogs")
     assert said.err.startswith("a.toml: 2 pictures, 1 with a caption of their own\n")
@@ -344,7 +345,7 @@ def test_captions_in_metadata(bare: House) -> None:
     assert tables["data"] == {"source": "icons", "caption_column": "prompt", "resolution": 96}
 
 
-def test_what_is_not_read_is_said(bare: House) -> None:
+def test_unused_files_are_counted(bare: House) -> None:
     folder = pictures(bare.folder / "dogs", (600, 600))
     (folder / "b.psd").write_text("x")
     said = bare.fluxrun("new", "a.toml", "--pictures", "dogs")
@@ -356,7 +357,7 @@ def test_what_is_not_read_is_said(bare: House) -> None:
     assert "Invalid value for --pictures: dogs/metadata.jsonl:1: text is " in said.err
 
 
-def test_few_small_pictures_do_not_make_the_others_small(bare: House) -> None:
+def test_a_few_small_pictures_do_not_lower_the_resolution(bare: House) -> None:
     pictures(bare.folder / "dogs", *[(1100, 1100)] * 11, (300, 300))
     assert data_of(bare, "--pictures", "dogs")["data"]["resolution"] == 1024
 
@@ -382,7 +383,7 @@ def test_few_small_pictures_do_not_make_the_others_small(bare: House) -> None:
         (lambda folder: (folder.mkdir(), (folder / "a.png").write_text("x")), "dogs/a.png: not a readable image ("),
     ],
 )
-def test_pictures_of_which_no_spec_can_be_made(bare: House, make: Any, message: str) -> None:
+def test_unusable_picture_folders_are_refused(bare: House, make: Any, message: str) -> None:
     make(bare.folder / "dogs")
     said = bare.fluxrun("new", "a.toml", "--pictures", "dogs")
     assert said.code == 2

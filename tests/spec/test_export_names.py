@@ -38,11 +38,11 @@ TAKEN_BY_ALL = re.compile(r"[A-Za-z0-9_-]+")
         ("one/train.lr=1e-05,train.weighting.scheme=mode", "one-train-lr-1e-05-train-weighting-scheme-mode"),
     ],
 )
-def test_a_runs_name_as_its_files_have_it(name: str, stem: str) -> None:
+def test_file_stems_of_run_names(name: str, stem: str) -> None:
     assert file_stem(name) == stem
 
 
-def test_every_run_of_a_sweep_has_file_names_of_its_own() -> None:
+def test_every_run_of_a_sweep_has_different_file_names() -> None:
     values = [
         "1",
         "15",
@@ -153,7 +153,7 @@ def test_a_placeholder_is_in_the_key_only_where_it_is_set(house: House) -> None:
     assert "placeholder" not in planned(house, house.spec("a"))
 
 
-def test_placeholders_that_cannot_be_are_refused(house: House) -> None:
+def test_invalid_placeholders_are_refused(house: House) -> None:
     two = 'name = "TOK"\nplaceholder = "bird"\n[[tokens]]\nname = "DOG"\nplaceholder = "bird"'
     said = house.fluxrun("plan", house.spec(name=two))
     assert said.code == 2
@@ -165,10 +165,10 @@ def test_placeholders_that_cannot_be_are_refused(house: House) -> None:
         said = house.fluxrun("plan", house.spec(name=f'name = "TOK"\nplaceholder = "{word}"'))
         assert said.code == 2
         assert "a.toml:10: tokens.0.placeholder: " in said.err
-        assert "of a-z, 0-9 and -, with a letter at both ends" in said.err
+        assert "of a-z, 0-9 and -, with a letter first and last" in said.err
 
 
-def test_a_placeholder_that_the_base_has_already(house: House) -> None:
+def test_a_placeholder_in_the_bases_vocabulary_is_refused(house: House) -> None:
     base = house.folder / "base"
     shutil.copytree(BUILTIN["builtin:tiny"], base)
     known = base / "tokenizer" / "tokenizer.json"

@@ -105,7 +105,7 @@ def test_an_inherited_path_is_relative_to_where_it_is_written(tmp_path: Path) ->
     assert job.spec.data.source == str(PICTURES)
 
 
-def test_chains_and_their_refusals(tmp_path: Path) -> None:
+def test_chains_of_extends_are_limited(tmp_path: Path) -> None:
     path = files(tmp_path, OWN, 'extends = "../root.toml"\n' + BASE)
     (tmp_path / "root.toml").write_text("seed = 3\n[lora]\nrank = 2\ndropout = 0.5\n")
     spec = one(path).spec
@@ -131,7 +131,7 @@ def test_chains_and_their_refusals(tmp_path: Path) -> None:
     ]
 
 
-def test_a_folders_mere_bases_are_no_runs(tmp_path: Path) -> None:
+def test_base_only_files_of_a_folder_are_no_runs(tmp_path: Path) -> None:
     (tmp_path / "base.toml").write_text(BASE)
     (tmp_path / "a.toml").write_text(OWN.replace("shared/", ""))
     assert [loaded.spec.name for loaded in load([tmp_path])] == ["a"]
@@ -141,7 +141,7 @@ def test_a_folders_mere_bases_are_no_runs(tmp_path: Path) -> None:
     assert "base.toml:1: train.steps: required key is missing" in faults(tmp_path / "base.toml")[0]
 
 
-def test_the_resolved_spec_tells_where_each_value_came_from(tmp_path: Path) -> None:
+def test_the_resolved_spec_says_where_each_value_came_from(tmp_path: Path) -> None:
     own = OWN.replace("ABC", "TOK") + '[validate]\nprompts = ["a # TOK"]\n[sweep]\n"train.lr" = [0.5]\n'
     path = files(tmp_path, own)
     (tmp_path / "shared" / "pictures").symlink_to(PICTURES)
@@ -195,7 +195,7 @@ def test_the_line_with_a_caret(tmp_path: Path, line: str, key: str, message: str
     assert shown(tmp_path, line, key, message) == f"    2 | {line.replace(chr(9), ' ')}\n      | {under}"
 
 
-def test_no_line_is_shown_that_holds_a_secret_or_is_not_there(tmp_path: Path) -> None:
+def test_no_line_with_a_secret_is_shown(tmp_path: Path) -> None:
     file = tmp_path / "a.toml"
     file.write_text('hub = { token = "abc", pussh = true }\n')
     secret, other = Fault(file, 1, "hub.token", "no secret (not shown)"), Fault(file, 1, "hub.pussh", "unknown key")
@@ -205,7 +205,7 @@ def test_no_line_is_shown_that_holds_a_secret_or_is_not_there(tmp_path: Path) ->
     assert excerpts([gone]) == {}
 
 
-def test_a_pipe_gets_the_faults_alone(house: House) -> None:
+def test_no_excerpts_are_written_into_a_pipe(house: House) -> None:
     said = house.fluxrun("plan", house.spec(rank="rnk = 4"))
     assert len(said.err.splitlines()) == 2
     assert "^" not in said.err

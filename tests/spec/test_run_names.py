@@ -64,7 +64,7 @@ def put(house: House, done: House, name: str) -> Path:
     ],
 )
 @pytest.mark.parametrize("written", [False, True])
-def test_a_name_that_is_taken_is_refused(house: House, stem: str, why: str, written: bool) -> None:
+def test_a_reserved_name_is_refused(house: House, stem: str, why: str, written: bool) -> None:
     spec = named(house, "a" if written else stem, stem if written else None)
     said = house.fluxrun("queue", spec.name)
     assert (said.code, said.err) == (2, f"{spec.name}:1: name: expected a usable name, got {stem!r} ({why}); {TAKEN}")
@@ -72,7 +72,7 @@ def test_a_name_that_is_taken_is_refused(house: House, stem: str, why: str, writ
 
 
 @pytest.mark.parametrize("part", ["export", "Samples", "spec.toml", "events.out.tfevents.1"])
-def test_behind_a_slash_nothing_that_a_run_itself_holds(house: House, part: str) -> None:
+def test_names_of_a_runs_own_files_are_refused_after_a_slash(house: House, part: str) -> None:
     said = house.fluxrun("plan", named(house, "a", f"b/{part}").name)
     assert said.code == 2
     assert said.err.startswith(
@@ -80,7 +80,7 @@ def test_behind_a_slash_nothing_that_a_run_itself_holds(house: House, part: str)
     )
 
 
-def test_every_file_of_a_run_is_a_name_behind_no_slash(done: House) -> None:
+def test_every_file_of_a_run_is_a_reserved_name(done: House) -> None:
     """The list of names is held against a finished run, and against what the code calls its files."""
     run = Run(done.folder / "runs", "a")
     made = {path.name for path in run.folder.iterdir()}
@@ -93,7 +93,7 @@ def test_every_file_of_a_run_is_a_name_behind_no_slash(done: House) -> None:
 
 
 @pytest.mark.parametrize("name", ["a b", "a/b/c", ".hidden", "-x", "über"])
-def test_the_form_of_a_name_is_told(house: House, name: str) -> None:
+def test_invalid_names_are_refused_with_the_allowed_form(house: House, name: str) -> None:
     said = house.fluxrun("plan", named(house, "a", name).name)
     assert (said.code, said.err) == (
         2,
@@ -104,7 +104,7 @@ def test_the_form_of_a_name_is_told(house: House, name: str) -> None:
 
 
 @pytest.mark.parametrize(("stem", "name"), [("my lora", "my-lora"), ("cache", "run-cache"), ("猫", "my-lora")])
-def test_a_new_specs_name_is_one_that_plan_takes(house: House, stem: str, name: str) -> None:
+def test_new_writes_a_name_that_plan_accepts(house: House, stem: str, name: str) -> None:
     assert house.fluxrun("new", f"{stem}.toml").code == 0
     assert f'\nname = "{name}"' in (house.folder / f"{stem}.toml").read_text()
     assert ": name: " not in house.fluxrun("plan", f"{stem}.toml").err
@@ -117,14 +117,14 @@ def test_a_bad_name_hides_no_other_fault(house: House) -> None:
     assert [line.split(": ")[1] for line in said.err.splitlines()[:-1]] == ["name", "lora.rnk"]
 
 
-def test_a_long_name_is_told_with_its_length(house: House) -> None:
+def test_a_name_that_is_too_long_is_refused_with_its_length(house: House) -> None:
     said = house.fluxrun("plan", named(house, "a", "n" * 201).name)
     assert said.err.startswith("a.toml:1: name: expected at most 200 characters, got 201 (")
     assert run_names.longest_file_name("a=" * 100) <= 255
     assert house.fluxrun("plan", named(house, "a", "n" * 200).name).code == 0
 
 
-def test_a_path_that_no_disk_takes_is_told(house: House) -> None:
+def test_a_path_that_is_too_long_is_refused(house: House) -> None:
     room = 3840 - len(f"{house.folder}/")
     deep = "/".join(["d" * 250] * (room // 251) + ["d" * (room % 251)])
     name = "x" * 180
@@ -137,7 +137,7 @@ def test_a_path_that_no_disk_takes_is_told(house: House) -> None:
     assert "a path of 3,841 bytes; at most 3,840 are allowed" in " ".join(said.err.split())
 
 
-def test_a_disk_with_shorter_names_is_told(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_with_shorter_file_names_is_respected(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "pathconf", lambda _, what: {"PC_NAME_MAX": 143}[what])
     said = house.fluxrun("plan", named(house, "a", "n" * 120).name)
     assert "expected file names of at most 143 bytes, as the disk of runs allows, got 159 bytes for 'nnn" in said.err
@@ -147,7 +147,7 @@ def test_a_disk_with_shorter_names_is_told(house: House, monkeypatch: pytest.Mon
 # ---- runs beside each other ----------------------------------------------------------------------------------------
 
 
-def test_no_run_of_a_batch_lies_inside_another(house: House) -> None:
+def test_no_run_of_a_batch_is_inside_another(house: House) -> None:
     named(house, "t0", "A"), named(house, "t1", "a/b"), named(house, "t2", "c"), named(house, "t3", "C")
     said = house.fluxrun("queue", "t0.toml", "t1.toml", "t2.toml", "t3.toml")
     assert (said.code, said.err) == (
@@ -161,7 +161,7 @@ def test_no_run_of_a_batch_lies_inside_another(house: House) -> None:
     assert not (house.folder / "runs").exists()
 
 
-def test_a_sweeps_folder_is_no_run(house: House) -> None:
+def test_a_run_cannot_have_a_sweeps_folder(house: House) -> None:
     named(house, "one", "night")
     sweep = named(house, "two", "night")
     sweep.write_text(sweep.read_text() + '[sweep]\n"lora.rank" = [2, 4]\n')
@@ -172,7 +172,7 @@ def test_a_sweeps_folder_is_no_run(house: House) -> None:
     )
 
 
-def test_two_sweeps_of_one_name_are_told_once(house: House) -> None:
+def test_two_sweeps_of_one_name_are_one_fault(house: House) -> None:
     for folder in ("x", "y"):
         (house.folder / folder).mkdir()
         sweep = house.spec(f"{folder}/s", source='source = "../pictures"')
@@ -184,7 +184,7 @@ def test_two_sweeps_of_one_name_are_told_once(house: House) -> None:
     )
 
 
-def test_no_run_of_another_night_is_lain_into(house: House, done: House) -> None:
+def test_no_run_goes_inside_an_existing_run(house: House, done: House) -> None:
     put(house, done, "a")
     said = house.fluxrun("queue", named(house, "t1", "a/b").name)
     assert said.err == (
@@ -206,7 +206,7 @@ def test_no_run_of_another_night_is_lain_into(house: House, done: House) -> None
     assert "name: the runs folder runs/a is inside the folder of a run, " in said.err
 
 
-def test_no_run_comes_around_those_of_another_night(house: House, done: House) -> None:
+def test_no_run_goes_around_existing_runs(house: House, done: House) -> None:
     put(house, done, "a/b")
     said = house.fluxrun("queue", named(house, "t1", "a").name)
     assert said.err == (
@@ -216,7 +216,7 @@ def test_no_run_comes_around_those_of_another_night(house: House, done: House) -
     )
 
 
-def test_a_file_in_the_place_of_a_run_is_told(house: House) -> None:
+def test_a_file_in_the_place_of_a_runs_folder_is_refused(house: House) -> None:
     (house.folder / "runs").mkdir()
     (house.folder / "runs" / "notes").write_text("mine")
     said = house.fluxrun("queue", named(house, "a", "notes").name)
@@ -228,7 +228,7 @@ def test_a_file_in_the_place_of_a_run_is_told(house: House) -> None:
 
 
 @pytest.mark.parametrize("name", ["cache", "b/export"])
-def test_an_old_run_of_such_a_name_is_kept(house: House, done: House, name: str) -> None:
+def test_an_old_run_with_a_reserved_name_is_kept(house: House, done: House, name: str) -> None:
     """The refusal says how; followed, the run is found again with all it has learned."""
     spec = house.spec("x")
     spec.write_text(f'name = "{name}"\n{spec.read_text()}')
@@ -245,14 +245,14 @@ def test_an_old_run_of_such_a_name_is_kept(house: House, done: House, name: str)
 
 
 @pytest.mark.parametrize("name", ["con", "night."])
-def test_an_old_run_with_a_name_that_only_windows_minds_goes_on(house: House, done: House, name: str) -> None:
+def test_an_old_run_with_a_name_that_windows_refuses_goes_on(house: House, done: House, name: str) -> None:
     put(house, done, name)
     spec = house.spec("x")
     spec.write_text(f'name = "{name}"\n{spec.read_text()}')
     assert f"{name}  (x.toml)  resume: " in house.fluxrun("plan", "x.toml").out
 
 
-def test_the_cache_is_pruned_of_its_own_entries_alone(house: House, done: House) -> None:
+def test_pruning_the_cache_removes_only_its_own_entries(house: House, done: House) -> None:
     """Of a run that an earlier fluxrun put into its folder nothing goes."""
     shutil.copytree(done.folder / "runs" / "cache", house.folder / "runs" / "cache")
     entries = len([path for end in ("safetensors", "json") for path in (house.folder / "runs").rglob(f"*.{end}")])
@@ -299,7 +299,7 @@ def test_a_runs_folder_that_vanishes_ends_the_queue_in_one_line(house: House) ->
 
 
 @pytest.mark.parametrize("phase", ["step", "encode"])
-def test_a_run_whose_folder_vanishes_is_told_and_the_next_goes_on(
+def test_a_run_whose_folder_vanishes_pauses_and_the_next_goes_on(
     house: House, monkeypatch: pytest.MonkeyPatch, phase: str
 ) -> None:
     from runner.training import recorder
@@ -335,7 +335,7 @@ def test_a_run_whose_folder_vanishes_is_told_and_the_next_goes_on(
     assert "b: done: runs/b/export\n" in said.err
 
 
-def test_a_worker_killed_with_its_folder_gone_is_not_tried_again(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_killed_with_its_folder_gone_is_not_restarted(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     class Killed(InlineWorker):
         def read_events(self) -> list[Any]:
             shutil.rmtree(self.request[0])

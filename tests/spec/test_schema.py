@@ -5,7 +5,7 @@ from __future__ import annotations
 from runner.spec.json_schema import json_schema
 
 
-def test_the_schema_takes_what_may_be_inherited() -> None:
+def test_the_schema_allows_required_keys_to_be_inherited() -> None:
     """A spec alone must name its base; one that extends another need not."""
     schema = json_schema()
     assert schema["if"] == {"not": {"required": ["extends"]}}

@@ -26,7 +26,7 @@ BROKEN = Path(__file__).parent / "broken"
 LEAST = '[model]\nbase = "builtin:tiny"\n[data]\nsource = "x"\n[train]\nsteps = 10\n'
 
 
-def test_all_faults_of_all_specs_in_one_go_and_nothing_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_faults_of_all_specs_are_reported_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Twelve and more broken specs: exact lines, exit 2, no file made."""
     shutil.copytree(BROKEN, tmp_path / "tests" / "broken")
     shutil.copytree(PROJECT / "specs", tmp_path / "specs")
@@ -156,7 +156,7 @@ def test_every_key_of_the_contract_is_read(tmp_path: Path, key: str) -> None:
         assert got == value
 
 
-def test_that_table_names_every_key() -> None:
+def test_every_key_is_in_the_table() -> None:
     keys = {name for name, about in spec_keys().items() if not about.is_table}
     covered = {name for name in keys if any(name == key or name.startswith(f"{key}.") for key in VALUES)}
     assert keys - covered == {"model.base", "data.source", "train.epochs"}
@@ -196,7 +196,7 @@ def test_a_sweep_is_the_product_of_its_lists(tmp_path: Path) -> None:
     assert [(spec.lora.rank, spec.lora.alpha, spec.train.lr) for spec in specs][2] == (8, 8.0, 1e-4)
 
 
-def test_two_specs_of_one_name(tmp_path: Path) -> None:
+def test_two_specs_of_one_name_are_refused(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / f"{name}.toml").write_text('name = "same"\n' + LEAST)
     with pytest.raises(SpecError, match="b.toml:1: name: expected a different name for each run"):
@@ -216,7 +216,7 @@ def test_hostile_text_is_a_fault_not_a_traceback(tmp_path: Path) -> None:
     assert "\x1b" not in control
 
 
-def test_a_table_or_list_of_the_wrong_kind_is_told_in_toml_words(tmp_path: Path) -> None:
+def test_wrong_tables_and_lists_are_explained_in_toml_words(tmp_path: Path) -> None:
     text = LEAST + 'weighting = "mode"\n[validate]\nprompts = "a TOK"\n[[token]]\nname = "TOK"\n'
     told = faults(tmp_path, text)
     assert told[0] == (
@@ -284,7 +284,7 @@ def test_light_commands_import_nothing_heavy(tmp_path: Path) -> None:
         assert done.stdout == "[]\n", arguments
 
 
-def test_help_and_plan_cost_next_to_nothing() -> None:
+def test_help_and_plan_are_fast() -> None:
     """In seconds of the processor, which a busy machine does not stretch: 0.3 for `--help`, 1 for all shipped specs'
     plan."""
     for arguments, most in ((["--help"], 0.3), (["plan", *map(str, sorted((PROJECT / "specs").glob("*.toml")))], 1.0)):

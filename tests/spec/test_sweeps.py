@@ -37,7 +37,7 @@ def names(house: House, path: Path) -> dict[str, Any]:
     }
 
 
-def test_each_value_has_a_name_of_its_own(house: House) -> None:
+def test_each_value_has_a_different_name(house: House) -> None:
     """The letters are kept, or spelt without their accents; what they leave out is in the digest."""
     words = ["a TOK", "ein TOK, grün", "ein TOK, grun", "猫 TOK", "犬 TOK", "ein TOK-gr/n", "TOK", "tok TOK"]
     found = names(house, swept(house, validate__prompts=[[word] for word in words]))
@@ -46,14 +46,14 @@ def test_each_value_has_a_name_of_its_own(house: House) -> None:
     ]  # fmt: skip
 
 
-def test_the_page_shows_what_they_are_called(house: House) -> None:
+def test_the_documented_names_are_right(house: House) -> None:
     """docs/run-names.md"""
     shown = (PROJECT / "docs" / "run-names.md").read_text()
     [name] = names(house, swept(house, data__prompt=["ein TOK, grün"]))
     assert f"| `ein TOK, grün` | `{name}`:" in shown
 
 
-def test_numbers_and_plain_words_stand_as_they_always_did(house: House) -> None:
+def test_numbers_and_plain_words_are_written_unchanged(house: House) -> None:
     """So that runs of earlier nights are found again."""
     cases: dict[str, tuple[list[Any], list[str]]] = {
         "lora__rank": ([4, 8], ["4", "8"]),
@@ -68,7 +68,7 @@ def test_numbers_and_plain_words_stand_as_they_always_did(house: House) -> None:
         assert list(names(house, swept(house, **{key: values}))) == expected
 
 
-def test_a_negative_number_is_not_its_opposite(house: House) -> None:
+def test_negative_numbers_keep_their_sign(house: House) -> None:
     path = swept(house, train__weighting__mean=[-1.0, 1.0])
     path.write_text(
         path.read_text().replace("[checkpoint]", '[train.weighting]\nscheme = "logit_normal"\n[checkpoint]')
@@ -161,7 +161,7 @@ def test_runs_keep_their_names_whatever_else_is_in_the_list(house: House, done: 
     assert planned(house, ["a TOK"]) == both[:1]
 
 
-def test_a_swept_folder_is_found_again_though_its_run_has_it_in_full(house: House, done: House) -> None:
+def test_a_swept_folder_matches_its_absolute_path(house: House, done: House) -> None:
     (house.folder / "my pictures").symlink_to("pictures")
     path = swept(house, data__source=["my pictures"])
     folder = house.folder / "runs" / "s" / "data.source=my-pictures"
@@ -188,14 +188,14 @@ def test_a_swept_folder_is_found_again_though_its_run_has_it_in_full(house: Hous
         ),
     ],
 )
-def test_what_cannot_be_swept_is_told(house: House, lists: dict[str, list[Any]], fault: str) -> None:
+def test_invalid_sweeps_are_refused(house: House, lists: dict[str, list[Any]], fault: str) -> None:
     path = swept(house, **lists)
     line = len(path.read_text().splitlines()) - len(next(iter(lists.values()))) - 1
     said = house.fluxrun("plan", path.name)
     assert (said.code, said.err) == (2, f"s.toml:{line}: {fault}\n1 fault; nothing was started\n")
 
 
-def test_a_misspelt_key_is_told_once_and_may_mean_one_that_is_set(house: House) -> None:
+def test_a_misspelt_swept_key_is_one_fault(house: House) -> None:
     """A sweep overrides what is set, so nothing is to be taken out."""
     path = swept(house, lora__rnk=[2, 4])
     assert "rank = 4\n" in path.read_text()
@@ -223,7 +223,7 @@ def test_an_entry_of_a_list_can_be_swept(house: House) -> None:
     assert [one.spec.tokens[0].initializer for one in load([path])] == ["red heart", "blue ring"]
 
 
-def test_a_sweeps_own_name_has_one_part(house: House) -> None:
+def test_a_sweeps_name_has_no_slash(house: House) -> None:
     said = house.fluxrun("plan", swept(house, "s", 'name = "a/b"\n', lora__rank=[2, 4]).name)
     assert said.err == (
         "s.toml:1: name: expected no / in the name of a sweep, whose runs are called NAME/KEY=VALUE, got 'a/b'; remove it\n"
@@ -332,7 +332,7 @@ def test_lines_are_found_in_one_pass(line: str) -> None:
     assert 0 < looked[1] <= 11 * looked[0]
 
 
-def test_whom_to_tell_is_not_swept(house: House) -> None:
+def test_notifications_cannot_be_swept(house: House) -> None:
     """An address is a secret, and a swept value would stand in the run's name."""
     spec = house.spec()
     spec.write_text(spec.read_text() + '[sweep]\n"notify.url" = ["https://hooks.slack.com/services/T/B/secret"]\n')

@@ -169,7 +169,7 @@ def followed(name: str) -> str:
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_what_is_not_toml_is_told_with_its_line_and_with_what_to_type(house: House, name: str) -> None:
+def test_broken_toml_is_reported_with_its_line_and_a_fix(house: House, name: str) -> None:
     _, _, line, said = WRONG[name]
     told = house.fluxrun("plan", house.write("a.toml", faulty(name)))
     assert told.code == 2
@@ -182,7 +182,7 @@ def test_what_is_not_toml_is_told_with_its_line_and_with_what_to_type(house: Hou
         assert mended.code == 0, mended.err
 
 
-def test_several_faults_of_one_file_are_told_at_once(house: House) -> None:
+def test_several_syntax_faults_are_reported_at_once(house: House) -> None:
     text = SPEC.replace("true", "True").replace("rank = 4", "rank: 4").replace('"builtin:tiny"', "tiny")
     said = house.fluxrun("plan", house.write("a.toml", text.replace("rank: 4", "rank = 04")))
     assert [line.split(": ")[0].rpartition(":")[2] for line in said.err.splitlines()[:-1]] == ["3", "7", "12"]
@@ -205,7 +205,7 @@ def test_a_secret_in_a_line_that_is_not_toml_is_not_shown(house: House) -> None:
         assert "this line does not parse (not shown" in said.err
 
 
-def test_a_text_of_many_faults_is_told_in_bounded_time_and_length() -> None:
+def test_many_syntax_faults_are_bounded_in_time_and_length() -> None:
     assert len(toml_faults("a = True\n" * 30)) == 20
     assert len(toml_faults("\n".join(f"a{number} = True" for number in range(20_000)))) == 1
     [(line, said)] = toml_faults(f"x = {'9' * 5000}\n")
@@ -244,7 +244,7 @@ def test_a_byte_order_mark_is_read_in_a_spec_and_in_what_it_extends(house: House
     assert house.fluxrun("plan", "a.toml").err.startswith("a.toml:2: sede: unknown key, got sede = 2")
 
 
-def test_windows_line_ends_and_a_mark_leave_the_lines_right(house: House) -> None:
+def test_line_numbers_are_right_with_windows_line_ends_and_a_mark(house: House) -> None:
     raw = SPEC.replace("rank = 4", "rnk = 4").replace("\n", "\r\n").encode("utf-8-sig")
     (house.folder / "a.toml").write_bytes(raw)
     assert house.fluxrun("plan", "a.toml").err.startswith("a.toml:12: lora.rnk: unknown key, got rnk = 4")
@@ -258,7 +258,7 @@ def test_windows_line_ends_and_a_mark_leave_the_lines_right(house: House) -> Non
         (r"D:\bilder", r"D:\x08ilder", r"\b"),
     ],
 )
-def test_a_path_with_escapes_that_toml_takes_in_silence(house: House, typed: str, read: str, escape: str) -> None:
+def test_a_windows_path_with_valid_escapes_is_noticed(house: House, typed: str, read: str, escape: str) -> None:
     """`"C:\\new"` is valid TOML: a line break stands in it."""
     said = house.fluxrun("plan", house.write("a.toml", SPEC.replace('"pictures"', f'"{typed}"')))
     slashes = typed.replace("\\", "/")
@@ -272,7 +272,7 @@ def test_a_path_with_escapes_that_toml_takes_in_silence(house: House, typed: str
         assert "data.source: no such folder" in said.err, "read as a path, which is not here"
 
 
-def test_a_spec_that_cannot_be_opened(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_spec_that_cannot_be_opened_is_refused(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     said = house.fluxrun("plan", house.folder / "none.toml")
     assert said.err.startswith(f"{house.folder}/none.toml:1: no such file; a SPEC is a TOML file, or a folder of them")
     house.write("a.toml", SPEC)
