@@ -28,7 +28,7 @@ def status(names: tuple[str, ...], runs: Path, as_json: bool, watch: bool) -> No
     if unknown:
         raise click.BadParameter(f"no such run in {runs}: {', '.join(sorted(unknown))}", param_hint="RUN")
     if as_json:
-        echo_json([{**state.as_json(), "name": name} for name, state in states.items()])
+        echo_json([{"steps": state.steps, **state.as_json(), "name": name} for name, state in states.items()])
         return
     from runner.report.run_tables import status_table
     from runner.report.tables import console, print_parts

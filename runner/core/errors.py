@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 
+from runner.core.humanize import escape_unprintable
+
 
 class ExitCode(IntEnum):
     """How a worker process ends; `runner.engine.outcomes` decides what follows. The numbers are from sysexits.h where
@@ -59,7 +61,7 @@ class Fault:
         key = f"{self.key}: " if self.key else ""
         text = f"{self.file}:{self.line}: {key}{self.message}"
         # Keys and values come from the user's file and may hold control characters.
-        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+        return escape_unprintable(text)
 
 
 class SpecError(FluxrunError):

@@ -25,6 +25,17 @@ def test_status_and_results_as_tables_and_json(done: House) -> None:
     assert "train loss" in done.fluxrun("results").out
 
 
+def test_a_run_of_which_only_the_spec_is_left_has_its_steps_as_null(house: House) -> None:
+    run = house.folder / "runs" / "a"
+    run.mkdir(parents=True)
+    (run / "spec.toml").write_text("")
+    [only] = json.loads(house.fluxrun("status", "--json").out)
+    assert only == {
+        "name": "a", "state": "stopped", "step": 0, "steps": None,
+        "error": "its state.json is missing or damaged; the same command goes on",
+    }  # fmt: skip
+
+
 def test_unknown_runs_and_columns_are_named(done: House) -> None:
     said = done.fluxrun("status", "b-not-there")
     assert said.code == 2
